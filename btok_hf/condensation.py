@@ -1,0 +1,304 @@
+"""Generative Information Condensation: one packed forward over [encoded side | Bottleneck Tokens | target].
+
+The target text is predicted token by token while the *Condensation Mask* hides the encoded side from it, so whatever
+helps the prediction has to pass through the keys and values of the K Bottleneck Tokens (BToks) in every layer
+(Bottleneck Tokens, arXiv 2604.11095, section on the Condensation Mask).
+
+How it is computed here:
+- All rows of a batch lie behind each other in one row without padding. A row is up to two attention segments: the
+  prefix (encoded side and BToks, causal) and the target, whose keys are the BToks and the target so far. The
+  Condensation Mask is nothing but this choice of keys: no mask tensor, no cache, no second forward.
+- Segments of the same shape run as one call of torch's scaled-dot-product attention, on any device.
+- The layout reaches the attention function as a keyword argument, so activation checkpointing recomputes the same
+  thing. (A key/value cache would be dropped silently under checkpointing.)
+- Target tokens take the positions behind the encoded side's maximum, where generation would put them.
+- The cross-entropy goes through the vocabulary 256 target tokens at a time.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from btok_hf.modeling.modeling_btok import (
+    BACKBONES,
+    bottleneck_token_ids,
+    check_media,
+    end_in_bottleneck,
+    last_positions,
+)
+
+ATTENTION = "btok_packed"
+MEDIA_KEYS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+GRID_KEYS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+CROSS_ENTROPY_ROWS = 256  # rows of logits alive at once: 256 x 151,936 x 4 bytes = 156 MB
+IGNORED = -100  # label of an unsupervised token, as in transformers
+
+
+class Condensed(NamedTuple):
+    """What `condense` returns.
+
+    Args:
+        embeddings (`torch.FloatTensor` of shape `(batch, hidden)`): fp32, L2-normalised.
+        token_losses (`torch.FloatTensor` of shape `(supervised,)`):
+            Cross-entropy in nats of every supervised target token, row by row.
+    """
+
+    embeddings: Tensor
+    token_losses: Tensor
+
+
+class PackedLayout:
+    """Which keys each query of a packed row may see: segments, grouped by shape.
+
+    Args:
+        segments (`list[tuple[int, int, int, int]]`):
+            `(query_start, query_length, key_start, key_length)` per segment. Attention is causal and aligned at the
+            end: the last query sees the last key. Together the queries cover every position once.
+        device (`torch.device`): Where the indices live.
+    """
+
+    def __init__(self, segments, device):
+        shapes = {}
+        for query_start, query_length, key_start, key_length in segments:
+            shapes.setdefault((query_length, key_length), []).append((query_start, key_start))
+        self.groups = []
+        for (query_length, key_length), starts in shapes.items():
+            starts = torch.tensor(starts, device=device)
+            self.groups.append(
+                (
+                    starts[:, :1] + torch.arange(query_length, device=device),
+                    starts[:, 1:] + torch.arange(key_length, device=device),
+                )
+            )
+        # Position in the concatenated group outputs of each packed position.
+        self.order = torch.cat([queries.flatten() for queries, _ in self.groups]).argsort()
+
+    def attend(self, query, key, value, scale):
+        """Attention of `(heads, length, head_dim)` tensors; returns `(length, heads, head_dim)`."""
+        outputs = []
+        for queries, keys in self.groups:
+            q, k, v = (x[:, index].transpose(0, 1) for x, index in ((query, queries), (key, keys), (value, keys)))
+            length, width = q.shape[2], k.shape[2]
+            mask = None
+            if length != width:
+                mask = torch.ones(length, width, dtype=torch.bool, device=q.device).tril(width - length)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+            outputs.append(out.transpose(1, 2).flatten(0, 1))
+        return torch.cat(outputs)[self.order]
+
+
+def _packed_attention(module, query, key, value, attention_mask, scaling=None, packed_layout=None, **kwargs):
+    """Attention function of the language model: packed where a layout is given, transformers' SDPA elsewhere."""
+    if packed_layout is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if kwargs.get("sliding_window"):
+        raise ValueError("Packed attention does not support sliding windows: set config.use_sliding_window=False.")
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x[0].repeat_interleave(groups, dim=0) for x in (key, value))
+    return packed_layout.attend(query[0], key, value, scaling)[None], None
+
+
+AttentionInterface.register(ATTENTION, _packed_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # calls without a layout keep their padding mask
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of `hidden @ weight.T` in blocks of rows; the logits of a block are recomputed in backward."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels):
+        losses, normalisers = [], []
+        for rows, targets in zip(hidden.split(CROSS_ENTROPY_ROWS), labels.split(CROSS_ENTROPY_ROWS)):
+            logits = (rows @ weight.T).float()
+            normalisers.append(logits.logsumexp(1))
+            losses.append(normalisers[-1] - logits.gather(1, targets[:, None])[:, 0])
+        ctx.save_for_backward(hidden, weight, labels, torch.cat(normalisers))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx, grad):
+        blocks = [tensor.split(CROSS_ENTROPY_ROWS) for tensor in (ctx.saved_tensors[0], *ctx.saved_tensors[2:], grad)]
+        weight = ctx.saved_tensors[1]
+        grad_hidden = []
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for rows, targets, normaliser, scale in zip(*blocks):
+            probabilities = ((rows @ weight.T).float() - normaliser[:, None]).exp_()
+            probabilities[torch.arange(len(rows), device=rows.device), targets] -= 1
+            grad_logits = probabilities.mul_(scale[:, None]).to(weight.dtype)
+            grad_hidden.append(grad_logits @ weight)
+            if grad_weight is not None:
+                grad_weight.addmm_(grad_logits.T, rows)
+        return torch.cat(grad_hidden), grad_weight, None
+
+
+def linear_cross_entropy(hidden, weight, labels):
+    """Cross-entropy of every row without the `(rows, vocabulary)` logits.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(rows, hidden)`): States that predict the labels.
+        weight (`torch.Tensor` of shape `(vocabulary, hidden)`): The language-modelling head.
+        labels (`torch.LongTensor` of shape `(rows,)`): Token ids.
+
+    Returns:
+        `torch.FloatTensor` of shape `(rows,)`: the loss of each row in nats, fp32.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    if len(labels) == 0:
+        return hidden.new_zeros(0, dtype=torch.float32)
+    with torch.autocast(device, enabled=False):
+        return _LinearCrossEntropy.apply(hidden.to(dtype), weight.to(dtype), labels)
+
+
+def backbone_and_head(model):
+    """The stock backbone inside `model`, and the weight that turns hidden states into logits (`None`: it has none).
+
+    `model` may be a stock backbone, its `…ForConditionalGeneration`, a `BTokForEmbedding`, or any of them in PEFT.
+    """
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    if getattr(model.config, "model_type", None) not in BACKBONES:
+        raise ValueError(
+            f"condense needs a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model, got {type(model).__name__}. "
+            "Load one with AutoModel or AutoModelForImageTextToText."
+        )
+    backbone = model if hasattr(model, "language_model") else model.model
+    head = model.get_output_embeddings()
+    if head is None and is_tied(model.config):
+        head = model.get_input_embeddings()
+    return backbone, None if head is None else head.weight
+
+
+def is_tied(config):
+    """Whether the checkpoint's language-modelling head is its input embedding."""
+    return bool(config.tie_word_embeddings)
+
+
+def _position_ids(backbone, input_ids, attention_mask, mm_token_type_ids, features):
+    """M-RoPE positions, shape (3, batch, length), as the backbone itself computes them."""
+    grids = {key: features[key] for key in GRID_KEYS if features.get(key) is not None}
+    if not grids:
+        return (attention_mask.long().cumsum(1) - 1).clamp(min=0).expand(3, -1, -1)
+    if mm_token_type_ids is None:
+        raise ValueError(
+            "Images or video were given without mm_token_type_ids, which multimodal positions need. "
+            "Pass everything that the processor returned."
+        )
+    return backbone.get_rope_index(
+        input_ids, mm_token_type_ids=mm_token_type_ids, attention_mask=attention_mask, **grids
+    )[0]
+
+
+def condense(model, inputs, target_ids=None, labels=None, *, condensation_mask=True, lm_head=None):
+    """Embed a batch and, in the same forward, predict a target text from the Bottleneck Tokens alone.
+
+    Args:
+        model: A Qwen-VL backbone with Bottleneck Tokens: stock (`AutoModel`, `AutoModelForImageTextToText`),
+            `BTokForEmbedding`, or one of them in PEFT. Its language model's attention implementation becomes
+            `"btok_packed"`, which for every other call is transformers' SDPA.
+        inputs (`Mapping`): What a processor returns for the encoded side: `input_ids`, `attention_mask` and, with
+            media, `mm_token_type_ids`, pixels and grids. Rows may end in the Bottleneck Tokens or lack them.
+        target_ids (`torch.LongTensor` of shape `(batch, target_length)`, *optional*):
+            Target token ids, right-padded. `None` only embeds.
+        labels (`torch.LongTensor` of shape `(batch, target_length)`, *optional*):
+            Aligned with `target_ids` and shifted inside, as in transformers: `labels[:, t]` is predicted from the
+            token before `target_ids[:, t]`, which for `t = 0` is the last Bottleneck Token. -100 is unsupervised.
+            Whatever stands behind a row's last supervised label is padding.
+        condensation_mask (`bool`): `False` is the ablation: the target also sees the encoded side.
+        lm_head (`torch.Tensor` of shape `(vocabulary, hidden)`, *optional*):
+            Head weight, for an untied backbone that was loaded without its head.
+
+    Returns:
+        [`Condensed`]: embeddings and the loss of every supervised token.
+
+    Raises:
+        ValueError: Shapes that do not fit, no head to predict with, media that do not fit their placeholders.
+    """
+    backbone, head = backbone_and_head(model)
+    head = head if lm_head is None else lm_head
+    token_ids = bottleneck_token_ids(backbone.config)
+    check_media(backbone.config, inputs["input_ids"], inputs)
+    input_ids, attention_mask, types = end_in_bottleneck(
+        inputs["input_ids"], inputs.get("attention_mask"), token_ids, inputs.get("mm_token_type_ids")
+    )
+    batch, device = len(input_ids), input_ids.device
+    positions = _position_ids(backbone, input_ids, attention_mask, types, inputs)
+    real = attention_mask.bool()
+
+    if target_ids is None:
+        target_ids = labels = input_ids.new_empty(batch, 0)
+    elif head is None:
+        raise ValueError(
+            "This backbone has no language-modelling head to predict the target with: its embeddings are not tied. "
+            "Load it with AutoModelForImageTextToText, or pass lm_head."
+        )
+    if labels is None or labels.shape != target_ids.shape or len(target_ids) != batch:
+        raise ValueError(
+            f"target_ids and labels must both have shape (batch={batch}, target_length), got "
+            f"{tuple(target_ids.shape)} and {None if labels is None else tuple(labels.shape)}."
+        )
+    supervised = labels != IGNORED
+    real_target = supervised.flip(1).cummax(1).values.flip(1) if target_ids.shape[1] else supervised
+
+    # Rows behind each other: [encoded side | BToks | target] of the first, of the second, …
+    keep = torch.cat([real, real_target], 1)
+    after = positions.masked_fill(~real, -1).amax((0, 2))[:, None] + 1 + torch.arange(target_ids.shape[1]).to(device)
+    positions = torch.cat([positions, after.expand(3, -1, -1)], 2)
+    prefix_lengths, target_lengths = real.sum(1), real_target.sum(1)
+    starts = F.pad((prefix_lengths + target_lengths).cumsum(0), (1, 0))[:-1]
+    segments = []
+    for start, prefix, target in torch.stack([starts, prefix_lengths, target_lengths], 1).tolist():
+        if not condensation_mask:
+            segments.append((start, prefix + target, start, prefix + target))
+            continue
+        segments.append((start, prefix, start, prefix))
+        if target:
+            first_key = start + prefix - len(token_ids)
+            segments.append((start + prefix, target, first_key, len(token_ids) + target))
+
+    # Set for good and not around this call: activation checkpointing looks it up again in the backward pass.
+    backbone.language_model.config._attn_implementation = ATTENTION
+    hidden = backbone(
+        input_ids=torch.cat([input_ids, target_ids], 1)[keep][None],
+        position_ids=positions[:, keep][:, None],
+        use_cache=False,
+        packed_layout=PackedLayout(segments, device),
+        **{key: inputs[key] for key in MEDIA_KEYS if inputs.get(key) is not None},
+    ).last_hidden_state[0]
+
+    ends = starts + prefix_lengths
+    bottleneck = hidden[ends[:, None] + torch.arange(-len(token_ids), 0, device=device)]
+    embeddings = F.normalize(bottleneck.float().mean(1), dim=-1)
+    predictors = (ends[:, None] - 1 + torch.arange(target_ids.shape[1], device=device))[supervised]
+    if len(predictors) == 0:
+        return Condensed(embeddings, hidden.new_zeros(0, dtype=torch.float32))
+    return Condensed(embeddings, linear_cross_entropy(hidden[predictors], head, labels[supervised]))
+
+
+def dense_condensation_mask(attention_mask, target_mask, num_tokens):
+    """The Condensation Mask as a matrix: the definition that the packed layout is tested against.
+
+    Args:
+        attention_mask (`torch.Tensor` of shape `(batch, length)`): 1 for real tokens of [encoded side | BToks].
+        target_mask (`torch.Tensor` of shape `(batch, target_length)`): 1 for real target tokens.
+        num_tokens (`int`): K, the number of Bottleneck Tokens at each row's end.
+
+    Returns:
+        `torch.BoolTensor` of shape `(batch, 1, length + target_length, length + target_length)`: true where the
+        query (third axis) may see the key (last axis).
+    """
+    batch, length = attention_mask.shape
+    real = torch.cat([attention_mask, target_mask], 1).bool()
+    total = real.shape[1]
+    is_target = torch.arange(total, device=real.device) >= length
+    is_bottleneck = torch.zeros_like(real).scatter_(1, last_positions(attention_mask, num_tokens), True)
+    visible = torch.ones(total, total, dtype=torch.bool, device=real.device).tril()[None] & real[:, None]
+    hidden = is_target[None, :, None] & ~(is_target[None, None] | is_bottleneck[:, None])
+    # Padding rows attend to themselves only, so that their softmax is defined.
+    padding = torch.eye(total, dtype=torch.bool, device=real.device) & ~real[:, :, None]
+    return ((visible & ~hidden) | padding)[:, None]

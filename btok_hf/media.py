@@ -1,0 +1,80 @@
+"""Reading media, with errors that name the file, instead of failing (or not failing) deep inside a processor."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tiff", ".webp")
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".wmv", ".flv", ".mkv", ".webm")
+
+
+def read_image(path):
+    """Read an image file as RGB `PIL.Image.Image`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not a readable image.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"Image file {str(path)!r} does not exist. Check the path (relative to the cwd?).")
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"Image file {str(path)!r} cannot be decoded ({error}). Replace or remove it.") from error
+
+
+def read_video(path, num_frames=8):
+    """Read evenly spaced frames of a video file through PyAV, in the form that every loader of a BTok model takes.
+
+    Args:
+        path (`str` or `Path`): A video file that FFmpeg can decode, e.g. mp4.
+        num_frames (`int`): Frames to keep, evenly spaced from first to last; a shorter video keeps all of its frames.
+
+    Returns:
+        `dict`: `array`, uint8 of shape `(frames, height, width, 3)`, and `video_metadata` (`fps` of the kept frames,
+        `total_num_frames`, `duration` in seconds, `frames_indices`), to be passed as `{"video": …}`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ImportError: PyAV is not installed.
+        ValueError: The file holds no decodable video stream.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"Video file {str(path)!r} does not exist. Check the path (relative to the cwd?).")
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError("Reading video files needs PyAV: pip install 'btok-hf[video]'.") from error
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            fps = float(stream.average_rate or 0)
+            # Packets are counted without decoding, so that memory holds only the frames that are kept.
+            total = sum(1 for packet in container.demux(stream) if packet.size)
+            container.seek(0)
+            wanted = set(np.linspace(0, total - 1, min(num_frames, total)).astype(int).tolist())
+            decoded = enumerate(container.decode(stream))
+            frames = [frame.to_ndarray(format="rgb24") for index, frame in decoded if index in wanted]
+    except (av.error.FFmpegError, IndexError) as error:
+        raise ValueError(f"Video file {str(path)!r} cannot be decoded ({error}). Replace or remove it.") from error
+    if not frames or not fps:
+        raise ValueError(f"Video file {str(path)!r} holds no frames or no frame rate. Replace or remove it.")
+    # The metadata describe the kept frames: processors that sample again do so among these.
+    return {
+        "array": np.stack(frames),
+        "video_metadata": {
+            "fps": fps * len(frames) / total,
+            "total_num_frames": len(frames),
+            "duration": total / fps,
+            "frames_indices": list(range(len(frames))),
+        },
+    }
+
+
+def is_media_path(text):
+    """Whether a text looks like the name of an image or video file: one word with such a suffix."""
+    return Path(text).suffix.lower() in IMAGE_SUFFIXES + VIDEO_SUFFIXES and not any(map(str.isspace, text))

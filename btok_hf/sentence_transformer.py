@@ -1,0 +1,281 @@
+"""The Sentence-Transformers side: the module and model that train, and that check every input before encoding it.
+
+An exported repository needs none of this to be loaded: `SentenceTransformer(path)` builds it from stock modules and
+returns the same vectors. The wrapper adds what stock modules cannot do: packed encoding without padding, the
+condensation loss in the same forward, and errors instead of wrong vectors.
+"""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+
+from btok_hf.condensation import condense, is_tied
+from btok_hf.export import export, stock_model, write_repository
+from btok_hf.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, read_image, read_video
+from btok_hf.modeling.modeling_btok import (
+    BACKBONES,
+    backbone_class,
+    bottleneck_token_ids,
+    check_loading_info,
+    last_positions,
+)
+
+INPUT_KEYS = {"text", "image", "video"}
+
+
+class BottleneckTransformer(Transformer):
+    """Sentence-Transformers input module: any input → row ending in K Bottleneck Tokens → embedding.
+
+    It writes `sentence_embedding` (fp32, L2-normalised, shape `(batch, hidden)`) into the features. If they hold
+    `target_ids` and `target_labels` (shape `(batch, 1, target_length)`), the same forward also gives
+    `condensation_loss`, the summed cross-entropy of each row's supervised target tokens, shape `(batch,)`.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._check_template()
+
+    def _load_model(self, model_name_or_path, transformer_task, config, backend, is_peft_model, **model_kwargs):
+        """The stock backbone, loaded strictly; an untied head is kept for the condensation loss."""
+        if backend != "torch":
+            raise ValueError(f"BottleneckTransformer needs backend='torch', got {backend!r}.")
+        backbone_class(config)
+        bottleneck_token_ids(config)
+        model_kwargs.pop("trust_remote_code", None)
+        source, adapter = model_name_or_path, None
+        if is_peft_model:
+            from peft import PeftConfig
+
+            adapter, source = source, PeftConfig.from_pretrained(model_name_or_path).base_model_name_or_path
+        model_class = getattr(transformers, BACKBONES[config.model_type][1])
+        model, info = model_class.from_pretrained(source, config=config, output_loading_info=True, **model_kwargs)
+        check_loading_info(info, source)
+        self.lm_head = None if is_tied(config) else model.lm_head
+        self.generation_config = model.generation_config
+        backbone = model.model
+        if adapter is not None:
+            backbone.load_adapter(adapter)
+        return backbone
+
+    def _check_template(self):
+        row = self.processor.apply_chat_template([{"role": "user", "content": "text"}], tokenize=False)
+        tail = self.tokenizer(row, add_special_tokens=False)["input_ids"]
+        token_ids = bottleneck_token_ids(self.config)
+        if tail[-len(token_ids) :] != token_ids or len(set(tail[: -len(token_ids)]) & set(token_ids)):
+            raise ValueError(
+                f"The chat template ends rows in the ids {tail[-len(token_ids) :]}, but config.btok_token_ids is "
+                f"{token_ids}: K disagrees. Restore config.json and chat_template.jinja from the exported repository."
+            )
+
+    def preprocess(self, inputs, prompt=None, **kwargs):
+        """Turn inputs into model features, as the stock module does, after checking each of them.
+
+        Args:
+            inputs (`list`): Each a text, image (PIL, array, file path), video (`{"array", "video_metadata"}`, file
+                path), a dict of `text`, `image`, `video` (lists for several), or chat messages. In a row the media
+                always come first, in the order given, then the prompt, then the texts.
+            prompt (`str`, *optional*): Instruction for every input.
+
+        Raises:
+            FileNotFoundError, ValueError: An input that cannot be embedded faithfully, with its index.
+        """
+        inputs = [self._check_input(index, item) for index, item in enumerate(inputs)]
+        try:
+            features = super().preprocess(inputs, prompt=prompt, **kwargs)
+        except ValueError as error:
+            if "Likely due to `truncation" not in str(error):
+                raise
+            raise ValueError(
+                f"An input with images or video is longer than max_seq_length={self.max_seq_length} tokens. Media are "
+                "never cut: raise max_seq_length, lower max_pixels (processor_kwargs={'max_pixels': …}), or shorten "
+                "the text."
+            ) from error
+        if not inputs:
+            return features
+        token_ids = torch.tensor(bottleneck_token_ids(self.config))
+        columns = last_positions(features["attention_mask"], len(token_ids))
+        if (columns < 0).any() or (features["input_ids"].gather(1, columns) != token_ids).any():
+            raise ValueError(
+                f"A row does not end in the {len(token_ids)} Bottleneck Tokens: max_seq_length={self.max_seq_length} "
+                "leaves no room for them, or the processor's chat template was changed."
+            )
+        return features
+
+    def _check_input(self, index, item):
+        """`item` with its files read; raises, naming `index`, if it cannot be embedded."""
+        try:
+            if isinstance(item, str):
+                return self._read_path(item)
+            if isinstance(item, dict) and "role" not in item and "array" not in item:
+                unknown = set(item) - INPUT_KEYS
+                if unknown or not item:
+                    raise ValueError(f"unknown keys {sorted(unknown)}; an input dict has keys of {sorted(INPUT_KEYS)}")
+                return {key: self._check_media(key, item[key]) for key in sorted(item, key=_media_first)}
+            if isinstance(item, Image.Image):
+                return self._check_image(item)
+            return item
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"Input {index}: {error}") from error
+
+    def _read_path(self, text):
+        """Read the media file that a string names. One that looks like a file name but names none is refused."""
+        if len(text) > 4096 or text.startswith(("http://", "https://", "data:")):
+            return text
+        suffix = Path(text).suffix.lower()
+        a_sentence = any(character.isspace() for character in text) and not Path(text).is_file()
+        if a_sentence or suffix not in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
+            return text
+        return self._check_image(read_image(text)) if suffix in IMAGE_SUFFIXES else {"video": read_video(text)}
+
+    def _check_media(self, key, value):
+        if key == "text":
+            if not (isinstance(value, str) or (isinstance(value, (list, tuple)) and all(map(_is_text, value)))):
+                raise ValueError(f"'text' must be a string or a list of strings, got {type(value).__name__}")
+            return value
+        if isinstance(value, (list, tuple)) and not (key == "video" and all(map(_is_frame, value))):
+            return [self._check_media(key, part) for part in value]
+        if isinstance(value, (str, Path)) and not str(value).startswith(("http://", "https://", "data:")):
+            value = read_image(value) if key == "image" else read_video(value)
+        if value is None:
+            raise ValueError(f"'{key}' is None; leave the key out or give it media")
+        return self._check_image(value) if key == "image" else value
+
+    def _check_image(self, image):
+        """Images smaller than one patch hold nothing to embed; the processor would blow them up silently."""
+        if isinstance(image, Image.Image) and min(image.size) < self.config.vision_config.patch_size:
+            raise ValueError(
+                f"image of {image.width} x {image.height} pixels is smaller than one patch of "
+                f"{self.config.vision_config.patch_size} pixels; enlarge it or remove it"
+            )
+        if isinstance(image, (np.ndarray, torch.Tensor)) and not np.isfinite(np.asarray(image)).all():
+            raise ValueError("image array holds NaN or infinite pixels; clean it")
+        return image
+
+    def forward(self, features, **kwargs):
+        target_ids, labels = features.get("target_ids"), features.get("target_labels")
+        condensed = condense(
+            self.model,
+            features,
+            None if target_ids is None else target_ids[:, 0],
+            None if labels is None else labels[:, 0],
+            condensation_mask=features.get("condensation_mask", True),
+            lm_head=None if self.lm_head is None else self.lm_head.weight,
+        )
+        features["sentence_embedding"] = condensed.embeddings
+        if target_ids is not None:
+            rows = (labels[:, 0] != -100).nonzero()[:, 0]
+            losses = condensed.token_losses.new_zeros(len(target_ids))
+            features["condensation_loss"] = losses.index_add(0, rows, condensed.token_losses)
+        return features
+
+    def merged(self):
+        """The stock model to publish: adapters, if any, merged into a copy of the weights."""
+        backbone = self.model
+        if has_adapters(backbone):
+            from peft.tuners.tuners_utils import BaseTunerLayer
+            from peft.utils.other import AuxiliaryTrainingWrapper
+
+            backbone = copy.deepcopy(backbone)
+            for name, layer in list(backbone.named_modules()):
+                parent, _, attribute = name.rpartition(".")
+                if isinstance(layer, AuxiliaryTrainingWrapper):
+                    layer.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
+                    merged = layer.token_adapter.get_base_layer()
+                elif isinstance(layer, BaseTunerLayer) and not _inside_wrapper(backbone, parent):
+                    layer.merge(safe_merge=True)
+                    merged = layer.get_base_layer()
+                else:
+                    continue
+                setattr(backbone.get_submodule(parent), attribute, merged)
+            backbone._hf_peft_config_loaded = False
+        return stock_model(backbone, self.lm_head, self.generation_config)
+
+
+class BTokSentenceTransformer(SentenceTransformer):
+    """A `SentenceTransformer` made of one `BottleneckTransformer`: the model that `CondensationTrainer` trains.
+
+    Args:
+        model_name_or_path (`str`): Local folder or Hub id of a repository with Bottleneck Tokens, as written by
+            `add_bottleneck_tokens` or `export`; also a checkpoint that holds only adapters.
+        model_kwargs, processor_kwargs (`dict`, *optional*): For the model (`dtype`, `device_map`) and the processor
+            (`max_pixels`).
+        max_seq_length (`int`, *optional*): Longest row in tokens, the K Bottleneck Tokens included. Longer text
+            keeps its end; longer rows with media are refused.
+        device, prompts, default_prompt_name, similarity_fn_name, truncate_dim: As in `SentenceTransformer`.
+        hub_kwargs: `revision`, `token`, `cache_folder`, `local_files_only`.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path,
+        *,
+        device=None,
+        prompts=None,
+        default_prompt_name=None,
+        similarity_fn_name=None,
+        truncate_dim=None,
+        model_kwargs=None,
+        processor_kwargs=None,
+        max_seq_length=None,
+        **hub_kwargs,
+    ):
+        model_name_or_path = str(model_name_or_path)
+        module = BottleneckTransformer.load(
+            model_name_or_path, model_kwargs=model_kwargs, processor_kwargs=processor_kwargs, **hub_kwargs
+        )
+        if max_seq_length is not None:
+            module.max_seq_length = max_seq_length
+        saved = BottleneckTransformer.load_config(
+            model_name_or_path, config_filename="config_sentence_transformers.json", **hub_kwargs
+        )
+        super().__init__(
+            modules=[module],
+            device=device,
+            prompts={**saved.get("prompts", {}), **(prompts or {})},
+            default_prompt_name=default_prompt_name or saved.get("default_prompt_name"),
+            similarity_fn_name=similarity_fn_name or saved.get("similarity_fn_name"),
+            truncate_dim=truncate_dim or saved.get("truncate_dim"),
+        )
+
+    def save(self, path, model_name=None, create_model_card=True, train_datasets=None, safe_serialization=True):
+        """Save a repository that stock Sentence-Transformers loads without trust_remote_code.
+
+        With adapters, as in Sentence-Transformers, only they are written, beside a reference to the base: what
+        training resumes from. `btok_hf.export` writes the merged repository to publish.
+        """
+        if not safe_serialization:
+            raise ValueError("Weights are saved as safetensors only: leave safe_serialization at True.")
+        if has_adapters(self[0].model):
+            write_repository(path, self[0].model, self[0].processor, model=self)
+        else:
+            export(self, path)
+
+
+def has_adapters(backbone):
+    """Whether PEFT adapters were added to this transformers model."""
+    return bool(getattr(backbone, "_hf_peft_config_loaded", False))
+
+
+def _inside_wrapper(model, name):
+    """Whether the module of this name is PEFT's wrapper around trained tokens, which merges its own layer."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return isinstance(model.get_submodule(name), AuxiliaryTrainingWrapper)
+
+
+def _media_first(key):
+    return ("image", "video", "text").index(key)
+
+
+def _is_text(value):
+    return isinstance(value, str)
+
+
+def _is_frame(value):
+    return isinstance(value, (Image.Image, np.ndarray, torch.Tensor))

@@ -1,0 +1,5 @@
+"""What travels to the Hub with the weights; installed as `btok_hf.modeling`."""
+
+from .modeling_btok import BTokForEmbedding, BTokOutput
+
+__all__ = ["BTokForEmbedding", "BTokOutput"]

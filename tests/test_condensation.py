@@ -1,0 +1,254 @@
+"""The packed condensation forward against the definition: a dense mask, full logits, padded batches."""
+
+import pytest
+import tiny
+import torch
+from conftest import image, video
+from torch.nn import functional as F
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+from btok_hf.condensation import condense, dense_condensation_mask, linear_cross_entropy
+from btok_hf.modeling.modeling_btok import last_positions
+
+TARGETS = ["a cat", "", "two dogs and a tree", "x"]
+
+
+def rows(kind):
+    """Four ragged inputs as chat messages."""
+    contents = {
+        "text": [["hi"], ["a much longer query than the others"], ["mid length"], ["another one here"]],
+        "image": [
+            [image(60, 80), "what"],
+            ["no image at all"],
+            [image(56, 56), image(90, 40), "two"],
+            [image(40, 40)],
+        ],
+        "video": [[video(4), "move"], [video(6, 28, 1)], [image(60, 60), "still"], ["none"]],
+    }[kind]
+    return [[{"role": "user", "content": [_part(part) for part in content]}] for content in contents]
+
+
+def _part(value):
+    if isinstance(value, str):
+        return {"type": "text", "text": value}
+    return {"type": "video", "video": value["array"]} if isinstance(value, dict) else {"type": "image", "image": value}
+
+
+def process(processor, conversations, side="right"):
+    processor.tokenizer.padding_side = side
+    return processor.apply_chat_template(
+        conversations, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"padding": True}
+    )
+
+
+def targets(processor, texts=TARGETS):
+    """An unsupervised prompt and a supervised text per row; an empty text is a row without a target."""
+    tokenizer = processor.tokenizer
+    prompt = tokenizer("<|im_start|>assistant\n")["input_ids"]
+    ids = [prompt + tokenizer(text + "<|im_end|>")["input_ids"] if text else [] for text in texts]
+    labels = [[-100] * len(prompt) + row[len(prompt) :] for row in ids]
+    pad = {"batch_first": True, "padding_side": "right"}
+    return (
+        torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.long) for row in ids], padding_value=7, **pad),
+        torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(row, dtype=torch.long) for row in labels], padding_value=-100, **pad
+        ),
+    )
+
+
+def dense_reference(model, inputs, target_ids, labels, masked=True):
+    """Embedding and token losses by definition: padded batch, stock SDPA, dense mask, full logits."""
+    num_tokens = len(model.config.btok_token_ids)
+    inputs = dict(inputs)
+    prefix, ids = inputs.pop("attention_mask"), inputs.pop("input_ids")
+    types = inputs.pop("mm_token_type_ids")
+    grids = {key: value for key, value in inputs.items() if key.endswith(("grid_thw", "grid_ts"))}
+    positions, _ = model.model.get_rope_index(ids, mm_token_type_ids=types, attention_mask=prefix, **grids)
+    positions = positions * prefix
+    after = positions.amax((0, 2))[:, None] + 1 + torch.arange(target_ids.shape[1])
+    target = (labels != -100).flip(1).cummax(1).values.flip(1)
+    mask = dense_condensation_mask(prefix, target, num_tokens)
+    if not masked:
+        real = torch.cat([prefix, target], 1).bool()
+        mask = (torch.ones_like(mask).tril() & real[:, None, None]) | torch.eye(real.shape[1], dtype=torch.bool)
+    output = model.model(
+        input_ids=torch.cat([ids, target_ids], 1),
+        attention_mask=torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min),
+        position_ids=torch.cat([positions, after.expand(3, -1, -1)], 2),
+        use_cache=False,
+        **{key: value for key, value in inputs.items() if key != "second_per_grid_ts"},
+    ).last_hidden_state
+    columns = last_positions(prefix, num_tokens)
+    embeddings = F.normalize(torch.stack([row[c].mean(0) for row, c in zip(output, columns)]), dim=-1)
+    losses = []
+    for row in range(len(ids)):
+        for t in (labels[row] != -100).nonzero().flatten().tolist():
+            state = output[row, columns[row, -1]] if t == 0 else output[row, ids.shape[1] + t - 1]
+            losses.append(F.cross_entropy(model.lm_head(state), labels[row, t]))
+    return embeddings, torch.stack(losses)
+
+
+def gradients(model, embeddings, losses):
+    """Of a scalar that depends on every embedding entry and every token loss differently."""
+    torch.manual_seed(1)
+    model.zero_grad()
+    (embeddings * torch.randn_like(embeddings)).sum().add((losses * torch.rand_like(losses)).sum()).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(actual, expected, tolerance=1e-5):
+    assert actual.keys() == expected.keys()
+    scale = max(g.abs().max() for g in expected.values())
+    for name, gradient in expected.items():
+        assert (actual[name] - gradient).abs().max() <= tolerance * scale, name
+
+
+@pytest.mark.parametrize("backbone", tiny.BACKBONES)
+@pytest.mark.parametrize("kind", ["text", "image", "video"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_packed_equals_dense_mask(repos, backbone, kind, side):
+    processor = AutoProcessor.from_pretrained(repos[backbone])
+    inputs = process(processor, rows(kind), side)
+    target_ids, labels = targets(processor)
+    for masked in (True, False):
+        model = AutoModelForImageTextToText.from_pretrained(repos[backbone])
+        expected = dense_reference(model, inputs, target_ids, labels, masked)
+        expected_gradients = gradients(model, *expected)
+        model = AutoModelForImageTextToText.from_pretrained(repos[backbone])
+        actual = condense(model, inputs, target_ids, labels, condensation_mask=masked)
+        assert len(actual.token_losses) == sum(len(text) + 1 for text in TARGETS if text)
+        torch.testing.assert_close(actual.embeddings, expected[0], atol=2e-6, rtol=0)
+        torch.testing.assert_close(actual.token_losses, expected[1], atol=2e-5, rtol=1e-5)
+        assert_same_gradients(gradients(model, *actual), expected_gradients)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_changes_nothing(repo, reentrant):
+    processor = AutoProcessor.from_pretrained(repo)
+    inputs, (target_ids, labels) = process(processor, rows("image")), targets(processor)
+    results = []
+    for checkpointing in (False, True):
+        model = AutoModelForImageTextToText.from_pretrained(repo).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        output = condense(model, inputs, target_ids, labels)
+        results.append((output, gradients(model, *output)))
+    torch.testing.assert_close(results[1][0].token_losses, results[0][0].token_losses, atol=0, rtol=0)
+    assert_same_gradients(results[1][1], results[0][1], 1e-6)
+
+
+def test_bottleneck_tokens_are_appended_where_they_are_absent(repo):
+    processor = AutoProcessor.from_pretrained(repo)
+    model = AutoModelForImageTextToText.from_pretrained(repo)
+    inputs, (target_ids, labels) = process(processor, rows("image")), targets(processor)
+    expected = condense(model, inputs, target_ids, labels)
+    cut = dict(inputs)
+    columns = last_positions(inputs["attention_mask"], 4)
+    cut["attention_mask"] = inputs["attention_mask"].scatter(1, columns, 0)
+    actual = condense(model, cut, target_ids, labels)
+    torch.testing.assert_close(actual.embeddings, expected.embeddings, atol=1e-6, rtol=0)
+    torch.testing.assert_close(actual.token_losses, expected.token_losses, atol=1e-5, rtol=0)
+
+
+def test_query_reaches_the_target_only_through_the_bottleneck(repo):
+    """Leakage: cut the Bottleneck Tokens' own view of the query, and nothing of the query reaches the target."""
+    processor = AutoProcessor.from_pretrained(repo)
+    model = AutoModelForImageTextToText.from_pretrained(repo).eval()
+    target_ids, labels = targets(processor, ["target text"])
+
+    def losses(query, blind, condensation_mask=True):
+        inputs = process(processor, [[{"role": "user", "content": query}]])
+        attend = model_attention_without_query(4) if blind else None
+        with torch.no_grad(), attend or torch.no_grad():
+            return condense(model, inputs, target_ids, labels, condensation_mask=condensation_mask).token_losses
+
+    one, other = "find the red car", "count my old hats"  # the same number of bytes: positions stay
+    assert (losses(one, False) - losses(other, False)).abs().max() > 1e-1
+    torch.testing.assert_close(losses(one, True), losses(other, True), atol=1e-4, rtol=0)
+    assert (losses(one, True, False) - losses(other, True, False)).abs().max() > 1e-1  # without the mask it leaks
+
+
+def model_attention_without_query(num_tokens):
+    """A context in which the Bottleneck Tokens see only themselves; all else is as laid out."""
+    from unittest.mock import patch
+
+    from btok_hf.condensation import PackedLayout
+
+    class Blind(PackedLayout):
+        def __init__(self, segments, device):
+            blinded = []
+            for query_start, queries, key_start, keys in segments:
+                prefix = queries - num_tokens if len(segments) == 2 and query_start == 0 else 0
+                if prefix:  # the prefix segment splits in two: query tokens, and Bottleneck Tokens on their own
+                    blinded.append((query_start, prefix, key_start, prefix))
+                    blinded.append((query_start + prefix, num_tokens, key_start + prefix, num_tokens))
+                else:
+                    blinded.append((query_start, queries, key_start, keys))
+            super().__init__(blinded, device)
+
+    return patch("btok_hf.condensation.PackedLayout", Blind)
+
+
+def test_target_continues_at_the_maximum_position(repos):
+    """A tall video reaches positions beyond its last text token: the target starts behind that maximum."""
+    processor = AutoProcessor.from_pretrained(repos["qwen2_5_vl"])
+    model = AutoModel.from_pretrained(repos["qwen2_5_vl"])
+    inputs = process(processor, [[{"role": "user", "content": [{"type": "video", "video": video(12, 28)["array"]}]}]])
+    target_ids, labels = targets(processor, ["t"])
+    seen = {}
+    model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.update(positions=kwargs["position_ids"]), with_kwargs=True
+    )
+    condense(model, inputs, target_ids, labels)
+    prefix = inputs["input_ids"].shape[1]
+    positions = seen["positions"][:, 0]
+    assert positions[:, prefix].eq(positions[:, :prefix].max() + 1).all()
+    assert positions[0, :prefix].max() > positions[0, prefix - 1]  # the case is not trivial
+
+
+def test_ordinary_calls_are_unchanged_after_condense(repo):
+    processor = AutoProcessor.from_pretrained(repo)
+    model = AutoModel.from_pretrained(repo).eval()
+    inputs = process(processor, rows("image"), "left")
+    with torch.no_grad():
+        before = model(**inputs).last_hidden_state
+        condense(model, inputs)
+        after = model(**inputs).last_hidden_state
+    assert model.language_model.config._attn_implementation == "btok_packed"
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(after[real], before[real], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 256, 300])
+def test_linear_cross_entropy_equals_full_logits(rows):
+    hidden, weight = torch.randn(rows, 16, dtype=torch.double), torch.randn(50, 16, dtype=torch.double)
+    labels, scale = torch.randint(50, (rows,)), torch.rand(rows)
+    gradients = []
+    for function in (linear_cross_entropy, lambda h, w, y: F.cross_entropy(h @ w.T, y, reduction="none")):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        losses = function(h, w, labels)
+        (losses * scale).sum().backward()
+        gradients.append((losses.float(), h.grad, w.grad))
+    for actual, expected in zip(*gradients):
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_untied_head_is_used_and_its_absence_refused(tmp_path):
+    import btok_hf
+
+    repo = btok_hf.add_bottleneck_tokens(tiny.build("qwen2_vl", tmp_path / "base", tied=False), tmp_path / "repo")
+    processor = AutoProcessor.from_pretrained(repo)
+    inputs, (target_ids, labels) = process(processor, rows("text")), targets(processor)
+    model = AutoModelForImageTextToText.from_pretrained(repo)
+    expected = dense_reference(model, inputs, target_ids, labels)
+    torch.testing.assert_close(condense(model, inputs, target_ids, labels)[1], expected[1], atol=2e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="no language-modelling head"):
+        condense(AutoModel.from_pretrained(repo), inputs, target_ids, labels)
+
+
+def test_wrong_shapes_are_refused(repo):
+    processor = AutoProcessor.from_pretrained(repo)
+    inputs, (target_ids, labels) = process(processor, rows("text")), targets(processor)
+    with pytest.raises(ValueError, match=r"must both have shape \(batch=4"):
+        condense(AutoModel.from_pretrained(repo), inputs, target_ids, labels[:, 1:])

@@ -1,0 +1,123 @@
+"""Tiny random Qwen-VL checkpoints, made on the spot: byte-level tokenizer, two layers, a few kilobytes."""
+
+import torch
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2Tokenizer,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
+
+BACKBONES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif content['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% else %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tokenizer():
+    tokenizer = Qwen2Tokenizer(vocab={c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}, merges=[])
+    tokenizer.add_tokens(SPECIAL, special_tokens=True)
+    tokenizer.pad_token, tokenizer.eos_token, tokenizer.model_max_length = "<|endoftext|>", "<|im_end|>", 4096
+    return tokenizer
+
+
+def build(backbone, path, vocab_size=320, tied=True, seed=0, chat_template=CHAT_TEMPLATE):
+    """Write a random base checkpoint with its processor to `path`. 264 of the `vocab_size` rows are taken."""
+    tok = tokenizer()
+    ids = dict(zip(SPECIAL, tok.convert_tokens_to_ids(SPECIAL)))
+    special = {
+        "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
+        "tie_word_embeddings": tied,
+    }
+    text = {
+        "vocab_size": vocab_size,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6},
+        "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|im_end|>"],
+        "pad_token_id": ids["<|endoftext|>"],
+        "tie_word_embeddings": tied,
+    }
+    pixels = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 16}
+    torch.manual_seed(seed)
+    if backbone == "qwen2_vl":
+        vision = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 14}
+        model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **special))
+        processor = Qwen2VLProcessor(Qwen2VLImageProcessor(size=pixels), tok, Qwen2VLVideoProcessor(size=pixels))
+    elif backbone == "qwen2_5_vl":
+        vision = {
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "out_hidden_size": 64,
+            "num_heads": 2,
+            "patch_size": 14,
+            "fullatt_block_indexes": [1],
+            "window_size": 112,
+        }
+        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **special))
+        processor = Qwen2_5_VLProcessor(Qwen2VLImageProcessor(size=pixels), tok, Qwen2VLVideoProcessor(size=pixels))
+    else:
+        vision = {
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "out_hidden_size": 64,
+            "num_heads": 2,
+            "patch_size": 16,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 1],
+        }
+        text = {**text, "head_dim": 16}
+        text["rope_parameters"] = {**text["rope_parameters"], "mrope_interleaved": True}
+        model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **special))
+        pixels = {"shortest_edge": 32 * 32, "longest_edge": 32 * 32 * 16}
+        processor = Qwen3VLProcessor(
+            Qwen2VLImageProcessor(patch_size=16, size=pixels),
+            tok,
+            Qwen3VLVideoProcessor(size={"shortest_edge": 32 * 32 * 2, "longest_edge": 32 * 32 * 64}),
+        )
+    processor.chat_template = chat_template
+    # The default initialisation (std 0.02) gives nearly constant hidden states: make tokens tell apart.
+    with torch.no_grad():
+        model.get_input_embeddings().weight.normal_(std=0.5)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and "embed" not in name:
+                parameter.mul_(5)
+        model.tie_weights()
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return str(path)
