@@ -12,7 +12,7 @@ _HOMES = {
     "BottleneckTransformer": "btok_hf.sentence_transformer",
     "add_bottleneck_tokens": "btok_hf.bottleneck",
     "condense": "btok_hf.condensation",
-    "export": "btok_hf.export",
+    "export_model": "btok_hf.export",
     "read_image": "btok_hf.media",
     "read_video": "btok_hf.media",
 }

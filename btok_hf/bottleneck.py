@@ -5,11 +5,11 @@ part of a single Bottleneck Token everywhere else in the library.
 """
 
 import torch
-import transformers
 from transformers import AutoConfig, AutoProcessor
 
-from btok_hf.export import write_repository
-from btok_hf.modeling.modeling_btok import BACKBONES, backbone_class, check_loading_info
+from btok_hf.condensation import is_tied
+from btok_hf.export import stock_model, write_repository
+from btok_hf.modeling.modeling_btok import load_stock_model, stock_class
 
 REQUIRED_TOKENS = (
     "<|im_start|>",
@@ -109,7 +109,7 @@ def add_bottleneck_tokens(
     if num_tokens < 0:
         raise ValueError(f"num_tokens must be 0 (last-token pooling) or more, got {num_tokens}.")
     config = AutoConfig.from_pretrained(base, **hub_kwargs)
-    backbone_class(config)  # refuses unsupported backbones before anything large is loaded
+    stock_class(config)  # refuses unsupported backbones before anything large is loaded
     processor = AutoProcessor.from_pretrained(base, **hub_kwargs)
     tokenizer = processor.tokenizer
     known = tokenizer.get_vocab()
@@ -123,9 +123,7 @@ def add_bottleneck_tokens(
             f"Use num_tokens={len(present)}, or start from a base without them."
         )
 
-    model_class = getattr(transformers, BACKBONES[config.model_type][1])
-    model, info = model_class.from_pretrained(base, dtype=dtype, output_loading_info=True, **hub_kwargs)
-    check_loading_info(info, base)
+    model, _ = load_stock_model(base, config, dtype=dtype, **hub_kwargs)
     if not present:
         tokenizer.add_tokens(names, special_tokens=True)
         ids = tokenizer.convert_tokens_to_ids(names) or [tokenizer.eos_token_id]
@@ -141,10 +139,15 @@ def add_bottleneck_tokens(
         model.config.btok_token_ids = ids
         model.config.btok_num_tokens = num_tokens
         model.config.btok_initialisation = {"row": tokenizer.eos_token, "noise_std": noise_std, "seed": seed}
+    # The per-frame cap of the reference implementation, which transformers is moving to.
+    processor.video_processor.cap_pixels_per_frame = True
     # Right-truncation would cut the Bottleneck Tokens off. From the left it cuts text, or, where media come first,
     # placeholders, which the processor refuses. Set in both places, because save_pretrained compares the two.
     tokenizer.truncation_side = tokenizer.init_kwargs["truncation_side"] = "left"
     _set_pixels(processor, min_pixels, max_pixels)
+    # A fresh model around the same tensors: the loaded one would be saved in the layout it was read from, and stock
+    # AutoModel leaves the vision tower of one of the layouts random.
+    model = stock_model(model.model, None if is_tied(config) else model.lm_head, model.generation_config)
     return write_repository(output_dir, model, processor, prompts=prompts)
 
 
@@ -186,11 +189,13 @@ def _vocabulary_layers(model):
 
 def _set_pixels(processor, min_pixels, max_pixels):
     """Bound the pixels of an image, and of a video frame, through the processors' own `size`."""
-    limits = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
-    limits = {key: value for key, value in limits.items() if value is not None}
-    if not limits:
-        return
-    if min_pixels and max_pixels and min_pixels > max_pixels:
-        raise ValueError(f"min_pixels={min_pixels} must not exceed max_pixels={max_pixels}.")
     for part in (processor.image_processor, processor.video_processor):
-        part.size = {**part.size, **limits}
+        limits = {
+            "shortest_edge": part.size["shortest_edge"] if min_pixels is None else min_pixels,
+            "longest_edge": part.size["longest_edge"] if max_pixels is None else max_pixels,
+        }
+        if limits["shortest_edge"] > limits["longest_edge"]:
+            raise ValueError(
+                f"min_pixels={limits['shortest_edge']} must not exceed max_pixels={limits['longest_edge']}."
+            )
+        part.size = limits

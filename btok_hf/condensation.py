@@ -25,11 +25,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from btok_hf.modeling.modeling_btok import (
-    BACKBONES,
     bottleneck_token_ids,
     check_media,
     end_in_bottleneck,
     last_positions,
+    stock_class,
 )
 
 ATTENTION = "btok_packed"
@@ -162,11 +162,7 @@ def backbone_and_head(model):
     """
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
-    if getattr(model.config, "model_type", None) not in BACKBONES:
-        raise ValueError(
-            f"condense needs a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model, got {type(model).__name__}. "
-            "Load one with AutoModel or AutoModelForImageTextToText."
-        )
+    stock_class(model.config)  # refuses other families
     backbone = model if hasattr(model, "language_model") else model.model
     head = model.get_output_embeddings()
     if head is None and is_tied(model.config):

@@ -25,7 +25,7 @@ STOCK_MODULES = (
 )
 
 
-def export(model, output_dir, *, card=None, max_shard_size="50GB"):
+def export_model(model, output_dir, *, card=None, max_shard_size="50GB"):
     """Write a trained model as a Hub repository that every stock loader reads.
 
     LoRA adapters are merged into a copy of the weights; `model` itself stays as it is, ready to train on.
@@ -135,7 +135,7 @@ def stock_model(backbone, lm_head=None, generation_config=None) -> PreTrainedMod
         generation_config (`GenerationConfig`, *optional*): Saved with the model.
     """
     with torch.device("meta"):
-        model = getattr(transformers, modeling_btok.BACKBONES[backbone.config.model_type][1])(backbone.config)
+        model = modeling_btok.stock_class(backbone.config)(backbone.config)
     model.model = backbone
     if lm_head is not None:
         model.lm_head = lm_head

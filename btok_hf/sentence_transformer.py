@@ -10,21 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 
 from btok_hf.condensation import condense, is_tied
-from btok_hf.export import export, stock_model, write_repository
+from btok_hf.export import export_model, stock_model, write_repository
 from btok_hf.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, read_image, read_video
-from btok_hf.modeling.modeling_btok import (
-    BACKBONES,
-    backbone_class,
-    bottleneck_token_ids,
-    check_loading_info,
-    last_positions,
-)
+from btok_hf.modeling.modeling_btok import bottleneck_token_ids, last_positions, load_stock_model
 
 INPUT_KEYS = {"text", "image", "video"}
 
@@ -45,7 +38,6 @@ class BottleneckTransformer(Transformer):
         """The stock backbone, loaded strictly; an untied head is kept for the condensation loss."""
         if backend != "torch":
             raise ValueError(f"BottleneckTransformer needs backend='torch', got {backend!r}.")
-        backbone_class(config)
         bottleneck_token_ids(config)
         model_kwargs.pop("trust_remote_code", None)
         source, adapter = model_name_or_path, None
@@ -53,9 +45,7 @@ class BottleneckTransformer(Transformer):
             from peft import PeftConfig
 
             adapter, source = source, PeftConfig.from_pretrained(model_name_or_path).base_model_name_or_path
-        model_class = getattr(transformers, BACKBONES[config.model_type][1])
-        model, info = model_class.from_pretrained(source, config=config, output_loading_info=True, **model_kwargs)
-        check_loading_info(info, source)
+        model, _ = load_stock_model(source, config, **model_kwargs)
         self.lm_head = None if is_tied(config) else model.lm_head
         self.generation_config = model.generation_config
         backbone = model.model
@@ -202,7 +192,7 @@ class BTokSentenceTransformer(SentenceTransformer):
 
     Args:
         model_name_or_path (`str`): Local folder or Hub id of a repository with Bottleneck Tokens, as written by
-            `add_bottleneck_tokens` or `export`; also a checkpoint that holds only adapters.
+            `add_bottleneck_tokens` or `export_model`; also a checkpoint that holds only adapters.
         model_kwargs, processor_kwargs (`dict`, *optional*): For the model (`dtype`, `device_map`) and the processor
             (`max_pixels`).
         max_seq_length (`int`, *optional*): Longest row in tokens, the K Bottleneck Tokens included. Longer text
@@ -247,14 +237,14 @@ class BTokSentenceTransformer(SentenceTransformer):
         """Save a repository that stock Sentence-Transformers loads without trust_remote_code.
 
         With adapters, as in Sentence-Transformers, only they are written, beside a reference to the base: what
-        training resumes from. `btok_hf.export` writes the merged repository to publish.
+        training resumes from. `btok_hf.export_model` writes the merged repository to publish.
         """
         if not safe_serialization:
             raise ValueError("Weights are saved as safetensors only: leave safe_serialization at True.")
         if has_adapters(self[0].model):
             write_repository(path, self[0].model, self[0].processor, model=self)
         else:
-            export(self, path)
+            export_model(self, path)
 
 
 def has_adapters(backbone):

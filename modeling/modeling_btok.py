@@ -13,14 +13,19 @@ from pathlib import Path
 
 import torch
 from torch.nn.functional import normalize
-from transformers import AutoConfig, PreTrainedModel, Qwen2_5_VLModel, Qwen2VLModel, Qwen3VLModel
+from transformers import (
+    AutoConfig,
+    PreTrainedModel,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
+)
 from transformers.utils import ModelOutput
 
-# model_type -> (backbone class, class a stock loader expects in config.architectures)
-BACKBONES = {
-    "qwen2_vl": (Qwen2VLModel, "Qwen2VLForConditionalGeneration"),
-    "qwen2_5_vl": (Qwen2_5_VLModel, "Qwen2_5_VLForConditionalGeneration"),
-    "qwen3_vl": (Qwen3VLModel, "Qwen3VLForConditionalGeneration"),
+STOCK_CLASSES = {
+    "qwen2_vl": Qwen2VLForConditionalGeneration,
+    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
+    "qwen3_vl": Qwen3VLForConditionalGeneration,
 }
 
 
@@ -44,14 +49,42 @@ class BTokOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
-def backbone_class(config):
-    """The transformers class behind `config`; raises if it is not one of the supported Qwen-VL families."""
-    if config.model_type not in BACKBONES:
+def stock_class(config):
+    """The transformers class of the whole model behind `config`; raises if it is none of the Qwen-VL families."""
+    if config.model_type not in STOCK_CLASSES:
         raise ValueError(
-            f"Bottleneck Tokens support the backbones {sorted(BACKBONES)}, got model_type {config.model_type!r}. "
+            f"Bottleneck Tokens support the backbones {sorted(STOCK_CLASSES)}, got model_type {config.model_type!r}. "
             "Start from a Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint."
         )
-    return BACKBONES[config.model_type][0]
+    return STOCK_CLASSES[config.model_type]
+
+
+def load_stock_model(source, config, *args, needs_head=True, **kwargs):
+    """Load the stock model and its loading info; raise if any of its tensors is random or any tensor is left over.
+
+    The whole `...ForConditionalGeneration` is loaded even where only its backbone is wanted: it reads every layout
+    that Qwen-VL checkpoints come in, while the bare backbone class leaves the vision tower of one of them random.
+
+    Args:
+        source (`str` or `Path`): Local folder or Hub id.
+        config (`PreTrainedConfig`): Its configuration.
+        needs_head (`bool`): Whether an untied `lm_head.weight` must be there too.
+        args, kwargs: For `from_pretrained`.
+    """
+    model, info = stock_class(config).from_pretrained(
+        source, *args, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+    )
+    missing = sorted(info["missing_keys"] - (set() if needs_head else {"lm_head.weight"}))
+    mismatched = sorted(str(key) for key in info["mismatched_keys"])
+    unexpected = sorted(info["unexpected_keys"])
+    for kind, keys in (("misses", missing), ("has wrongly shaped", mismatched), ("has unexpected", unexpected)):
+        if keys:
+            raise ValueError(
+                f"The checkpoint {source} {kind} {len(keys)} tensor(s): {', '.join(keys[:8])}"
+                f"{', …' if len(keys) > 8 else ''}. It is not loaded, because random weights would give "
+                "meaningless embeddings. Use the weights that belong to this config.json."
+            )
+    return model, info
 
 
 def bottleneck_token_ids(config):
@@ -69,23 +102,6 @@ def bottleneck_token_ids(config):
             "Restore the config.json that the repository was exported with."
         )
     return ids
-
-
-def check_loading_info(info, source):
-    """Raise if a checkpoint left any tensor of the model random or holds tensors that the model does not know.
-
-    `lm_head.weight` may be there: a backbone without its language-modelling head does not read it.
-    """
-    missing = sorted(info["missing_keys"])
-    unexpected = sorted(set(info["unexpected_keys"]) - {"lm_head.weight"})
-    mismatched = sorted(str(key) for key in info["mismatched_keys"])
-    for kind, keys in (("misses", missing), ("has unexpected", unexpected), ("has wrongly shaped", mismatched)):
-        if keys:
-            raise ValueError(
-                f"The checkpoint {source} {kind} {len(keys)} tensor(s): {', '.join(keys[:8])}"
-                f"{', …' if len(keys) > 8 else ''}. Nothing is loaded, because random weights would give "
-                "meaningless embeddings. Use the checkpoint that belongs to this config.json."
-            )
 
 
 def last_positions(attention_mask, count):
@@ -176,7 +192,7 @@ class BTokForEmbedding(PreTrainedModel):
     def __init__(self, config, backbone=None):
         super().__init__(config)
         bottleneck_token_ids(config)
-        self.model = backbone_class(config)(config) if backbone is None else backbone
+        self.model = stock_class(config)(config).model if backbone is None else backbone
         self._no_split_modules = self.model._no_split_modules
         self.post_init()
 
@@ -184,8 +200,8 @@ class BTokForEmbedding(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
         """Load from a local folder or Hub id. Arguments are those of `PreTrainedModel.from_pretrained`.
 
-        The stock backbone class does the loading, so that transformers' own conversions of older checkpoint layouts
-        apply (they are skipped for custom classes, which leaves tensors random).
+        The stock class does the loading, so that transformers' own conversions of older checkpoint layouts apply
+        (they are skipped for custom classes, which leaves tensors random).
 
         Raises:
             ValueError: Unsupported backbone, no Bottleneck Tokens in the config, or any missing, unexpected or
@@ -199,11 +215,8 @@ class BTokForEmbedding(PreTrainedModel):
                 pretrained_model_name_or_path, **{key: kwargs[key] for key in hub if key in kwargs}
             )
         bottleneck_token_ids(config)
-        backbone, info = backbone_class(config).from_pretrained(
-            pretrained_model_name_or_path, *args, config=config, output_loading_info=True, **kwargs
-        )
-        check_loading_info(info, pretrained_model_name_or_path)
-        model = cls(backbone.config, backbone).eval()
+        stock, info = load_stock_model(pretrained_model_name_or_path, config, *args, needs_head=False, **kwargs)
+        model = cls(stock.config, stock.model).eval()
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
@@ -287,6 +300,6 @@ def with_auto_map(config):
     """The config.json content of an exported repository: stock architecture, and the class of this file."""
     return {
         **config,
-        "architectures": [BACKBONES[config["model_type"]][1]],
+        "architectures": [STOCK_CLASSES[config["model_type"]].__name__],
         "auto_map": {"AutoModel": "modeling_btok.BTokForEmbedding"},
     }

@@ -195,6 +195,7 @@ def test_target_continues_at_the_maximum_position(repos):
     processor = AutoProcessor.from_pretrained(repos["qwen2_5_vl"])
     model = AutoModel.from_pretrained(repos["qwen2_5_vl"])
     inputs = process(processor, [[{"role": "user", "content": [{"type": "video", "video": video(12, 28)["array"]}]}]])
+    inputs["second_per_grid_ts"] = torch.tensor([1.0])  # slow frames lie far apart in time
     target_ids, labels = targets(processor, ["t"])
     seen = {}
     model.language_model.register_forward_pre_hook(

@@ -162,6 +162,9 @@ class CondensationTrainer(SentenceTransformerTrainer):
             condensation_mask=self.args.condensation_mask,
         )
 
+    def add_model_card_callback(self, default_args_dict):
+        """None: that of Sentence-Transformers samples texts and fails on images. `export_model` writes ours."""
+
     def should_dataset_name_column_be_added(self, dataset, args, loss):
         # The collator needs the name to look up `condense`.
         return isinstance(dataset, dict) or super().should_dataset_name_column_be_added(dataset, args, loss)

@@ -18,7 +18,7 @@ from typing import Union
 
 from trl import ModelConfig, TrlParser, get_peft_config
 
-from btok_hf import BTokSentenceTransformer, export
+from btok_hf import BTokSentenceTransformer, export_model
 from btok_hf.hub_card import render_card
 from btok_hf.training import CondensationConfig, CondensationTrainer
 from btok_hf.training.data import load_pairs, retrieval_evaluator
@@ -92,7 +92,7 @@ def main():
             f"(`{Path(script.eval_file).name}`).",
             training=training_summary(args, train_dataset, result),
         )
-        export(model, args.output_dir, card=card)
+        export_model(model, args.output_dir, card=card)
         Path(args.output_dir, "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", "utf-8")
         print(f"Exported to {args.output_dir}")
         for key, values in metrics.items():

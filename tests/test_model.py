@@ -1,0 +1,385 @@
+"""Bottleneck Tokens, checkpoints and the remote-code class."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from conftest import image
+from safetensors.torch import load_file, save_file
+from test_condensation import process, rows
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, BertConfig, BertModel
+
+import btok_hf
+from btok_hf import BTokForEmbedding, add_bottleneck_tokens
+
+
+def text_inputs(repo, texts, side="right"):
+    return process(AutoProcessor.from_pretrained(repo), [[{"role": "user", "content": t}] for t in texts], side)
+
+
+# ---------------------------------------------------------------- add_bottleneck_tokens
+
+
+@pytest.mark.parametrize("backbone", tiny.BACKBONES)
+def test_tokens_take_spare_rows_that_start_at_eos(bases, tmp_path, backbone):
+    before = AutoModelForImageTextToText.from_pretrained(bases[backbone])
+    repo = add_bottleneck_tokens(bases[backbone], tmp_path / "repo")
+    after = AutoModelForImageTextToText.from_pretrained(repo)
+    processor = AutoProcessor.from_pretrained(repo)
+    ids = after.config.btok_token_ids
+    assert processor.tokenizer.convert_ids_to_tokens(ids) == [f"<|btok_{i}|>" for i in range(4)]
+    assert ids == list(range(264, 268)) and after.get_input_embeddings().weight.shape[0] == 320
+    for name, tensor in before.state_dict().items():
+        other = after.state_dict()[name]
+        if "embed_tokens" in name or "lm_head" in name:
+            assert torch.equal(other[ids], tensor[processor.tokenizer.eos_token_id].expand(4, -1))
+            tensor, other = tensor[:264], other[:264]
+        assert torch.equal(other, tensor), name
+
+
+def test_noise_is_seeded(bases, tmp_path):
+    first, again, other = (
+        AutoModel.from_pretrained(
+            add_bottleneck_tokens(bases["qwen2_vl"], tmp_path / str(i), noise_std=0.5, seed=seed)
+        ).get_input_embeddings()
+        for i, seed in enumerate((1, 1, 2))
+    )
+    assert torch.equal(first.weight, again.weight)
+    assert not torch.equal(first.weight, other.weight)
+    assert len(first.weight[264:268].unique(dim=0)) == 4
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_grows_only_without_spare_rows(tmp_path, tied):
+    base = tiny.build("qwen2_vl", tmp_path / "base", vocab_size=265, tied=tied)
+    model = AutoModelForImageTextToText.from_pretrained(add_bottleneck_tokens(base, tmp_path / "repo"))
+    assert model.get_input_embeddings().weight.shape[0] == model.config.get_text_config().vocab_size == 320
+    old = AutoModelForImageTextToText.from_pretrained(base)
+    for new_layer, old_layer in (
+        (model.get_input_embeddings(), old.get_input_embeddings()),
+        (model.get_output_embeddings(), old.get_output_embeddings()),
+    ):
+        eos = old.config.get_text_config().eos_token_id
+        assert torch.equal(new_layer.weight[:264], old_layer.weight[:264])
+        assert torch.equal(new_layer.weight[264:268], old_layer.weight[eos].expand(4, -1))
+
+
+def test_another_count_is_refused_and_the_same_keeps_the_rows(repo, tmp_path):
+    with pytest.raises(ValueError, match="already has 4 Bottleneck Tokens"):
+        add_bottleneck_tokens(repo, tmp_path / "eight", num_tokens=8)
+    again = add_bottleneck_tokens(repo, tmp_path / "again")
+    assert Path(again, "chat_template.jinja").read_text() == Path(repo, "chat_template.jinja").read_text()
+    assert load_file(Path(again, "model.safetensors"))["model.embed_tokens.weight"].equal(
+        load_file(Path(repo, "model.safetensors"))["model.embed_tokens.weight"]
+    )
+
+
+def test_unsuitable_bases_are_refused(bases, tmp_path):
+    BertModel(BertConfig(hidden_size=8, num_attention_heads=1, intermediate_size=8)).save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match="got model_type 'bert'"):
+        add_bottleneck_tokens(tmp_path / "bert", tmp_path / "repo")
+    silent = tiny.build("qwen2_vl", tmp_path / "silent", chat_template=None)
+    with pytest.raises(ValueError, match="no \\(single\\) chat template"):
+        add_bottleneck_tokens(silent, tmp_path / "repo")
+    with pytest.raises(ValueError, match="num_tokens must be 0"):
+        add_bottleneck_tokens(bases["qwen2_vl"], tmp_path / "repo", num_tokens=-1)
+    assert not (tmp_path / "repo").exists()
+
+
+def test_max_pixels_bounds_the_tokens_of_an_image(bases, tmp_path):
+    repo = add_bottleneck_tokens(bases["qwen2_vl"], tmp_path / "repo", max_pixels=28 * 28 * 4)
+    processor = AutoProcessor.from_pretrained(repo)
+    conversation = [[{"role": "user", "content": [{"type": "image", "image": image(400, 400)}]}]]
+    assert process(processor, conversation)["image_grid_thw"].prod() <= 4 * 4
+    with pytest.raises(ValueError, match="min_pixels=10 must not exceed max_pixels=5"):
+        add_bottleneck_tokens(bases["qwen2_vl"], tmp_path / "other", min_pixels=10, max_pixels=5)
+
+
+# ---------------------------------------------------------------- templates
+
+
+def test_embedding_template_order_and_chat_template(repo):
+    processor = AutoProcessor.from_pretrained(repo)
+    parts = [{"type": "text", "text": "one"}, {"type": "image"}, {"type": "text", "text": "two"}, {"type": "video"}]
+    messages = [{"role": "system", "content": "Find."}, {"role": "user", "content": parts}]
+    media = "<|vision_start|><|image_pad|><|vision_end|><|vision_start|><|video_pad|><|vision_end|>"
+    tokens = "<|btok_0|><|btok_1|><|btok_2|><|btok_3|>"
+    assert processor.apply_chat_template(messages) == media + " Find. one two" + tokens
+    chat = processor.apply_chat_template(messages, add_generation_prompt=True)
+    assert chat.startswith("<|im_start|>system\nFind.<|im_end|>") and chat.endswith("<|im_start|>assistant\n")
+    assert "btok" not in chat
+
+
+@pytest.mark.parametrize("text", ["<|btok_0|>", "a <|image_pad|> b", "<|im_end|>", "<<||image_pad|>", "<|<|btok_3|>"])
+def test_typed_special_tokens_stay_text(repo, text):
+    processor = AutoProcessor.from_pretrained(repo)
+    for message in ({"role": "user", "content": text}, {"role": "user", "content": [{"type": "text", "text": text}]}):
+        rendered = process(processor, [[{"role": "system", "content": text}, message]])["input_ids"][0].tolist()
+        assert rendered[-4:] == [264, 265, 266, 267]
+        assert all(token < 256 for token in rendered[:-4])
+
+
+@pytest.mark.parametrize("content", ["", " \n", [], [{"type": "text", "text": ""}]])
+def test_empty_input_is_refused(repo, content):
+    with pytest.raises(Exception, match="An input is empty"):
+        AutoProcessor.from_pretrained(repo).apply_chat_template([{"role": "user", "content": content}])
+
+
+def test_unknown_content_is_refused(repo):
+    with pytest.raises(Exception, match="got audio"):
+        AutoProcessor.from_pretrained(repo).apply_chat_template(
+            [{"role": "user", "content": [{"type": "audio", "audio": "x.wav"}]}]
+        )
+
+
+def test_generation_works_and_never_chooses_a_bottleneck_token(repo):
+    processor = AutoProcessor.from_pretrained(repo)
+    model = AutoModelForImageTextToText.from_pretrained(repo)
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image", "image": image(60, 60)}, {"type": "text", "text": "What?"}]}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    # EOS and the Bottleneck Tokens' rows made attractive: only the suppression keeps the latter out.
+    with torch.no_grad():
+        model.get_input_embeddings().weight[264:268] *= 10
+    generated = model.generate(**inputs, max_new_tokens=20, do_sample=True)[0, inputs["input_ids"].shape[1] :]
+    assert len(generated) and not set(generated.tolist()) & {264, 265, 266, 267}
+
+
+# ---------------------------------------------------------------- checkpoint layouts
+
+
+def state(path):
+    return {name: t for file in sorted(Path(path).glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+def relayout(repo, path, rename):
+    """A copy of `repo` whose tensors are named by `rename(name in the current ...ForConditionalGeneration)`."""
+    shutil.copytree(repo, path)
+    tensors = AutoModelForImageTextToText.from_pretrained(repo).state_dict()
+    tensors = {rename(name): t.clone() for name, t in tensors.items() if name != "lm_head.weight"}
+    save_file(tensors, Path(path, "model.safetensors"), metadata={"format": "pt"})
+    return path
+
+
+LAYOUTS = {
+    # As published for Qwen2-VL and Qwen2.5-VL before transformers 4.52.
+    "published": lambda n: n.replace("model.language_model.", "model.").replace("model.visual.", "visual."),
+    # As transformers names the modules of ...ForConditionalGeneration today (and Qwen3-VL was published).
+    "current": lambda n: n,
+    # As AutoModel saves the backbone alone.
+    "backbone": lambda n: n.removeprefix("model."),
+}
+
+
+@pytest.mark.parametrize("backbone", tiny.BACKBONES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_loads_completely(repos, tmp_path, backbone, layout):
+    if backbone == "qwen3_vl" and layout == "published":
+        pytest.skip("Qwen3-VL was only ever published in the current layout")
+    path = relayout(repos[backbone], tmp_path / "repo", LAYOUTS[layout])
+    expected = AutoModelForImageTextToText.from_pretrained(repos[backbone]).model.state_dict()
+    loaded = {
+        "class": BTokForEmbedding.from_pretrained(path).model,
+        "auto": AutoModel.from_pretrained(path, trust_remote_code=True).model,
+        "wrapper": btok_hf.BTokSentenceTransformer(path, device="cpu")[0].model,
+        "again": AutoModel.from_pretrained(add_bottleneck_tokens(path, tmp_path / "again")),
+    }
+    for how, model in loaded.items():
+        actual = model.state_dict()
+        assert actual.keys() == expected.keys(), how
+        assert all(torch.equal(actual[name], expected[name]) for name in expected), how
+
+
+@pytest.mark.parametrize("fault", ["missing", "unexpected", "mismatched"])
+def test_incomplete_checkpoints_are_refused_by_name(repo, tmp_path, fault):
+    path = relayout(repo, tmp_path / "repo", lambda name: name)
+    tensors = load_file(path / "model.safetensors")
+    name = "model.language_model.layers.1.mlp.up_proj.weight"
+    if fault == "missing":
+        del tensors[name]
+    elif fault == "unexpected":
+        tensors["model.language_model.layers.9.mlp.up_proj.weight"] = torch.zeros(2)
+    else:
+        tensors[name] = torch.zeros(3, 64)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    load = {
+        "class": lambda: BTokForEmbedding.from_pretrained(path),
+        "auto": lambda: AutoModel.from_pretrained(path, trust_remote_code=True),
+        "wrapper": lambda: btok_hf.BTokSentenceTransformer(path, device="cpu"),
+        "add": lambda: add_bottleneck_tokens(path, tmp_path / "out"),
+    }
+    for how in load.values():
+        with pytest.raises((ValueError, RuntimeError), match=r"layers\.[19]\.mlp\.up_proj"):
+            how()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shard", ["50GB", "100KB"])
+def test_save_load_is_bit_equal(repo, tmp_path, dtype, shard):
+    model = BTokForEmbedding.from_pretrained(repo, dtype=dtype)
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == "100KB")
+    again = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(again).__name__ == "BTokForEmbedding" and again.dtype == dtype
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    inputs = text_inputs(repo, ["one", "another"])
+    assert torch.equal(again(**inputs).pooler_output, model(**inputs).pooler_output)
+    assert again(**inputs).pooler_output.dtype == torch.float32
+    stock = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert torch.equal(stock.model.language_model.norm.weight, model.model.language_model.norm.weight)
+
+
+def test_fresh_process_loads_by_auto_map_alone(repo, tmp_path):
+    """Neither btok_hf nor anything of this process: only transformers and the repository."""
+    script = tmp_path / "load.py"
+    script.write_text(
+        "import sys, json\n"
+        "sys.modules['btok_hf'] = None\n"
+        "from transformers import AutoModel, AutoProcessor\n"
+        f"model = AutoModel.from_pretrained({repo!r}, trust_remote_code=True)\n"
+        f"processor = AutoProcessor.from_pretrained({repo!r})\n"
+        "inputs = processor.apply_chat_template([{'role': 'user', 'content': 'hello'}], tokenize=True,\n"
+        "    return_dict=True, return_tensors='pt')\n"
+        "print(json.dumps([type(model).__name__, model(**inputs).pooler_output[0].tolist()]))\n"
+    )
+    output = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+    name, embedding = json.loads(output.strip().splitlines()[-1])
+    expected = BTokForEmbedding.from_pretrained(repo)(**text_inputs(repo, ["hello"])).pooler_output[0]
+    assert name == "BTokForEmbedding"
+    torch.testing.assert_close(torch.tensor(embedding), expected, atol=1e-6, rtol=0)
+
+
+def test_stock_loaders_get_stock_classes(repo):
+    assert type(AutoModel.from_pretrained(repo)).__name__ == "Qwen2VLModel"
+    assert type(AutoModelForImageTextToText.from_pretrained(repo)).__name__ == "Qwen2VLForConditionalGeneration"
+    assert type(AutoConfig.from_pretrained(repo)).__name__ == "Qwen2VLConfig"
+
+
+# ---------------------------------------------------------------- embedding
+
+
+@pytest.mark.parametrize("backbone", tiny.BACKBONES)
+@pytest.mark.parametrize("kind", ["text", "image", "video"])
+def test_padding_side_and_batch_size_do_not_matter(repos, backbone, kind):
+    processor = AutoProcessor.from_pretrained(repos[backbone])
+    model = BTokForEmbedding.from_pretrained(repos[backbone])
+    conversations = rows(kind)
+    one_by_one = torch.cat([model(**process(processor, [row])).pooler_output for row in conversations])
+    for side in ("left", "right"):
+        output = model(**process(processor, conversations, side))
+        torch.testing.assert_close(output.pooler_output, one_by_one, atol=2e-6, rtol=0)
+        torch.testing.assert_close(output.pooler_output.norm(dim=1), torch.ones(4))
+    assert (one_by_one @ one_by_one.T - torch.eye(4)).abs().max() < 0.999  # the rows do differ
+
+
+def test_pooling_is_the_mean_of_the_last_hidden_states(repo):
+    model = BTokForEmbedding.from_pretrained(repo)
+    inputs = text_inputs(repo, ["hello"])
+    hidden = AutoModel.from_pretrained(repo).eval()(**inputs).last_hidden_state
+    expected = torch.nn.functional.normalize(hidden[:, -4:].mean(1), dim=-1)
+    output = model(**inputs)
+    torch.testing.assert_close(output.pooler_output, expected, atol=1e-6, rtol=0)
+    assert torch.equal(output.last_hidden_state, hidden)
+    as_tuple = model(**inputs, return_dict=False)
+    assert torch.equal(as_tuple[1], output.pooler_output)
+    half = torch.nn.functional.normalize(hidden[:, -4:].mean(1)[:, :32], dim=-1)
+    torch.testing.assert_close(model(**inputs, truncate_dim=32).pooler_output, half, atol=1e-6, rtol=0)
+    for wrong in (0, 65):
+        with pytest.raises(ValueError, match="truncate_dim must be between 1 and the hidden size 64"):
+            model(**inputs, truncate_dim=wrong)
+
+
+@pytest.mark.parametrize("backbone", tiny.BACKBONES)
+@pytest.mark.parametrize("side", ["left", "right", "mixed"])
+def test_bottleneck_tokens_are_appended_where_absent(repos, backbone, side):
+    """Rows with and without the tokens, padded on the left, the right, or both, embed the same."""
+    processor = AutoProcessor.from_pretrained(repos[backbone])
+    model = BTokForEmbedding.from_pretrained(repos[backbone])
+    whole = process(processor, rows("image"), "right" if side == "mixed" else side)
+    expected = model(**whole).pooler_output
+    ids, mask, types = whole["input_ids"], whole["attention_mask"].clone(), whole["mm_token_type_ids"]
+    is_token = torch.isin(ids, torch.tensor(model.config.btok_token_ids))
+    is_token[1] = False  # the second row keeps its tokens
+    mask[is_token] = 0
+    inputs = {**whole, "attention_mask": mask}
+    if side == "mixed":  # shift every other row to the right edge
+        for tensor in (ids, mask, types):
+            for row in (0, 2):
+                shift = int((mask[row] == 0).sum()) if tensor is not mask else None
+                if shift:
+                    tensor[row] = tensor[row].roll(shift)
+        for row in (0, 2):
+            mask[row] = mask[row].roll(int((mask[row] == 0).sum()))
+        inputs.update(input_ids=ids, attention_mask=mask, mm_token_type_ids=types)
+    torch.testing.assert_close(model(**inputs).pooler_output, expected, atol=2e-6, rtol=0)
+
+
+def test_zero_tokens_is_last_token_pooling(bases, tmp_path):
+    repo = add_bottleneck_tokens(bases["qwen2_vl"], tmp_path / "repo", num_tokens=0)
+    model = BTokForEmbedding.from_pretrained(repo)
+    inputs = text_inputs(repo, ["hello", "a longer one"], "left")
+    eos = AutoProcessor.from_pretrained(repo).tokenizer.eos_token_id
+    assert (inputs["input_ids"][:, -1] == eos).all()
+    hidden = AutoModel.from_pretrained(bases["qwen2_vl"]).eval()(**inputs).last_hidden_state
+    expected = torch.nn.functional.normalize(hidden[:, -1], dim=-1)
+    torch.testing.assert_close(model(**inputs).pooler_output, expected, atol=1e-6, rtol=0)
+    stock = btok_hf.BTokSentenceTransformer(repo, device="cpu").encode(
+        ["hello", "a longer one"], convert_to_tensor=True
+    )
+    torch.testing.assert_close(stock, expected, atol=1e-6, rtol=0)
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_bad_rows_are_refused(repo):
+    model = BTokForEmbedding.from_pretrained(repo)
+    processor = AutoProcessor.from_pretrained(repo)
+    raw = processor(text=["typed <|btok_0|> literally"], return_tensors="pt")
+    with pytest.raises(ValueError, match="Row 0 holds 1 Bottleneck Token"):
+        model(**raw)
+    with pytest.raises(ValueError, match="image placeholder token"):
+        model(**processor.tokenizer("<|vision_start|><|image_pad|><|vision_end|>", return_tensors="pt"))
+    with pytest.raises(ValueError, match="empty"):
+        model(input_ids=torch.tensor([[5, 6]]), attention_mask=torch.tensor([[0, 0]]))
+    with pytest.raises(ValueError, match="needs input_ids"):
+        model(inputs_embeds=torch.zeros(1, 2, 64))
+    inputs = process(processor, rows("image"))
+    inputs["pixel_values"][3, 3] = float("nan")
+    with pytest.raises(ValueError, match="pixel_values holds NaN"):
+        model(**inputs)
+    inputs = process(processor, rows("image"))
+    inputs["pixel_values"], inputs["image_grid_thw"] = inputs["pixel_values"][:16], inputs["image_grid_thw"][:1]
+    with pytest.raises((ValueError, RuntimeError, StopIteration)):  # more placeholders than media
+        model(**inputs)
+
+
+def test_wrong_token_ids_in_the_config_are_refused(repo, bases, tmp_path):
+    with pytest.raises(ValueError, match="btok_token_ids is missing"):
+        BTokForEmbedding.from_pretrained(bases["qwen2_vl"])
+    with pytest.raises(ValueError, match="btok_token_ids is missing"):
+        btok_hf.BTokSentenceTransformer(bases["qwen2_vl"])
+    shutil.copytree(repo, tmp_path / "repo")
+    config = json.loads(Path(repo, "config.json").read_text())
+    for ids, message in (([264, 265, 266], "K"), ([264, 264, 265, 266], "distinct"), ([264, 265, 266, 999], "below")):
+        Path(tmp_path, "repo", "config.json").write_text(json.dumps({**config, "btok_token_ids": ids}))
+        with pytest.raises(ValueError, match=message):
+            model = BTokForEmbedding.from_pretrained(tmp_path / "repo")
+            model(**text_inputs(repo, ["hello"]))
+        with pytest.raises(ValueError, match=message):
+            btok_hf.BTokSentenceTransformer(tmp_path / "repo", device="cpu")
+
+
+def test_push_through_save_pretrained_is_refused(repo, tmp_path):
+    with pytest.raises(ValueError, match="push_to_hub"):
+        BTokForEmbedding.from_pretrained(repo).save_pretrained(tmp_path, push_to_hub=True)
