@@ -6,6 +6,8 @@ condensation loss in the same forward, and errors instead of wrong vectors.
 """
 
 import copy
+import os
+import reprlib
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from sentence_transformers.base.modules import Transformer
 
 from btok_hf.condensation import condense, is_tied
 from btok_hf.export import export_model, stock_model, write_repository
-from btok_hf.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, read_image, read_video
+from btok_hf.media import IMAGE_SUFFIXES, is_media_path, read_image, read_video
 from btok_hf.modeling.modeling_btok import bottleneck_token_ids, last_positions, load_stock_model
 
 INPUT_KEYS = {"text", "image", "video"}
@@ -73,9 +75,14 @@ class BottleneckTransformer(Transformer):
             prompt (`str`, *optional*): Instruction for every input.
 
         Raises:
-            FileNotFoundError, ValueError: An input that cannot be embedded faithfully, with its index.
+            FileNotFoundError, ValueError: An input that cannot be embedded faithfully, shown in short.
         """
-        inputs = [self._check_input(index, item) for index, item in enumerate(inputs)]
+        inputs = [self._check_input(item) for item in inputs]
+        if 0 < sum(map(_is_messages, inputs)) < len(inputs):
+            raise ValueError(
+                "Some inputs are chat messages and others are not, which Sentence-Transformers cannot put in one "
+                "batch. Encode them in two calls."
+            )
         try:
             features = super().preprocess(inputs, prompt=prompt, **kwargs)
         except ValueError as error:
@@ -97,8 +104,8 @@ class BottleneckTransformer(Transformer):
             )
         return features
 
-    def _check_input(self, index, item):
-        """`item` with its files read; raises, naming `index`, if it cannot be embedded."""
+    def _check_input(self, item):
+        """`item` with its files read; raises, showing it (`encode` sorts, an index would mislead), if it is bad."""
         try:
             if isinstance(item, str):
                 return self._read_path(item)
@@ -111,17 +118,15 @@ class BottleneckTransformer(Transformer):
                 return self._check_image(item)
             return item
         except (ValueError, FileNotFoundError) as error:
-            raise type(error)(f"Input {index}: {error}") from error
+            raise type(error)(f"Input {reprlib.repr(item)}: {error}") from error
 
     def _read_path(self, text):
         """Read the media file that a string names. One that looks like a file name but names none is refused."""
-        if len(text) > 4096 or text.startswith(("http://", "https://", "data:")):
+        remote = text.startswith(("http://", "https://", "data:"))
+        if remote or not (is_media_path(text) or (is_media_path(text.replace(" ", "")) and os.path.isfile(text))):
             return text
-        suffix = Path(text).suffix.lower()
-        a_sentence = any(character.isspace() for character in text) and not Path(text).is_file()
-        if a_sentence or suffix not in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
-            return text
-        return self._check_image(read_image(text)) if suffix in IMAGE_SUFFIXES else {"video": read_video(text)}
+        is_image = Path(text).suffix.lower() in IMAGE_SUFFIXES
+        return self._check_image(read_image(text)) if is_image else {"video": read_video(text)}
 
     def _check_media(self, key, value):
         if key == "text":
@@ -172,17 +177,19 @@ class BottleneckTransformer(Transformer):
             from peft.utils.other import AuxiliaryTrainingWrapper
 
             backbone = copy.deepcopy(backbone)
-            for name, layer in list(backbone.named_modules()):
+            # The wrapper of the trained token rows holds a tuner layer of its own: outermost layers only.
+            layers = [(n, x) for n, x in backbone.named_modules() if isinstance(x, AuxiliaryTrainingWrapper)]
+            inside = tuple(name + "." for name, _ in layers)
+            layers += [
+                (name, layer)
+                for name, layer in backbone.named_modules()
+                if isinstance(layer, BaseTunerLayer) and not name.startswith(inside)
+            ]
+            for name, layer in layers:
+                tuner = layer.token_adapter if isinstance(layer, AuxiliaryTrainingWrapper) else layer
+                tuner.merge(safe_merge=True)
                 parent, _, attribute = name.rpartition(".")
-                if isinstance(layer, AuxiliaryTrainingWrapper):
-                    layer.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
-                    merged = layer.token_adapter.get_base_layer()
-                elif isinstance(layer, BaseTunerLayer) and not _inside_wrapper(backbone, parent):
-                    layer.merge(safe_merge=True)
-                    merged = layer.get_base_layer()
-                else:
-                    continue
-                setattr(backbone.get_submodule(parent), attribute, merged)
+                setattr(backbone.get_submodule(parent), attribute, tuner.get_base_layer())
             backbone._hf_peft_config_loaded = False
         return stock_model(backbone, self.lm_head, self.generation_config)
 
@@ -252,15 +259,14 @@ def has_adapters(backbone):
     return bool(getattr(backbone, "_hf_peft_config_loaded", False))
 
 
-def _inside_wrapper(model, name):
-    """Whether the module of this name is PEFT's wrapper around trained tokens, which merges its own layer."""
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    return isinstance(model.get_submodule(name), AuxiliaryTrainingWrapper)
-
-
 def _media_first(key):
     return ("image", "video", "text").index(key)
+
+
+def _is_messages(value):
+    """Chat messages: one dict with a role, or a list of them."""
+    first = value[0] if isinstance(value, (list, tuple)) and value else value
+    return isinstance(first, dict) and "role" in first
 
 
 def _is_text(value):

@@ -179,26 +179,31 @@ def write_pairs(folder, emoji, variants, seed):
         by_concept.setdefault(row["emoji"], []).append(row)
     for _ in range(variants):
         for row in seen:
-            rows["text_to_image"].append({"query": text_for(row, rng), "positive": png(draw(row["image"], rng))})
+            rows["text_to_image"].append(
+                {"query": text_for(row, rng), "positive": png(draw(row["image"], rng)), "group": row["emoji"]}
+            )
     # A quarter of all batches.
     for _ in range(variants // 2):
         for drawings in by_concept.values():
             first, second = rng.choice(drawings), rng.choice(drawings)
-            pair = {"query": png(draw(first["image"], rng)), "positive": png(draw(second["image"], rng))}
-            rows["image_to_image"].append(pair)
+            query, positive = png(draw(first["image"], rng)), png(draw(second["image"], rng))
+            rows["image_to_image"].append({"query": query, "positive": positive, "group": first["emoji"]})
     # Candidates: one drawing of every concept. The held-out ones have queries, the others are distractors.
     unseen = [row for row in emoji["unseen_drawings"] if row["category"] in CATEGORIES]
     for row in unseen:
         for language in LANGUAGES:
-            rows["eval_unseen_drawings"].append({"query": row["names"][language], "positive": png(draw(row["image"]))})
+            rows["eval_unseen_drawings"].append(
+                {"query": row["names"][language], "positive": png(draw(row["image"])), "group": row["emoji"]}
+            )
     held_out = {row["emoji"] for row in unseen}
     for concept, drawings in by_concept.items():
         if concept not in held_out:
-            rows["eval_unseen_drawings"].append({"query": None, "positive": png(draw(rng.choice(drawings)["image"]))})
+            positive = png(draw(rng.choice(drawings)["image"]))
+            rows["eval_unseen_drawings"].append({"query": None, "positive": positive, "group": concept})
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in rows.items():
         query = Image() if name == "image_to_image" else Value("string")
-        features = Features({"query": query, "positive": Image()})
+        features = Features({"query": query, "positive": Image(), "group": Value("string")})
         Dataset.from_list(part, features=features).to_parquet(folder / f"{name}.parquet")
     return {name: len(part) for name, part in rows.items()}
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from sentence_transformers import SentenceTransformerTrainer
+from sentence_transformers.base.sampler import BatchSamplers
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 
 from btok_hf.condensation import IGNORED
@@ -33,7 +34,7 @@ def text_of(value):
 def check_columns(columns, dataset_name=None):
     """Refuse columns that training would not know how to use; returns those to embed, in their order."""
     where = "The dataset" if dataset_name is None else f"Dataset {dataset_name!r}"
-    embedded = [column for column in columns if column not in ("target", "dataset_name")]
+    embedded = [column for column in columns if column not in ("target", "group", "dataset_name")]
     negatives = [column for column in embedded if column == "negative" or column.startswith("negative_")]
     unknown = sorted(set(embedded) - {"query", "positive", *negatives})
     missing = sorted({"query", "positive"} - set(embedded))
@@ -42,7 +43,8 @@ def check_columns(columns, dataset_name=None):
             f"{where} has the columns {sorted(columns)}: "
             + "; ".join(filter(None, [missing and f"missing {missing}", unknown and f"unknown {unknown}"]))
             + ". Training takes query, positive, negative or negative_1, negative_2, … (each a text, an image, or a "
-            "dict with image, video and text) and target (a text to generate instead of the other side's own). "
+            "dict with image, video and text), target (a text to generate instead of the other side's own) and group "
+            "(rows of one group answer each other's queries). "
             "Rename the columns with dataset.rename_column and drop the rest with dataset.remove_columns."
         )
     return ["query", "positive", *negatives]
@@ -107,7 +109,7 @@ class CondensationTrainer(SentenceTransformerTrainer):
     """Trains a `BTokSentenceTransformer` with InfoNCE and Generative Information Condensation.
 
     Takes what `SentenceTransformerTrainer` takes, except that datasets have the columns `query`, `positive` and
-    optionally `negative…` and `target`, the loss is `CondensationLoss`, and adapters are given as `peft_config`.
+    optionally `negative…`, `target` and `group`, the loss is `CondensationLoss`, and adapters come as `peft_config`.
     Logs `loss` (the total), `infonce`, `condensation`, `condensation_weight` (λ), `samples_per_second` and
     `tokens_per_second` (all rows and targets of all processes).
 
@@ -168,6 +170,13 @@ class CondensationTrainer(SentenceTransformerTrainer):
     def should_dataset_name_column_be_added(self, dataset, args, loss):
         # The collator needs the name to look up `condense`.
         return isinstance(dataset, dict) or super().should_dataset_name_column_be_added(dataset, args, loss)
+
+    def get_batch_sampler(self, dataset, *args, **kwargs):
+        """`no_duplicates` keeps rows of one `group` apart, which would be false negatives of each other."""
+        no_duplicates = self.args.batch_sampler in (BatchSamplers.NO_DUPLICATES, BatchSamplers.NO_DUPLICATES_HASHED)
+        if no_duplicates and "group" in (dataset.column_names or []):
+            dataset = dataset.select_columns(["group"])
+        return super().get_batch_sampler(dataset, *args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         over = self.args.condensation_steps is not None and self.state.global_step >= self.args.condensation_steps

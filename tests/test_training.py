@@ -1,0 +1,427 @@
+"""Loss, collator, trainer and script: what training computes, and what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import image
+from datasets import Dataset, Features, Image, Value
+from peft import LoraConfig
+from sentence_transformers import SentenceTransformer
+from torch.nn import functional as F
+
+from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model
+from btok_hf.condensation import condense
+from btok_hf.training import CondensationConfig, CondensationLoss, CondensationTrainer
+from btok_hf.training.condensation_trainer import CondensationCollator, text_of
+from btok_hf.training.data import load_pairs, retrieval_evaluator
+
+ROOT = Path(__file__).resolve().parents[1]
+QUERIES = [
+    "a short one",
+    {"image": image(60, 40), "text": "and a picture"},
+    "a much longer query than all of the others here",
+    {"image": image(56, 84), "text": "see"},
+    "five",
+    {"image": [image(30, 30), image(40, 60)], "text": "two"},
+]
+POSITIVES = ["yes", "the answer is longer", "no", "an image of noise", "5", {"image": image(50, 50), "text": "both"}]
+NEGATIVES = ["wrong", "also wrong", "not it", "other", "6", "none of them"]
+
+
+def config(tmp_path, **kwargs):
+    defaults = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "warmup_steps": 0}
+    return CondensationConfig(output_dir=str(tmp_path / "out"), **{**defaults, **kwargs})
+
+
+def batch_features(model, rows=slice(None), condense="both", negatives=True, **kwargs):
+    """Features as the trainer hands them to the loss."""
+    args = CondensationConfig(output_dir="unused", condense=condense, report_to="none", use_cpu=True, **kwargs)
+    collator = CondensationCollator(preprocess_fn=model.preprocess, tokenizer=model.tokenizer, args=args)
+    columns = [QUERIES, POSITIVES, NEGATIVES][: 3 if negatives else 2]
+    batch = collator([dict(zip(("query", "positive", "negative"), row)) for row in list(zip(*columns))[rows]])
+    prefixes = ["query_", "positive_", "negative_0_"][: 3 if negatives else 2]
+    return [{key[len(p) :]: value for key, value in batch.items() if key.startswith(p)} for p in prefixes]
+
+
+def named_gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(actual, expected, tolerance=1e-5):
+    assert actual.keys() == expected.keys()
+    scale = max(gradient.abs().max() for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert (actual[name] - gradient).abs().max() <= tolerance * scale, name
+
+
+def reference_loss(model, features, weight, temperature=0.02, symmetric=False, mask=True):
+    """The loss by definition: whole batch, one graph, no Sentence-Transformers."""
+    embeddings, losses = [], []
+    for feature in features:
+        target = [feature[key][:, 0] if key in feature else None for key in ("target_ids", "target_labels")]
+        output = condense(model[0].model, feature, *target, condensation_mask=mask)
+        embeddings.append(output.embeddings)
+        losses.append(output.token_losses)
+    scores = embeddings[0] @ torch.cat(embeddings[1:]).T / temperature
+    right = torch.arange(len(scores))
+    infonce = F.cross_entropy(scores, right)
+    if symmetric:
+        infonce = (infonce + F.cross_entropy(scores[:, : len(scores)].T, right)) / 2
+    return infonce, torch.cat(losses).mean(), infonce + weight * torch.cat(losses).mean()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("mini_batch_size", [1, 2, 4, 6, 100])
+def test_gradcache_equals_the_full_batch(repo, mini_batch_size, symmetric):
+    model = BTokSentenceTransformer(repo, device="cpu").train()
+    infonce, condensation, total = reference_loss(model, batch_features(model), 0.7, symmetric=symmetric)
+    total.backward()
+    expected = named_gradients(model)
+    model.zero_grad()
+    loss = CondensationLoss(model, mini_batch_size=mini_batch_size, condensation_weight=0.7, symmetric=symmetric)
+    (loss(batch_features(model)) * 3).backward()  # as a gradient scaler or accumulation would
+    torch.testing.assert_close(loss.infonce, infonce.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss.condensation, condensation.detach(), atol=1e-5, rtol=1e-5)
+    assert_same_gradients({name: g / 3 for name, g in named_gradients(model).items()}, expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("mask", [False, True])
+def test_gradcache_with_checkpointing_and_without_mask(repo, checkpointing, mask):
+    model = BTokSentenceTransformer(repo, device="cpu").train()
+    _, _, total = reference_loss(model, batch_features(model, condense="query"), 2.0, mask=mask)
+    total.backward()
+    expected = named_gradients(model)
+    model.zero_grad()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    loss = CondensationLoss(model, mini_batch_size=4, condensation_weight=2.0, condensation_mask=mask)
+    loss(batch_features(model, condense="query")).backward()
+    assert_same_gradients(named_gradients(model), expected)
+
+
+def test_evaluation_gives_the_same_value_without_gradients(repo):
+    model = BTokSentenceTransformer(repo, device="cpu").eval()
+    _, _, total = reference_loss(model, batch_features(model), 0.7)
+    for mini_batch_size in (2, 100):
+        loss = CondensationLoss(model, mini_batch_size=mini_batch_size, condensation_weight=0.7)
+        with torch.no_grad():
+            torch.testing.assert_close(loss(batch_features(model)), total.detach(), atol=1e-4, rtol=1e-5)
+
+
+def test_weight_zero_runs_no_targets(repo):
+    model = BTokSentenceTransformer(repo, device="cpu").train()
+    loss = CondensationLoss(model, mini_batch_size=2, condensation_weight=0.0)
+    loss(batch_features(model)).backward()
+    assert loss.condensation is None and loss.infonce is not None
+
+
+def test_two_processes_equal_one(repo, tmp_path):
+    """Gathered negatives, images on one process more than on the other, unequal numbers of target tokens."""
+    output = tmp_path / "gradients.pt"
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"),
+            *(str(ROOT / "tests" / "two_processes.py"), repo, str(output)),
+        ],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")},
+        timeout=300,
+    )
+    two = torch.load(output)
+    model = BTokSentenceTransformer(repo, device="cpu").train()
+    loss = CondensationLoss(model, mini_batch_size=2, condensation_weight=0.5)
+    loss(batch_features(model)).backward()
+    torch.testing.assert_close(two["loss"], loss.infonce + 0.5 * loss.condensation, atol=1e-5, rtol=1e-5)
+    assert_same_gradients(two["gradients"], named_gradients(model))
+
+
+# ---------------------------------------------------------------- trainer
+
+
+def text_pairs(count=12):
+    words = ["red", "old", "tall", "wet", "loud", "thin", "deep", "odd", "warm", "slow", "flat", "gray"][:count]
+    return Dataset.from_dict({"query": [f"find {w}" for w in words], "positive": [f"{w} thing" for w in words]})
+
+
+@pytest.mark.parametrize("mini_batch_size", [2, 4])
+def test_gradient_accumulation_averages_the_batches(repo, tmp_path, monkeypatch, mini_batch_size):
+    """One SGD step over two accumulated batches moves the weights by the mean of their full-batch gradients."""
+    model = BTokSentenceTransformer(repo, device="cpu")
+    dataset = text_pairs(8)
+    args = config(
+        tmp_path,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        mini_batch_size=mini_batch_size,
+        max_steps=1,
+        logging_steps=1,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        weight_decay=0.0,
+        max_grad_norm=0.0,
+        condensation_weight=0.5,
+    )
+    trainer = CondensationTrainer(model=model, args=args, train_dataset=dataset)
+    batches, collate = [], CondensationCollator.__call__
+    monkeypatch.setattr(
+        CondensationCollator, "__call__", lambda self, rows: batches.append(rows) or collate(self, rows)
+    )
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer.train()
+    after = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    model = BTokSentenceTransformer(repo, device="cpu").train()
+    totals = []
+    for rows in batches[-2:]:
+        batch = collate(trainer.data_collator, rows)
+        features = [{k[len(p) :]: v for k, v in batch.items() if k.startswith(p)} for p in ("query_", "positive_")]
+        totals.append(reference_loss(model, features, 0.5)[2])
+    (sum(totals) / 2).backward()
+    expected = named_gradients(model)
+    moved = {name: (before[name] - after[name]) / 1e-3 for name in expected}
+    assert_same_gradients(moved, expected, 2e-3)  # a difference of fp32 weights has few digits
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(float(sum(totals)) / 2, rel=1e-3)
+
+
+def test_training_lowers_both_losses_and_finds_pairs(repo, tmp_path):
+    model = BTokSentenceTransformer(repo, device="cpu")
+    dataset = text_pairs()
+
+    def recall():
+        queries, positives = (model.encode(dataset[column]) for column in ("query", "positive"))
+        return np.mean((queries @ positives.T).argmax(1) == np.arange(len(dataset)))
+
+    args = config(
+        tmp_path, per_device_train_batch_size=12, mini_batch_size=6, max_steps=25, logging_steps=5, learning_rate=3e-3
+    )
+    args.condensation_steps = 20
+    before = recall()
+    trainer = CondensationTrainer(model=model, args=args, train_dataset=dataset, eval_dataset=dataset)
+    trainer.evaluate()
+    first = trainer.state.log_history[-1]
+    trainer.train()
+    trainer.evaluate()
+    last = next(log for log in reversed(trainer.state.log_history) if "eval_infonce" in log)
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert logs[3]["infonce"] < 0.5 * logs[0]["infonce"] and logs[3]["condensation"] < 0.7 * logs[0]["condensation"]
+    assert [log["condensation_weight"] for log in logs] == [5.0, 5.0, 5.0, 5.0, 0.0]
+    assert "condensation" not in logs[4] or logs[4]["condensation"] == 0
+    for log in logs[:4]:
+        assert log["loss"] == pytest.approx(log["infonce"] + 5 * log["condensation"], rel=2e-3)
+        assert log["tokens_per_second"] > log["samples_per_second"] > 0
+    assert last["eval_infonce"] < first["eval_infonce"]
+    assert recall() >= 0.9 > before + 0.3
+
+
+def test_lora_trains_exactly_the_token_rows_and_the_adapters(repo, tmp_path):
+    model = BTokSentenceTransformer(repo, device="cpu")
+    untouched = {name: p.detach().clone() for name, p in model[0].model.named_parameters()}
+    trainer = CondensationTrainer(
+        model=model,
+        args=config(tmp_path, per_device_train_batch_size=6, max_steps=4, learning_rate=1e-2),
+        train_dataset=text_pairs(6),
+        peft_config=LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0),
+    )
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert all("lora_" in name or "trainable_tokens_delta" in name for name in trainable)
+    assert sum("trainable_tokens_delta" in name for name in trainable) == 1
+    assert not any("visual" in name for name in trainable)
+    trainer.train()
+    expected = model.encode(["find red", "flat thing"])
+    assert (
+        np.abs(expected - BTokSentenceTransformer(repo, device="cpu").encode(["find red", "flat thing"])).max() > 0.01
+    )
+
+    export_model(model, tmp_path / "export")
+    merged = BTokSentenceTransformer(tmp_path / "export", device="cpu")
+    np.testing.assert_allclose(merged.encode(["find red", "flat thing"]), expected, atol=2e-6)
+    np.testing.assert_allclose(model.encode(["find red", "flat thing"]), expected, atol=0)  # untouched by the export
+    stock = SentenceTransformer(str(tmp_path / "export"), device="cpu")
+    np.testing.assert_allclose(stock.encode(["find red", "flat thing"]), expected, atol=2e-6)
+    rows = list(model.config.btok_token_ids)
+    changed = set()
+    for name, parameter in merged[0].model.named_parameters():
+        if name.endswith("embed_tokens.weight"):
+            assert set((parameter != untouched[name]).any(1).nonzero().flatten().tolist()) == set(rows)
+        elif not torch.equal(parameter, untouched[name]):
+            changed.add(name.rsplit(".", 2)[-2])
+    assert changed == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+    model.save_pretrained(str(tmp_path / "adapter"))
+    assert not list((tmp_path / "adapter").glob("model*.safetensors"))
+    for loader in (BTokSentenceTransformer, SentenceTransformer):
+        again = loader(str(tmp_path / "adapter"), device="cpu")
+        np.testing.assert_allclose(again.encode(["find red", "flat thing"]), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_resuming_ends_where_an_uninterrupted_run_does(repo, tmp_path, lora):
+    def run(folder, resume=None):
+        args = config(
+            folder, per_device_train_batch_size=4, max_steps=4, save_strategy="steps", save_steps=2, learning_rate=1e-3
+        )
+        trainer = CondensationTrainer(
+            model=BTokSentenceTransformer(repo, device="cpu"),
+            args=args,
+            train_dataset=text_pairs(),
+            peft_config=LoraConfig(r=4, lora_dropout=0.0) if lora else None,
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.model
+
+    whole = run(tmp_path / "whole")
+    resumed = run(tmp_path / "resumed", resume=str(tmp_path / "whole" / "out" / "checkpoint-2"))
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], tensor, atol=1e-6, rtol=0, msg=name)
+
+
+def test_zero_tokens_train_too(bases, tmp_path):
+    repo = add_bottleneck_tokens(bases["qwen2_vl"], tmp_path / "repo", num_tokens=0)
+    model = BTokSentenceTransformer(repo, device="cpu")
+    args = config(tmp_path, per_device_train_batch_size=6, max_steps=2, logging_steps=1)
+    trainer = CondensationTrainer(
+        model=model, args=args, train_dataset=text_pairs(6), peft_config=LoraConfig(r=2, lora_dropout=0.0)
+    )
+    assert all("lora_" in name for name, p in model.named_parameters() if p.requires_grad)
+    trainer.train()
+    export_model(model, tmp_path / "export")
+    stock = SentenceTransformer(str(tmp_path / "export"), device="cpu")
+    np.testing.assert_allclose(stock.encode(["x y"]), model.encode(["x y"]), atol=2e-6)
+
+
+def test_groups_never_meet_in_a_batch(repo, tmp_path):
+    rows = {"query": [f"q{i}" for i in range(24)], "positive": [f"p{i}" for i in range(24)]}
+    dataset = Dataset.from_dict({**rows, "group": [str(i % 8) for i in range(24)]})
+    args = config(tmp_path, per_device_train_batch_size=8, batch_sampler="no_duplicates", max_steps=1)
+    trainer = CondensationTrainer(
+        model=BTokSentenceTransformer(repo, device="cpu"), args=args, train_dataset={"pairs": dataset}
+    )
+    batches = list(trainer.get_train_dataloader().batch_sampler)
+    assert len(batches) == 3 and all(len({i % 8 for i in batch}) == 8 for batch in batches)
+
+
+# ---------------------------------------------------------------- targets and bad input
+
+
+def collator(repo, tmp_path, **kwargs):
+    model = BTokSentenceTransformer(repo, device="cpu")
+    args = config(tmp_path, **kwargs)
+    return CondensationCollator(preprocess_fn=model.preprocess, tokenizer=model.tokenizer, args=args), model.tokenizer
+
+
+def test_targets_are_the_other_sides_text(repo, tmp_path):
+    collate, tokenizer = collator(repo, tmp_path, condense="both", max_target_length=10)
+    rows = [
+        {"query": "q <|im_end|>", "positive": "a positive that is too long"},
+        {"query": {"text": "with text", "image": image(40, 40)}, "positive": "p"},
+    ]
+    batch = collate(rows)
+    decoded = {}
+    for side in ("query", "positive"):
+        ids, labels = batch[f"{side}_target_ids"][:, 0], batch[f"{side}_target_labels"][:, 0]
+        decoded[side] = [tokenizer.decode(row[label != -100]) for row, label in zip(ids, labels)]
+        prompts = [tokenizer.decode(row[: len(row) - len(label[label != -100])]) for row, label in zip(ids, labels)]
+        assert prompts[0].startswith("<|im_start|>assistant\n")
+        assert all((label[:11] == -100).all() for label in labels)
+    assert decoded["query"] == ["a positive<|im_end|>", "p<|im_end|>"]
+    assert decoded["positive"] == ["q < |im_en<|im_end|>", "with text<|im_end|>"]
+    collate, tokenizer = collator(repo, tmp_path, condense="positive")
+    batch = collate([{"query": image(40, 40), "positive": image(30, 30), "target": "instead"}])
+    assert "positive_target_ids" not in batch
+    assert tokenizer.decode(batch["query_target_ids"][0, 0]).endswith("instead<|im_end|>")
+
+
+def test_text_of_every_kind_of_side():
+    assert text_of("plain ") == "plain"
+    assert text_of({"image": 1, "text": ["a", "b"]}) == "a b"
+    assert text_of({"role": "user", "content": [{"type": "image", "image": 1}, {"type": "text", "text": "m"}]}) == "m"
+    for nothing in (image(30, 30), {"image": 1}, "", "photo.png", None):
+        assert text_of(nothing) is None
+
+
+def test_bad_datasets_are_refused_before_training(repo, tmp_path):
+    model = BTokSentenceTransformer(repo, device="cpu")
+
+    def trainer(dataset, **kwargs):
+        return CondensationTrainer(model=model, args=config(tmp_path, **kwargs), train_dataset=dataset)
+
+    good = text_pairs(4)
+    with pytest.raises(ValueError, match=r"missing \['query'\]; unknown \['anchor'\].*rename_column"):
+        trainer(good.rename_column("query", "anchor"))
+    with pytest.raises(ValueError, match=r"Dataset 'b'.*unknown \['id'\]"):
+        trainer({"a": good, "b": good.add_column("id", [1, 2, 3, 4])})
+    pictures = Dataset.from_dict(
+        {"query": ["a"], "positive": [image(40, 40)]},
+        features=Features({"query": Value("string"), "positive": Image()}),
+    )
+    with pytest.raises(ValueError, match="generates the text of 'positive', but a row of 'p' has none"):
+        trainer({"p": pictures})
+    trainer({"p": pictures}, condense="query")
+    with pytest.raises(ValueError, match=r"condense names the datasets \['other'\] but not 'p'"):
+        trainer({"p": pictures}, condense={"other": "none"})
+    for wrong in ("positve", {"p": "target"}, None):
+        with pytest.raises(ValueError, match="condense must be one of positive, query, both, none"):
+            config(tmp_path, condense=wrong)
+    for name, value in (("temperature", 0), ("mini_batch_size", 0), ("condensation_weight", -1)):
+        with pytest.raises(ValueError, match=name):
+            config(tmp_path, **{name: value})
+    with pytest.raises(ValueError, match="trains a BTokSentenceTransformer, got SentenceTransformer"):
+        CondensationTrainer(model=SentenceTransformer(repo, device="cpu"), train_dataset=good)
+    with pytest.raises(ValueError, match=r"lora_dropout must be 0, got 0.1: GradCache"):
+        CondensationTrainer(
+            model=model, args=config(tmp_path), train_dataset=good, peft_config=LoraConfig(lora_dropout=0.1)
+        )
+
+
+def test_pair_files(tmp_path, repo):
+    (tmp_path / "pairs.jsonl").write_text('{"query": "a", "positive": "b"}\n{"query": "a", "positive": "c"}\n')
+    (tmp_path / "pairs.csv").write_text("query,positive\nx,y\n")
+    assert load_pairs(str(tmp_path / "pairs.jsonl"))[1] == {"query": "a", "positive": "c"}
+    assert load_pairs(str(tmp_path / "pairs.csv"))[0] == {"query": "x", "positive": "y"}
+    with pytest.raises(FileNotFoundError, match=r"none\.parquet"):
+        load_pairs(str(tmp_path / "none.parquet"))
+    (tmp_path / "pairs.txt").write_text("")
+    with pytest.raises(ValueError, match="unknown format"):
+        load_pairs(str(tmp_path / "pairs.txt"))
+    evaluator = retrieval_evaluator(str(tmp_path / "pairs.jsonl"))
+    assert len(evaluator.queries) == 1 and len(evaluator.corpus) == 2
+    assert evaluator(BTokSentenceTransformer(repo, device="cpu"))["pairs_cosine_accuracy@10"] == 1.0
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_script_trains_evaluates_and_exports(repo, tmp_path, lora):
+    features = Features({"query": Value("string"), "positive": Image()})
+    pairs = {"query": [f"picture {i}" for i in range(8)], "positive": [image(40, 40, i) for i in range(8)]}
+    Dataset.from_dict(pairs, features=features).to_parquet(tmp_path / "pairs.parquet")
+    (tmp_path / "config.yaml").write_text(
+        f"model_name_or_path: {repo}\n"
+        f"train_files:\n  pictures: {tmp_path}/pairs.parquet\n"
+        f"eval_file: {tmp_path}/pairs.parquet\n"
+        f"output_dir: {tmp_path}/unused\n"
+        "condense:\n  pictures: query\n"
+        "per_device_train_batch_size: 4\nmax_steps: 2\nlogging_steps: 1\nreport_to: none\nuse_cpu: true\n"
+    )
+    output = tmp_path / "model"
+    flags = ["--output_dir", str(output), "--model_license", "apache-2.0", *(["--use_peft"] if lora else [])]
+    run = subprocess.run(
+        [sys.executable, "training/train.py", "--config", str(tmp_path / "config.yaml"), *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "before" in run.stdout and "Exported to" in run.stdout
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert set(metrics["pairs_cosine_recall@1"]) == {"before", "after"}
+    assert not list(output.glob("*.bin")) and not (output / "adapter_config.json").exists()
+    card = (output / "README.md").read_text()
+    assert "license: apache-2.0" in card and "| pairs in pictures | 8 |" in card and "8 queries, 8 candidates" in card
+    assert SentenceTransformer(str(output), device="cpu").encode(["picture 1"]).shape == (1, 64)
