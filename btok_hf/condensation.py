@@ -33,6 +33,9 @@ from btok_hf.modeling.modeling_btok import (
 )
 
 ATTENTION = "btok_packed"
+# transformers gives the vision tower's whole batch to an attention function whose name holds "flash", in one call with
+# the bounds of the images; any other it calls once per image, in a Python loop.
+VISION_ATTENTION = "btok_flash_packed"
 MEDIA_KEYS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 GRID_KEYS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
 CROSS_ENTROPY_ROWS = 256  # rows of logits alive at once: 256 x 151,936 x 4 bytes = 156 MB
@@ -57,12 +60,14 @@ class PackedLayout:
 
     Args:
         segments (`list[tuple[int, int, int, int]]`):
-            `(query_start, query_length, key_start, key_length)` per segment. Attention is causal and aligned at the
-            end: the last query sees the last key. Together the queries cover every position once.
+            `(query_start, query_length, key_start, key_length)` per segment. Causal attention is aligned at the end:
+            the last query sees the last key. Together the queries cover every position once.
         device (`torch.device`): Where the indices live.
+        causal (`bool`): `False`: every query of a segment sees all of its keys.
     """
 
-    def __init__(self, segments, device):
+    def __init__(self, segments, device, causal=True):
+        self.causal = causal
         shapes = {}
         for query_start, query_length, key_start, key_length in segments:
             shapes.setdefault((query_length, key_length), []).append((query_start, key_start))
@@ -85,9 +90,10 @@ class PackedLayout:
             q, k, v = (x[:, index].transpose(0, 1) for x, index in ((query, queries), (key, keys), (value, keys)))
             length, width = q.shape[2], k.shape[2]
             mask = None
-            if length != width:
+            if self.causal and length != width:
                 mask = torch.ones(length, width, dtype=torch.bool, device=q.device).tril(width - length)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+            is_causal = self.causal and mask is None
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale)
             outputs.append(out.transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs)[self.order]
 
@@ -103,6 +109,15 @@ def _packed_attention(module, query, key, value, attention_mask, scaling=None, p
     return packed_layout.attend(query[0], key, value, scaling)[None], None
 
 
+def _vision_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **kwargs):
+    """Attention function of the vision tower: images (or windows) of the same size in one call."""
+    bounds = cu_seq_lens_q.tolist()
+    segments = [(start, end - start, start, end - start) for start, end in zip(bounds, bounds[1:]) if end > start]
+    layout = PackedLayout(segments, query.device, causal=False)
+    return layout.attend(query[0], key[0], value[0], scaling)[None], None
+
+
+AttentionInterface.register(VISION_ATTENTION, _vision_attention)
 AttentionInterface.register(ATTENTION, _packed_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # calls without a layout keep their padding mask
 
@@ -195,8 +210,9 @@ def condense(model, inputs, target_ids=None, labels=None, *, condensation_mask=T
 
     Args:
         model: A Qwen-VL backbone with Bottleneck Tokens: stock (`AutoModel`, `AutoModelForImageTextToText`),
-            `BTokForEmbedding`, or one of them in PEFT. Its language model's attention implementation becomes
-            `"btok_packed"`, which for every other call is transformers' SDPA.
+            `BTokForEmbedding`, or one of them in PEFT. Its attention implementations become `"btok_packed"`
+            (language model), which for every other call is transformers' SDPA, and `"btok_flash_packed"` (vision
+            tower), which computes what SDPA does in fewer calls.
         inputs (`Mapping`): What a processor returns for the encoded side: `input_ids`, `attention_mask` and, with
             media, `mm_token_type_ids`, pixels and grids. Rows may end in the Bottleneck Tokens or lack them.
         target_ids (`torch.LongTensor` of shape `(batch, target_length)`, *optional*):
@@ -259,6 +275,7 @@ def condense(model, inputs, target_ids=None, labels=None, *, condensation_mask=T
 
     # Set for good and not around this call: activation checkpointing looks it up again in the backward pass.
     backbone.language_model.config._attn_implementation = ATTENTION
+    backbone.visual.config._attn_implementation = VISION_ATTENTION
     hidden = backbone(
         input_ids=torch.cat([input_ids, target_ids], 1)[keep][None],
         position_ids=positions[:, keep][:, None],
