@@ -4,6 +4,8 @@ K = 0 is the last-token-pooling baseline: nothing is added, and every row ends i
 part of a single Bottleneck Token everywhere else in the library.
 """
 
+from pathlib import Path
+
 import torch
 from transformers import AutoConfig, AutoProcessor
 
@@ -103,11 +105,14 @@ def add_bottleneck_tokens(
         `Path`: `output_dir`.
 
     Raises:
-        ValueError: An unsupported backbone, a base without a chat template or the Qwen-VL special tokens, one that
-            has Bottleneck Tokens of another count, or a checkpoint with missing or unexpected tensors.
+        ValueError: A model in `output_dir`, an unsupported backbone, a base without a chat template or the Qwen-VL
+            special tokens, one that has Bottleneck Tokens of another count, or a checkpoint with missing or
+            unexpected tensors.
     """
     if num_tokens < 0:
         raise ValueError(f"num_tokens must be 0 (last-token pooling) or more, got {num_tokens}.")
+    if Path(output_dir, "config.json").exists():
+        raise ValueError(f"{output_dir} already holds a model. Remove it or name another output_dir.")
     config = AutoConfig.from_pretrained(base, **hub_kwargs)
     stock_class(config)  # refuses unsupported backbones before anything large is loaded
     processor = AutoProcessor.from_pretrained(base, **hub_kwargs)

@@ -15,6 +15,7 @@ How it is computed here:
 - The cross-entropy goes through the vocabulary 256 target tokens at a time.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -112,7 +113,7 @@ def _packed_attention(module, query, key, value, attention_mask, scaling=None, p
 def _vision_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **kwargs):
     """Attention function of the vision tower: images (or windows) of the same size in one call."""
     bounds = cu_seq_lens_q.tolist()
-    segments = [(start, end - start, start, end - start) for start, end in zip(bounds, bounds[1:]) if end > start]
+    segments = [(start, end - start, start, end - start) for start, end in pairwise(bounds) if end > start]
     layout = PackedLayout(segments, query.device, causal=False)
     return layout.attend(query[0], key[0], value[0], scaling)[None], None
 
@@ -200,6 +201,16 @@ def _position_ids(backbone, input_ids, attention_mask, mm_token_type_ids, featur
             "Images or video were given without mm_token_type_ids, which multimodal positions need. "
             "Pass everything that the processor returned."
         )
+    # The backbone loops over rows in Python. Rows of one shape (images of one size) need a single turn.
+    uniform = [
+        grid.view(len(input_ids), -1, *grid.shape[1:]) for grid in grids.values() if len(grid) % len(input_ids) == 0
+    ]
+    if len(uniform) == len(grids) and all((x == x[:1]).all() for x in (mm_token_type_ids, attention_mask, *uniform)):
+        first = {key: grid[0] for key, grid in zip(grids, uniform)}
+        positions, _ = backbone.get_rope_index(
+            input_ids[:1], mm_token_type_ids=mm_token_type_ids[:1], attention_mask=attention_mask[:1], **first
+        )
+        return positions.expand(-1, len(input_ids), -1)
     return backbone.get_rope_index(
         input_ids, mm_token_type_ids=mm_token_type_ids, attention_mask=attention_mask, **grids
     )[0]

@@ -67,8 +67,11 @@ def write_repository(
     config = weights.config
     weights.save_pretrained(output_dir, max_shard_size=max_shard_size)
     processor.save_pretrained(output_dir)
-    if (output_dir / "config.json").exists():  # absent where only adapters were written
-        path = output_dir / "config.json"
+    path = output_dir / "config.json"
+    if isinstance(weights, modeling_btok.stock_class(config)):
+        # Left from saving adapters here, they would be taken for the model.
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (output_dir / name).unlink(missing_ok=True)
         _write_json(path, modeling_btok.with_auto_map(json.loads(path.read_text("utf-8"))))
         shutil.copyfile(modeling_btok.__file__, output_dir / "modeling_btok.py")
     _write_sentence_transformers_files(output_dir, config, model, prompts)

@@ -128,13 +128,12 @@ def _merges(bpe):
 
 
 def text_for(row, rng):
-    """A name (70 %), one keyword (15 %) or a list of keywords (15 %), in one of the languages."""
+    """A name (85 %) or a list of keywords (15 %), in one of the languages."""
     language = rng.choice(LANGUAGES)
     name, keywords = row["names"][language], row["keywords"][language]
-    draw = rng.random()
-    if draw < 0.7 or not keywords:
+    if rng.random() < 0.85 or not keywords:
         return name
-    return rng.choice(keywords) if draw < 0.85 else ", ".join(rng.sample(keywords, min(4, len(keywords))))
+    return ", ".join(rng.sample(keywords, min(4, len(keywords))))
 
 
 def draw(image, rng=None):

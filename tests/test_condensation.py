@@ -23,6 +23,12 @@ def rows(kind):
             [image(56, 56), image(90, 40), "two"],
             [image(40, 40)],
         ],
+        "uniform": [
+            [image(60, 80), "what"],
+            [image(60, 80, 1), "isit"],
+            [image(60, 80, 2), "this"],
+            [image(60, 80, 3), "kind"],
+        ],
         "video": [[video(4), "move"], [video(6, 28, 1)], [image(60, 60), "still"], ["none"]],
     }[kind]
     return [[{"role": "user", "content": [_part(part) for part in content]}] for content in contents]
@@ -104,7 +110,7 @@ def assert_same_gradients(actual, expected, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("backbone", tiny.BACKBONES)
-@pytest.mark.parametrize("kind", ["text", "image", "video"])
+@pytest.mark.parametrize("kind", ["text", "image", "uniform", "video"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_packed_equals_dense_mask(repos, backbone, kind, side):
     processor = AutoProcessor.from_pretrained(repos[backbone])

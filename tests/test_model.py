@@ -89,6 +89,8 @@ def test_unsuitable_bases_are_refused(bases, tmp_path):
     with pytest.raises(ValueError, match="num_tokens must be 0"):
         add_bottleneck_tokens(bases["qwen2_vl"], tmp_path / "repo", num_tokens=-1)
     assert not (tmp_path / "repo").exists()
+    with pytest.raises(ValueError, match="already holds a model"):
+        add_bottleneck_tokens(bases["qwen2_vl"], bases["qwen3_vl"])
 
 
 def test_max_pixels_bounds_the_tokens_of_an_image(bases, tmp_path):

@@ -261,6 +261,16 @@ def test_long_text_is_cut_and_keeps_its_bottleneck_tokens(repo):
     assert BTokSentenceTransformer(repo, device="cpu", max_seq_length=20).max_seq_length == 20
 
 
+def test_max_pixels_is_the_memory_knob(repo):
+    item = {"image": image(400, 400), "text": "large"}
+    for loader in (BTokSentenceTransformer, SentenceTransformer):
+        lengths = [
+            loader(repo, device="cpu", processor_kwargs=kwargs).preprocess([item])["input_ids"].shape[1]
+            for kwargs in ({}, {"max_pixels": 28 * 28 * 4})
+        ]
+        assert lengths[1] == lengths[0] - 16 + 4
+
+
 def test_media_are_never_cut(repo):
     wrapper, stock = (cls(repo, device="cpu") for cls in (BTokSentenceTransformer, SentenceTransformer))
     item = {"image": image(100, 100), "text": "a rather long question about this picture"}

@@ -186,7 +186,7 @@ class CondensationTrainer(SentenceTransformerTrainer):
         masks = [value for key, value in inputs.items() if key.endswith("_attention_mask")]
         targets = [value != IGNORED for key, value in inputs.items() if key.endswith("_target_labels")]
         self._samples += len(masks[0]) * self.args.world_size
-        self._tokens += sum(int(counted.sum()) for counted in masks + targets) * self.args.world_size
+        self._tokens += sum(counted.sum() for counted in masks + targets) * self.args.world_size
         loss = super().training_step(model, inputs, num_items_in_batch)
         # The second GradCache pass, in which the condensation loss is computed, happened in the backward pass.
         self._track()
@@ -214,7 +214,7 @@ class CondensationTrainer(SentenceTransformerTrainer):
             logs = {
                 **logs,
                 "samples_per_second": round(self._samples / seconds, 1),
-                "tokens_per_second": round(self._tokens / seconds),
+                "tokens_per_second": round(int(self._tokens) / seconds),
             }
             self._tokens, self._samples, self._since = 0, 0, None
         super().log(logs, start_time)

@@ -1,0 +1,139 @@
+"""The whole way on real data: base model → Bottleneck Tokens → training → repository → stock loaders → search.
+
+    make demo        (or: python examples/demo.py)
+
+It prepares the emoji data and a small random Qwen2-VL (`prepare_emoji.py`), trains it with condensation through
+`training/train.py`, then, in a fresh process, loads the exported repository with stock transformers and stock
+Sentence-Transformers, checks that they agree, and prints retrieval metrics on drawings that training never saw.
+Everything is written under runs/emoji.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN = Path("runs/emoji")
+# One query a line, in the trained languages; names of concepts whose held-out drawings are among the candidates.
+SHOWN = 8
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--step", choices=["all", "check"], default="all", help=argparse.SUPPRESS)
+    parser.add_argument("--max_steps", type=int, default=None, help="training steps, instead of the recipe's")
+    arguments = parser.parse_args()
+    os.chdir(ROOT)
+    if arguments.step == "check":
+        return check()
+    started = time.time()
+    # Nothing is downloaded; a silent attempt would only cost time where there is no network.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    steps = [] if arguments.max_steps is None else ["--max_steps", str(arguments.max_steps)]
+    for title, command in (
+        ("1/3 Prepare the data and a base model", ["examples/prepare_emoji.py", "--output_dir", str(RUN)]),
+        ("2/3 Train and export", ["training/train.py", "--config", "training/recipes/emoji.yaml", *steps]),
+        ("3/3 Load the export in a fresh process and search", ["examples/demo.py", "--step", "check"]),
+    ):
+        print(f"\n=== {title} ({(time.time() - started) / 60:.1f} min so far)", flush=True)
+        subprocess.run([sys.executable, *command], check=True, env=environment)
+    print(f"\nDone in {(time.time() - started) / 60:.1f} minutes. Search with:")
+    print('  .venv/bin/python examples/search_emoji.py "cat with hearts" --top 5')
+
+
+def check():
+    """In a fresh process: do the loaders agree, and how well does the model find unseen drawings?"""
+    import numpy as np
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoModel, AutoProcessor
+
+    from btok_hf.training.data import retrieval_evaluator
+
+    repo = str(RUN / "model")
+    stock = SentenceTransformer(repo, device="cpu")  # without trust_remote_code
+    model = AutoModel.from_pretrained(repo, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(repo)
+    evaluator = retrieval_evaluator(str(RUN / "pairs" / "eval_unseen_drawings.parquet"))
+
+    contents = [{"type": "text", "text": evaluator.queries[0]}, {"type": "image", "image": evaluator.corpus[0]}]
+    with torch.no_grad():
+        auto = [
+            model(
+                **processor.apply_chat_template(
+                    [{"role": "user", "content": [content]}], tokenize=True, return_dict=True, return_tensors="pt"
+                )
+            ).pooler_output[0]
+            for content in contents
+        ]
+    difference = np.abs(torch.stack(auto).numpy() - stock.encode([evaluator.queries[0], evaluator.corpus[0]])).max()
+    print(f"AutoModel (trust_remote_code) and SentenceTransformer (stock modules) differ by {difference:.1e}")
+    if difference > 1e-6:
+        raise SystemExit("The loaders disagree.")
+
+    untrained = SentenceTransformer(str(RUN / "untrained"), device="cpu")
+    results = [measure(candidate, evaluator) for candidate in (untrained, stock)]
+    size = len(evaluator.corpus)
+    chance = {"R@1": 1 / size, "R@10": 10 / size, "MRR": sum(1 / rank for rank in range(1, size + 1)) / size}
+    held_out = len({document for documents in evaluator.relevant_docs.values() for document in documents})
+    print(
+        f"\ntext → image: {len(evaluator.queries)} names in four languages; {size} candidates, of which {held_out} "
+        "answer a query (drawings never seen in training) and the rest are training drawings of other concepts"
+    )
+    print(f"{'':18}{'R@1':>7}{'R@10':>7}{'MRR':>7}")
+    for title, row in (("chance", chance), ("before training", results[0]), ("after training", results[1])):
+        print(f"{title:18}" + "".join(f"{100 * row[key]:7.1f}" for key in ("R@1", "R@10", "MRR")))
+    (RUN / "demo.json").write_text(
+        json.dumps({"candidates": size, "chance": chance, "before": results[0], "after": results[1]}, indent=2) + "\n"
+    )
+    contact_sheet(stock, evaluator, RUN / "demo.png")
+    print(f"\nQueries and their top hits: {RUN / 'demo.png'}")
+
+
+def measure(model, evaluator):
+    """R@1, R@10 (a right drawing among the first) and MRR over all candidates."""
+    scores = evaluator(model)
+    return {
+        "R@1": scores[f"{evaluator.name}_cosine_accuracy@1"],
+        "R@10": scores[f"{evaluator.name}_cosine_accuracy@10"],
+        "MRR": scores[f"{evaluator.name}_cosine_mrr@{len(evaluator.corpus)}"],
+    }
+
+
+def contact_sheet(model, evaluator, path, top=8):
+    """A picture: a query a line, its top hits beside it, right ones framed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from sentence_transformers import util
+
+    chosen = [round(index * (len(evaluator.queries) - 1) / (SHOWN - 1)) for index in range(SHOWN)]
+    hits = util.semantic_search(
+        model.encode_query([evaluator.queries[index] for index in chosen]),
+        model.encode_document(evaluator.corpus, batch_size=256),
+        top_k=top,
+    )
+    figure, axes = plt.subplots(SHOWN, top + 1, figsize=(top + 4, SHOWN), width_ratios=[3] + [1] * top)
+    for line, index, found in zip(axes, chosen, hits):
+        for axis in line:
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.spines[:].set_visible(False)
+        line[0].text(1, 0.5, evaluator.queries[index], ha="right", va="center", wrap=True)
+        right = evaluator.relevant_docs[evaluator.queries_ids[index]]
+        for axis, hit in zip(line[1:], found):
+            axis.imshow(evaluator.corpus[hit["corpus_id"]])
+            if evaluator.corpus_ids[hit["corpus_id"]] in right:
+                axis.spines[:].set(visible=True, color="green", linewidth=3)
+    figure.suptitle("Queries and their nearest drawings (green frame: the right one, never seen in training)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""What a user meets first: installation, imports, the README."""
+
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import image
+
+import btok_hf
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_wheel_holds_every_package_and_imports_without_the_checkout(tmp_path):
+    source = tmp_path / "source"  # building writes into the tree it builds
+    for folder in ("btok_hf", "modeling", "training", "hub_card"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)],
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    for name in (
+        "btok_hf/condensation.py",
+        "btok_hf/modeling/modeling_btok.py",
+        "btok_hf/training/train.py",
+        "btok_hf/training/recipes/emoji.yaml",
+        "btok_hf/hub_card/card.md.jinja",
+    ):
+        assert name in names
+    assert not any(name.startswith(("tests", "examples", "data")) for name in names)
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    # -P and an explicit path in front: the checkout's own folders and its editable install are out of reach.
+    code = (
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+        f"sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
+        "import btok_hf, btok_hf.hub_card\n"
+        "from btok_hf import BTokForEmbedding, BTokSentenceTransformer, add_bottleneck_tokens\n"
+        "from btok_hf.training import CondensationTrainer\n"
+        "import btok_hf.training.train\n"
+        "print(btok_hf.__file__, sys.modules[BTokForEmbedding.__module__].__file__)\n"
+    )
+    run = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert all(path.startswith(str(tmp_path / "site")) for path in run.stdout.split())
+
+
+def test_the_package_imports_nothing_heavy_until_asked():
+    code = (
+        "import sys, btok_hf; assert not {'torch', 'transformers'} & set(sys.modules); print(len(btok_hf.__all__))\n"
+        "assert set(btok_hf.__all__) <= set(dir(btok_hf))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0 and int(run.stdout) == len(btok_hf.__all__), run.stderr
+    for name in btok_hf.__all__:
+        assert callable(getattr(btok_hf, name))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = btok_hf.nothing
+
+
+def test_remote_code_is_flat_and_imports_torch_and_transformers_only():
+    source = (ROOT / "modeling" / "modeling_btok.py").read_text("utf-8")
+    imported = set(re.findall(r"^(?:from|import) (\w+)", source, flags=re.M))
+    assert imported - set(sys.stdlib_module_names) == {"torch", "transformers"}
+
+
+def test_training_script_shows_its_flags():
+    run = subprocess.run([sys.executable, "training/train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    for flag in (
+        "--condensation_weight",
+        "--condense",
+        "--mini_batch_size",
+        "--lora_r",
+        "--push_to_hub",
+        "--eval_file",
+    ):
+        assert flag in run.stdout
+
+
+def test_readme_snippets_run(repo, bases, tmp_path, monkeypatch):
+    """Every Python block, in order, in one folder; only the names of models and the number of steps are ours."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("photo.png", "page1.png", "page2.png"):
+        image(60, 60).save(name)
+    Path("pairs.jsonl").write_text("".join(f'{{"query": "q {i}", "positive": "p {i}"}}\n' for i in range(8)))
+    readme = (ROOT / "README.md").read_text("utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.S)
+    assert len(blocks) == 3
+    for block in blocks:
+        block = block.replace("org/btok-2b", repo).replace("Qwen/Qwen2-VL-2B-Instruct", bases["qwen2_vl"])
+        block = block.replace("max_steps=1000", "max_steps=1, use_cpu=True")
+        exec(compile(block, "README.md", "exec"), {})
+    assert Path("btok-mine", "modules.json").is_file() and Path("btok-mine", "model.safetensors").is_file()
