@@ -137,8 +137,10 @@ def stock_model(backbone, lm_head=None, generation_config=None) -> PreTrainedMod
         lm_head (`torch.nn.Linear`, *optional*): Head of an untied model.
         generation_config (`GenerationConfig`, *optional*): Saved with the model.
     """
+    # A copy through to_dict carries no attention implementation, which could not be looked up for a new model.
+    config = type(backbone.config).from_dict(backbone.config.to_dict())
     with torch.device("meta"):
-        model = modeling_btok.stock_class(backbone.config)(backbone.config)
+        model = modeling_btok.stock_class(config)(config)
     model.model = backbone
     if lm_head is not None:
         model.lm_head = lm_head

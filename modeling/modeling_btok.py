@@ -161,19 +161,23 @@ def end_in_bottleneck(input_ids, attention_mask, token_ids, mm_token_type_ids=No
 
 
 def check_media(config, input_ids, features):
-    """Raise if placeholders stand in `input_ids` without media, or if pixels are not finite."""
-    for kind, token_id, key in (
-        ("image", config.image_token_id, "pixel_values"),
-        ("video", config.video_token_id, "pixel_values_videos"),
+    """Raise if media placeholders and media do not match, or if pixels are not finite."""
+    for kind, token_id, pixel_key, grid_key in (
+        ("image", config.image_token_id, "pixel_values", "image_grid_thw"),
+        ("video", config.video_token_id, "pixel_values_videos", "video_grid_thw"),
     ):
-        pixels = features.get(key)
-        if pixels is None and (input_ids == token_id).any():
+        pixels, grid = features.get(pixel_key), features.get(grid_key)
+        placeholders = int((input_ids == token_id).sum())
+        given = 0 if grid is None else int(grid.prod(1).sum()) // config.vision_config.spatial_merge_size**2
+        if placeholders != given:
             raise ValueError(
-                f"input_ids hold {int((input_ids == token_id).sum())} {kind} placeholder token(s) but no {key} was "
-                f"given. Pass the {kind} through the processor together with the text."
+                f"input_ids hold {placeholders} {kind} placeholder token(s), but the {kind}s given with them fill "
+                f"{given}. Pass texts and {kind}s through the processor together, and everything it returns on."
             )
         if pixels is not None and not torch.isfinite(pixels).all():
-            raise ValueError(f"{key} holds NaN or infinite values. Check the {kind} that the processor was given.")
+            raise ValueError(
+                f"{pixel_key} holds NaN or infinite values. Check the {kind} that the processor was given."
+            )
 
 
 class BTokForEmbedding(PreTrainedModel):
@@ -294,6 +298,19 @@ class BTokForEmbedding(PreTrainedModel):
             attentions=output.attentions,
         )
         return output.to_tuple() if return_dict is False else output
+
+
+class _NoConfigClass:
+    """An absent attribute: transformers before 5.19 wants `config_class` to be that of the checkpoint, or not there.
+
+    There are three: the class serves every backbone's own configuration.
+    """
+
+    def __get__(self, instance, owner=None):
+        raise AttributeError("BTokForEmbedding has no config_class of its own.")
+
+
+BTokForEmbedding.config_class = _NoConfigClass()
 
 
 def with_auto_map(config):

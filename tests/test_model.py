@@ -350,7 +350,9 @@ def test_bad_rows_are_refused(repo):
     raw = processor(text=["typed <|btok_0|> literally"], return_tensors="pt")
     with pytest.raises(ValueError, match="Row 0 holds 1 Bottleneck Token"):
         model(**raw)
-    with pytest.raises(ValueError, match="image placeholder token"):
+    with pytest.raises(
+        ValueError, match=r"hold 1 image placeholder token\(s\), but the images given with them fill 0"
+    ):
         model(**processor.tokenizer("<|vision_start|><|image_pad|><|vision_end|>", return_tensors="pt"))
     with pytest.raises(ValueError, match="empty"):
         model(input_ids=torch.tensor([[5, 6]]), attention_mask=torch.tensor([[0, 0]]))
@@ -362,7 +364,7 @@ def test_bad_rows_are_refused(repo):
         model(**inputs)
     inputs = process(processor, rows("image"))
     inputs["pixel_values"], inputs["image_grid_thw"] = inputs["pixel_values"][:16], inputs["image_grid_thw"][:1]
-    with pytest.raises((ValueError, RuntimeError, StopIteration)):  # more placeholders than media
+    with pytest.raises(ValueError, match="but the images given with them fill"):  # more placeholders than media
         model(**inputs)
 
 
