@@ -107,8 +107,8 @@ class BottleneckTransformer(Transformer):
     def _check_input(self, item):
         """`item` with its files read; raises, showing it (`encode` sorts, an index would mislead), if it is bad."""
         try:
-            if isinstance(item, str):
-                return self._read_path(item)
+            if isinstance(item, (str, Path)):
+                return self._read_path(str(item))
             if isinstance(item, dict) and "role" not in item and "array" not in item:
                 unknown = set(item) - INPUT_KEYS
                 if unknown or not item:
@@ -118,7 +118,8 @@ class BottleneckTransformer(Transformer):
                 return self._check_image(item)
             return item
         except (ValueError, FileNotFoundError) as error:
-            raise type(error)(f"Input {reprlib.repr(item)}: {error}") from error
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"Input {reprlib.repr(item)}: {error}") from error
 
     def _read_path(self, text):
         """Read the media file that a string names. One that looks like a file name but names none is refused."""

@@ -10,6 +10,7 @@ Writes, under the output folder:
 
 import argparse
 import io
+import json
 import random
 import shutil
 from pathlib import Path
@@ -30,21 +31,13 @@ from transformers import (
 )
 
 from btok_hf import add_bottleneck_tokens
+from btok_hf.bottleneck import REQUIRED_TOKENS
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "emoji"
-CATEGORIES = ("Animals & Nature", "Food & Drink", "Activities")
+CATEGORIES = ("Animals & Nature", "Food & Drink")
 LANGUAGES = ("en", "de", "fr", "es")
 SIZE = 48  # pixels a side: 4 x 4 patches of 12 pixels, merged to 4 tokens
-SPECIAL_TOKENS = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
+SPECIAL_TOKENS = ["<|endoftext|>", *REQUIRED_TOKENS, "<|vision_pad|>"]
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {{- '<|im_start|>' + message['role'] + '\\n' -}}
@@ -70,7 +63,8 @@ def build_base(output_dir, texts, vocab_size=4096, hidden_size=128, num_layers=3
     bpe.train_from_iterator(texts, vocab_size=vocab_size - 64, min_frequency=2, show_progress=False)
     vocab = bpe.get_vocab()
     vocab.update({c: len(vocab) + i for i, c in enumerate(c for c in ByteLevel.alphabet() if c not in vocab)})
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=_merges(bpe))
+    merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges)
     tokenizer.add_tokens(SPECIAL_TOKENS, special_tokens=True)
     tokenizer.pad_token, tokenizer.eos_token, tokenizer.model_max_length = "<|endoftext|>", "<|im_end|>", 512
     ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)))
@@ -121,12 +115,6 @@ def build_base(output_dir, texts, vocab_size=4096, hidden_size=128, num_layers=3
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _merges(bpe):
-    import json
-
-    return [tuple(merge) for merge in json.loads(bpe._tokenizer.to_str())["model"]["merges"]]
-
-
 def text_for(row, rng):
     """A name (85 %) or a list of keywords (15 %), in one of the languages."""
     language = rng.choice(LANGUAGES)
@@ -143,13 +131,11 @@ def draw(image, rng=None):
     if rng is not None:
         if rng.random() < 0.5:
             image = ImageOps.mirror(image)
-        scale = rng.uniform(0.75, 1.1)
-        width, height = (max(1, round(edge * scale)) for edge in image.size)
-        image = image.rotate(rng.uniform(-15, 15), PILImage.Resampling.BILINEAR).resize((width, height))
+        image = image.rotate(rng.uniform(-15, 15), PILImage.Resampling.BILINEAR)
+        width = height = round(96 * rng.uniform(0.75, 1.1))
         canvas = PILImage.new("RGBA", (96, 96))
-        canvas.paste(
-            image, (round((96 - width) / 2 + rng.uniform(-8, 8)), round((96 - height) / 2 + rng.uniform(-8, 8)))
-        )
+        place = (round((96 - width) / 2 + rng.uniform(-8, 8)), round((96 - height) / 2 + rng.uniform(-8, 8)))
+        canvas.paste(image.resize((width, height)), place)
         image = canvas
         if rng.random() < 0.5:
             background = tuple(rng.randint(160, 255) for _ in range(3))
@@ -181,10 +167,10 @@ def write_pairs(folder, emoji, variants, seed):
             rows["text_to_image"].append(
                 {"query": text_for(row, rng), "positive": png(draw(row["image"], rng)), "group": row["emoji"]}
             )
-    # A quarter of all batches.
+    # A quarter of all batches: the same concept drawn by both artists, or one drawing in two variants.
     for _ in range(variants // 2):
         for drawings in by_concept.values():
-            first, second = rng.choice(drawings), rng.choice(drawings)
+            first, second = rng.sample(drawings, 2) if len(drawings) == 2 else drawings * 2
             query, positive = png(draw(first["image"], rng)), png(draw(second["image"], rng))
             rows["image_to_image"].append({"query": query, "positive": positive, "group": first["emoji"]})
     # Candidates: one drawing of every concept. The held-out ones have queries, the others are distractors.
@@ -211,7 +197,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/emoji"), help="folder to write")
     parser.add_argument("--num_tokens", type=int, default=4, help="K; 0 for last-token pooling")
-    parser.add_argument("--variants", type=int, default=24, help="augmented copies of each training drawing")
+    parser.add_argument("--variants", type=int, default=32, help="augmented copies of each training drawing")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 

@@ -13,8 +13,7 @@ def render_card(config, processor, prompts, **results):
         processor (`ProcessorMixin`): For the pixel limits.
         prompts (`dict[str, str]`): Instructions by name.
         results: What a training run measured: `training` (list of `(name, value)`), `evaluation` (list of
-            `(metric, before, after)`), `evaluation_note`, `datasets`, `base_model`, `license`, `command`. Sections
-            without content are left out.
+            `(metric, before, after)`), `evaluation_note`, `license`, `command`. Sections without content are left out.
 
     Returns:
         `str`: The README.md of the repository.
@@ -24,9 +23,7 @@ def render_card(config, processor, prompts, **results):
     ).from_string(files(__name__).joinpath("card.md.jinja").read_text("utf-8"))
     text_config = config.get_text_config()
     size = processor.image_processor.size
-    defaults = dict.fromkeys(
-        ("training", "evaluation", "evaluation_note", "datasets", "base_model", "license", "command"), None
-    )
+    defaults = dict.fromkeys(("training", "evaluation", "evaluation_note", "license", "command"))
     return template.render(
         model_type=config.model_type,
         num_tokens=config.btok_num_tokens,

@@ -76,7 +76,7 @@ def loaded(repos, request):
     }
 
 
-def test_no_loader_warns_of_random_weights_and_stock_uses_stock_modules(loaded):
+def test_stock_loads_stock_modules(loaded):
     assert [type(module).__name__ for module in loaded["stock"]] == [
         "Transformer",
         "WordWeights",
@@ -85,7 +85,6 @@ def test_no_loader_warns_of_random_weights_and_stock_uses_stock_modules(loaded):
     ]
     assert type(loaded["stock"][0].model).__module__.startswith("transformers.")
     assert type(loaded["trusted"][0].model).__name__ == "BTokForEmbedding"
-    assert len(str(loaded["wrapper"])) < 1000
 
 
 @pytest.mark.parametrize("prompt", [None, "Represent it for retrieval."])

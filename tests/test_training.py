@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from conftest import image
 from datasets import Dataset, Features, Image, Value
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
+from test_condensation import assert_same_gradients
 from torch.nn import functional as F
 
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model
@@ -51,13 +53,6 @@ def batch_features(model, rows=slice(None), condense="both", negatives=True, **k
 
 def named_gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same_gradients(actual, expected, tolerance=1e-5):
-    assert actual.keys() == expected.keys()
-    scale = max(gradient.abs().max() for gradient in expected.values())
-    for name, gradient in expected.items():
-        assert (actual[name] - gradient).abs().max() <= tolerance * scale, name
 
 
 def reference_loss(model, features, weight, temperature=0.02, symmetric=False, mask=True):
@@ -260,6 +255,23 @@ def test_lora_trains_exactly_the_token_rows_and_the_adapters(repo, tmp_path):
     for loader in (BTokSentenceTransformer, SentenceTransformer):
         again = loader(str(tmp_path / "adapter"), device="cpu")
         np.testing.assert_allclose(again.encode(["find red", "flat thing"]), expected, atol=2e-6)
+
+
+def test_lora_freezes_an_untied_head_and_exports_it(tmp_path):
+    base = tiny.build("qwen2_vl", tmp_path / "base", tied=False)
+    model = BTokSentenceTransformer(add_bottleneck_tokens(base, tmp_path / "repo"), device="cpu")
+    head = model[0].lm_head.weight.detach().clone()
+    trainer = CondensationTrainer(
+        model=model,
+        args=config(tmp_path, per_device_train_batch_size=6, max_steps=2, learning_rate=1e-2),
+        train_dataset=text_pairs(6),
+        peft_config=LoraConfig(r=4, lora_dropout=0.0),
+    )
+    trainer.train()
+    export_model(model, tmp_path / "export")
+    exported = BTokSentenceTransformer(tmp_path / "export", device="cpu")
+    assert torch.equal(exported[0].lm_head.weight, head)
+    np.testing.assert_allclose(exported.encode(["a b"]), model.encode(["a b"]), atol=2e-6)
 
 
 @pytest.mark.parametrize("lora", [False, True])

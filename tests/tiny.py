@@ -18,17 +18,10 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
+from btok_hf.bottleneck import REQUIRED_TOKENS
+
 BACKBONES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-SPECIAL = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
+SPECIAL = ["<|endoftext|>", *REQUIRED_TOKENS, "<|vision_pad|>"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for content in message['content'] %}"

@@ -243,3 +243,5 @@ def add_adapters(model, peft_config):
     if model.config.btok_num_tokens:
         peft_config.trainable_token_indices = {"embed_tokens": list(bottleneck_token_ids(model.config))}
     model.add_adapter(peft_config)
+    if model[0].lm_head is not None:  # an untied head, outside the backbone that PEFT froze
+        model[0].lm_head.requires_grad_(False)
