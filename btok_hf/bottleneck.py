@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoProcessor
 
-from btok_hf.condensation import is_tied
-from btok_hf.export import stock_model, write_repository
+from btok_hf.export import stock_model, untied_head, write_repository
 from btok_hf.modeling.modeling_btok import load_stock_model, stock_class
 
 REQUIRED_TOKENS = (
@@ -152,7 +151,7 @@ def add_bottleneck_tokens(
     _set_pixels(processor, min_pixels, max_pixels)
     # A fresh model around the same tensors: the loaded one would be saved in the layout it was read from, and stock
     # AutoModel leaves the vision tower of one of the layouts random.
-    model = stock_model(model.model, None if is_tied(config) else model.lm_head, model.generation_config)
+    model = stock_model(model.model, untied_head(model), model.generation_config)
     return write_repository(output_dir, model, processor, prompts=prompts)
 
 
@@ -178,18 +177,10 @@ def _check_base(base, processor, known):
 def _initialise_rows(model, ids, eos_id, noise_std, seed):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for weight in {id(layer): layer.weight for layer in _vocabulary_layers(model)}.values():
-            eos = weight[eos_id].float()
+        for layer in filter(None, (model.get_input_embeddings(), untied_head(model))):
+            eos = layer.weight[eos_id].float()
             noise = torch.randn(len(ids), len(eos), generator=generator) * noise_std * eos.std().item()
-            weight[ids] = (eos + noise.to(eos.device)).to(weight.dtype)
-
-
-def _vocabulary_layers(model):
-    """Input embedding and head; their weights are one tensor where they are tied."""
-    layers = [model.get_input_embeddings()]
-    if model.get_output_embeddings().weight is not layers[0].weight:
-        layers.append(model.get_output_embeddings())
-    return layers
+            layer.weight[ids] = (eos + noise.to(eos.device)).to(layer.weight.dtype)
 
 
 def _set_pixels(processor, min_pixels, max_pixels):

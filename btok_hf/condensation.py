@@ -181,14 +181,9 @@ def backbone_and_head(model):
     stock_class(model.config)  # refuses other families
     backbone = model if hasattr(model, "language_model") else model.model
     head = model.get_output_embeddings()
-    if head is None and is_tied(model.config):
+    if head is None and model.config.tie_word_embeddings:
         head = model.get_input_embeddings()
     return backbone, None if head is None else head.weight
-
-
-def is_tied(config):
-    """Whether the checkpoint's language-modelling head is its input embedding."""
-    return bool(config.tie_word_embeddings)
 
 
 def _position_ids(backbone, input_ids, attention_mask, mm_token_type_ids, features):

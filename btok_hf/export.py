@@ -129,6 +129,11 @@ def _write_sentence_transformers_files(output_dir, config, model, prompts):
         _write_json(output_dir / folder / "config.json", module_config)
 
 
+def untied_head(model):
+    """The language-modelling head of a stock model; `None` where it shares the input embedding's weight."""
+    return None if model.lm_head.weight is model.get_input_embeddings().weight else model.lm_head
+
+
 def stock_model(backbone, lm_head=None, generation_config=None) -> PreTrainedModel:
     """The stock `…ForConditionalGeneration` around a backbone; shares its tensors.
 

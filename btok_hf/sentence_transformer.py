@@ -16,8 +16,8 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 
-from btok_hf.condensation import condense, is_tied
-from btok_hf.export import export_model, stock_model, write_repository
+from btok_hf.condensation import condense
+from btok_hf.export import export_model, stock_model, untied_head, write_repository
 from btok_hf.media import IMAGE_SUFFIXES, is_media_path, read_image, read_video
 from btok_hf.modeling.modeling_btok import bottleneck_token_ids, last_positions, load_stock_model
 
@@ -48,7 +48,7 @@ class BottleneckTransformer(Transformer):
 
             adapter, source = source, PeftConfig.from_pretrained(model_name_or_path).base_model_name_or_path
         model, _ = load_stock_model(source, config, **model_kwargs)
-        self.lm_head = None if is_tied(config) else model.lm_head
+        self.lm_head = untied_head(model)
         self.generation_config = model.generation_config
         backbone = model.model
         if adapter is not None:

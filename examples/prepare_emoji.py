@@ -132,7 +132,7 @@ def draw(image, rng=None):
         if rng.random() < 0.5:
             image = ImageOps.mirror(image)
         image = image.rotate(rng.uniform(-15, 15), PILImage.Resampling.BILINEAR)
-        width = height = round(96 * rng.uniform(0.75, 1.1))
+        width, height = (round(96 * rng.uniform(0.75, 1.1)) for _ in range(2))
         canvas = PILImage.new("RGBA", (96, 96))
         place = (round((96 - width) / 2 + rng.uniform(-8, 8)), round((96 - height) / 2 + rng.uniform(-8, 8)))
         canvas.paste(image.resize((width, height)), place)
@@ -143,8 +143,10 @@ def draw(image, rng=None):
     flat.paste(image, mask=image.getchannel("A"))
     flat = flat.resize((SIZE, SIZE), PILImage.Resampling.BOX)
     if rng is not None:
+        if rng.random() < 0.15:  # shape has to do without colour now and then
+            flat = ImageOps.grayscale(flat).convert("RGB")
         for enhance in (ImageEnhance.Color, ImageEnhance.Brightness, ImageEnhance.Contrast):
-            flat = enhance(flat).enhance(rng.uniform(0.7, 1.3))
+            flat = enhance(flat).enhance(rng.uniform(0.6, 1.4))
     return flat
 
 

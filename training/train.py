@@ -113,7 +113,7 @@ def training_summary(args, train_dataset, result):
         ("λ", args.condensation_weight),
         ("λ is 0 after step", args.condensation_steps or "never"),
         ("seed", args.seed),
-        ("final training loss (mean over the run)", f"{result.training_loss:.4f}"),
+        ("training loss, mean over the run", f"{result.training_loss:.4f}"),
         ("minutes", f"{result.metrics['train_runtime'] / 60:.1f}"),
     ]
     return rows
