@@ -81,7 +81,7 @@ def check():
     chance = {"R@1": 1 / size, "R@10": 10 / size, "MRR": sum(1 / rank for rank in range(1, size + 1)) / size}
     held_out = len({document for documents in evaluator.relevant_docs.values() for document in documents})
     print(
-        f"\ntext → image: {len(evaluator.queries)} names in four languages; {size} candidates, of which {held_out} "
+        f"\ntext → image: {len(evaluator.queries)} names in three languages; {size} candidates, of which {held_out} "
         "answer a query (drawings never seen in training) and the rest are training drawings of other concepts"
     )
     print(f"{'':18}{'R@1':>7}{'R@10':>7}{'MRR':>7}")

@@ -35,7 +35,7 @@ from btok_hf.bottleneck import REQUIRED_TOKENS
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "emoji"
 CATEGORIES = ("Animals & Nature", "Food & Drink")
-LANGUAGES = ("en", "de", "fr", "es")
+LANGUAGES = ("en", "de", "fr")
 SIZE = 48  # pixels a side: 4 x 4 patches of 12 pixels, merged to 4 tokens
 SPECIAL_TOKENS = ["<|endoftext|>", *REQUIRED_TOKENS, "<|vision_pad|>"]
 CHAT_TEMPLATE = """\
@@ -143,10 +143,8 @@ def draw(image, rng=None):
     flat.paste(image, mask=image.getchannel("A"))
     flat = flat.resize((SIZE, SIZE), PILImage.Resampling.BOX)
     if rng is not None:
-        if rng.random() < 0.15:  # shape has to do without colour now and then
-            flat = ImageOps.grayscale(flat).convert("RGB")
         for enhance in (ImageEnhance.Color, ImageEnhance.Brightness, ImageEnhance.Contrast):
-            flat = enhance(flat).enhance(rng.uniform(0.6, 1.4))
+            flat = enhance(flat).enhance(rng.uniform(0.65, 1.35))
     return flat
 
 
