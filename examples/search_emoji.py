@@ -1,6 +1,6 @@
 """Search emoji drawings with a text in any of the trained languages, or with a picture.
 
-    python examples/search_emoji.py "cat with hearts" --top 5
+    python examples/search_emoji.py "polar bear" --top 5
     python examples/search_emoji.py drawing.png
 
 Uses the model that `make demo` writes to runs/emoji/model, through stock Sentence-Transformers.
