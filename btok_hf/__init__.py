@@ -12,9 +12,12 @@ _HOMES = {
     "BottleneckTransformer": "btok_hf.sentence_transformer",
     "add_bottleneck_tokens": "btok_hf.bottleneck",
     "condense": "btok_hf.condensation",
+    "export_adapters": "btok_hf.export",
     "export_model": "btok_hf.export",
+    "push": "btok_hf.hub",
     "read_image": "btok_hf.media",
     "read_video": "btok_hf.media",
+    "verify": "btok_hf.hub",
 }
 __all__ = list(_HOMES)
 

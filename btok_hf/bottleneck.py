@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoProcessor
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from btok_hf.export import stock_model, untied_head, write_repository
 from btok_hf.modeling.modeling_btok import load_stock_model, stock_class
@@ -112,6 +113,9 @@ def add_bottleneck_tokens(
         raise ValueError(f"num_tokens must be 0 (last-token pooling) or more, got {num_tokens}.")
     if Path(output_dir, "config.json").exists():
         raise ValueError(f"{output_dir} already holds a model. Remove it or name another output_dir.")
+    on_hub = not Path(base).exists()
+    if on_hub:  # everything is read from one commit, which is recorded
+        hub_kwargs["revision"] = extract_commit_hash(cached_file(base, "config.json", **hub_kwargs), None)
     config = AutoConfig.from_pretrained(base, **hub_kwargs)
     stock_class(config)  # refuses unsupported backbones before anything large is loaded
     processor = AutoProcessor.from_pretrained(base, **hub_kwargs)
@@ -143,6 +147,9 @@ def add_bottleneck_tokens(
         model.config.btok_token_ids = ids
         model.config.btok_num_tokens = num_tokens
         model.config.btok_initialisation = {"row": tokenizer.eos_token, "noise_std": noise_std, "seed": seed}
+    # A local folder's name means nothing to others, but it may know what it was made from.
+    model.config.btok_base_model = str(base) if on_hub else getattr(config, "btok_base_model", None)
+    model.config.btok_base_revision = hub_kwargs["revision"] if on_hub else getattr(config, "btok_base_revision", None)
     # The per-frame cap of the reference implementation, which transformers is moving to.
     processor.video_processor.cap_pixels_per_frame = True
     # Right-truncation would cut the Bottleneck Tokens off. From the left it cuts text, or, where media come first,

@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
+from torch import distributed
 
 from btok_hf.condensation import condense
-from btok_hf.export import export_model, stock_model, untied_head, write_repository
+from btok_hf.export import stock_model, untied_head, write_repository
 from btok_hf.media import IMAGE_SUFFIXES, is_media_path, read_image, read_video
 from btok_hf.modeling.modeling_btok import bottleneck_token_ids, last_positions, load_stock_model
 
@@ -42,17 +43,21 @@ class BottleneckTransformer(Transformer):
             raise ValueError(f"BottleneckTransformer needs backend='torch', got {backend!r}.")
         bottleneck_token_ids(config)
         model_kwargs.pop("trust_remote_code", None)
-        source, adapter = model_name_or_path, None
+        source, adapter_kwargs = model_name_or_path, {}
         if is_peft_model:
             from peft import PeftConfig
 
-            adapter, source = source, PeftConfig.from_pretrained(model_name_or_path).base_model_name_or_path
+            # The revision is the adapters' own, not the base's.
+            hub = ("revision", "token", "cache_dir", "local_files_only")
+            adapter_kwargs = {key: model_kwargs[key] for key in hub if key in model_kwargs}
+            model_kwargs.pop("revision", None)
+            source = PeftConfig.from_pretrained(model_name_or_path, **adapter_kwargs).base_model_name_or_path
         model, _ = load_stock_model(source, config, **model_kwargs)
         self.lm_head = untied_head(model)
         self.generation_config = model.generation_config
         backbone = model.model
-        if adapter is not None:
-            backbone.load_adapter(adapter)
+        if is_peft_model:
+            backbone.load_adapter(model_name_or_path, adapter_kwargs=adapter_kwargs)
         return backbone
 
     def _check_template(self):
@@ -163,12 +168,23 @@ class BottleneckTransformer(Transformer):
             condensation_mask=features.get("condensation_mask", True),
             lm_head=None if self.lm_head is None else self.lm_head.weight,
         )
-        features["sentence_embedding"] = condensed.embeddings
+        features["sentence_embedding"] = condensed.embeddings + self._tie_in_vision(features)
         if target_ids is not None:
             rows = (labels[:, 0] != -100).nonzero()[:, 0]
             losses = condensed.token_losses.new_zeros(len(target_ids))
             features["condensation_loss"] = losses.index_add(0, rows, condensed.token_losses)
         return features
+
+    def _tie_in_vision(self, features):
+        """0, with zero gradients for the vision tower of a batch without media.
+
+        Processes that shard or average gradients must all have the same ones, and another's batch may hold media.
+        """
+        zero = features["input_ids"].new_zeros((), dtype=torch.float32)
+        shared = distributed.is_available() and distributed.is_initialized()
+        if not shared or any(features.get(key) is not None for key in ("pixel_values", "pixel_values_videos")):
+            return zero
+        return sum((p.flatten()[:0].sum() for p in self.model.visual.parameters() if p.requires_grad), zero)
 
     def merged(self):
         """The stock model to publish: adapters, if any, merged into a copy of the weights."""
@@ -245,14 +261,12 @@ class BTokSentenceTransformer(SentenceTransformer):
         """Save a repository that stock Sentence-Transformers loads without trust_remote_code.
 
         With adapters, as in Sentence-Transformers, only they are written, beside a reference to the base: what
-        training resumes from. `btok_hf.export_model` writes the merged repository to publish.
+        training resumes from. `btok_hf.export_model` writes the merged repository to publish, with golden vectors.
         """
         if not safe_serialization:
             raise ValueError("Weights are saved as safetensors only: leave safe_serialization at True.")
-        if has_adapters(self[0].model):
-            write_repository(path, self[0].model, self[0].processor, model=self)
-        else:
-            export_model(self, path)
+        weights = self[0].model if has_adapters(self[0].model) else self[0].merged()
+        write_repository(path, weights, self[0].processor, model=self)
 
 
 def has_adapters(backbone):

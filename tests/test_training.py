@@ -2,9 +2,11 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from torch.nn import functional as F
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model
 from btok_hf.condensation import condense
 from btok_hf.training import CondensationConfig, CondensationLoss, CondensationTrainer
+from btok_hf.training.checkpoints import checkpoints, fault
 from btok_hf.training.condensation_trainer import CondensationCollator, text_of
 from btok_hf.training.data import load_pairs, retrieval_evaluator
 
@@ -47,8 +50,21 @@ def batch_features(model, rows=slice(None), condense="both", negatives=True, **k
     collator = CondensationCollator(preprocess_fn=model.preprocess, tokenizer=model.tokenizer, args=args)
     columns = [QUERIES, POSITIVES, NEGATIVES][: 3 if negatives else 2]
     batch = collator([dict(zip(("query", "positive", "negative"), row)) for row in list(zip(*columns))[rows]])
-    prefixes = ["query_", "positive_", "negative_0_"][: 3 if negatives else 2]
+    prefixes = ["query_", "positive_", "negative_"][: 3 if negatives else 2]
     return [{key[len(p) :]: value for key, value in batch.items() if key.startswith(p)} for p in prefixes]
+
+
+def torchrun(script, *arguments):
+    """Run a script of this folder in two processes."""
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"),
+            *(str(ROOT / "tests" / script), *arguments),
+        ],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")},
+        timeout=300,
+    )
 
 
 def named_gradients(model):
@@ -117,24 +133,114 @@ def test_weight_zero_runs_no_targets(repo):
     assert loss.condensation is None and loss.infonce is not None
 
 
-def test_two_processes_equal_one(repo, tmp_path):
-    """Gathered negatives, images on one process more than on the other, unequal numbers of target tokens."""
-    output = tmp_path / "gradients.pt"
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"),
-            *(str(ROOT / "tests" / "two_processes.py"), repo, str(output)),
-        ],
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")},
-        timeout=300,
+@pytest.mark.parametrize("mini_batch_size", [2, 100])
+def test_copies_of_the_right_answer_are_no_negatives(repo, mini_batch_size):
+    """By content, by group and by query; a query's own positive stays."""
+    picture = image(40, 40)
+    rows = [
+        {"query": "q0", "positive": "same", "negative": "other"},
+        {"query": "q1", "positive": "same", "negative": None},
+        {"query": "q2", "positive": {"image": picture}, "group": "cats", "negative": "same"},
+        {"query": {"text": "q3"}, "positive": "b", "group": "cats", "negative": "one more"},
+        {"query": "q1", "positive": {"image": picture.copy()}, "negative": "b"},
+    ]
+    rows = [{"group": None, **row} for row in rows]
+    # positives: same, same, picture, b, picture; negatives: other, same, one more, b
+    false = torch.zeros(5, 9, dtype=torch.bool)
+    for query, candidates in {0: [1, 6], 1: [0, 4, 6], 2: [3, 4], 3: [2, 8], 4: [1, 2]}.items():
+        false[query, candidates] = True
+    model = BTokSentenceTransformer(repo, device="cpu").train()
+
+    def trained(**kwargs):
+        args = CondensationConfig(output_dir="unused", condense="none", report_to="none", use_cpu=True, **kwargs)
+        collate = CondensationCollator(preprocess_fn=model.preprocess, tokenizer=model.tokenizer, args=args)
+        batch = collate(rows)
+        sides = ("query_", "positive_", "negative_")
+        features = [{k[len(side) :]: v for k, v in batch.items() if k.startswith(side)} for side in sides]
+        loss = CondensationLoss(model, mini_batch_size=mini_batch_size, symmetric=True)
+        model.zero_grad()
+        loss(features).backward()
+        return loss.infonce, named_gradients(model), features
+
+    def expected(false, features):
+        queries, positives, negatives = (condense(model[0].model, feature).embeddings for feature in features)
+        scores = queries @ torch.cat([positives, negatives]).T / 0.02
+        forth = F.cross_entropy(scores.masked_fill(false, -torch.inf), torch.arange(5))
+        back = F.cross_entropy(scores[:, :5].T.masked_fill(false[:, :5], -torch.inf), torch.arange(5))
+        model.zero_grad()
+        ((forth + back) / 2).backward()
+        return (forth + back).detach() / 2, named_gradients(model)
+
+    for masked, kwargs in ((false, {}), (false & False, {"mask_false_negatives": False})):
+        infonce, gradients, features = trained(**kwargs)
+        value, right = expected(masked, features)
+        torch.testing.assert_close(infonce, value, atol=1e-4, rtol=1e-5)
+        assert_same_gradients(gradients, right)
+
+
+def test_a_token_budget_bounds_every_forward_and_changes_nothing_else(repo):
+    model = BTokSentenceTransformer(repo, device="cpu").train()
+    _, _, total = reference_loss(model, batch_features(model), 0.7)
+    total.backward()
+    expected = named_gradients(model)
+    model.zero_grad()
+    loss = CondensationLoss(model, mini_batch_num_tokens=210, condensation_weight=0.7)
+    sizes = []
+    model[0].model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append((kwargs["inputs_embeds"].shape[1], torch.is_grad_enabled())),
+        with_kwargs=True,
     )
+    loss(batch_features(model)).backward()
+    assert_same_gradients(named_gradients(model), expected)
+    second = [size for size, with_grad in sizes if with_grad]
+    assert max(second) <= 210 and len(second) > 3
+    # The same budget without targets takes fewer forwards: their tokens were counted.
+    sizes.clear()
+    CondensationLoss(model, mini_batch_num_tokens=210, condensation_weight=0.0)(batch_features(model)).backward()
+    assert 0 < len([size for size, with_grad in sizes if with_grad]) < len(second)
+
+
+@pytest.mark.parametrize("mini_batch_size", [2, 100])
+def test_matryoshka_dimensions_are_trained_through_gradcache(repo, mini_batch_size):
+    model = BTokSentenceTransformer(repo, device="cpu").train()
+    features = batch_features(model, condense="none")
+    embeddings = [condense(model[0].model, feature).embeddings for feature in features]
+    value = 0
+    for dim in (64, 16, 8):
+        queries, *candidates = (F.normalize(embedding[:, :dim], dim=1) for embedding in embeddings)
+        value = value + F.cross_entropy(queries @ torch.cat(candidates).T / 0.02, torch.arange(6)) / 3
+    value.backward()
+    expected = named_gradients(model)
+    model.zero_grad()
+    loss = CondensationLoss(model, mini_batch_size=mini_batch_size, matryoshka_dims=[64, 16, 8])
+    loss(batch_features(model, condense="none")).backward()
+    torch.testing.assert_close(loss.infonce, value.detach(), atol=1e-4, rtol=1e-5)
+    assert_same_gradients(named_gradients(model), expected)
+    with pytest.raises(ValueError, match=r"between 1 and the embedding's 64 dimensions, got \[128\]"):
+        CondensationLoss(model, matryoshka_dims=[128])
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_two_processes_equal_one(repo, tmp_path, how):
+    """Gathered candidates, unequally many; images on one process more than on the other; unequally many targets."""
+    output = tmp_path / "gradients.pt"
+    torchrun("two_processes.py", repo, str(output), how)
     two = torch.load(output)
     model = BTokSentenceTransformer(repo, device="cpu").train()
+    features = batch_features(model)
+    if how == "ddp":
+        features[2] = {k: v[[0, 1, 3, 4, 5]] for k, v in features[2].items() if isinstance(v, torch.Tensor)}
     loss = CondensationLoss(model, mini_batch_size=2, condensation_weight=0.5)
-    loss(batch_features(model)).backward()
+    loss(features).backward()
     torch.testing.assert_close(two["loss"], loss.infonce + 0.5 * loss.condensation, atol=1e-5, rtol=1e-5)
     assert_same_gradients(two["gradients"], named_gradients(model))
+    if how == "fsdp2":
+        saved = BTokSentenceTransformer(str(output) + ".model", device="cpu").state_dict()
+        assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
+
+
+def test_sharded_processes_need_equally_many_mini_batches(repo, tmp_path):
+    torchrun("two_processes.py", repo, "unused", "fsdp2_unequal")
 
 
 # ---------------------------------------------------------------- trainer
@@ -275,25 +381,107 @@ def test_lora_freezes_an_untied_head_and_exports_it(tmp_path):
     np.testing.assert_allclose(exported.encode(["a b"]), model.encode(["a b"]), atol=2e-6)
 
 
+def checkpointed_trainer(repo, folder, lora=False, evaluator=None, **kwargs):
+    """A trainer of 6 steps in 2 epochs with a checkpoint every 2."""
+    args = {"per_device_train_batch_size": 4, "max_steps": 6, "learning_rate": 1e-3, "logging_steps": 1}
+    args = {**args, "save_strategy": "steps", "save_steps": 2, **kwargs}
+    return CondensationTrainer(
+        model=BTokSentenceTransformer(repo, device="cpu"),
+        args=config(Path(folder), **args),
+        train_dataset=text_pairs(),
+        evaluator=evaluator,
+        peft_config=LoraConfig(r=4, lora_dropout=0.0) if lora else None,
+    )
+
+
+def losses(trainer):
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_resuming_ends_where_an_uninterrupted_run_does(repo, tmp_path, lora):
-    def run(folder, resume=None):
-        args = config(
-            folder, per_device_train_batch_size=4, max_steps=4, save_strategy="steps", save_steps=2, learning_rate=1e-3
-        )
-        trainer = CondensationTrainer(
-            model=BTokSentenceTransformer(repo, device="cpu"),
-            args=args,
-            train_dataset=text_pairs(),
-            peft_config=LoraConfig(r=4, lora_dropout=0.0) if lora else None,
-        )
-        trainer.train(resume_from_checkpoint=resume)
-        return trainer.model
+    whole, resumed = (checkpointed_trainer(repo, tmp_path / name, lora) for name in ("whole", "resumed"))
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "out" / "checkpoint-2"))
+    assert losses(resumed) == losses(whole)
+    for name, tensor in whole.model.state_dict().items():
+        torch.testing.assert_close(resumed.model.state_dict()[name], tensor, atol=1e-6, rtol=0, msg=name)
 
-    whole = run(tmp_path / "whole")
-    resumed = run(tmp_path / "resumed", resume=str(tmp_path / "whole" / "out" / "checkpoint-2"))
-    for name, tensor in whole.state_dict().items():
-        torch.testing.assert_close(resumed.state_dict()[name], tensor, atol=1e-6, rtol=0, msg=name)
+
+def test_a_killed_run_resumes_from_its_last_whole_checkpoint(repo, tmp_path):
+    whole = checkpointed_trainer(repo, tmp_path / "whole")
+    whole.train()
+    killed = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "killed.py"), repo, str(tmp_path / "killed")],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tests")},
+    )
+    assert killed.returncode == -9
+    run = tmp_path / "killed" / "out"
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-4", "checkpoint-2"]
+    assert "not written to its end" in fault(run / "checkpoint-4") and fault(run / "checkpoint-2") is None
+    resumed = checkpointed_trainer(repo, tmp_path / "killed")
+    with pytest.raises(ValueError, match=r"checkpoint-4' is not whole: .*the newest whole one here is .*checkpoint-2"):
+        resumed.train(resume_from_checkpoint=str(run / "checkpoint-4"))
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == losses(whole)
+    assert fault(run / "checkpoint-4") is None  # written anew
+    for name, tensor in whole.model.state_dict().items():
+        torch.testing.assert_close(resumed.model.state_dict()[name], tensor, atol=1e-6, rtol=0, msg=name)
+
+
+def test_checkpoints_are_rotated_and_damage_is_noticed(repo, tmp_path):
+    trainer = checkpointed_trainer(repo, tmp_path, save_total_limit=2)
+    trainer.train()
+    run = tmp_path / "out"
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-6", "checkpoint-4"]
+    assert trainer.args.save_total_limit == 2
+    (run / "checkpoint-6" / "scheduler.pt").write_bytes(b"short")
+    (run / "checkpoint-4" / "optimizer.pt").unlink()
+    with pytest.raises(
+        ValueError, match=r"no whole checkpoint in .*scheduler.pt has 5 bytes instead.*optimizer.pt is"
+    ):
+        trainer.train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="there is none at all"):
+        checkpointed_trainer(repo, tmp_path / "new").train(resume_from_checkpoint=True)
+
+
+def test_a_full_disk_stops_with_a_way_on(repo, tmp_path, monkeypatch):
+    trainer = checkpointed_trainer(repo, tmp_path)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # less than the weights need
+    try:
+        with pytest.raises(
+            RuntimeError, match=r"checkpoint-2 could not be written .* newest whole checkpoint is None"
+        ):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1e6))
+    with pytest.raises(ValueError, match=r"needs about 0.0 GB, but '.*out' has 0.0 GB free. Free space"):
+        checkpointed_trainer(repo, tmp_path).train()
+
+
+def test_the_best_checkpoint_is_kept_and_loaded(repo, tmp_path):
+    """The learning rate grows until it destroys the model: the best checkpoint is not the last."""
+    dataset = text_pairs()
+    dataset.to_json(tmp_path / "pairs.jsonl")
+    evaluator = retrieval_evaluator(str(tmp_path / "pairs.jsonl"))
+    metric = "pairs_cosine_accuracy@1"
+    trainer = checkpointed_trainer(
+        repo,
+        tmp_path,
+        evaluator=evaluator,
+        **{"per_device_train_batch_size": 12, "max_steps": 16, "save_steps": 4, "eval_strategy": "steps"},
+        **{"eval_steps": 4, "learning_rate": 0.05, "warmup_steps": 16, "max_grad_norm": 0.0, "save_total_limit": 1},
+        **{"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": True},
+    )
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if f"eval_{metric}" in log]
+    scores = {log["step"]: log[f"eval_{metric}"] for log in logs}
+    best = max(scores, key=scores.get)
+    assert scores[16] < scores[best]
+    assert evaluator(trainer.model)[metric] == pytest.approx(scores[best])
+    assert [path.name for path in checkpoints(tmp_path / "out")] == [f"checkpoint-{best}"]
 
 
 def test_zero_tokens_train_too(bases, tmp_path):
@@ -437,5 +625,9 @@ def test_the_script_trains_evaluates_and_exports(repo, tmp_path, lora):
     assert set(metrics["pairs_cosine_recall@1"]) == {"before", "after"}
     assert not list(output.glob("*.bin")) and not (output / "adapter_config.json").exists()
     card = (output / "README.md").read_text()
-    assert "license: apache-2.0" in card and "| pairs in pictures | 8 |" in card and "8 queries, 8 candidates" in card
+    assert (
+        "license: apache-2.0" in card
+        and "| pictures | training | 8 rows |" in card
+        and "8 queries, 8 candidates" in card
+    )
     assert SentenceTransformer(str(output), device="cpu").encode(["picture 1"]).shape == (1, 64)

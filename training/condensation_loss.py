@@ -5,19 +5,32 @@ embedding, then embeds each mini-batch again with gradients and feeds the cached
 along: each embedding gets one more column that holds the summed token losses of its row. The total is linear in that
 column, so its cached gradient (λ / number of target tokens) is right whatever its value. The first pass therefore
 leaves it 0 and runs no target tokens; the second computes embedding and token losses in one forward.
+
+InfoNCE is this file's own because candidates are masked by identity: where a batch holds the right answer of a query
+more than once, as label datasets do, the copies would be negatives of themselves.
 """
 
 from contextlib import nullcontext
+from functools import partial
 
 import torch
-from sentence_transformers.base.losses.gradcache import RandContext, _create_minibatch
-from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+from sentence_transformers.base.losses.gradcache import (
+    CachedLossMixin,
+    RandContext,
+    _create_minibatch,
+    _minibatch_ranges,
+)
 from torch import distributed
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from btok_hf.condensation import IGNORED
 
+SCORE_ROWS = 1024  # queries whose scores against all candidates are alive at once
 
-class CondensationLoss(CachedMultipleNegativesRankingLoss):
+
+class CondensationLoss(CachedLossMixin, torch.nn.Module):
     """InfoNCE over (query, positive[, negatives…]) plus the weighted condensation loss of the features with targets.
 
     The condensation loss is the sum of all token losses of the batch over the number of supervised target tokens of
@@ -26,15 +39,23 @@ class CondensationLoss(CachedMultipleNegativesRankingLoss):
 
     Args:
         model (`BTokSentenceTransformer`): The model to train.
-        temperature (`float`): Of InfoNCE.
+        temperature (`float`): Of InfoNCE over cosine similarities.
         symmetric (`bool`): Average the query → candidates and positive → queries losses.
+        matryoshka_dims (`list[int]`, *optional*): InfoNCE is the mean over embeddings cut to these numbers of
+            dimensions and normalised again (Matryoshka Representation Learning, arXiv 2205.13147). Default: whole.
         mini_batch_size (`int`): Rows per forward. A batch that fits is embedded once, with gradients.
-        gather_across_devices (`bool`): Share candidates between processes.
+        mini_batch_num_tokens (`int`, *optional*): Tokens per forward instead, those of targets counted; a longer row
+            is a mini-batch of its own.
+        gather_across_devices (`bool`): Share candidates between processes. Their numbers may differ.
         condensation_weight (`float`): λ. At 0 the targets are not run at all.
         condensation_mask (`bool`): `False`: the target also sees the encoded side.
 
-    After each backward pass, `infonce` and `condensation` (unweighted; `None` without targets) hold the loss values
-    of this process's batch, so that `infonce + condensation_weight * condensation` is the loss that was trained.
+    `cached` tells whether the last batch took more than one mini-batch. After each backward pass, `infonce` and
+    `condensation` (unweighted; `None` without targets) hold the loss values of this process's batch, so that
+    `infonce + condensation_weight * condensation` is the loss that was trained.
+
+    Features may hold `identity`, int64 of shape `(batch, 2)`, as `CondensationCollator` makes them; without it no
+    candidate is masked.
     """
 
     def __init__(
@@ -43,35 +64,68 @@ class CondensationLoss(CachedMultipleNegativesRankingLoss):
         *,
         temperature=0.02,
         symmetric=False,
+        matryoshka_dims=None,
         mini_batch_size=8,
+        mini_batch_num_tokens=None,
         gather_across_devices=False,
         condensation_weight=5.0,
         condensation_mask=True,
     ):
-        super().__init__(
-            model,
-            scale=1 / temperature,
-            mini_batch_size=mini_batch_size,
-            gather_across_devices=gather_across_devices,
-            directions=("query_to_doc", "doc_to_query") if symmetric else ("query_to_doc",),
-            partition_mode="per_direction" if symmetric else "joint",
-        )
+        super().__init__()
+        hidden_size = model.config.get_text_config().hidden_size
+        if matryoshka_dims and not all(0 < dim <= hidden_size for dim in matryoshka_dims):
+            raise ValueError(
+                f"matryoshka_dims must lie between 1 and the embedding's {hidden_size} dimensions, "
+                f"got {matryoshka_dims}. Remove those outside."
+            )
+        self.model = model
+        self.temperature = temperature
+        self.symmetric = symmetric
+        self.matryoshka_dims = matryoshka_dims or [hidden_size]
+        self.mini_batch_size = mini_batch_size
+        self.mini_batch_num_tokens = mini_batch_num_tokens
+        self.gather_across_devices = gather_across_devices
         self.condensation_weight = condensation_weight
         self.condensation_mask = condensation_mask
-        self.infonce = self.condensation = None
+        self.infonce = self.condensation = self.cached = None
+        self._identities = None
         self._per_token = 0.0
 
     def forward(self, sentence_features, labels=None):
         features = [dict(feature) for feature in sentence_features]
+        self._identities = [feature.pop("identity", None) for feature in features]
         if not self.condensation_weight:
             for feature in features:
                 feature.pop("target_ids", None), feature.pop("target_labels", None)
         self.condensation = self._start_condensation(features)
-        rows = len(features[0]["input_ids"])
-        if torch.is_grad_enabled() and rows <= self.mini_batch_size:
-            # Nothing to cache: one forward with gradients instead of two.
-            return self.calculate_loss([[self.embed_minibatch(f, 0, rows, True, False)[0]] for f in features])
-        return super().forward(features, labels)
+        for feature in features:
+            # The bounds of the packed rows: what the engine counts a token budget by.
+            lengths = feature["attention_mask"].sum(1)
+            if "target_labels" in feature:
+                # Padding stands behind a row's last supervised token; the unsupervised ones before it are run.
+                real = (feature["target_labels"] != IGNORED).flip(2).cummax(2).values
+                lengths = lengths + real.sum((1, 2))
+            feature["cu_seq_lens_q"] = F.pad(lengths.cumsum(0), (1, 0))
+        ranges = [_minibatch_ranges(x, self.mini_batch_size, self.mini_batch_num_tokens) for x in features]
+        self.cached = any(len(column) > 1 for column in ranges)
+        self._check_equal_work(sum(map(len, ranges)), features[0]["input_ids"].device)
+        if torch.is_grad_enabled() and not self.cached:
+            # One forward with gradients instead of two.
+            whole = [(feature, *column[0]) for feature, column in zip(features, ranges)]
+            return self.calculate_loss([[self.embed_minibatch(*column, True, False)[0]] for column in whole])
+        return self.forward_cached(features)
+
+    def _check_equal_work(self, mini_batches, device):
+        """With sharded parameters every forward takes all processes: unequally many would hang."""
+        if not any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in self.model.parameters()):
+            return
+        work = _gather_sizes([mini_batches, self.cached], device)
+        if (work != work[:, :1]).any():
+            raise ValueError(
+                f"The processes have {work[0].tolist()} mini-batches in this step. With sharded parameters (FSDP, "
+                "ZeRO-3) they must have equally many: set mini_batch_size and not mini_batch_num_tokens, and give "
+                "every row of all datasets equally many negatives."
+            )
 
     def _start_condensation(self, features):
         """Count the target tokens of all processes; returns a zero to sum the condensation loss into, or `None`."""
@@ -87,7 +141,9 @@ class CondensationLoss(CachedMultipleNegativesRankingLoss):
 
     def embed_minibatch(self, sentence_feature, begin, end, with_grad, copy_random_state, random_state=None):
         """Embeddings of rows `begin` to `end` with the condensation column, shape (rows, hidden + 1)."""
-        minibatch = _create_minibatch(sentence_feature, begin, end)
+        # With the bounds of packed rows the engine would take the rows themselves for packed.
+        padded = {key: value for key, value in sentence_feature.items() if key != "cu_seq_lens_q"}
+        minibatch = _create_minibatch(padded, begin, end)
         # True in the second pass, for a batch that fits one mini-batch, and in evaluation.
         if with_grad or not torch.is_grad_enabled():
             minibatch["condensation_mask"] = self.condensation_mask
@@ -106,18 +162,90 @@ class CondensationLoss(CachedMultipleNegativesRankingLoss):
 
     def calculate_loss(self, reps, labels=None, *, with_backward=False):
         """InfoNCE of the embedding columns plus λ times the condensation column."""
-        infonce = super().calculate_loss([[r[:, :-1] for r in column] for column in reps], with_backward=with_backward)
+        columns = [torch.cat(column) for column in reps]
+        infonce = self._infonce([column[:, :-1] for column in columns])
         self.infonce = infonce.detach()
-        condensation = torch.cat([r[:, -1] for column in reps for r in column]).sum() * self._per_token
-        weighted = self.condensation_weight * condensation
+        condensation = torch.cat([column[:, -1] for column in columns]).sum() * self._per_token
+        loss = infonce + self.condensation_weight * condensation
         if with_backward:
-            weighted.backward()
-            weighted = weighted.detach()
-        return infonce + weighted
+            loss.backward()
+            loss = loss.detach()
+        return loss
 
-    def get_config_dict(self):
-        return {
-            **super().get_config_dict(),
-            "condensation_weight": self.condensation_weight,
-            "condensation_mask": self.condensation_mask,
-        }
+    def _infonce(self, columns):
+        """InfoNCE of this process's queries against the candidates of all processes, a scalar."""
+        identities = self._identities
+        if any(identity is None for identity in identities):
+            identities = [columns[0].new_empty(len(column), 0, dtype=torch.long) for column in columns]
+        # Negatives are one block, which may be empty: processes need not have equally many.
+        parts = [
+            (columns[0], identities[0]),
+            (columns[1], identities[1]),
+            (torch.cat([columns[0][:0], *columns[2:]]), torch.cat([identities[0][:0], *identities[2:]])),
+        ]
+        rows, first = len(columns[0]), 0
+        if self.gather_across_devices:
+            sizes = _gather_sizes([len(part) for part, _ in parts], columns[0].device)
+            parts = [tuple(_gather(tensor, n) for tensor in part) for part, n in zip(parts, sizes.tolist())]
+            first = int(sizes[0, : distributed.get_rank()].sum())
+        (queries, query_ids), (positives, positive_ids), (negatives, negative_ids) = parts
+
+        own = torch.arange(first, first + rows, device=queries.device)
+        total = 0.0
+        for dim in self.matryoshka_dims:
+            vectors = [F.normalize(x[:, :dim], dim=1) for x in (queries, positives, negatives)]
+            block_loss = partial(self._block_loss, *vectors, query_ids, positive_ids, negative_ids)
+            for block in own.split(SCORE_ROWS):
+                # Recomputed in the backward pass, so that not all scores of a large batch are alive at once.
+                total = total + checkpoint(block_loss, block, use_reentrant=False, preserve_rng_state=False)
+        return total / (rows * len(self.matryoshka_dims))
+
+    def _block_loss(self, queries, positives, negatives, query_ids, positive_ids, negative_ids, block):
+        """Summed InfoNCE of the queries with indices `block`, without candidates that would be false negatives."""
+        false = _share(positive_ids[block], positive_ids) | _share(query_ids[block], query_ids)
+        false.scatter_(1, block[:, None], False)  # a query's own positive stays
+        to_positives = (queries[block] @ positives.T / self.temperature).masked_fill(false, -torch.inf)
+        to_negatives = (queries[block] @ negatives.T / self.temperature).masked_fill(
+            _share(positive_ids[block], negative_ids), -torch.inf
+        )
+        right = to_positives.gather(1, block[:, None])[:, 0]
+        normaliser = torch.cat([to_positives, to_negatives], 1).logsumexp(1)
+        if self.symmetric:
+            to_queries = (positives[block] @ queries.T / self.temperature).masked_fill(false, -torch.inf)
+            normaliser = (normaliser + to_queries.logsumexp(1)) / 2
+        return (normaliser - right).sum()
+
+
+def _share(identities, others):
+    """Which pairs agree in a column, shape (len(identities), len(others))."""
+    return (identities[:, None] == others).any(-1)
+
+
+def _gather_sizes(sizes, device):
+    """The sizes of all processes, shape (len(sizes), processes)."""
+    mine = torch.tensor(sizes, device=device)
+    gathered = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(gathered, mine)
+    return torch.stack(gathered, 1)
+
+
+class _AllGather(torch.autograd.Function):
+    """The tensors of all processes, stacked; a process's gradient is the sum of what all of them computed for it."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        gathered = [torch.empty_like(tensor) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(gathered, tensor.contiguous())
+        return torch.stack(gathered)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        distributed.all_reduce(grad)
+        return grad[distributed.get_rank()]
+
+
+def _gather(tensor, sizes):
+    """The rows of all processes, which have `sizes` of them, in the order of processes."""
+    padded = F.pad(tensor, (0, 0, 0, max(sizes) - len(tensor)))
+    return torch.cat([part[:size] for part, size in zip(_AllGather.apply(padded), sizes)])

@@ -1,19 +1,32 @@
 """`SentenceTransformerTrainer` with condensation: collator, loss, adapters, logging."""
 
+import hashlib
+import shutil
 import time
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.base.sampler import BatchSamplers
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+from torch.distributed.tensor import DTensor
+from transformers.utils import logging
 
 from btok_hf.condensation import IGNORED
+from btok_hf.export import check_writable, export_model
 from btok_hf.media import is_media_path
 from btok_hf.modeling.modeling_btok import bottleneck_token_ids
-from btok_hf.sentence_transformer import BTokSentenceTransformer
+from btok_hf.sentence_transformer import BTokSentenceTransformer, has_adapters
+from btok_hf.training.checkpoints import checkpoints, delete, fault, mark_whole, newest_whole, rotate
 from btok_hf.training.condensation_config import CONDENSE, CondensationConfig
 from btok_hf.training.condensation_loss import CondensationLoss
+from btok_hf.training.mixture import MixtureBatchSampler
+
+logger = logging.get_logger(__name__)
 
 # The language model's projections: what LoRA adapts unless the user names modules.
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -29,6 +42,37 @@ def text_of(value):
         texts = [text_of(part) for part in value if not isinstance(part, dict) or part.get("type", "text") == "text"]
         return " ".join(text for text in texts if text) or None
     return text_of(value) if isinstance(value, str) else None
+
+
+def identity(value):
+    """A stable 63-bit id of what a side of a pair holds: equal content, equal id.
+
+    Args:
+        value: A text, image, array, bytes, or a dict or list of them.
+
+    Returns:
+        `int`: At least 0.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+
+    def add(part):
+        if isinstance(part, Image.Image):
+            part = (part.mode, part.size, part.tobytes())
+        elif isinstance(part, (np.ndarray, torch.Tensor)):
+            part = np.ascontiguousarray(part)
+            part = (str(part.dtype), part.shape, part.tobytes())
+        if isinstance(part, dict):
+            part = sorted(part.items())
+        if isinstance(part, (list, tuple)):
+            digest.update(f"[{len(part)}".encode())
+            for item in part:
+                add(item)
+        else:
+            part = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass")
+            digest.update(f"{len(part)}:".encode() + part)
+
+    add(value)
+    return int.from_bytes(digest.digest(), "big") >> 1
 
 
 def check_columns(columns, dataset_name=None):
@@ -63,16 +107,27 @@ class CondensationCollator(SentenceTransformerDataCollator):
     def __call__(self, features):
         dataset_name = features[0].get("dataset_name")
         columns = check_columns(features[0], dataset_name)
-        names = {"negative": "negative_0"}  # a bare "negative_" would be a prefix of the keys of "negative_1_"
-        rows = [{names.get(column, column): row[column] for column in columns} for row in features]
-        if dataset_name is not None:
-            rows = [{**row, "dataset_name": dataset_name} for row in rows]
-        batch = super().__call__(rows)
+        name = {} if dataset_name is None else {"dataset_name": dataset_name}
+        # Every query is compared with every negative, so they need no columns, and a row may lack some.
+        negatives = [row[column] for column in columns[2:] for row in features if row[column] is not None]
+        batch = super().__call__([{"query": row["query"], "positive": row["positive"], **name} for row in features])
+        if negatives:
+            batch.update(super().__call__([{"negative": value, **name} for value in negatives]))
+        if self.args.mask_false_negatives:
+            sides = {"query": [row["query"] for row in features], "positive": [row["positive"] for row in features]}
+            for side, values in {**sides, **({"negative": negatives} if negatives else {})}.items():
+                batch[f"{side}_identity"] = torch.tensor([[identity(value)] * 2 for value in values])
+            for row, positive in zip(features, batch["positive_identity"]):
+                if row.get("group") is not None:
+                    positive[1] = identity({"group": row["group"]})
         if self.args.condensation_weight:
             for encoded, generated in CONDENSE[self.args.condense_for(dataset_name)]:
                 texts = [self._target_text(row, generated, dataset_name) for row in features]
                 batch[f"{encoded}_target_ids"], batch[f"{encoded}_target_labels"] = self._tokenize(texts)
         return batch
+
+    def maybe_warn_about_column_order(self, column_names):
+        """Nothing: the order is this class's own."""
 
     def _target_text(self, row, generated, dataset_name):
         text = text_of(row["target"] if row.get("target") is not None else row[generated])
@@ -147,8 +202,11 @@ class CondensationTrainer(SentenceTransformerTrainer):
             for name, dataset in datasets.items():
                 if dataset is None:
                     continue
-                check_columns(dataset.column_names, name)
+                if len(dataset) == 0:
+                    raise ValueError(f"{'The dataset' if name is None else f'Dataset {name!r}'} has no rows.")
+                # Not dataset.column_names, which a transform may change.
                 row = dict(next(iter(dataset)))
+                check_columns(row, name)
                 if name is not None:
                     row.setdefault("dataset_name", name)
                 self.data_collator([row])
@@ -158,7 +216,9 @@ class CondensationTrainer(SentenceTransformerTrainer):
             model,
             temperature=self.args.temperature,
             symmetric=self.args.symmetric,
+            matryoshka_dims=self.args.matryoshka_dims,
             mini_batch_size=self.args.mini_batch_size,
+            mini_batch_num_tokens=self.args.mini_batch_num_tokens,
             gather_across_devices=self.args.gather_across_devices and self.args.world_size > 1,
             condensation_weight=self.args.condensation_weight,
             condensation_mask=self.args.condensation_mask,
@@ -190,7 +250,7 @@ class CondensationTrainer(SentenceTransformerTrainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         # The second GradCache pass, in which the condensation loss is computed, happened in the backward pass.
         self._track()
-        if self.loss.condensation is not None and len(masks[0]) > self.loss.mini_batch_size:
+        if self.loss.condensation is not None and self.loss.cached:
             weighted = self.loss.condensation_weight * self.loss.condensation
             loss = loss + weighted.to(loss.device) / self.current_gradient_accumulation_steps
         return loss
@@ -219,9 +279,148 @@ class CondensationTrainer(SentenceTransformerTrainer):
             self._tokens, self._samples, self._since = 0, 0, None
         super().log(logs, start_time)
 
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """Train, or go on from a checkpoint.
+
+        Args:
+            resume_from_checkpoint (`bool` or `str`, *optional*): A checkpoint, or `True` for the newest whole one in
+                `args.output_dir`. Ones that were not written to their end are never loaded.
+            kwargs: As in `Trainer.train`.
+
+        Raises:
+            ValueError: No whole checkpoint to go on from, or too little disk space to save.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_whole(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                found = [f"{path.name}: {fault(path)}" for path in checkpoints(self.args.output_dir)]
+                raise ValueError(
+                    f"There is no whole checkpoint in {self.args.output_dir!r} to resume from "
+                    f"({'; '.join(found) or 'there is none at all'}). Train without resume_from_checkpoint."
+                )
+            logger.info(f"Resuming from {resume_from_checkpoint}")
+        elif resume_from_checkpoint and fault(resume_from_checkpoint):
+            raise ValueError(
+                f"Checkpoint {str(resume_from_checkpoint)!r} is not whole: {fault(resume_from_checkpoint)}. Resume "
+                f"from another one: the newest whole one here is {newest_whole(Path(resume_from_checkpoint).parent)}."
+            )
+        check_writable(self.args.output_dir)
+        self._check_disk_space()
+        return super().train(resume_from_checkpoint and str(resume_from_checkpoint), **kwargs)
+
+    def _check_disk_space(self):
+        """Refuse to start what could not be saved: one checkpoint with AdamW's two fp32 moments."""
+        if self.args.save_strategy == "no":
+            return
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        saved = trained if has_adapters(self.model[0].model) else self.model.parameters()
+        needed = sum(p.numel() * p.element_size() for p in saved) + sum(8 * p.numel() for p in trained)
+        free = shutil.disk_usage(self.args.output_dir).free
+        if free < needed:
+            raise ValueError(
+                f"A checkpoint needs about {needed / 1e9:.1f} GB, but {self.args.output_dir!r} has "
+                f"{free / 1e9:.1f} GB free. Free space, or name another output_dir."
+            )
+
+    def _save_checkpoint(self, model, trial):
+        """Save a checkpoint that is whole or known not to be, then delete the oldest ones."""
+        folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        if self.args.should_save and folder.exists():
+            delete(folder)  # of an earlier run; with its manifest, a half-written new one would look whole
+        self.accelerator.wait_for_everyone()
+        # The Trainer would delete the older checkpoints before this one has its manifest.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            free = shutil.disk_usage(folder.parent).free / 1e9
+            raise RuntimeError(
+                f"{folder} could not be written ({type(error).__name__}: {error}; {free:.1f} GB are free there). The "
+                f"newest whole checkpoint is {newest_whole(folder.parent)}. Free space or name another output_dir, "
+                "then go on with resume_from_checkpoint."
+            ) from error
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            mark_whole(folder)
+            if limit is not None and limit > 0:
+                rotate(folder.parent, limit, self.state.best_model_checkpoint)
+
+    def evaluate_retrieval(self):
+        """The metrics of the evaluator, by their own names; empty without one. All processes take part."""
+        if self.evaluator is None:
+            return {}
+        metrics = self.evaluate()
+        return {
+            key.removeprefix("eval_"): value
+            for key, value in metrics.items()
+            if key.startswith(f"eval_{self.evaluator.name}_")
+        }
+
+    def export(self, output_dir, files=None):
+        """Write the repository to publish, as `btok_hf.export_model` does. All processes must call it.
+
+        Args:
+            output_dir (`str`): Folder to write.
+            files (`dict[str, str | bytes]`, *optional*): As in `export_model`.
+        """
+        sharded = any(isinstance(p, DTensor) for p in self.model.parameters())
+        state_dict = self.accelerator.get_state_dict(self.model) if sharded else None
+        if self.is_world_process_zero():
+            with whole_parameters(self.model, state_dict) if sharded else nullcontext():
+                export_model(self.model, output_dir, files=files)
+        self.accelerator.wait_for_everyone()
+
+    def get_multi_dataset_batch_sampler(self, dataset, batch_samplers, generator=None, seed=0):
+        """Batches drawn by `dataset_weights`, if they are set; never for evaluation."""
+        training = isinstance(self.train_dataset, dict) and all(
+            part is ours for part, ours in zip(dataset.datasets, self.train_dataset.values())
+        )
+        if not (training and self.args.dataset_weights):
+            return super().get_multi_dataset_batch_sampler(dataset, batch_samplers, generator, seed)
+        return MixtureBatchSampler(
+            dataset,
+            batch_samplers,
+            generator,
+            seed,
+            names=list(self.train_dataset),
+            weights=self.args.dataset_weights,
+            num_batches=self.args.max_steps * self.args.gradient_accumulation_steps * self.args.world_size,
+            block_size=self.args.block_size,
+        )
+
+    def _save(self, output_dir=None, state_dict=None):
+        # The Trainer calls this in every process, and Sentence-Transformers writes in every process.
+        if self.args.should_save:
+            sharded = any(isinstance(p, DTensor) for p in self.model.parameters())
+            with whole_parameters(self.model, state_dict) if sharded else nullcontext():
+                super()._save(output_dir, state_dict)
+
     def _load_from_checkpoint(self, checkpoint_path):
         loaded = BTokSentenceTransformer(checkpoint_path, device="cpu")
         self.model.load_state_dict(loaded.state_dict())
+
+
+@contextmanager
+def whole_parameters(model, state_dict):
+    """A model sharded by FSDP2 with whole tensors in place of its shards, so that it can be saved.
+
+    Args:
+        model (`torch.nn.Module`): The sharded model.
+        state_dict (`dict[str, torch.Tensor]`): Its whole tensors, as `Accelerator.get_state_dict` gathers them.
+    """
+    shards = dict(model.named_parameters())
+    for name in shards:
+        owner, _, attribute = name.rpartition(".")
+        whole = torch.nn.Parameter(state_dict[name], requires_grad=False)
+        model.get_submodule(owner)._parameters[attribute] = whole
+    try:
+        yield
+    finally:
+        for name, shard in shards.items():
+            owner, _, attribute = name.rpartition(".")
+            model.get_submodule(owner)._parameters[attribute] = shard
 
 
 def add_adapters(model, peft_config):

@@ -1,45 +1,72 @@
 """Train an embedding model with Bottleneck Tokens and condensation, and write the repository to publish.
 
     python training/train.py --config training/recipes/emoji.yaml
-    python training/train.py --config training/recipes/emoji.yaml --condensation_weight 0 --output_dir runs/no_gic
-    accelerate launch training/train.py --config my.yaml --push_to_hub --hub_model_id org/btok-2b
+    accelerate launch --config_file training/accelerate/ddp.yaml training/train.py \\
+        --config training/recipes/btok_qwen2vl_2b.yaml --push_to_hub --hub_model_id org/btok-2b
 
-Every field of the arguments below is a flag, and a key of the YAML file. The largest memory knobs are
-`--mini_batch_size`, `--max_pixels` and `--gradient_checkpointing`.
+Memory is set by four arguments, the strongest first; the batch size is not one of them:
+
+    --max_pixels              pixels of an image or frame: a token is 28 x 28 of them (32 x 32 for Qwen3-VL)
+    --mini_batch_num_tokens   tokens whose activations are alive at once, or
+    --mini_batch_size         rows whose activations are alive at once
+    --activation_checkpointing  trades time for the activations of all layers but one
+
+Every field of the arguments below is a flag, and a key of the YAML file. A killed run goes on with
+`--resume_from_checkpoint true`.
 """
 
+import argparse
 import json
-import math
-import shlex
+import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Union
 
+from accelerate.utils import broadcast_object_list
+from huggingface_hub import HfApi
+from transformers import AutoConfig, TrainerCallback
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import logging
 from trl import ModelConfig, TrlParser, get_peft_config
 
-from btok_hf import BTokSentenceTransformer, export_model
-from btok_hf.hub_card import render_card
+from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, push
+from btok_hf.export import check_writable
+from btok_hf.hub_card import CardArguments
+from btok_hf.hub_card.run import card_files
 from btok_hf.training import CondensationConfig, CondensationTrainer
-from btok_hf.training.data import load_pairs, retrieval_evaluator
+from btok_hf.training.data import retrieval_evaluator
+from btok_hf.training.sources import SOURCES, load_mixture
+
+logger = logging.get_logger("btok_hf.train")
 
 
 @dataclass
 class ScriptArguments:
     """What to train on and evaluate with."""
 
-    train_files: Union[str, None, dict[str, str]] = field(  # noqa: UP007, RUF036 (what HfArgumentParser can read)
+    max_pixels: int | None = field(
+        default=None, metadata={"help": "Reduce larger images and frames to this many pixels. The first memory knob."}
+    )
+    train_files: Union[str, None, dict[str, dict]] = field(  # noqa: UP007, RUF036 (what HfArgumentParser can read)
         default=None,
         metadata={
-            "help": "A pair file (parquet, jsonl, csv) or Hub dataset with the columns query, positive[, negative…, "
-            "target], or a mapping (in JSON) from dataset name to file."
+            "help": "A pair file (parquet, jsonl, csv), a Hub dataset or a source of training/sources.py; or a "
+            "mapping (in JSON) from dataset name to one of them, or to {file, weight, condense}."
         },
     )
-    eval_file: str | None = field(
-        default=None, metadata={"help": "Pair file to evaluate retrieval on before and after training."}
+    sources_root: str | None = field(
+        default=None, metadata={"help": "Folder that holds the sources of training/sources.py. Default: the Hub."}
     )
-    max_pixels: int | None = field(default=None, metadata={"help": "Reduce larger images to this many pixels."})
-    model_license: str | None = field(default=None, metadata={"help": "License id for the model card."})
+    eval_file: str | None = field(
+        default=None,
+        metadata={"help": "Pair file to evaluate retrieval on before, after and (--eval_strategy) during training."},
+    )
+    num_tokens: int = field(
+        default=4, metadata={"help": "K, for a base model without Bottleneck Tokens; 0 is last-token pooling."}
+    )
+    min_pixels: int | None = field(default=None, metadata={"help": "Enlarge smaller images to this many pixels."})
 
 
 @dataclass
@@ -53,89 +80,154 @@ class ModelArguments(ModelConfig):
 
 
 def main():
-    parser = TrlParser((ScriptArguments, CondensationConfig, ModelArguments))
-    script, args, model_args = parser.parse_args_and_config()
+    parser = TrlParser(
+        (ScriptArguments, CondensationConfig, ModelArguments, CardArguments),
+        description=__doc__,
+        usage="python training/train.py --config RECIPE.yaml [--FIELD VALUE …]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    script, args, model_args, card_args = parser.parse_args_and_config()
+
+    # What can be wrong shows before the model is loaded.
     if model_args.model_name_or_path is None or script.train_files is None:
-        raise ValueError("Set model_name_or_path (a repository with Bottleneck Tokens) and train_files.")
+        raise ValueError("Set model_name_or_path (a Qwen-VL model, with Bottleneck Tokens or not) and train_files.")
+    check_writable(args.output_dir)
+    check_push(args)
+    evaluator = retrieval_evaluator(script.eval_file) if script.eval_file else None
+    if evaluator is None and args.eval_strategy != "no":
+        raise ValueError("eval_strategy asks for evaluation during training: set eval_file.")
     files = script.train_files
     if isinstance(files, str):
         files = json.loads(files) if files.lstrip().startswith("{") else {Path(files).stem: files}
-    train_dataset = {name: load_pairs(source) for name, source in files.items()}
-    evaluator = retrieval_evaluator(script.eval_file) if script.eval_file else None
+    train_dataset, weights, condense = load_mixture(files, script.sources_root)
+    args.dataset_weights = args.dataset_weights or weights
+    if isinstance(args.condense, str):
+        args.condense = dict.fromkeys(train_dataset, args.condense) | condense
+    else:
+        args.condense = condense | args.condense
+    card_args.check([*train_dataset, *([evaluator.name] if evaluator else [])], script.eval_file)
 
+    pixels = {name: getattr(script, name) for name in ("min_pixels", "max_pixels") if getattr(script, name)}
+    path, revision = starting_point(model_args, script.num_tokens, pixels, args)
     model = BTokSentenceTransformer(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
+        path,
+        revision=revision,
         model_kwargs={"dtype": model_args.dtype or "float32"},
-        processor_kwargs={"max_pixels": script.max_pixels} if script.max_pixels else None,
+        processor_kwargs=pixels or None,
     )
-    # The repository is pushed once, after export; the Trainer would push checkpoints with optimizer states.
-    push, args.push_to_hub = args.push_to_hub, False
+    # What is pushed is the export; the Trainer would push checkpoints.
+    to_push, args.push_to_hub = args.push_to_hub, False
     trainer = CondensationTrainer(
-        model=model, args=args, peft_config=get_peft_config(model_args), train_dataset=train_dataset
+        model=model,
+        args=args,
+        peft_config=get_peft_config(model_args),
+        train_dataset=train_dataset,
+        evaluator=evaluator,
     )
-    before = evaluator(model) if evaluator else {}
-    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    after = evaluator(model) if evaluator else {}
-
-    if trainer.is_world_process_zero():
-        metrics = {key: {"before": before[key], "after": after[key]} for key in after}
-        card = render_card(
-            model.config,
-            model.processor,
-            model.prompts,
-            license=script.model_license,
-            command=" ".join(map(shlex.quote, ["python", *sys.argv])),
-            evaluation=[(key, f"{before[key]:.4f}", f"{after[key]:.4f}") for key in after],
-            evaluation_note=evaluator
-            and f"{len(evaluator.queries)} queries, {len(evaluator.corpus)} candidates "
-            f"(`{Path(script.eval_file).name}`).",
-            training=training_summary(args, train_dataset, result),
+    if to_push and args.hub_strategy == HubStrategy.EVERY_SAVE:
+        trainer.add_callback(PushEverySave(trainer))
+    before = trainer.evaluate_retrieval()
+    if args.metric_for_best_model and f"{args.metric_for_best_model}".removeprefix("eval_") not in before:
+        raise ValueError(
+            f"metric_for_best_model must be one of {', '.join(before)}, got {args.metric_for_best_model}."
         )
-        export_model(model, args.output_dir, card=card)
+
+    resume = args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
+    after = trainer.evaluate_retrieval()
+
+    measured = {"evaluator": evaluator, "eval_source": script.eval_file, "before": before, "after": after}
+    sources = {name: source_of(name, entry) for name, entry in files.items()}
+    card = None
+    if trainer.is_world_process_zero():
+        card = card_files(trainer, card_args, sources=sources, command=sys.argv, **(measured if evaluator else {}))
+    trainer.export(args.output_dir, card)
+    if trainer.is_world_process_zero():
+        metrics = {name: {"before": before[name], "after": after[name]} for name in after}
         Path(args.output_dir, "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", "utf-8")
         print(f"Exported to {args.output_dir}")
-        for key, values in metrics.items():
-            print(f"  {key}: {values['before']:.4f} before, {values['after']:.4f} after training")
-        if push:
-            push_folder(args)
+        for name, values in metrics.items():
+            print(f"  {name}: {values['before']:.4f} before, {values['after']:.4f} after training")
+        if to_push:
+            print(f"Pushed to {push_export(args)}")
 
 
-def training_summary(args, train_dataset, result):
-    """Rows of the card's training table."""
-    rows = [(f"pairs in {name}", f"{len(dataset):,}") for name, dataset in train_dataset.items()]
-    rows += [
-        ("steps", f"{math.ceil(result.global_step):,}"),
-        ("global batch", args.train_batch_size * args.gradient_accumulation_steps * args.world_size),
-        ("learning rate", args.learning_rate),
-        ("temperature", args.temperature),
-        ("condense", args.condense),
-        ("λ", args.condensation_weight),
-        ("λ is 0 after step", args.condensation_steps or "never"),
-        ("seed", args.seed),
-        ("training loss, mean over the run", f"{result.training_loss:.4f}"),
-        ("minutes", f"{result.metrics['train_runtime'] / 60:.1f}"),
-    ]
-    return rows
+def source_of(name, entry):
+    """Where a dataset comes from, for the card: a file, or a Hub id."""
+    file = (entry if isinstance(entry, str) else entry.get("file")) or name
+    return SOURCES[file].repo if file in SOURCES else file
 
 
-def push_folder(args):
-    """Upload the exported repository."""
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=args.hub_token)
-    name = args.hub_model_id or Path(args.output_dir).resolve().name
-    repo_id = api.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
-    try:
-        url = api.upload_folder(
-            repo_id=repo_id, folder_path=args.output_dir, ignore_patterns=["checkpoint-*", "runs/*", "*.bin"]
+def check_push(args):
+    """Refuse a push that could not work, before training."""
+    if not args.push_to_hub:
+        return
+    if args.hub_model_id is None:
+        raise ValueError("push_to_hub needs the repository's id, e.g. --hub_model_id org/btok-2b.")
+    if args.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
+        raise ValueError(
+            f"hub_strategy must be end or every_save, got {args.hub_strategy.value}: checkpoints stay on disk, and "
+            "what is pushed is always a whole repository."
         )
+    try:
+        HfApi(token=args.hub_token).whoami()
     except Exception as error:
-        raise RuntimeError(
-            f"The upload to {repo_id} failed ({type(error).__name__}). The exported repository in {args.output_dir} "
-            f"is whole; retry with: hf upload {repo_id} {args.output_dir} . --exclude 'checkpoint-*'"
-        ) from error
-    print(f"Pushed to {url}")
+        # Not chained: the original may hold the token.
+        raise ValueError(
+            f"push_to_hub needs a Hub login, but asking who you are failed ({type(error).__name__}). Run `hf auth "
+            "login`, or set HF_TOKEN to a token that may write."
+        ) from None
+
+
+def push_export(args):
+    return push(
+        args.output_dir,
+        args.hub_model_id,
+        private=args.hub_private_repo,
+        revision=args.hub_revision,
+        token=args.hub_token,
+    )
+
+
+class PushEverySave(TrainerCallback):
+    """Exports the model after every checkpoint and pushes it in the background; skipped while the last push runs."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.executor = ThreadPoolExecutor(1)
+        self.running = None
+
+    def on_save(self, args, state, control, **kwargs):
+        # All processes export together, or none.
+        if broadcast_object_list([self.running is not None and not self.running.done()])[0]:
+            return
+        self.trainer.export(args.output_dir)
+        if state.is_world_process_zero:
+            self.running = self.executor.submit(self._push, args)
+
+    def _push(self, args):
+        try:
+            logger.warning(f"Pushed to {push_export(args)}")
+        except RuntimeError as error:  # Training goes on; the last push, after it, stops with the error.
+            logger.warning(str(error))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.executor.shutdown()  # waits: the final export writes the same folder
+
+
+def starting_point(model_args, num_tokens, pixels, args):
+    """Path and revision of the model to train; a base model is given its Bottleneck Tokens in `output_dir`/start."""
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    if hasattr(AutoConfig.from_pretrained(name, revision=revision), "btok_token_ids"):
+        return name, revision
+    start = Path(args.output_dir, "start")
+    with args.main_process_first(local=False):
+        if not start.exists():
+            unfinished = start.with_name("start.unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            add_bottleneck_tokens(name, unfinished, num_tokens, revision=revision, **pixels)
+            unfinished.rename(start)
+    return start, None
 
 
 if __name__ == "__main__":

@@ -1,0 +1,387 @@
+"""The card and its files from a training run: everything in them was measured there or said in `CardArguments`."""
+
+import dataclasses
+import datetime
+import io
+import json
+import os
+import platform
+import re
+import shlex
+from importlib import metadata
+from itertools import islice
+from pathlib import Path
+from statistics import median
+
+import torch
+import transformers
+import yaml
+from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+from matplotlib.figure import Figure
+from PIL import Image
+
+from btok_hf.hub_card import EXAMPLES, CardArguments, hub_id, render_card
+from btok_hf.media import IMAGE_SUFFIXES, is_media_path, read_image
+
+# Inputs of the snippets: texts are cut, images reduced, before they are embedded for the printed numbers.
+EXAMPLE_CHARACTERS = 120
+EXAMPLE_PIXELS = 512
+LOSSES = ("loss", "infonce", "condensation")
+PACKAGES = ("btok-hf", "torch", "transformers", "sentence-transformers", "datasets", "peft")
+# Arguments of `Trainer` that are shown even at their defaults. Those that this library or Sentence-Transformers adds
+# always are, and the others where they were changed, except for what does not change the weights.
+SHOWN = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type"),
+    *("warmup_steps", "weight_decay", "optim", "max_grad_norm", "seed"),
+)
+HIDDEN = re.compile(
+    r"output_dir|run_name|report_to|(push|hub|logging|log|save|eval|load_best)_.*|disable_tqdm|use_cpu|debug"
+    r"|accelerator_config|prediction_loss_only|dataloader_.*|ddp_.*|resume_from_checkpoint"
+)
+
+
+def card_files(
+    trainer,
+    arguments=None,
+    *,
+    sources=None,
+    evaluator=None,
+    eval_source=None,
+    before=None,
+    after=None,
+    ablation=None,
+    command=None,
+):
+    """Describe a trained model: the files of its repository that are neither weights nor configuration.
+
+    Args:
+        trainer (`CondensationTrainer`): After `train()`. Its model, arguments, datasets and log are described. The
+            snippets use `trainer.args.hub_model_id`, if set.
+        arguments (`CardArguments`, *optional*): Licences and languages.
+        sources (`dict[str, str]`, *optional*): Where the datasets were read from, by name: a file, or the id of a
+            dataset on the Hub.
+        evaluator (`InformationRetrievalEvaluator`, *optional*): What the model was evaluated with. The inputs of the
+            snippets are the first of its queries, their answers and one more candidate.
+        eval_source (`str`, *optional*): File or Hub id that the evaluator was read from.
+        before, after (`dict[str, float]`, *optional*): The evaluator's metrics before and after training. Needed
+            with an `evaluator`.
+        ablation (`dict[str, dict[str, float]]`, *optional*): The evaluator's metrics of other models, by a name such
+            as `last-token pooling (K = 0)`.
+        command (`list[str]`, *optional*): Arguments of the process, `sys.argv`. Tokens are removed, and the home
+            directory is written as `$HOME`.
+
+    Returns:
+        `dict[str, str | bytes]`: Content by path: `README.md`; `LICENSE`, if the licence is `apache-2.0`;
+        `.eval_results/<name>.yaml`, if the evaluation data is a benchmark's task (`arguments.eval_task`);
+        `assets/loss.png`, if losses were logged; `assets/example_<n>.png`, the images of the snippets.
+
+    Raises:
+        ValueError: Metrics without an evaluator or the reverse, an ablation without some of the metrics, licences of
+            unknown datasets, or an `eval_task` of data that is not on the Hub.
+    """
+    model, args = trainer.model, trainer.args
+    arguments = arguments or CardArguments()
+    _check_metrics(evaluator, before, after, ablation)
+    data = _data(trainer.train_dataset, sources or {}, evaluator, eval_source, arguments)
+    files = {}
+    examples = measured_examples(model, evaluator, files)
+    curves = loss_curves(trainer.state.log_history)
+    if curves is not None:
+        files["assets/loss.png"] = curves
+    if arguments.eval_task:
+        files[f".eval_results/{Path(eval_source).name}.yaml"] = _eval_results(evaluator, eval_source, after, arguments)
+    if arguments.model_license == "apache-2.0":
+        files["LICENSE"] = _apache_license()
+    files["README.md"] = render_card(
+        model.config,
+        model.processor,
+        model.prompts,
+        arguments,
+        repo_id=args.hub_model_id,
+        examples=examples,
+        training={
+            "command": command and _command(command, args),
+            "arguments": _arguments(args),
+            "rows": _measured(trainer),
+            "curves": curves is not None,
+            "matryoshka_dims": args.matryoshka_dims,
+        },
+        data=data,
+        evaluation=None if evaluator is None else _evaluation(evaluator, eval_source, before, after),
+        ablation={
+            name: {_metric(evaluator, key): value for key, value in metrics.items()}
+            for name, metrics in (ablation or {}).items()
+        },
+    )
+    return files
+
+
+def _check_metrics(evaluator, before, after, ablation):
+    if not (evaluator is None) == (before is None) == (after is None):
+        raise ValueError("evaluator, before and after belong together: pass all three or none.")
+    for name, metrics in (ablation or {}).items():
+        if after is None or set(after) - set(metrics):
+            raise ValueError(
+                f"The ablation {name!r} has the metrics {sorted(metrics)}, but this model {sorted(after or [])}. "
+                "Evaluate both with the same evaluator."
+            )
+
+
+def _apache_license():
+    """The text of Apache-2.0: this package's own licence, from its checkout or from what was installed."""
+    checkout = Path(__file__).parents[1] / "LICENSE"
+    if checkout.is_file():
+        return checkout.read_text("utf-8")
+    return metadata.distribution("btok-hf").read_text("licenses/LICENSE")
+
+
+def _data(train_dataset, sources, evaluator, eval_source, arguments):
+    """One row of the table of data sets each."""
+    parts = train_dataset if isinstance(train_dataset, dict) else {"pairs": train_dataset}
+    rows = [(name, f"{dataset.num_rows:,} rows", sources.get(name), True) for name, dataset in parts.items()]
+    if evaluator is not None:
+        rows.append((_name(evaluator), _size(evaluator), eval_source, False))
+    arguments.check([name for name, *_ in rows], eval_source)
+    return [
+        {
+            "name": name,
+            "size": size,
+            "trained": trained,
+            "hub_id": hub_id(source),
+            "source": source and Path(source).name,
+            "license": arguments.data_license(name),
+        }
+        for name, size, source, trained in rows
+    ]
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def _name(evaluator):
+    return evaluator.name or "evaluation"
+
+
+def _metric(evaluator, key):
+    return key.removeprefix(f"{evaluator.name}_")
+
+
+def _size(evaluator):
+    return f"{len(evaluator.queries):,} queries, {len(evaluator.corpus):,} candidates"
+
+
+def _evaluation(evaluator, source, before, after):
+    rows = [(_metric(evaluator, key), before[key], after[key]) for key in after]
+    k = max((k for k in evaluator.accuracy_at_k if k < len(evaluator.corpus)), default=min(evaluator.accuracy_at_k))
+    return {
+        "name": _name(evaluator),
+        "source": source and Path(source).name,
+        "hub_id": hub_id(source),
+        "argument": source and repr(hub_id(source) or Path(source).name),
+        "size": _size(evaluator),
+        "rows": rows,
+        "k": k,
+        "accuracy": next(value for metric, _, value in rows if metric.endswith(f"_accuracy@{k}")),
+    }
+
+
+def _eval_results(evaluator, source, after, arguments):
+    metric = evaluator.primary_metric
+    entry = EvalResultEntry(
+        dataset_id=source,
+        task_id=arguments.eval_task,
+        value=float(after[metric]),
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        notes=f"{_metric(evaluator, metric)}, {_size(evaluator)}",
+    )
+    return yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)
+
+
+# ---------------------------------------------------------------- snippets
+
+
+def measured_examples(model, evaluator, files):
+    """Inputs of the snippets and the similarities that the model computes for them.
+
+    Args:
+        model (`BTokSentenceTransformer`): The trained model.
+        evaluator (`InformationRetrievalEvaluator` or `None`): Where the inputs come from. Fixed texts where it is
+            `None`, or has no query and answer made of texts and images.
+        files (`dict[str, bytes]`): Receives the images, PNG files by their path in the repository.
+
+    Returns:
+        `dict`: `queries` and `documents`, each a list of (paths of images, text or `None`), and `similarities`.
+    """
+    chosen = None if evaluator is None else _choose(evaluator)
+    rows = {side: [_shown(*row, files) for row in chosen[side]] for side in chosen} if chosen else EXAMPLES
+    queries, documents = ([_read(*row, files) for row in rows[side]] for side in ("queries", "documents"))
+    scores = model.similarity(model.encode_query(queries), model.encode_document(documents)).float().cpu()
+    similarities = {
+        "table": str(scores).splitlines(),
+        "first": f"{scores[0, 0].item():.4f}",
+        "source": chosen and _name(evaluator),
+        "where": f"{_precision(model)} on {_hardware(model.device)}",
+    }
+    return {**rows, "similarities": similarities}
+
+
+def _choose(evaluator):
+    """The first two queries with an answer each, these answers, and the first other candidate; `None` without any."""
+    corpus = dict(zip(evaluator.corpus_ids, evaluator.corpus))
+    queries, documents = [], {}
+    for query_id, query in zip(evaluator.queries_ids, map(_parts, evaluator.queries)):
+        answer = min(evaluator.relevant_docs[query_id])
+        if query and answer not in documents and _parts(corpus[answer]):
+            queries.append(query)
+            documents[answer] = _parts(corpus[answer])
+        if len(queries) == 2:
+            break
+    if not queries:
+        return None
+    others = (
+        parts for document, parts in zip(corpus, map(_parts, corpus.values())) if parts and document not in documents
+    )
+    return {"queries": queries, "documents": [*documents.values(), *islice(others, 1)]}
+
+
+def _parts(value):
+    """The images and the text of an input; `None` if a snippet cannot show it (video, messages, addresses)."""
+    if isinstance(value, str):
+        value = {"image" if is_media_path(value) else "text": value}
+    elif not isinstance(value, dict):
+        value = {"image": value}
+    if not value.keys() <= {"image", "text"}:
+        return None
+    images, texts = (
+        part if isinstance(part, (list, tuple)) else [part] for part in (value.get("image", []), value.get("text", []))
+    )
+    text = " ".join(texts).strip()[:EXAMPLE_CHARACTERS]
+    # Alone, a text that names a file or an address would be taken for it.
+    named = not images and (is_media_path(text) or text.startswith(("http://", "https://", "data:")))
+    shown = all(isinstance(image, Image.Image) or _is_image_path(image) for image in images)
+    return (images, text or None) if shown and not named and (images or text) else None
+
+
+def _is_image_path(value):
+    return isinstance(value, str) and Path(value).suffix.lower() in IMAGE_SUFFIXES and Path(value).is_file()
+
+
+def _shown(images, text, files):
+    """An input as the snippets name it; its images go to `files`."""
+    paths = []
+    for image in images:
+        image = (image if isinstance(image, Image.Image) else read_image(image)).convert("RGB")
+        if min(image.size) * EXAMPLE_PIXELS > 64 * max(image.size):  # thin ones would end below one patch
+            image.thumbnail((EXAMPLE_PIXELS, EXAMPLE_PIXELS))
+        paths.append(f"assets/example_{sum(path.startswith('assets/example_') for path in files) + 1}.png")
+        content = io.BytesIO()
+        image.save(content, format="PNG")
+        files[paths[-1]] = content.getvalue()
+    return paths, text
+
+
+def _read(paths, text, files):
+    """The same input as the snippets embed it."""
+    if not paths:
+        return text
+    images = [Image.open(io.BytesIO(files[path])) for path in paths]
+    return {"image": images, "text": text} if text else {"image": images}
+
+
+# ---------------------------------------------------------------- training
+
+
+def loss_curves(log_history):
+    """The logged losses over the steps, side by side, as PNG; `None` if none was logged.
+
+    Args:
+        log_history (`list[dict]`): `trainer.state.log_history`.
+
+    Returns:
+        `bytes` or `None`
+    """
+    curves = {
+        name: [(log["step"], log[name]) for log in log_history if "loss" in log and log.get(name) is not None]
+        for name in LOSSES
+    }
+    curves = {name: points for name, points in curves.items() if points}
+    if not curves:
+        return None
+    figure = Figure(figsize=(3.2 * len(curves), 2.4), layout="constrained")
+    for axes, (name, points) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items()):
+        axes.plot(*zip(*points), marker="." if len(points) < 20 else None, linewidth=1.5)
+        axes.set(title=name, xlabel="step")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=100)
+    return content.getvalue()
+
+
+def _measured(trainer):
+    """Rows of the table of the run: (what, value)."""
+    model, args, state = trainer.model, trainer.args, trainer.state
+    logs = [log for log in state.log_history if "loss" in log]
+    rows = [
+        ("steps", f"{state.global_step:,} ({state.epoch:.2f} epochs)"),
+        ("rows per step", args.train_batch_size * args.gradient_accumulation_steps * args.world_size),
+    ]
+    for log in logs[-1:]:
+        losses = ", ".join(f"{name} {log[name]:.4f}" for name in LOSSES if log.get(name) is not None)
+        rows.append(("last logged losses", f"{losses} (step {log['step']:,})"))
+        speed = [median(part[f"{unit}_per_second"] for part in logs) for unit in ("samples", "tokens")]
+        rows.append(("median speed", f"{speed[0]:,.1f} rows, {speed[1]:,.0f} tokens per second"))
+    runtimes = [log["train_runtime"] for log in state.log_history if "train_runtime" in log]
+    rows += [("minutes", f"{seconds / 60:.1f}") for seconds in runtimes[-1:]]
+    rows.append(("hardware", f"{args.world_size} x {_hardware(args.device)}"))
+    if args.device.type == "cuda":
+        rows.append(("peak GPU memory", f"{torch.cuda.max_memory_allocated(args.device) / 2**30:.1f} GiB"))
+    autocast = ", bf16 autocast" if args.bf16 else ", fp16 autocast" if args.fp16 else ""
+    rows += [
+        ("precision", f"{_precision(model)} weights{autocast}"),
+        ("trained parameters", f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,}"),
+    ]
+    for adapter in getattr(model[0].model, "peft_config", {}).values():
+        rows.append(("LoRA", f"rank {adapter.r}, alpha {adapter.lora_alpha}, modules {adapter.target_modules}"))
+    rows.append(("versions", ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)))
+    return rows
+
+
+def _precision(model):
+    return str(model.dtype).removeprefix("torch.")
+
+
+def _hardware(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return f"{(names or [platform.machine()])[0]} ({device.type}, {torch.get_num_threads()} threads)"
+
+
+def _arguments(args):
+    """The arguments that say how the weights came about, as YAML that `--config` takes."""
+    plain = {field.name: field.default for field in dataclasses.fields(transformers.TrainingArguments)}
+    values = json.loads(json.dumps(args.to_dict(), default=str))
+    chosen = {
+        name: value
+        for name, value in values.items()
+        if value not in (None, "", [], {})
+        and not HIDDEN.fullmatch(name)
+        and (name not in plain or name in SHOWN or ((value or plain[name]) and value != plain[name]))
+    }
+    return yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True, width=100).rstrip()
+
+
+def _command(words, args):
+    """The shell command of the run, without tokens, the home directory written as `$HOME`."""
+    launcher = (
+        ["python"] if args.world_size == 1 else ["accelerate", "launch", "--num_processes", str(args.world_size)]
+    )
+    home = os.path.expanduser("~")
+    shown = []
+    for word in [*launcher, *words]:
+        word = re.sub(r"hf_[A-Za-z0-9]{30,}", "***", word.replace(args.hub_token, "***") if args.hub_token else word)
+        pieces = word.split(home) if len(home) > 1 else [word]
+        shown.append('"$HOME"'.join(shlex.quote(piece) if piece or len(pieces) == 1 else "" for piece in pieces))
+    return " ".join(shown)

@@ -1,0 +1,24 @@
+"""Run by test_training.py: trains until it is killed half-way through writing the optimizer of its second checkpoint."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from test_training import checkpointed_trainer
+
+save = torch.save
+
+
+def half_a_save(content, file, *args, **kwargs):
+    save(content, file, *args, **kwargs)
+    if str(file).endswith("checkpoint-4/optimizer.pt"):
+        with open(file, "r+b") as half:
+            half.truncate(Path(file).stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    torch.save = half_a_save
+    checkpointed_trainer(sys.argv[1], sys.argv[2]).train()

@@ -1,0 +1,478 @@
+"""The training data of arXiv 2604.11095: where each source lies, and how one of its rows becomes a pair.
+
+Nothing is decoded ahead of training. `datasets` writes the rows to Arrow files once (below `HF_DATASETS_CACHE`, as
+large as the parquet files) and memory-maps them. A row becomes a pair, its images and frames read, when a worker of
+the data loader asks for it. So memory does not grow with the data.
+
+Below `root` lies one folder per repository, as these commands leave it (`cd` to the root first):
+
+    hf download TIGER-Lab/MMEB-train --repo-type dataset --local-dir MMEB-train
+    (cd MMEB-train && for zip in images_zip/*.zip; do unzip -qn $zip -d images; done)
+    hf download ShareGPTVideo/train_video_and_instruction --repo-type dataset --include "train_300k/*" \\
+        --include "video_instruction/train/sft/video_*" --local-dir train_video_and_instruction
+    (cd train_video_and_instruction/train_300k && for tar in *.tar.gz; do tar -xzf $tar; done)
+    hf download vidore/colpali_train_set --repo-type dataset --local-dir colpali_train_set
+    hf download openbmb/VisRAG-Ret-Train-In-domain-data --repo-type dataset --local-dir VisRAG-Ret-Train-In-domain-data
+
+Formats are those of the repositories; instructions and the sides to generate those of the public training code
+(github TIGER-AI-Lab/VLM2Vec, siryuson/BottleneckTokens).
+"""
+
+import ast
+import io
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Image as ImageFeature
+from datasets import load_dataset
+from PIL import Image
+
+from btok_hf.media import IMAGE_SUFFIXES, read_image
+from btok_hf.training.condensation_config import CONDENSE
+from btok_hf.training.data import FORMATS, load_pairs
+
+logger = logging.getLogger(__name__)
+
+# Media always come first in a row, so neither their placeholder nor the line breaks around it have a place in a text.
+PLACEHOLDER = re.compile(r"\s*(<\|image_\d+\|>|<video>)\s*")
+NOTHING = r"^(<\|image_\d+\|>|[\s\[\]'\"])*$"  # a text without content; lists are stored as text
+OPTION = re.compile(r"([A-E])(?:[.)](?:\s+(.*))?)?", re.DOTALL)
+
+# ------------------------------------------------------------------------------------- rows of a layout -> pairs
+# Cells are dicts, because a bare text like "logo.png" would be taken for the name of a file.
+
+
+def _mmeb_pair(row, folder):
+    """A row of MMEB-train: texts with the instruction in them, paths below the repository's folder, or neither."""
+    sides = {"query": ("qry", "qry_image_path"), "positive": ("pos_text", "pos_image_path")}
+    if "neg_text" in row:
+        sides["negative"] = ("neg_text", "neg_image_path")
+    pair = {}
+    for side, (text, image) in sides.items():
+        cell = {}
+        if row.get(image):
+            cell["image"] = str(folder / row[image])
+            if not Path(cell["image"]).is_file():
+                raise FileNotFoundError(f"{image} is {cell['image']!r}, which does not exist. Unpack images_zip/*.zip")
+        # The placeholder also stands in texts without an image (queries of WebQA).
+        if (words := _words(row[text] or "")).strip():
+            cell["text"] = words
+        pair[side] = cell or None
+    if (negative := pair.get("negative")) and "text" not in negative and "text" in pair["positive"]:
+        # VisDial leaves out the instruction of negatives, by which they would be told from positives.
+        negative["text"] = pair["positive"]["text"]
+    return pair
+
+
+def _video_pair(row, folder, instruction="", find_video=False):
+    """A row of LLaVA-Hound: one prompt and its answer about the frames in the folder named by `video`."""
+    video = {"video": read_frames(folder / "train_300k" / row["video"])}
+    prompt, answer = (turn["value"] for turn in row["conversations"][:2])
+    if find_video:
+        query = {"text": "Find a video that contains the following visual content: " + answer}
+        return {"query": query, "positive": {**video, "text": "Understand the content of the provided video:"}}
+    query = {**video, "text": instruction + _words(prompt)}
+    return {"query": query, "positive": {"text": answer}}
+
+
+def _page_question(row, folder):
+    """A row of colpali_train_set: a question about a page, with options if it has them, and its answer."""
+    choices = _texts(row["options"])
+    query = row["query"] if choices is None else f"{row['query']} Options: {row['options']}"
+    return {"query": {"image": _page(row), "text": query}, "positive": {"text": _answer(row["answer"], choices)}}
+
+
+def _page_search(row, folder):
+    """A row of VisRAG in-domain: a query and the page that answers it, with instructions by the page's origin."""
+    query, page = PAGE_INSTRUCTIONS.get(row["source"], ("", ""))
+    positive = {"image": _page(row), "text": page} if page else {"image": _page(row)}
+    return {"query": {"text": query + row["query"]}, "positive": positive}
+
+
+def _words(text):
+    return PLACEHOLDER.sub(" ", text).strip(" \t")
+
+
+def _texts(value):
+    """The texts of a list that is stored as text, as in "['one', 'two']"; `None` for anything else."""
+    if value is None or not value.startswith("["):
+        return None
+    try:
+        parts = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return None
+    return [str(part) for part in parts] or None
+
+
+def _answer(answer, choices):
+    """The words of an answer, which the data store as a text, as a list in a text, or as an option's letter."""
+    option = OPTION.fullmatch(answer) if choices else None
+    if option:
+        number = ord(option[1]) - ord("A")
+        named = choices[number] if option[2] is None and number < len(choices) else answer
+        labelled = OPTION.fullmatch(named)
+        return labelled[2] if labelled and labelled[2] else named
+    return ", ".join(_texts(answer) or [answer])
+
+
+def _page(row):
+    stored = row["image"]
+    if stored is None or not stored["bytes"]:
+        raise ValueError("column 'image' is empty")
+    try:
+        with Image.open(io.BytesIO(stored["bytes"])) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"column 'image' cannot be decoded ({error})") from error
+
+
+def read_frames(folder, num_frames=8):
+    """Read evenly spaced frames of a video that is stored as a folder of images, in the order of their numbers.
+
+    Args:
+        folder (`str` or `Path`): Folder of image files of one size.
+        num_frames (`int`): Frames to read, evenly spaced from first to last; of a shorter video all are read, and a
+            single one twice, because Qwen3-VL takes no video of one frame.
+
+    Returns:
+        `dict`: `array`, uint8 of shape `(frames, height, width, 3)`, and `video_metadata`. The stored frames have no
+        rate; 2 per second is the one that processors sample at, so that they keep every frame (a bare list of 8
+        frames loses 4 of them on Qwen3-VL).
+
+    Raises:
+        FileNotFoundError, ValueError: No such folder, no images in it, or of different sizes.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"Folder of frames {str(folder)!r} does not exist. Unpack train_300k/*.tar.gz")
+    names = [path.name for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+    if not names:
+        raise FileNotFoundError(f"Folder of frames {str(folder)!r} holds no images.")
+    names.sort(key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+    wanted = np.linspace(0, len(names) - 1, max(2, min(num_frames, len(names)))).astype(int)
+    frames = np.stack([np.asarray(read_image(folder / names[index])) for index in wanted])
+    return {
+        "array": frames,
+        "video_metadata": {
+            "fps": 2.0,
+            "total_num_frames": len(frames),
+            "duration": len(frames) / 2,
+            "frames_indices": list(range(len(frames))),
+        },
+    }
+
+
+# --------------------------------------------------------------------------------------------------- the sources
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of training pairs.
+
+    Args:
+        repo (`str`): Hub id of its dataset.
+        files (`str`): Its files of rows below the repository's folder, as a glob.
+        condense (`str`): The side whose text is generated, as in `CondensationConfig`.
+        pair (`Callable`): Row and repository's folder → pair.
+        filled (`tuple[tuple[str, ...], ...]`): Rows are left out in which all columns of one of these are empty.
+        columns (`tuple[str, ...]`): Further columns that `pair` reads.
+        optional (`tuple[str, ...]`): Further columns that `pair` reads where the files have them.
+        rows (`int`, *optional*): Only the first rows belong to the source.
+    """
+
+    repo: str
+    files: str
+    condense: str
+    pair: Callable
+    filled: tuple
+    columns: tuple = ()
+    optional: tuple = ()
+    rows: int | None = None
+
+
+def _mmeb(subset, condense):
+    return Source(
+        "TIGER-Lab/MMEB-train",
+        f"{subset}/original-*.parquet",
+        condense,
+        _mmeb_pair,
+        filled=(("qry", "qry_image_path"), ("pos_text", "pos_image_path")),
+        optional=("neg_text", "neg_image_path"),
+    )
+
+
+def _llava_hound(file, condense, rows=None, **kwargs):
+    return Source(
+        "ShareGPTVideo/train_video_and_instruction",
+        f"video_instruction/train/sft/{file}.jsonl",
+        condense,
+        partial(_video_pair, **kwargs),
+        filled=(("video",),),
+        columns=("conversations",),
+        rows=rows,
+    )
+
+
+MMEB = {
+    "positive": "ImageNet_1K N24News HatefulMemes VOC2007 SUN397 OK-VQA A-OKVQA DocVQA InfographicsVQA ChartQA "
+    "Visual7W VisualNews_i2t MSCOCO_i2t",
+    "query": "VisDial VisualNews_t2i MSCOCO_t2i MSCOCO",
+    "none": "CIRR NIGHTS",
+    "both": "WebQA",
+}
+
+SOURCES = {
+    **{subset: _mmeb(subset, condense) for condense, subsets in MMEB.items() for subset in subsets.split()},
+    "colpali_train_set": Source(
+        "vidore/colpali_train_set",
+        "data/train-*.parquet",
+        "positive",
+        _page_question,
+        filled=(("query",), ("answer",)),
+        columns=("image", "options"),
+    ),
+    "visrag-indomain": Source(
+        "openbmb/VisRAG-Ret-Train-In-domain-data",
+        "data/train-*.parquet",
+        "query",
+        _page_search,
+        filled=(("query",),),
+        columns=("image", "source"),
+    ),
+    "video_caption_300k": _llava_hound("video_caption_300k", "positive"),
+    "video_caption_300k-video": _llava_hound("video_caption_300k", "query", find_video=True),
+    # The 15,000 captions after them are in video_caption_300k.
+    "video_qa_240k": _llava_hound(
+        "video_240k_caption_15k",
+        "positive",
+        rows=240_000,
+        instruction="Answer a question based on the content of a video. ",
+    ),
+}
+
+# VisRAG: origin of a page -> (instruction before the query, text beside the page)
+PAGE_INSTRUCTIONS = {
+    "NeurIPS Papers": (
+        "This query is about a research paper from NeurIPS, a leading AI/ML conference. The document contains "
+        "technical discussions, methodologies, and findings. Identify relevant papers and sections that address the "
+        "query: ",
+        "A research paper from NeurIPS on AI and ML topics.",
+    ),
+    "Textbooks": (
+        "This query is related to a college-level textbook, which provides structured explanations, definitions, and "
+        "examples. Find the most relevant concepts or explanations that address the query: ",
+        "A textbook page with structured educational content and explanations.",
+    ),
+    "ICML Papers": (
+        "This query is about a research paper from ICML, a leading AI/ML conference. The document contains "
+        "theoretical insights, experiments, and applications. Identify relevant papers and sections that best answer "
+        "the query: ",
+        "A research paper from ICML, covering machine learning topics.",
+    ),
+    "Manuallib": (
+        "This query pertains to a product manual, which contains detailed technical specifications, usage "
+        "instructions, and troubleshooting steps. Find the most relevant section that answers the query: ",
+        "A product manual page with technical specifications and instructions.",
+    ),
+    "ArxivQA": (
+        "This query is related to retrieving a relevant figure from an ArXiv research paper. The retrieved figure "
+        "should contain scientific plots, mathematical visualizations, or experimental results that best address the "
+        "query: ",
+        "A figure from a research paper, including plots or experimental results.",
+    ),
+    "ChartQA": (
+        "This query is related to retrieving a relevant chart that visually represents numerical or categorical data. "
+        "The retrieved chart should contain bar graphs, line charts, or other visual elements necessary to analyze "
+        "trends, compare values, or extract insights related to the query: ",
+        "A statistical chart comparing values or analyzing trends.",
+    ),
+    "MP-DocVQA": (
+        "This query is related to retrieving a relevant page from a multi-page document, such as reports, invoices, "
+        "or research papers. The retrieved document should contain text, tables, or structured information necessary "
+        "to answer the query: ",
+        "A page from a multi-page document with text or tables.",
+    ),
+    "InfoVQA": (
+        "This query is related to retrieving an infographic that visually presents statistical or factual "
+        "information using charts, icons, and structured layouts. The retrieved image should contain the necessary "
+        "visual elements to provide the best context for answering the query: ",
+        "An infographic with structured data, charts, and annotations.",
+    ),
+    "PlotQA": (
+        "This query relates to retrieving a relevant plot or chart that visually represents numerical data. The "
+        "retrieved figure should contain the necessary information to analyze trends, compare values, or extract key "
+        "insights related to the query: ",
+        "A numerical data visualization, such as bar charts or line graphs.",
+    ),
+    "SlideVQA": (
+        "This query is related to retrieving a relevant presentation slide that visually presents structured "
+        "information. The retrieved slide should contain the necessary text, charts, or graphics to provide the best "
+        "answer to the query: ",
+        "A presentation slide with text, bullet points, and diagrams.",
+    ),
+}
+
+
+# --------------------------------------------------------------------------------------------------------- loading
+
+
+def load_source(name, root=None):
+    """Load a source of `SOURCES` as pairs: `query`, `positive` and, of MMEB-train, `negative` (`None` where empty).
+
+    Rows with an empty side are left out, and their number is logged. Eight rows are read right away, so that a wrong
+    root shows before training starts.
+
+    Args:
+        name (`str`): Name of the source.
+        root (`str` or `Path`, *optional*): Folder of downloaded repositories (see the module's top). Without it the
+            rows come from the Hub, which works where they hold the images (colpali_train_set, visrag-indomain).
+
+    Returns:
+        `datasets.Dataset`: Memory-mapped, with a transform that reads the rows asked for.
+
+    Raises:
+        FileNotFoundError, ValueError: No such source, folder, file or column, or a row that cannot be read.
+    """
+    if name not in SOURCES:
+        raise ValueError(f"Unknown source {name!r}. Known are {', '.join(SOURCES)}.")
+    source = SOURCES[name]
+    if root is not None:
+        folder = Path(root) / source.repo.split("/")[1]
+        files = sorted(map(str, folder.glob(source.files)))
+        if not files:
+            raise FileNotFoundError(
+                f"Source {name!r} has no files {str(folder / source.files)!r}. Download them to the root: hf download "
+                f"{source.repo} --repo-type dataset --local-dir {folder} (archives: see btok_hf/training/sources.py)."
+            )
+        dataset = load_dataset(FORMATS[Path(files[0]).suffix], data_files=files, split="train")
+    elif "image" in source.columns:
+        folder, dataset = None, load_dataset(source.repo, split="train")
+    else:
+        raise ValueError(
+            f"Source {name!r} keeps its images or frames in archives of {source.repo}, which must be downloaded and "
+            "unpacked: see btok_hf/training/sources.py. Pass their folder as root (sources_root of train.py)."
+        )
+
+    columns = [column for columns in source.filled for column in columns] + list(source.columns)
+    columns += [column for column in source.optional if column in dataset.column_names]
+    for column in columns:
+        found = column in dataset.column_names
+        dtype = getattr(dataset.features[column], "dtype", None) if found else None
+        if not found or (column not in ("image", "conversations") and dtype not in ("string", "null")):
+            raise ValueError(
+                f"Source {name!r}: {source.files} has {'no texts in' if found else 'no'} column {column!r}. It holds "
+                f"{dataset.features}. Is this the format of {source.repo}?"
+            )
+    dataset = dataset.select_columns(columns)
+    if "image" in columns:
+        dataset = dataset.cast_column("image", ImageFeature(decode=False))
+    if source.rows is not None:
+        dataset = dataset.select(range(min(source.rows, len(dataset))))
+    if "conversations" in columns:
+        _check_conversations(dataset, name)
+    # Before rows are left out: errors name the row of the file.
+    dataset = dataset.add_column("row", np.arange(len(dataset)))
+    dataset = _without_empty_sides(dataset, name)
+    dataset = dataset.with_transform(partial(_pairs, name=name, folder=folder))
+    for index in np.linspace(0, len(dataset) - 1, min(8, len(dataset))).astype(int):
+        dataset[int(index)]
+    return dataset
+
+
+def _pairs(rows, name, folder):
+    """The transform: a batch of raw rows, as a dict of columns, to one of pairs."""
+    source, pairs = SOURCES[name], []
+    for values in zip(*rows.values()):
+        row = dict(zip(rows, values))
+        try:
+            pairs.append(source.pair(row, folder))
+        except (FileNotFoundError, ValueError) as error:
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"Source {name!r}, row {row['row']} of {source.files}: {error}") from error
+    return {side: [pair[side] for pair in pairs] for side in pairs[0]} if pairs else {}
+
+
+def _check_conversations(dataset, name):
+    """Refuse a conversation without a prompt and an answer; the first such row is named."""
+    turns, row = dataset.data.column("conversations"), 0
+    try:
+        good = pc.greater_equal(pc.list_value_length(turns), 2).fill_null(False)
+        if pc.all(good).as_py():
+            for turn in (0, 1):
+                good = pc.and_(good, _filled(pc.struct_field(pc.list_element(turns, turn), "value")))
+        row = pc.index(good, False).as_py()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # not a list of turns with a text in "value" at all
+        pass
+    if row >= 0:
+        raise ValueError(
+            f"Source {name!r}, row {row} of {SOURCES[name].files}: column 'conversations' must hold a prompt and an "
+            f"answer, each with a text in 'value', got {turns[row].as_py()}. Correct or remove the row."
+        )
+
+
+def _without_empty_sides(dataset, name):
+    """`dataset` without the rows in which a side of the pair is empty; no image is read for it."""
+    keep = np.ones(len(dataset), bool)
+    for columns in SOURCES[name].filled:
+        side = [_filled(dataset.data.column(column)) for column in columns]
+        keep &= np.logical_or.reduce([column.to_numpy() for column in side])
+    if not keep.any():
+        raise ValueError(f"Source {name!r} has no rows with both sides of a pair in {SOURCES[name].files}.")
+    if not keep.all():
+        logger.warning(f"Source {name!r}: {(~keep).sum():,} of {len(keep):,} rows have an empty side and are left out")
+        dataset = dataset.select(np.flatnonzero(keep))
+    return dataset
+
+
+def _filled(texts):
+    return pc.invert(pc.match_substring_regex(texts.cast(pa.string()).fill_null(""), NOTHING))
+
+
+def load_mixture(entries, root=None):
+    """Load the datasets of a training run.
+
+    Args:
+        entries (`str` or `dict`): A pair file or Hub id as in `load_pairs`, or a name in `SOURCES`; or several, as a
+            mapping from the dataset's name to one of them or to `{"file": …, "weight": …, "condense": …}`. `file` may
+            be left out where the dataset's name is a source's.
+        root (`str`, *optional*): As in `load_source`.
+
+    Returns:
+        `tuple`: The datasets by name; their weights by name, `None` if none is given; and by name the sides to
+        generate, of the sources and of the entries that name one.
+
+    Raises:
+        FileNotFoundError, ValueError: As in `load_source` and `load_pairs`; a malformed entry; weights for some
+            entries only.
+    """
+    if isinstance(entries, str):
+        entries = {Path(entries).stem: entries}
+    files, weights, condense = {}, {}, {}
+    for name, entry in entries.items():
+        entry = dict(entry) if isinstance(entry, dict) else {"file": entry}
+        files[name] = file = entry.pop("file", None) or name
+        if file in SOURCES:
+            condense[name] = SOURCES[file].condense
+        elif Path(file).suffix.lower() not in FORMATS and "/" not in file and not Path(file).exists():
+            raise ValueError(
+                f"Dataset {name!r}: {file!r} is no pair file, Hub id or known source. Known are {', '.join(SOURCES)}."
+            )
+        if (weight := entry.pop("weight", None)) is not None:
+            weights[name] = weight
+        if (side := entry.pop("condense", None)) is not None:
+            if side not in CONDENSE:
+                raise ValueError(f"Dataset {name!r}: condense must be one of {', '.join(CONDENSE)}, got {side!r}.")
+            condense[name] = side
+        if entry:
+            raise ValueError(f"Dataset {name!r} has unknown keys {sorted(entry)}. Known are file, weight, condense.")
+    if weights and (missing := sorted(set(files) - set(weights))):
+        raise ValueError(f"Give every dataset a weight, or none: {', '.join(missing)} lack one.")
+    datasets = {name: load_source(file, root) if file in SOURCES else load_pairs(file) for name, file in files.items()}
+    return datasets, weights or None, condense
