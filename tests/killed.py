@@ -1,4 +1,4 @@
-"""Run by test_training.py: trains until it is killed half-way through writing the optimizer of its second checkpoint."""
+"""Run by test_training.py: trains until killed half-way through writing the optimizer of the second checkpoint."""
 
 import os
 import signal

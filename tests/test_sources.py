@@ -518,20 +518,6 @@ def test_bad_mixtures_are_refused():
 # ------------------------------------------------------------------------------------------------------- training
 
 
-class MixtureTrainer(CondensationTrainer):
-    def get_multi_dataset_batch_sampler(self, dataset, batch_samplers, generator=None, seed=0):
-        return MixtureBatchSampler(
-            dataset,
-            batch_samplers,
-            generator,
-            seed,
-            names=list(self.train_dataset),
-            weights=self.args.dataset_weights,
-            block_size=self.args.block_size,
-            num_batches=self.args.max_steps * self.args.gradient_accumulation_steps * self.args.world_size,
-        )
-
-
 def config(tmp_path, **kwargs):
     defaults = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "warmup_steps": 0}
     return CondensationConfig(output_dir=str(tmp_path / "out"), **{**defaults, **kwargs})
@@ -551,7 +537,7 @@ def test_every_layout_trains(repo, tmp_path, monkeypatch):
         dataloader_num_workers=1,
     )
     model = BTokSentenceTransformer(repo, device="cpu")
-    trainer = MixtureTrainer(model=model, args=args, train_dataset=loaded)
+    trainer = CondensationTrainer(model=model, args=args, train_dataset=loaded)
     drawn, draw = [], MixtureBatchSampler.__iter__
     monkeypatch.setattr(MixtureBatchSampler, "__iter__", lambda self: (drawn.append(b) or b for b in draw(self)))
     trainer.train()
@@ -620,7 +606,7 @@ def test_a_resumed_run_sees_the_batches_it_has_not_seen(repo, tmp_path, monkeypa
             save_steps=6,
         )
         model = BTokSentenceTransformer(repo, device="cpu")
-        trainer = MixtureTrainer(model=model, args=args, train_dataset=dict(parts))
+        trainer = CondensationTrainer(model=model, args=args, train_dataset=dict(parts))
         batches.clear()
         trainer.train(resume_from_checkpoint=resume)
         assert trainer.state.epoch == epochs

@@ -18,13 +18,17 @@ from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 from test_condensation import assert_same_gradients
 from torch.nn import functional as F
+from trl import TrlParser, get_peft_config
 
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model
 from btok_hf.condensation import condense
+from btok_hf.hub_card import CardArguments
 from btok_hf.training import CondensationConfig, CondensationLoss, CondensationTrainer
 from btok_hf.training.checkpoints import checkpoints, fault
 from btok_hf.training.condensation_trainer import CondensationCollator, text_of
 from btok_hf.training.data import load_pairs, retrieval_evaluator
+from btok_hf.training.sources import SOURCES
+from btok_hf.training.train import ModelArguments, ScriptArguments, read_mixture
 
 ROOT = Path(__file__).resolve().parents[1]
 QUERIES = [
@@ -364,6 +368,29 @@ def test_lora_trains_exactly_the_token_rows_and_the_adapters(repo, tmp_path):
         np.testing.assert_allclose(again.encode(["find red", "flat thing"]), expected, atol=2e-6)
 
 
+def test_adapters_of_a_bf16_model_are_trained_in_fp32(repo, tmp_path):
+    """Steps far below the resolution of bf16 (2^-8 of a weight) move every adapter and token row."""
+    model = BTokSentenceTransformer(repo, device="cpu", model_kwargs={"dtype": "bfloat16"})
+    trainer = CondensationTrainer(
+        model=model,
+        args=config(
+            tmp_path, per_device_train_batch_size=6, mini_batch_size=3, max_steps=2, learning_rate=1e-5, bf16=True
+        ),
+        train_dataset=text_pairs(6),
+        peft_config=LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, init_lora_weights=False),
+    )
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    trainer.train()
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.float32 if name in before else torch.bfloat16)
+        if name in before:
+            assert (parameter != before[name]).float().mean() > 0.9, name
+    expected = model.encode(["find red", "flat thing"])
+    export_model(model, tmp_path / "export")
+    exported = BTokSentenceTransformer(tmp_path / "export", device="cpu")
+    assert (exported.encode(["find red", "flat thing"]) * expected).sum(1).min() > 0.999
+
+
 def test_lora_freezes_an_untied_head_and_exports_it(tmp_path):
     base = tiny.build("qwen2_vl", tmp_path / "base", tied=False)
     model = BTokSentenceTransformer(add_bottleneck_tokens(base, tmp_path / "repo"), device="cpu")
@@ -596,6 +623,23 @@ def test_pair_files(tmp_path, repo):
     evaluator = retrieval_evaluator(str(tmp_path / "pairs.jsonl"))
     assert len(evaluator.queries) == 1 and len(evaluator.corpus) == 2
     assert evaluator(BTokSentenceTransformer(repo, device="cpu"))["pairs_cosine_accuracy@10"] == 1.0
+
+
+@pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "training" / "recipes").glob("[!m]*.yaml")))
+def test_recipes_are_read(recipe, tmp_path):
+    """Every key is an argument, and the paper's recipe says the paper's setting."""
+    classes = (ScriptArguments, CondensationConfig, ModelArguments, CardArguments)
+    flags = ["--use_cpu", "true", "--output_dir", str(tmp_path)]
+    script, args, model_args, _ = TrlParser(classes).parse_args_and_config(
+        ["--config", str(ROOT / "training" / "recipes" / recipe), *flags]
+    )
+    if recipe.startswith("btok"):
+        mixture = read_mixture(str(ROOT / script.train_files))
+        assert len(mixture) == 25 and set(mixture) <= set(SOURCES)
+        assert (script.num_tokens, model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout) == (4, 16, 32, 0)
+        assert (args.temperature, args.learning_rate, args.warmup_steps) == (0.02, 5e-5, 100)
+        assert (args.condensation_weight, args.condensation_steps, args.max_steps) == (5.0, 2000, 5000)
+        assert get_peft_config(model_args).target_modules is None
 
 
 @pytest.mark.parametrize("lora", [False, True])

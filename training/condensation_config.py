@@ -22,7 +22,7 @@ class CondensationConfig(SentenceTransformerTrainingArguments):
 
     Defaults are the setting of arXiv 2604.11095 where one exists. Memory is set by `mini_batch_size` or
     `mini_batch_num_tokens`, the length of rows (`max_pixels` of the processor, `max_length`) and
-    `activation_checkpointing`, not by the batch size.
+    `gradient_checkpointing`, not by the batch size.
 
     Args:
         mini_batch_size (`int`): Rows whose activations are alive at once (GradCache). It changes memory and speed,

@@ -38,6 +38,8 @@ def text_of(value):
         return None if is_media_path(value) else value.strip() or None
     if isinstance(value, dict):
         value = value.get("content", value.get("text"))
+        if isinstance(value, str):  # never the name of a file
+            return value.strip() or None
     if isinstance(value, (list, tuple)):
         texts = [text_of(part) for part in value if not isinstance(part, dict) or part.get("type", "text") == "text"]
         return " ".join(text for text in texts if text) or None
@@ -189,27 +191,37 @@ class CondensationTrainer(SentenceTransformerTrainer):
             raise ValueError(f"loss must be a CondensationLoss, got {type(kwargs['loss']).__name__}.")
         if peft_config is not None:
             add_adapters(model, peft_config)
+        elif any(p.requires_grad and p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
+            logger.warning(
+                "Half-precision weights are trained: most steps of a usual learning rate are rounded away. Load the "
+                "model in fp32 and set bf16=True, or train adapters with peft_config."
+            )
         self._tokens, self._samples, self._since = 0, 0, None
         super().__init__(model=model, args=args, **kwargs)
         self.data_collator.tokenizer = model.tokenizer
         self.data_collator.args = self.args
         self._check_datasets()
+        if self.is_deepspeed_enabled:
+            self._check_deepspeed()
 
     def _check_datasets(self):
         """Collate one row of each dataset, so that a wrong column or side shows before training starts."""
         for part in (self.train_dataset, self.eval_dataset):
-            datasets = part if isinstance(part, dict) else {None: part}
-            for name, dataset in datasets.items():
-                if dataset is None:
-                    continue
-                if len(dataset) == 0:
-                    raise ValueError(f"{'The dataset' if name is None else f'Dataset {name!r}'} has no rows.")
-                # Not dataset.column_names, which a transform may change.
-                row = dict(next(iter(dataset)))
-                check_columns(row, name)
-                if name is not None:
-                    row.setdefault("dataset_name", name)
+            for row in _first_rows(part):
+                # Not the dataset's column_names, which a transform may change.
+                check_columns(row, row.get("dataset_name"))
                 self.data_collator([row])
+
+    def _check_deepspeed(self):
+        """DeepSpeed's engine refuses GradCache's backward passes (0.19.8); a batch in one mini-batch has only one."""
+        negatives = [name for row in _first_rows(self.train_dataset) for name in row if name.startswith("negative")]
+        rows = self.args.per_device_train_batch_size * max(1, len(set(negatives)))
+        if self.args.mini_batch_num_tokens or self.args.mini_batch_size < rows:
+            raise ValueError(
+                f"DeepSpeed cannot run GradCache: {rows} rows must fit one mini-batch, but mini_batch_size is "
+                f"{self.args.mini_batch_size}. Set mini_batch_size={rows} and no mini_batch_num_tokens, or train with "
+                "FSDP2 (training/accelerate/fsdp2.yaml) or DDP."
+            )
 
     def get_default_loss(self, model):
         return CondensationLoss(
@@ -233,8 +245,14 @@ class CondensationTrainer(SentenceTransformerTrainer):
 
     def get_batch_sampler(self, dataset, *args, **kwargs):
         """`no_duplicates` keeps rows of one `group` apart, which would be false negatives of each other."""
-        no_duplicates = self.args.batch_sampler in (BatchSamplers.NO_DUPLICATES, BatchSamplers.NO_DUPLICATES_HASHED)
-        if no_duplicates and "group" in (dataset.column_names or []):
+        if self.args.batch_sampler in (BatchSamplers.NO_DUPLICATES, BatchSamplers.NO_DUPLICATES_HASHED):
+            if "group" not in dataset.column_names:
+                raise ValueError(
+                    f"batch_sampler={self.args.batch_sampler.value} compares rows by the column group, but there are "
+                    f"only {dataset.column_names}. Add group (rows of one group answer each other's queries), or "
+                    "leave batch_sampler out: mask_false_negatives already keeps copies of an answer from being "
+                    "negatives."
+                )
             dataset = dataset.select_columns(["group"])
         return super().get_batch_sampler(dataset, *args, **kwargs)
 
@@ -402,6 +420,18 @@ class CondensationTrainer(SentenceTransformerTrainer):
         self.model.load_state_dict(loaded.state_dict())
 
 
+def _first_rows(datasets):
+    """The first row of a dataset, or of each in a dict, with its name."""
+    if datasets is None:
+        return []
+    rows = []
+    for name, dataset in (datasets if isinstance(datasets, dict) else {None: datasets}).items():
+        if len(dataset) == 0:
+            raise ValueError(f"{'The dataset' if name is None else f'Dataset {name!r}'} has no rows.")
+        rows.append({**({} if name is None else {"dataset_name": name}), **dataset[0]})
+    return rows
+
+
 @contextmanager
 def whole_parameters(model, state_dict):
     """A model sharded by FSDP2 with whole tensors in place of its shards, so that it can be saved.
@@ -442,5 +472,9 @@ def add_adapters(model, peft_config):
     if model.config.btok_num_tokens:
         peft_config.trainable_token_indices = {"embed_tokens": list(bottleneck_token_ids(model.config))}
     model.add_adapter(peft_config)
+    # Beside a bf16 backbone PEFT makes them bf16 too, which rounds most steps of the usual learning rates away.
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     if model[0].lm_head is not None:  # an untied head, outside the backbone that PEFT froze
         model[0].lm_head.requires_grad_(False)

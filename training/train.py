@@ -9,7 +9,7 @@ Memory is set by four arguments, the strongest first; the batch size is not one 
     --max_pixels              pixels of an image or frame: a token is 28 x 28 of them (32 x 32 for Qwen3-VL)
     --mini_batch_num_tokens   tokens whose activations are alive at once, or
     --mini_batch_size         rows whose activations are alive at once
-    --activation_checkpointing  trades time for the activations of all layers but one
+    --gradient_checkpointing  recomputes the activations of every layer but one, which takes time
 
 Every field of the arguments below is a flag, and a key of the YAML file. A killed run goes on with
 `--resume_from_checkpoint true`.
@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Union
 
+import yaml
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
 from transformers import AutoConfig, TrainerCallback
@@ -53,7 +54,7 @@ class ScriptArguments:
         default=None,
         metadata={
             "help": "A pair file (parquet, jsonl, csv), a Hub dataset or a source of training/sources.py; or a "
-            "mapping (in JSON) from dataset name to one of them, or to {file, weight, condense}."
+            "mapping (in JSON or a YAML file) from dataset name to one of them, or to {file, weight, condense}."
         },
     )
     sources_root: str | None = field(
@@ -96,9 +97,7 @@ def main():
     evaluator = retrieval_evaluator(script.eval_file) if script.eval_file else None
     if evaluator is None and args.eval_strategy != "no":
         raise ValueError("eval_strategy asks for evaluation during training: set eval_file.")
-    files = script.train_files
-    if isinstance(files, str):
-        files = json.loads(files) if files.lstrip().startswith("{") else {Path(files).stem: files}
+    files = read_mixture(script.train_files)
     train_dataset, weights, condense = load_mixture(files, script.sources_root)
     args.dataset_weights = args.dataset_weights or weights
     if isinstance(args.condense, str):
@@ -150,6 +149,17 @@ def main():
             print(f"  {name}: {values['before']:.4f} before, {values['after']:.4f} after training")
         if to_push:
             print(f"Pushed to {push_export(args)}")
+
+
+def read_mixture(files):
+    """`train_files` as a mapping from dataset name to entry."""
+    if isinstance(files, dict):
+        return files
+    if files.lstrip().startswith("{"):
+        return json.loads(files)
+    if Path(files).suffix in (".yaml", ".yml"):
+        return yaml.safe_load(Path(files).read_text("utf-8"))
+    return {Path(files).stem: files}
 
 
 def source_of(name, entry):
