@@ -24,6 +24,7 @@ from btok_hf import golden
 # Next to an export in a training folder, and of no use to others or not meant for them.
 NOT_PUBLISHED = (
     "checkpoint-*",
+    "start/*",  # what train.py made of a base model
     "runs/*",
     "*.bin",  # training_args.bin; weights are safetensors
     "*.pt",  # optimizer and scheduler

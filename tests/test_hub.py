@@ -26,6 +26,7 @@ import btok_hf
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_adapters, export_model, golden
 from btok_hf.export import check_writable
 
+TRAIN = Path(__file__).resolve().parents[1] / "training" / "train.py"
 TEXTS = ["a red car", "Находка"]
 # Loads a repository with every loader and prints {what: vectors of TEXTS}. Arguments: Hub id, further revisions.
 LOAD = f"""
@@ -480,13 +481,59 @@ def test_adapters_with_a_base_on_the_hub(hub, exported, with_adapters, tmp_path)
         "from sentence_transformers import SentenceTransformer\n"
         "from btok_hf import BTokSentenceTransformer\n"
         "models = [SentenceTransformer('org/lora', device='cpu'), BTokSentenceTransformer('org/lora', device='cpu'),\n"
+        "    SentenceTransformer('org/lora', device='cpu', trust_remote_code=True),\n"
         "    BTokSentenceTransformer('org/lora', device='cpu', revision='v2')]\n"
         "print('\\n' + json.dumps([model.encode(json.loads(sys.argv[1])).tolist() for model in models]))\n"
     )
     run = hub.run("-c", code, json.dumps(TEXTS), home=tmp_path / "empty")
-    stock, wrapper, other = np.array(json.loads(run.stdout.splitlines()[-1]))
-    assert np.abs(stock - expected).max() <= 2e-6 and np.abs(wrapper - expected).max() <= 2e-6
+    *vectors, other = np.array(json.loads(run.stdout.splitlines()[-1]))
+    assert all(np.abs(loaded - expected).max() <= 2e-6 for loaded in vectors)
     assert np.abs(other - expected).max() > 1e-3
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_training_pushes_what_everybody_loads(hub, bases, tmp_path):
+    """From a base without Bottleneck Tokens to the Hub, with a push that fails in the middle of training."""
+    pairs = [{"query": f"find {word}", "positive": f"{word} thing"} for word in ("red", "old", "tall", "wet")]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    out = tmp_path / "out"
+    command = [
+        *(TRAIN, "--model_name_or_path", bases["qwen2_vl"], "--train_files", tmp_path / "pairs.jsonl"),
+        *("--eval_file", tmp_path / "pairs.jsonl", "--output_dir", out, "--use_cpu", "--use_peft", "--max_steps", "2"),
+        *(
+            "--save_steps",
+            "1",
+            "--logging_steps",
+            "1",
+            "--per_device_train_batch_size",
+            "4",
+            "--report_to",
+            "none",
+            "--disable_tqdm",
+            "true",
+        ),
+        *("--push_to_hub", "--hub_model_id", "org/trained", "--hub_strategy", "every_save"),
+    ]
+    refused = hub.run(*command, home=tmp_path / "home", token=None, check=False)
+    assert refused.returncode and "push_to_hub needs a Hub login" in refused.stderr and not (out / "start").exists()
+
+    hub.faults["fail_commit"] = 1
+    run = hub.run(*command, home=tmp_path / "home")
+    assert hub.faults.pop("fail_commit") <= 0  # it was met
+    assert "The upload to org/trained failed" in run.stderr and "Retry with: python -m btok_hf.push" in run.stderr
+    url = run.stdout.split("Pushed to ")[-1].split()[0]
+    assert url == f"{hub.endpoint}/org/trained/commit/{head(hub, 'org/trained')}"
+    pushed = served(hub, "org/trained")
+    assert pushed.items() <= contents(out).items()
+    assert not any(name.startswith(("checkpoint-", "start/")) or name.endswith((".bin", ".pt")) for name in pushed)
+    assert b"--hub_model_id org/trained" in pushed["README.md"] and b"assets/loss.png" in pushed["README.md"]
+
+    expected = BTokSentenceTransformer(out, device="cpu").encode(TEXTS)
+    online = json.loads(hub.run("-c", LOAD, "org/trained", home=tmp_path / "empty").stdout.splitlines()[-1])
+    assert all(np.abs(np.array(array) - expected).max() <= 1e-6 for *_, array in online)
+    hub.run("-m", "btok_hf.verify", "org/trained", home=tmp_path / "empty")
 
 
 # ---------------------------------------------------------------- command lines and writing

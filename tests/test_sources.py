@@ -389,9 +389,9 @@ def test_a_mixture_of_own_files_and_sources(tmp_path):
 
 def test_the_recipe_is_the_papers_mixture():
     recipe = yaml.safe_load(RECIPE.read_text())
-    weights = {name: entry["weight"] for name, entry in recipe["train_files"].items()}
+    weights = {name: entry["weight"] for name, entry in recipe.items()}
     assert set(weights) == set(SOURCES) and len(weights) == 25
-    assert all(set(entry) == {"weight"} for entry in recipe["train_files"].values())
+    assert all(set(entry) == {"weight"} for entry in recipe.values())
     assert Counter(weights.values()) == {0.5: 10, 1: 10, 5: 3, 10: 1, 12: 1}
     assert Counter(source.condense for source in SOURCES.values()) == {
         "positive": 16,

@@ -1,0 +1,24 @@
+"""MMEB-V2: its 78 datasets, metrics and reports, and the models' metadata for mteb.
+
+Names are imported on first use, as in `btok_hf`.
+"""
+
+from importlib import import_module
+
+_HOMES = {
+    "TASKS": "btok_hf.evaluation.tasks",
+    "Query": "btok_hf.evaluation.tasks",
+    "Task": "btok_hf.evaluation.tasks",
+    "load_task": "btok_hf.evaluation.tasks",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'btok_hf.evaluation' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])
