@@ -4,7 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+# The oldest versions that pyproject.toml allows.
+FLOOR := torch==2.11.0 torchvision==0.26.0 transformers==5.17.0 sentence-transformers==6.1.0 \
+	peft==0.19.0 trl==1.8.0 datasets==4.8.0 accelerate==1.12.0
+
+.PHONY: demo test test-floor lint clean
 
 demo: $(SETUP)
 	$(BIN)/python examples/demo.py
@@ -12,16 +16,25 @@ demo: $(SETUP)
 test: $(SETUP)
 	$(BIN)/python -m pytest
 
+test-floor: .venv-floor/.installed
+	.venv-floor/bin/python -m pytest
+
 lint: $(SETUP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-floor runs build dist *.egg-info .pytest_cache .ruff_cache
 
 # torch and torchvision come from the registry in one command, so that their builds match.
 $(SETUP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet torch torchvision -e ".[dev]"
+	touch $@
+
+.venv-floor/.installed: pyproject.toml Makefile
+	$(PYTHON) -m venv .venv-floor
+	.venv-floor/bin/python -m pip install --quiet --upgrade pip
+	.venv-floor/bin/python -m pip install --quiet $(FLOOR) -e ".[dev]"
 	touch $@

@@ -21,10 +21,11 @@ from sentence_transformers.base.sampler import DefaultBatchSampler, NoDuplicates
 from torch.utils.data import ConcatDataset, RandomSampler
 
 from btok_hf import BTokSentenceTransformer
+from btok_hf.media import read_frames
 from btok_hf.training import CondensationConfig, CondensationTrainer
 from btok_hf.training.condensation_trainer import CondensationCollator
 from btok_hf.training.mixture import MixtureBatchSampler
-from btok_hf.training.sources import PAGE_INSTRUCTIONS, SOURCES, load_mixture, load_source, read_frames
+from btok_hf.training.sources import PAGE_INSTRUCTIONS, SOURCES, load_mixture, load_source
 
 RECIPE = Path(__file__).resolve().parents[1] / "training" / "recipes" / "mixture_paper.yaml"
 OPTIONS = "['A. It falls.', 'B. It rises.', 'C) It stays.', '-']"
@@ -211,6 +212,7 @@ def test_frames(tmp_path, repos, count, kept):
     (tmp_path / "notes.txt").touch()
     video = read_frames(tmp_path)
     np.testing.assert_array_equal(video["array"], np.stack([np.asarray(colours[number]) for number in kept]))
+    assert len(read_frames(tmp_path, None)["array"]) == max(2, count)
     for path in repos.values():  # no processor samples them again
         grid = BTokSentenceTransformer(path, device="cpu").preprocess([{"video": video}])["video_grid_thw"]
         assert grid[0, 0] == (len(video["array"]) + 1) // 2
@@ -302,7 +304,7 @@ def test_a_file_that_is_missing_or_broken_is_named_with_its_row(tmp_path):
         (1, ValueError, "cannot be decoded"),
         (2, FileNotFoundError, "holds no images"),
         (3, ValueError, "same shape"),
-        (4, FileNotFoundError, r"v4' does not exist. Unpack train_300k"),
+        (4, FileNotFoundError, r"v4' does not exist. Unpack the archives"),
     ):
         with pytest.raises(kind, match=f"'video_caption_300k', row {row} of .*jsonl: .*{message}"):
             dataset[row]

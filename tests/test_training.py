@@ -144,14 +144,14 @@ def test_copies_of_the_right_answer_are_no_negatives(repo, mini_batch_size):
     rows = [
         {"query": "q0", "positive": "same", "negative": "other"},
         {"query": "q1", "positive": "same", "negative": None},
-        {"query": "q2", "positive": {"image": picture}, "group": "cats", "negative": "same"},
+        {"query": "q2", "positive": {"image": picture}, "group": "cats", "negatives": ["same"]},
         {"query": {"text": "q3"}, "positive": "b", "group": "cats", "negative": "one more"},
         {"query": "q1", "positive": {"image": picture.copy()}, "negative": "b"},
     ]
-    rows = [{"group": None, **row} for row in rows]
-    # positives: same, same, picture, b, picture; negatives: other, same, one more, b
+    rows = [{"group": None, "negative": None, "negatives": [], **row} for row in rows]
+    # positives: same, same, picture, b, picture; negatives: other, one more, b, same
     false = torch.zeros(5, 9, dtype=torch.bool)
-    for query, candidates in {0: [1, 6], 1: [0, 4, 6], 2: [3, 4], 3: [2, 8], 4: [1, 2]}.items():
+    for query, candidates in {0: [1, 8], 1: [0, 4, 8], 2: [3, 4], 3: [2, 7], 4: [1, 2]}.items():
         false[query, candidates] = True
     model = BTokSentenceTransformer(repo, device="cpu").train()
 
@@ -675,3 +675,14 @@ def test_the_script_trains_evaluates_and_exports(repo, tmp_path, lora):
         and "8 queries, 8 candidates" in card
     )
     assert SentenceTransformer(str(output), device="cpu").encode(["picture 1"]).shape == (1, 64)
+
+
+def test_the_example_fine_tunes_on_a_csv_of_texts_and_image_paths(bases, tmp_path):
+    image(60, 50).save(tmp_path / "a.png")
+    rows = ["query,positive", "a red cat,yes", f"{tmp_path}/a.png,noise", "one more,no"]
+    (tmp_path / "pairs.csv").write_text("\n".join(rows) + "\n")
+    command = [sys.executable, "examples/finetune.py", tmp_path / "pairs.csv", tmp_path / "mine"]
+    command += ["--base", bases["qwen2_vl"], "--steps", "2"]
+    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
+    model = SentenceTransformer(str(tmp_path / "mine"), device="cpu")
+    assert model.encode(["a red cat", str(tmp_path / "a.png")]).shape == (2, 64)

@@ -81,7 +81,7 @@ def check_columns(columns, dataset_name=None):
     """Refuse columns that training would not know how to use; returns those to embed, in their order."""
     where = "The dataset" if dataset_name is None else f"Dataset {dataset_name!r}"
     embedded = [column for column in columns if column not in ("target", "group", "dataset_name")]
-    negatives = [column for column in embedded if column == "negative" or column.startswith("negative_")]
+    negatives = [name for name in embedded if name in ("negative", "negatives") or name.startswith("negative_")]
     unknown = sorted(set(embedded) - {"query", "positive", *negatives})
     missing = sorted({"query", "positive"} - set(embedded))
     if unknown or missing:
@@ -89,8 +89,8 @@ def check_columns(columns, dataset_name=None):
             f"{where} has the columns {sorted(columns)}: "
             + "; ".join(filter(None, [missing and f"missing {missing}", unknown and f"unknown {unknown}"]))
             + ". Training takes query, positive, negative or negative_1, negative_2, … (each a text, an image, or a "
-            "dict with image, video and text), target (a text to generate instead of the other side's own) and group "
-            "(rows of one group answer each other's queries). "
+            "dict with image, video and text), negatives (a list of them), target (a text to generate instead of the "
+            "other side's own) and group (rows of one group answer each other's queries). "
             "Rename the columns with dataset.rename_column and drop the rest with dataset.remove_columns."
         )
     return ["query", "positive", *negatives]
@@ -111,7 +111,11 @@ class CondensationCollator(SentenceTransformerDataCollator):
         columns = check_columns(features[0], dataset_name)
         name = {} if dataset_name is None else {"dataset_name": dataset_name}
         # Every query is compared with every negative, so they need no columns, and a row may lack some.
-        negatives = [row[column] for column in columns[2:] for row in features if row[column] is not None]
+        negatives = []
+        for column in columns[2:]:
+            for row in features:
+                cell = row[column] if column == "negatives" else [row[column]]
+                negatives += [value for value in cell or () if value is not None]
         batch = super().__call__([{"query": row["query"], "positive": row["positive"], **name} for row in features])
         if negatives:
             batch.update(super().__call__([{"negative": value, **name} for value in negatives]))
@@ -214,8 +218,10 @@ class CondensationTrainer(SentenceTransformerTrainer):
 
     def _check_deepspeed(self):
         """DeepSpeed's engine refuses GradCache's backward passes (0.19.8); a batch in one mini-batch has only one."""
-        negatives = [name for row in _first_rows(self.train_dataset) for name in row if name.startswith("negative")]
-        rows = self.args.per_device_train_batch_size * max(1, len(set(negatives)))
+        rows = self.args.per_device_train_batch_size * max(
+            len(row.get("negatives") or []) + sum(name == "negative" or name.startswith("negative_") for name in row)
+            for row in [{"negative": None}, *_first_rows(self.train_dataset)]
+        )
         if self.args.mini_batch_num_tokens or self.args.mini_batch_size < rows:
             raise ValueError(
                 f"DeepSpeed cannot run GradCache: {rows} rows must fit one mini-batch, but mini_batch_size is "

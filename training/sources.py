@@ -34,7 +34,7 @@ from datasets import Image as ImageFeature
 from datasets import load_dataset
 from PIL import Image
 
-from btok_hf.media import IMAGE_SUFFIXES, read_image
+from btok_hf.media import read_frames
 from btok_hf.training.condensation_config import CONDENSE
 from btok_hf.training.data import FORMATS, load_pairs
 
@@ -131,42 +131,6 @@ def _page(row):
             return image.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"column 'image' cannot be decoded ({error})") from error
-
-
-def read_frames(folder, num_frames=8):
-    """Read evenly spaced frames of a video that is stored as a folder of images, in the order of their numbers.
-
-    Args:
-        folder (`str` or `Path`): Folder of image files of one size.
-        num_frames (`int`): Frames to read, evenly spaced from first to last; of a shorter video all are read, and a
-            single one twice, because Qwen3-VL takes no video of one frame.
-
-    Returns:
-        `dict`: `array`, uint8 of shape `(frames, height, width, 3)`, and `video_metadata`. The stored frames have no
-        rate; 2 per second is the one that processors sample at, so that they keep every frame (a bare list of 8
-        frames loses 4 of them on Qwen3-VL).
-
-    Raises:
-        FileNotFoundError, ValueError: No such folder, no images in it, or of different sizes.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"Folder of frames {str(folder)!r} does not exist. Unpack train_300k/*.tar.gz")
-    names = [path.name for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
-    if not names:
-        raise FileNotFoundError(f"Folder of frames {str(folder)!r} holds no images.")
-    names.sort(key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
-    wanted = np.linspace(0, len(names) - 1, max(2, min(num_frames, len(names)))).astype(int)
-    frames = np.stack([np.asarray(read_image(folder / names[index])) for index in wanted])
-    return {
-        "array": frames,
-        "video_metadata": {
-            "fps": 2.0,
-            "total_num_frames": len(frames),
-            "duration": len(frames) / 2,
-            "frames_indices": list(range(len(frames))),
-        },
-    }
 
 
 # --------------------------------------------------------------------------------------------------- the sources
