@@ -94,7 +94,7 @@ def read_frames(folder, num_frames=8):
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"Folder of frames {str(folder)!r} does not exist. Unpack the archives of its dataset.")
+        raise FileNotFoundError(f"Folder of frames {str(folder)!r} does not exist. Unpack its archive.")
     names = [path.name for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
     if not names:
         raise FileNotFoundError(f"Folder of frames {str(folder)!r} holds no images.")

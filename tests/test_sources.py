@@ -304,7 +304,7 @@ def test_a_file_that_is_missing_or_broken_is_named_with_its_row(tmp_path):
         (1, ValueError, "cannot be decoded"),
         (2, FileNotFoundError, "holds no images"),
         (3, ValueError, "same shape"),
-        (4, FileNotFoundError, r"v4' does not exist. Unpack the archives"),
+        (4, FileNotFoundError, r"v4' does not exist. Unpack its archive"),
     ):
         with pytest.raises(kind, match=f"'video_caption_300k', row {row} of .*jsonl: .*{message}"):
             dataset[row]

@@ -83,7 +83,7 @@ def markdown(scores, *, name, errors=None, limit=None):
     Args:
         scores (`dict[str, dict[str, float]]`): By dataset.
         name (`str`): Of the model.
-        errors (`dict[str, str]`, *optional*): Why a dataset has no score.
+        errors (`dict[str, str]`, *optional*): Why a dataset has no score, by dataset, which the text names too.
         limit (`int`, *optional*): If only so many queries of each dataset were scored.
 
     Returns:
@@ -110,9 +110,15 @@ def markdown(scores, *, name, errors=None, limit=None):
         parts.append(_table(["dataset", "meta-task", "metric", "queries", "score"], details))
     failed = [n for n in summary.missing if n in errors]
     if failed:
-        parts.append("Failed:\n\n" + "\n".join(f"- {n}: {errors[n]}" for n in failed))
+        parts.append("Failed:\n\n" + "\n".join(f"- {errors[n]}" for n in failed))
     if absent := [n for n in summary.missing if n not in errors]:
-        parts.append(f"Not evaluated: {', '.join(absent)}.")
+        groups = {group: [n for n in total[group] if n in absent] for group in summary.meta_tasks}
+        texts = [
+            f"- {group}: {'all' if len(names) == len(total[group]) else ', '.join(names)}"
+            for group, names in groups.items()
+            if names
+        ]
+        parts.append("Not evaluated:\n\n" + "\n".join(texts))
     if summary.missing:
         parts.append("Groups with a missing dataset have no average.")
     if any(n in scores for n in CORRECTED):
@@ -198,11 +204,12 @@ def picture(scores, *, name):
     figure = Figure(figsize=(3 * len(shown) + 1.6, 0.3 * len(bars) + 1), layout="constrained")
     for axes, (title, column) in zip(figure.subplots(1, len(shown), squeeze=False, sharey=True)[0], shown):
         values = [averages[column] for _, averages in bars]
-        drawn = axes.barh([model for model, _ in bars], values, color=["#b8c1cc"] * (len(bars) - 1) + ["#d9622b"])
+        drawn = axes.barh(range(len(bars)), values, color=["#b8c1cc"] * (len(bars) - 1) + ["#d9622b"])
         axes.bar_label(drawn, fmt="%.1f", padding=2, fontsize=8)
         axes.set(title=title, xlim=(0, 100))
         axes.spines[["top", "right"]].set_visible(False)
-        axes.invert_yaxis() if axes is figure.axes[0] else None
+    axes.set_yticks(range(len(bars)), [model for model, _ in bars])  # of all: they share the axis
+    axes.invert_yaxis()
     figure.supxlabel("* published, on the pages before their correction (data v2.0.0)", fontsize=8)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)

@@ -1,35 +1,655 @@
-"""The 78 datasets of MMEB-V2 (work in progress: the interface stands, the readers follow)."""
+"""The 78 datasets of MMEB-V2: where each lies on disk, and how its rows become queries and candidates.
 
+What differs between them is in tasks.csv; what their files have in common is read by a few functions, one per layout.
+Below `root` lies the benchmark as these commands leave it:
+
+    hf download TIGER-Lab/MMEB-V2 --repo-type dataset --local-dir MMEB-V2 && cd MMEB-V2
+    hf download ziyjiang/MMEB_Test_Instruct --repo-type dataset --local-dir image-query
+    for repo in ViDoSeek MMLongBench; do
+        hf download VLM2Vec/$repo-page-fixed --repo-type dataset --local-dir visdoc-tasks/data/$repo-page-fixed; done
+    tar -xzf image-tasks/mmeb_v1.tar.gz -C image-tasks
+    (cd video-tasks/frames && mkdir video_cls video_ret && tar -xzf video_cls.tar.gz -C video_cls &&
+        tar -xzf video_ret.tar.gz -C video_ret && tar -xzf video_mret.tar.gz && cat video_qa.tar.gz-* | tar -xz)
+    (cd visdoc-tasks && tar -xzf visdoc-tasks.data.tar.gz && tar -xzf visdoc-tasks.images.tar.gz)
+
+Other releases name some folders otherwise; those are looked for too. A dataset whose rows are not there takes them
+from its repository on the Hub. Pages that are not there are written from the corpus, which holds them.
+
+Texts are those of the public evaluation code (github TIGER-AI-Lab/VLM2Vec), up to the media token: there it is a part
+of the text, followed by a line break or a space, here a chat template puts it in front with a separator of its own.
+So a text starts at its first word, and ends as the original's does, line breaks included (as in the training data).
+"""
+
+import csv
+import hashlib
+import json
+import logging
+import os
+import reprlib
+import sys
+from functools import cache
+from pathlib import Path
+from string import ascii_uppercase
 from typing import NamedTuple
+
+from btok_hf.media import read_frames, read_image
+
+logger = logging.getLogger(__name__)
 
 
 class TaskInfo(NamedTuple):
-    """A row of tasks.csv (further fields follow)."""
+    """A row of tasks.csv: what is known of a dataset before its files are read.
+
+    Args:
+        name (`str`): The leaderboard's name.
+        modality (`str`): `image`, `video` or `visdoc`.
+        meta_task (`str`): `I-CLS`, `I-QA`, `I-RET`, `I-VG`, `V-CLS`, `V-QA`, `V-RET`, `V-MRET`, `VD-ViDoRe-V1`,
+            `VD-ViDoRe-V2`, `VD-VisRAG` or `VD-OOD`.
+        layout (`str`): How a row is read: a key of `READERS`, `pages` or `hashed_pages`.
+        repo, split (`str`): Hub id of the rows and their split.
+        subset (`str`): Its subset, or several, separated by spaces, that make up the dataset.
+        data, media (`str`): Names of the file or folder of rows, and of the folder of media; `|` between alternatives.
+        columns (`str`): Columns that are read, separated by spaces.
+        query_kind, candidate_kind (`str`): `text`, `image`, `video` or joined by `+`; `|` between alternatives.
+        scope (`str`): `local`, if each query ranks its own candidates, or `global`.
+        metric (`str`): The main metric.
+        query_instruction, candidate_instruction (`str`): Empty where the rows hold them (all of `image`).
+        num_frames (`int`, *optional*): Frames of a video; `None`: all that are stored.
+        rows (`int`, *optional*): Only the first rows belong to the dataset.
+    """
 
     name: str
     modality: str
     meta_task: str
+    layout: str
+    repo: str
+    subset: str
+    split: str
+    data: str
+    media: str
+    columns: str
+    query_kind: str
+    candidate_kind: str
+    scope: str
     metric: str
+    query_instruction: str
+    candidate_instruction: str
+    num_frames: int | None
+    rows: int | None
 
 
 class Query(NamedTuple):
+    """One query.
+
+    Args:
+        id (`str`): Its id, or the number of its row.
+        input (`dict`): `text`, and `image` (path) or `video` (path of a folder of frames): see `read_input`.
+        candidates (`list[str]`, *optional*): Names of what it ranks, each once; `None`: all candidates of the task.
+        relevance (`dict[str, float]`): Names of the right candidates → grades above 0. Never empty.
+    """
+
     id: str
     input: dict
-    candidates: list | None
-    relevance: dict
+    candidates: list[str] | None
+    relevance: dict[str, float]
 
 
 class Task(NamedTuple):
+    """A dataset read from disk; media are paths, which were found but not decoded.
+
+    Args:
+        name, modality, meta_task, metric, num_frames: As in `TaskInfo`.
+        queries (`list[Query]`): In the order of the rows.
+        candidates (`dict[str, dict]`): Names → inputs. Of two candidates with one name the first counts, as in the
+            original: so two captions of one image are one candidate of text-to-image retrieval.
+    """
+
     name: str
     modality: str
     meta_task: str
     metric: str
-    queries: list
-    candidates: dict
+    queries: list[Query]
+    candidates: dict[str, dict]
+    num_frames: int | None = 8
 
 
-TASKS: dict[str, TaskInfo] = {}
+def _table():
+    with open(Path(__file__).with_name("tasks.csv"), newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            numbers = {key: int(row[key]) if row[key] else None for key in ("num_frames", "rows")}
+            yield TaskInfo(**{**row, **numbers})
 
 
-def load_task(name, root=None, limit=None):
-    raise NotImplementedError
+TASKS = {info.name: info for info in _table()}
+
+# Below the root, in order of preference.
+ROWS = {
+    "image": (
+        "image-query/{name}/{split}-*.parquet",
+        "image-tasks/{name}/{split}-*.parquet",
+        "MMEB_Test_Instruct/{name}/{split}-*.parquet",
+    ),
+    "video": ("video-tasks/data/{data}",),
+    "visdoc": ("visdoc-tasks/data/{data}/{subset}/{split}-*.parquet",),
+}
+MEDIA = {
+    "image": ("image-tasks/MMEB", "image-tasks", "image-tasks/mmeb_v1/MMEB"),
+    "video": (
+        "video-tasks/frames/{level}/{media}",
+        "video-tasks/frames/{media}",
+        "video-tasks/frames/{level}/{level}/{media}",
+        "video-tasks/frames/{level}/data/ziyan/video_retrieval/{media}/frames",
+        "video-tasks/frames/data/ziyan/video_retrieval/{media}/frames",
+    ),
+    "visdoc": ("visdoc-tasks/images/{media}", "visdoc-tasks/{media}"),
+}
+DOWNLOADS = {
+    "image": "{repo} --repo-type dataset --local-dir {root}/image-query",
+    "video": "TIGER-Lab/MMEB-V2 --repo-type dataset --include 'video-tasks/data/*' --local-dir {root}",
+    "visdoc": "{repo} --repo-type dataset --local-dir {root}/visdoc-tasks/data/{data}",
+}
+PLACEHOLDER = "<|image_1|>"
+SMALLEST_SIDE, ENLARGED = 28, (56, 56)
+
+
+def read_input(item, num_frames=8):
+    """Decode the media of an input, right before it is encoded.
+
+    Args:
+        item (`dict`): Input of a `Query` or a candidate.
+        num_frames (`int`, *optional*): Frames of a video, evenly spaced (all of a shorter one); `None`: all.
+
+    Returns:
+        `dict`: What `encode` takes: `text`, `image` as RGB `PIL.Image.Image`, `video` as in `read_frames`. Images with
+        a side under 28 pixels become 56 x 56, as in the original.
+
+    Raises:
+        FileNotFoundError, ValueError: Media that cannot be read; the message names the file.
+    """
+    item = dict(item)
+    if "image" in item:
+        item["image"] = read_image(item["image"])
+        if min(item["image"].size) < SMALLEST_SIDE:
+            item["image"] = item["image"].resize(ENLARGED)
+    if "video" in item:
+        item["video"] = read_frames(item["video"], num_frames)
+    return item
+
+
+def load_task(name, root, limit=None):
+    """Read a dataset of MMEB-V2: its rows, and where its media are, without decoding them.
+
+    Args:
+        name (`str`): A key of `TASKS`.
+        root (`str` or `Path`): Folder of the benchmark (see the module's top).
+        limit (`int`, *optional*): Only the first queries, to try things out. Candidates that are their own or their
+            right ones (all but pages and labels) are fewer with them, so scores are too good.
+
+    Returns:
+        `Task`
+
+    Raises:
+        FileNotFoundError: No rows, or media that a row names; says what was looked for and what is there.
+        ValueError: No such dataset, or a row that cannot be used; the message names it.
+    """
+    if name not in TASKS:
+        raise ValueError(f"Unknown dataset {name!r}. Known are {', '.join(TASKS)}.")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be a number of queries above 0, got {limit}.")
+    info, root = TASKS[name], Path(root)
+    home = root / f"{info.modality}-tasks"
+    if not home.is_dir():
+        raise FileNotFoundError(
+            f"{name}: there is no folder {home}; {_holds(home)}. The root is the folder of TIGER-Lab/MMEB-V2, with "
+            "image-tasks, video-tasks and visdoc-tasks in it."
+        )
+    load = _load_pages if info.modality == "visdoc" else _load_rows
+    queries, candidates = load(info, root, limit)
+    return Task(info.name, info.modality, info.meta_task, info.metric, queries, candidates, info.num_frames)
+
+
+# -------------------------------------------------------------------------------------------------- images and videos
+
+
+def _load_rows(info, root, limit):
+    """Queries and candidates of a dataset whose rows hold both."""
+    records, where = _records(info, root, info.subset, info.columns.split())
+    numbered = enumerate(records[: info.rows])
+    if info.layout == "moment_seeker":  # one release repeats rows: 1,800 for 1,602
+        unique = {}
+        for index, row in numbered:
+            unique.setdefault(json.dumps(row, sort_keys=True), (index, row))
+        numbered = unique.values()
+    media, pool, queries = _Media(info, root), {}, []
+    if info.layout == "video_classification":
+        pool = {label: {"text": label} for label in _labels()[info.name]}
+    for index, row in list(numbered)[:limit]:
+        try:
+            item, names, right = READERS[info.layout](info, row, media, pool)
+            _check_candidates(names, right, pool)
+        except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            reason = f"no column {error}" if isinstance(error, KeyError) else error
+            raise kind(f"{info.name}, row {index} of {where}: {reason} (row {reprlib.repr(row)})") from error
+        # Interned: a name is often a candidate of a thousand queries.
+        local = list(dict.fromkeys(map(sys.intern, names))) if info.scope == "local" else None
+        queries.append(Query(str(index), item, local, dict.fromkeys(right, 1.0)))
+    return _without_blanks(info, queries, pool)
+
+
+def _check_candidates(names, right, pool):
+    if not right:
+        raise ValueError("it has no right candidate")
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"candidate {name!r} is no text")
+    for name in right:
+        if name not in names:
+            raise ValueError(f"the right candidate {name!r} is not among the candidates {names[:8]}")
+        if _is_blank(pool[name]):
+            raise ValueError("the right candidate is an empty text")
+
+
+def _without_blanks(info, queries, pool):
+    """Leave out candidates that are an empty text, which nothing can embed (the original embeds its end token)."""
+    blank = {name for name, item in pool.items() if _is_blank(item)}
+    if blank:
+        queries = [query._replace(candidates=[n for n in query.candidates if n not in blank]) for query in queries]
+        pool = {name: item for name, item in pool.items() if name not in blank}
+        logger.warning(f"{info.name}: left out {len(blank)} candidates that are an empty text.")
+    return queries, pool
+
+
+def _is_blank(item):
+    return item.keys() == {"text"} and not item["text"].strip()
+
+
+# Each reads a row: the query's input, the names of its candidates, those of the right ones. The pool gets new ones.
+
+
+def _image_to_text(info, row, media, pool):
+    """Classes, answers or captions of an image."""
+    instruction = row["qry_inst"].replace(PLACEHOLDER, "")
+    if info.layout == "image_question":
+        instruction = instruction.strip()
+    item = {"image": media.image(row["qry_img_path"]), "text": _image_text(instruction, row["qry_text"])}
+    for text in row["tgt_text"]:
+        pool.setdefault(text, {"text": text})
+    return item, row["tgt_text"], row["tgt_text"][:1]
+
+
+def _text_to_image(info, row, media, pool):
+    """Images for a text. The instructions of WebQA and EDIS ask for an image that the queries do not have."""
+    text = f"{row['qry_inst'].replace(PLACEHOLDER, '')} {row['qry_text']}".lstrip() + "\n"
+    if info.name == "VisDial":
+        text += "\n"
+    names = row["tgt_img_path"]
+    return {"text": text}, *_images(row, names, media, pool, end="\n")
+
+
+def _image_to_image(info, row, media, pool):
+    """Images, or parts of the image, for an image and a text."""
+    text = _image_text(row["qry_inst"].replace(PLACEHOLDER, "").strip(), row["qry_text"])
+    # Several objects of an image can be asked for: the caption is a part of the name.
+    names = [f"{path}:" + caption.strip('"') for path, caption in zip(row["tgt_img_path"], row["tgt_text"])]
+    return {"image": media.image(row["qry_img_path"]), "text": text}, *_images(row, names, media, pool, end="")
+
+
+def _images(row, names, media, pool, end):
+    """Candidates with an image. Without captions they end in `end`, and have the instruction alone as text."""
+    paths, captions = row["tgt_img_path"], row["tgt_text"]
+    if len(paths) != len(captions):
+        raise ValueError(f"tgt_img_path has {len(paths)} entries and tgt_text {len(captions)}")
+    instruction = row["tgt_inst"].replace(PLACEHOLDER, "")
+    captioned = bool(captions and captions[0].strip())
+    for name, path, caption in zip(names, paths, captions):
+        if name not in pool:
+            text = _image_text(f"{instruction} {caption}") if captioned else _image_text(instruction, end=end)
+            pool[name] = {"image": media.image(path), "text": text}
+    return names, names[:1]
+
+
+def _image_text(instruction, text="", end="\n"):
+    joined = f"{instruction} {text}" if text else instruction
+    return joined.replace(" \n", "\n").lstrip() + end
+
+
+def _video_class(info, row, media, pool):
+    label = row["pos_text"]
+    names = row["neg_text"] if info.layout == "video_options" else [label]
+    for name in names:
+        pool.setdefault(name, {"text": name})
+    return {"video": media.frames(row["video_id"]), "text": info.query_instruction}, names, [label]
+
+
+def _video_retrieval(info, row, media, pool):
+    column, caption = info.columns.split()
+    name, caption = str(row[column]), row[caption]
+    if column == "video":  # the path of a file
+        name = Path(name).stem
+    if name not in pool:
+        pool[name] = {"video": media.frames(name), "text": info.candidate_instruction}
+    caption = caption[0] if isinstance(caption, list) else caption
+    return {"text": _asked(info.query_instruction, caption)}, [name], [name]
+
+
+def _moment_retrieval(info, row, media, pool):
+    """The clips of a video; each is a folder beside that of the whole video, `query`."""
+    video = Path(row["video_path"]).stem
+    item = {"video": media.frames(f"{video}/query"), "text": _asked(info.query_instruction, row["query"])}
+    folders = sorted(path for path in Path(item["video"]).parent.iterdir() if path.is_dir() and path.name != "query")
+    names = [f"{video}/{folder.name}" for folder in folders]
+    for name in names:
+        pool[name] = {"video": media.frames(name), "text": info.candidate_instruction}
+    return item, names, [f"{video}/{folder.name}" for folder in folders if folder.name.startswith("positive")]
+
+
+def _moment_seeker(info, row, media, pool):
+    """Clips for a text, alone or with an image or a video segment; each kind of query has its instruction."""
+    alone, with_image, with_video = info.query_instruction.split("|")
+    asked = row["input_frames"] or ""
+    if asked.endswith(".mp4"):
+        item = {"video": media.frames(_clip(asked)), "text": _asked(with_video, row["query"])}
+    elif asked.endswith(".jpg"):
+        item = {"image": media.image(f"query_{asked}"), "text": _asked(with_image, row["query"])}
+    else:
+        item = {"text": _asked(alone, row["query"])}
+    right, wrong = (
+        [_clip(clip["output_path"]) for clip in row[f"{kind}_frames"]] for kind in ("positive", "negative")
+    )
+    for name in right + wrong:
+        pool[name] = {"video": media.frames(name), "text": info.candidate_instruction}
+    return item, right + wrong, right
+
+
+def _clip(path):
+    return "video_frames/" + path.split(".mp4")[0].replace("/", "_")
+
+
+def _video_question(info, row, media, pool):
+    video, text, options, right = QUESTIONS[info.name](row)
+    for name, option in options.items():
+        pool.setdefault(name, {"text": option})
+    return {"video": media.frames(video), "text": _asked(info.query_instruction, text)}, list(options), [right]
+
+
+def _asked(instruction, text):
+    if not text or not text.strip():
+        raise ValueError("the query's text is empty")
+    return f"{instruction} {text}"
+
+
+READERS = {
+    "image_to_label": _image_to_text,
+    "image_question": _image_to_text,
+    "text_to_image": _text_to_image,
+    "image_to_image": _image_to_image,
+    "video_classification": _video_class,
+    "video_options": _video_class,
+    "video_retrieval": _video_retrieval,
+    "moment_retrieval": _moment_retrieval,
+    "moment_seeker": _moment_seeker,
+    "video_question": _video_question,
+}
+
+
+# Each reads a row of video questions: folder of frames, question with options, names and texts of the candidates, and
+# the right name.
+
+
+def _mvbench(row):
+    names = _lettered(row["candidates"])
+    text = "\n".join([row["question"], "Options:", *names]).rstrip()
+    right = dict(zip(row["candidates"], names)).get(row["answer"], row["answer"])
+    return f"{row['subset']}/{row['video']}", text, dict(zip(names, names)), right
+
+
+def _nextqa(row):
+    options = [row[f"a{number}"] for number in range(5)]
+    text = "\n".join([row["question"], "Options:", *_lettered(options)]).rstrip()
+    return row["video"], text, dict(zip(options, options)), _chosen(options, row["answer"])
+
+
+def _video_mme(row):
+    text = "\n".join([row["question"], *row["options"]])
+    return (
+        row["videoID"],
+        text,
+        _unlettered(row["options"]),
+        _chosen(row["options"], list("ABCD").index(row["answer"])),
+    )
+
+
+def _egoschema(row):
+    text = row["question"] + " ".join(row["option"])
+    return row["video_idx"], text, _unlettered(row["option"]), _chosen(row["option"], int(row["answer"]))
+
+
+def _activitynetqa(row):
+    text = row["question"] + "? (A) yes; (B) no."
+    return f"v_{row['video_name']}", text, {"yes": "yes", "no": "no"}, row["answer"]
+
+
+def _lettered(options):
+    return [f"({letter}) {option}" for letter, option in zip(ascii_uppercase, options)]
+
+
+def _chosen(options, number):
+    if not 0 <= number < len(options):
+        raise ValueError(f"answer {number} is none of the {len(options)} options")
+    return options[number]
+
+
+def _unlettered(options):
+    """Names are the options as they are, texts what follows the letter."""
+    return {option: option[max(option.find(". "), 0) :].strip(". ") for option in options}
+
+
+QUESTIONS = {
+    "MVBench": _mvbench,
+    "NExTQA": _nextqa,
+    "Video-MME": _video_mme,
+    "EgoSchema": _egoschema,
+    "ActivityNetQA": _activitynetqa,
+}
+
+
+# ------------------------------------------------------------------------------------------------------------- pages
+
+
+def _load_pages(info, root, limit):
+    """Queries and candidates of a dataset with a corpus: tables of queries, pages and grades."""
+    asked, where = _records(info, root, "queries", ["query-id", "query"])
+    grades = {}
+    for grade in _records(info, root, "qrels", ["query-id", "corpus-id", "score"])[0]:
+        if grade["score"] > 0:
+            of_query = grades.setdefault(str(grade["query-id"]), {})
+            name = str(grade["corpus-id"])
+            of_query[name] = max(of_query.get(name, 0.0), float(grade["score"]))
+
+    corpus, place = _rows(info, root, "corpus", ["corpus-id", "image"])
+    folders = [root / pattern.format(media=media) for media in info.media.split("|") for pattern in MEDIA["visdoc"]]
+    folder = next(filter(Path.is_dir, folders), folders[0])
+    names = dict.fromkeys(map(str, corpus.to_table(columns=["corpus-id"])["corpus-id"].to_pylist()))
+    paths = {name: folder / (_hashed(name) if info.layout == "hashed_pages" else f"{name}.png") for name in names}
+    absent = {name: path for name, path in paths.items() if not path.is_file()}
+    if absent:
+        _write_pages(info, corpus, place, folder, absent)
+    pool = {name: {"image": str(path), "text": info.candidate_instruction} for name, path in paths.items()}
+
+    queries = []
+    for row in asked[:limit]:
+        name = str(row["query-id"])
+        try:
+            if name not in grades:
+                raise ValueError("no page has a score above 0 in qrels")
+            if unknown := [page for page in grades[name] if page not in pool]:
+                raise ValueError(f"qrels name the page {unknown[0]!r}, which the corpus lacks")
+            queries.append(Query(name, {"text": _asked(info.query_instruction, row["query"])}, None, grades[name]))
+        except ValueError as error:
+            raise ValueError(f"{info.name}, query-id {name} of {where}: {error}") from error
+    return queries, pool
+
+
+def _hashed(name):
+    """The file of a VisRAG page: names are too long for some file systems."""
+    base, suffix = os.path.splitext(name)
+    return f"{base[:50]}_{hashlib.md5(name.encode()).hexdigest()[:8]}{suffix}"
+
+
+def _write_pages(info, corpus, place, folder, absent):
+    """Write the pages that are not in the folder of images from the corpus, as the original does."""
+    logger.warning(f"{info.name}: writing {len(absent)} pages of {place} to {folder}.")
+    folder.mkdir(parents=True, exist_ok=True)
+    for batch in corpus.to_batches(columns=["corpus-id", "image"], batch_size=16):
+        for row in batch.to_pylist():
+            path = absent.get(str(row["corpus-id"]))
+            if path is None:
+                continue
+            if not row["image"] or not row["image"]["bytes"]:
+                raise FileNotFoundError(
+                    f"{info.name}: page {row['corpus-id']!r} is neither {path} nor in {place}. Unpack "
+                    "visdoc-tasks.images.tar.gz in visdoc-tasks."
+                )
+            part = path.with_name(f"{path.name}.{os.getpid()}")  # never half a page under its name
+            part.write_bytes(row["image"]["bytes"])
+            part.replace(path)
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+
+class _Media:
+    """Images and folders of frames of a dataset, below the first of its folders that holds what is asked for first."""
+
+    def __init__(self, info, root):
+        level = f"video_{info.meta_task[2:].lower()}"
+        names = [(pattern, media) for pattern in MEDIA[info.modality] for media in info.media.split("|")]
+        self.folders = [root / pattern.format(level=level, media=media) for pattern, media in names]
+        self.found = {}
+
+    def image(self, path):
+        return self._find(path, Path.is_file)
+
+    def frames(self, path):
+        return self._find(path, lambda folder: folder.is_dir() and any(folder.iterdir()))
+
+    def _find(self, path, exists):
+        path = str(path)
+        if path not in self.found:
+            folder = next((folder for folder in self.folders if path and exists(folder / path)), None)
+            if folder is None:
+                looked = ", ".join(str(folder / path) for folder in self.folders)
+                raise FileNotFoundError(
+                    f"{path!r} is not there, or empty. Looked for {looked}; {_holds(self.folders[0] / path)}. Unpack "
+                    "the archives of TIGER-Lab/MMEB-V2: see btok_hf/evaluation/tasks.py."
+                )
+            self.folders = [folder]
+            self.found[path] = str(folder / path)
+        return self.found[path]
+
+
+def _holds(path):
+    """The nearest folder above a path that exists, and what is in it."""
+    while not path.is_dir():
+        path = path.parent
+    names = sorted(entry.name for entry in path.iterdir())
+    return f"{path} holds {', '.join(names[:8]) or 'nothing'}{', …' if names[8:] else ''}"
+
+
+@cache
+def _labels():
+    """Classes of the datasets of video classification, sorted: all of them are candidates."""
+    return json.loads(Path(__file__).with_name("labels.json").read_text(encoding="utf-8"))
+
+
+def _records(info, root, subset, columns):
+    """The rows of a dataset, or of one of its tables, as dicts, and where they are from."""
+    files = _files(info, root, subset)
+    subsets = subset.split()
+    if files and files[0].suffix != ".parquet":
+        if absent := sorted(set(subsets) - {file.stem for file in files} if len(subsets) > 1 else ()):
+            raise FileNotFoundError(f"{info.name}: no {absent[0]}{files[0].suffix}; {_holds(files[0].parent)}.")
+        records = [{"subset": file.stem, **row} for file in files for row in _read_json(info, file)]
+        where = str(files[0] if len(files) == 1 else files[0].parent)
+        _check_columns(info, where, columns, records[0] if records else columns)
+    else:
+        records = []
+        for part in subsets or [None]:
+            rows, where = _rows(info, root, part, columns)
+            records += [{"subset": part, **row} for row in rows.to_table(columns=columns).to_pylist()]
+    if not records:
+        raise ValueError(f"{info.name}: {where} holds no rows. Download it again.")
+    return records, where
+
+
+def _rows(info, root, subset, columns):
+    """The parquet files below the root, or else those of the Hub, as a `pyarrow.dataset.Dataset`."""
+    import pyarrow.dataset
+
+    files = _files(info, root, subset)
+    try:
+        if files:
+            where = str(files[0].parent)
+            rows = pyarrow.dataset.dataset(list(map(str, files)), format="parquet")
+            rows.count_rows()  # opens all of them
+        else:
+            where = f"{info.repo} on the Hub"
+            rows = pyarrow.dataset.dataset(_from_hub(info, root, subset))
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
+        raise ValueError(f"{info.name}: {where} cannot be read ({error}). Download it again.") from error
+    _check_columns(info, where, columns, rows.schema.names)
+    return rows, where
+
+
+def _from_hub(info, root, subset):
+    """The rows of a repository, as a table in the cache of `datasets`."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    places = _places(info, root, subset)
+    logger.warning(f"{info.name}: no {places[0]}; its rows are read from {info.repo} on the Hub.")
+    try:
+        return load_dataset(info.repo, subset, split=info.split).data.table
+    except (OSError, ValueError, DatasetsError) as error:
+        download = DOWNLOADS[info.modality].format(root=root, **info._asdict())
+        raise FileNotFoundError(
+            f"{info.name}: no rows. Looked for {', '.join(map(str, places))}; {_holds(places[0])}. {info.repo} on the "
+            f"Hub cannot be read ({error}). Get them where there is a network: hf download {download}"
+        ) from error
+
+
+def _files(info, root, subset):
+    """The files of the first place that has any."""
+    return next(filter(None, (sorted(place.parent.glob(place.name)) for place in _places(info, root, subset))), [])
+
+
+def _places(info, root, subset):
+    names = [{**info._asdict(), "subset": subset, "data": data} for data in info.data.split("|")]
+    return [root / pattern.format(**name) for pattern in ROWS[info.modality] for name in names]
+
+
+def _read_json(info, file):
+    """The rows of a JSON file, a list, or of one with a row per line."""
+    text = file.read_text(encoding="utf-8")
+    parts = [text] if file.suffix == ".json" else text.split("\n")
+    rows = []
+    for number, part in enumerate(parts, 1):
+        place = f"{info.name}: {file}, line {number}"
+        try:
+            read = json.loads(part) if part.strip() else []
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{place} cannot be read ({error}). Download it again.") from error
+        read = read if isinstance(read, list) else [read]
+        if wrong := [row for row in read if not isinstance(row, dict)]:
+            raise ValueError(f"{place} is no row but {reprlib.repr(wrong[0])}. Is this the format of {info.repo}?")
+        rows += read
+    return rows
+
+
+def _check_columns(info, where, columns, found):
+    if absent := [column for column in columns if column not in found]:
+        raise ValueError(
+            f"{info.name}: {where} has no column {absent[0]!r}. It holds {', '.join(found)}. Is this the format of "
+            f"{info.repo}?"
+        )

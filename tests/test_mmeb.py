@@ -1,0 +1,425 @@
+"""MMEB-V2 from files to report, on small trees in the published formats: every dataset, kill and resume, caches."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmeb_tree import write_dataset
+from sentence_transformers import SentenceTransformer
+from test_metrics import LETTERS
+
+from btok_hf import BTokSentenceTransformer
+from btok_hf.evaluation import mmeb
+from btok_hf.evaluation.metrics import score
+from btok_hf.evaluation.mmeb import EmbeddingStore, evaluate, fingerprint
+from btok_hf.evaluation.tasks import TASKS, Query, Task, load_task, read_input
+
+TESTS = Path(__file__).parent
+# Local texts, a global pool of videos, local videos with a folder of clips, pages; queries with and without images.
+SAMPLE = ["OK-VQA", "CIRR", "MSVD", "MomentSeeker", "ViDoRe_arxivqa"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mmeb")
+    for name in TASKS:
+        write_dataset(folder, name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(repo):
+    return BTokSentenceTransformer(repo, device="cpu")
+
+
+def looks(inputs):
+    """A function as a model: texts by their characters, media by their mean colour, in 300 dimensions."""
+    vectors = np.zeros((len(inputs), 300), np.float32)
+    for vector, item in zip(vectors, inputs):
+        for place, character in enumerate(item.get("text") or ""):
+            vector[place % 100 + 100 * (ord(character) % 2)] += ord(character)
+        for kind in ("image", "video"):
+            if kind in item:
+                pixels = item[kind]["array"][0] if kind == "video" else np.asarray(item[kind])
+                vector[200 : 200 + 3] = pixels.mean((0, 1))
+                vector[210 : 210 + 40] = pixels[:5, :8, 0].flatten()
+    return vectors
+
+
+def refuse(inputs):
+    raise AssertionError(f"encoded again: {inputs}")
+
+
+def counted(function):
+    """The function, and the batches that it is given."""
+    batches = []
+
+    def counting(inputs):
+        batches.append(inputs)
+        return function(inputs)
+
+    return counting, batches
+
+
+def by_hand(encode, task):
+    """Scores of a task without caches, batches or blocks."""
+
+    def vectors(items):
+        found = np.stack([encode([read_input(item, task.num_frames)])[0] for item in items])
+        return found / np.linalg.norm(found, axis=1, keepdims=True)
+
+    names, queries = list(task.candidates), vectors([query.input for query in task.queries])
+    similarity = queries.astype(float) @ vectors(task.candidates.values()).astype(float).T
+    rankings = []
+    for row, query in zip(similarity.round(6), task.queries):
+        own = names if query.candidates is None else query.candidates
+        rankings.append(sorted(own, key=lambda name, row=row: -row[names.index(name)]))
+    return score(rankings, [query.relevance for query in task.queries]), rankings
+
+
+# ---------------------------------------------------------------- the whole benchmark
+
+
+def test_all_78_datasets(root, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    scores, errors = evaluate(looks, root, tmp_path / "out", name="org/looks", metadata={"model_size": 0.1})
+    assert errors == {} and list(scores) == list(TASKS)
+    for name, task in TASKS.items():
+        folder = tmp_path / "out" / task.modality
+        saved = json.loads((folder / f"{name}_score.json").read_text())
+        assert saved == scores[name] and len(saved) == 26
+        queries = load_task(name, root).queries
+        assert saved["num_data"] == len(queries)
+        lines = [json.loads(line) for line in (folder / f"{name}_pred.jsonl").read_text("utf-8").splitlines()]
+        assert len(lines) == len(queries)
+        assert all(list(line) == ["prediction", "label", "rel_scores"] for line in lines)
+        again = score([line["prediction"] for line in lines], [dict(zip(x["label"], x["rel_scores"])) for x in lines])
+        assert again == saved
+    text = capsys.readouterr().out
+    assert "[78/78] MMLongBench-doc: ndcg_linear@5" in text and re.search(r"\| Overall .* 78 of 78 \| \d", text)
+    assert (tmp_path / "out" / "report.md").read_text("utf-8") in text
+    board = json.loads((tmp_path / "out" / "looks.json").read_text())
+    assert [len(part) for part in board["metrics"].values()] == [36, 18, 24]
+    assert board["metrics"]["visdoc"]["ViDoSeek-page-fixed"] == scores["ViDoSeek-page"]
+    assert board["metadata"]["embedding_dimension"] == 300 and board["metadata"]["model_size"] == 0.1
+    assert (tmp_path / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
+
+    # With all scores there, nothing is read or encoded; with one removed, only read.
+    assert evaluate(refuse, "/nowhere", tmp_path / "out", name="org/looks")[0] == scores
+    (tmp_path / "out" / "video" / "MSVD_score.json").unlink()
+    assert evaluate(refuse, root, tmp_path / "out", name="org/looks")[0] == scores
+
+
+@pytest.mark.parametrize("kind", ["wrapper", "stock"])
+def test_scores_are_those_computed_by_hand(root, tmp_path, model, repo, kind):
+    model = model if kind == "wrapper" else SentenceTransformer(repo, device="cpu")
+    scores, errors = evaluate(model, root, tmp_path, datasets=SAMPLE)
+    assert errors == {} and set(scores) == set(SAMPLE)
+    for name in SAMPLE:
+        expected, rankings = by_hand(model.encode, load_task(name, root))
+        assert scores[name] == pytest.approx(expected), name
+        lines = (tmp_path / TASKS[name].modality / f"{name}_pred.jsonl").read_text("utf-8").splitlines()
+        assert [json.loads(line)["prediction"] for line in lines] == rankings, name
+
+
+def test_blocks_and_files_change_nothing(root, tmp_path, monkeypatch):
+    expected, _ = evaluate(looks, root, tmp_path / "one", datasets=SAMPLE, name="looks")
+    monkeypatch.setattr(mmeb, "BLOCK", 2)
+    monkeypatch.setattr(mmeb, "ROWS_PER_FILE", 3)
+    counting, batches = counted(looks)
+    assert evaluate(counting, root, tmp_path / "two", datasets=SAMPLE, name="looks", batch_tokens=1)[0] == expected
+    assert {len(batch) for batch in batches} == {1}
+    files = list((tmp_path / "two").glob("embeddings/*/*.embeddings"))
+    assert len(files) > 2 * len(SAMPLE) and not list((tmp_path / "two").rglob("*.tmp"))
+
+
+def test_every_input_is_encoded_once(root, tmp_path):
+    tasks = [load_task(name, root) for name in ("ViDoRe_arxivqa", "OK-VQA")]
+    inputs = [item for task in tasks for item in [q.input for q in task.queries] + list(task.candidates.values())]
+    distinct = {json.dumps(item, sort_keys=True) for item in inputs}
+    counting, batches = counted(looks)
+    evaluate(counting, root, tmp_path / "a", datasets=[task.name for task in tasks], name="looks")
+    assert sum(map(len, batches)) == len(distinct)
+    # Another evaluation of the same model shares the embeddings; other queries of the same pages need only themselves.
+    evaluate(refuse, root, tmp_path / "b", datasets=["OK-VQA"], name="looks", cache_dir=tmp_path / "a" / "embeddings")
+
+
+def test_batches_stay_within_their_tokens(root, tmp_path, repo):
+    sizes = []
+
+    class Watched(BTokSentenceTransformer):
+        def encode(self, inputs, **kwargs):
+            sizes.append((len(inputs), self.preprocess(inputs)["attention_mask"].numel()))
+            return super().encode(inputs, **kwargs)
+
+    largest = []
+    for budget in (200, 2000):
+        sizes.clear()
+        watched = Watched(repo, device="cpu")
+        evaluate(watched, root, tmp_path / str(budget), datasets=["ViDoRe_arxivqa"], batch_tokens=budget)
+        assert all(rows == 1 or tokens <= budget for rows, tokens in sizes)
+        largest.append(max(rows for rows, _ in sizes))
+    assert largest[0] < largest[1]
+
+
+def test_limit(root, tmp_path, capsys):
+    scores, _ = evaluate(looks, root, tmp_path, modalities=["visdoc"], limit=2, name="looks")
+    assert len(scores) == 24 and {values["num_data"] for values in scores.values()} == {2}
+    assert "Only the first 2 queries" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.png")) and [path.name for path in tmp_path.glob("*.json")] == ["run.json"]
+    with pytest.raises(ValueError, match=r"another run: limit 2 \(now None\)"):
+        evaluate(looks, root, tmp_path, modalities=["visdoc"], name="looks")
+    with pytest.raises(ValueError, match="limit must be 1 or more, got 0"):
+        evaluate(looks, root, tmp_path, limit=0, name="looks")
+
+
+# ---------------------------------------------------------------- interruptions and processes
+
+RUN = """
+import sys
+sys.path.insert(0, {tests!r})
+import os, signal
+from btok_hf.evaluation import mmeb
+from test_mmeb import SAMPLE, looks
+mmeb.ROWS_PER_FILE = 2
+if {kill}:
+    replace, count = os.replace, 0
+    def half(draft, path):
+        global count
+        count += str(path).endswith(".embeddings")
+        if count == {kill}:  # the write that never ends
+            os.truncate(draft, os.path.getsize(draft) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(draft, path)
+    os.replace = half
+seen = []
+def counted(inputs):
+    seen.extend(inputs)
+    return looks(inputs)
+scores, errors = mmeb.evaluate(counted, {root!r}, {out!r}, datasets=SAMPLE, name="looks")
+print("\\nencoded", len(seen), errors)
+"""
+
+
+def run(root, out, kill=0, launcher=()):
+    code = RUN.format(tests=str(TESTS), root=str(root), out=str(out), kill=kill)
+    script = Path(out).with_suffix(".py")
+    script.write_text(code)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    command = [sys.executable, *launcher, str(script)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def contents(folder):
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.suffix in (".json", ".jsonl", ".md") and path.is_file()
+    }
+
+
+def test_kill_and_resume(root, tmp_path):
+    whole = run(root, tmp_path / "whole")
+    total = int(re.search(r"^encoded (\d+) {}$", whole.stdout, re.M)[1])
+    killed = run(root, tmp_path / "out", kill=7)
+    assert killed.returncode == -signal.SIGKILL
+    kept = list((tmp_path / "out").glob("embeddings/*/*.embeddings"))
+    assert len(kept) == 6 and len(list((tmp_path / "out").glob("embeddings/*/*.tmp"))) == 1
+    resumed = run(root, tmp_path / "out")
+    encoded = int(re.search(r"^encoded (\d+) {}$", resumed.stdout, re.M)[1])
+    assert 0 < encoded < total and encoded >= total - 2 * len(kept)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert not list((tmp_path / "out").glob("embeddings/*/*.tmp"))
+
+
+def test_two_processes_share_the_work(root, tmp_path):
+    expected = run(root, tmp_path / "one")
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone")
+    both = run(root, tmp_path / "two", launcher=launcher)
+    assert both.returncode == 0, both.stderr[-2000:]
+    counts = [int(count) for count in re.findall(r"encoded (\d+) {}", both.stdout)]
+    assert len(counts) == 2 and min(counts) > 0
+    assert sum(counts) == int(re.search(r"encoded (\d+) {}", expected.stdout)[1])
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+# ---------------------------------------------------------------- caches
+
+
+def test_fingerprints_tell_models_apart(repo, repos, model):
+    known = {fingerprint(model)}
+    evaluate_again = BTokSentenceTransformer(repo, device="cpu")
+    evaluate_again.encode(["a text", "a longer text"])
+    assert fingerprint(evaluate_again) in known
+
+    def add(changed, prompt=None):
+        found = fingerprint(changed, prompt)
+        assert found not in known
+        known.add(found)
+
+    add(model, "Find it.")
+    add(SentenceTransformer(repo, device="cpu"))
+    add(BTokSentenceTransformer(repos["qwen2_5_vl"], device="cpu"))
+    add(BTokSentenceTransformer(repo, device="cpu", processor_kwargs={"max_pixels": 28 * 28 * 8}))
+    add(BTokSentenceTransformer(repo, device="cpu", max_seq_length=512))
+    add(BTokSentenceTransformer(repo, device="cpu", truncate_dim=32))
+    add(BTokSentenceTransformer(repo, device="cpu", model_kwargs={"dtype": torch.bfloat16}))
+    changed = BTokSentenceTransformer(repo, device="cpu")
+    changed[0].processor.chat_template += " "
+    add(changed)
+    changed = BTokSentenceTransformer(repo, device="cpu")
+    with torch.no_grad():
+        next(changed.parameters()).view(-1)[0] += 1e-3
+    add(changed)
+
+
+def test_no_model_gets_the_embeddings_of_another(root, tmp_path, model, repo):
+    cache, scores = tmp_path / "cache", {}
+    changed = BTokSentenceTransformer(repo, device="cpu")
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    for name, one in (("first", model), ("second", changed)):
+        result = evaluate(one, root, tmp_path / name, datasets=["ViDoRe_arxivqa"], cache_dir=cache)
+        scores[name] = result[0]["ViDoRe_arxivqa"]
+        assert scores[name] == pytest.approx(by_hand(one.encode, load_task("ViDoRe_arxivqa", root))[0])
+    assert scores["first"] != scores["second"] and len(list(cache.iterdir())) == 2
+    with pytest.raises(ValueError, match="holds results of another run: fingerprint"):
+        evaluate(changed, root, tmp_path / "first", datasets=["ViDoRe_arxivqa"], cache_dir=cache)
+    with pytest.raises(ValueError, match=r"another run: .*prompt None"):
+        evaluate(model, root, tmp_path / "first", datasets=["ViDoRe_arxivqa"], prompt="Find it.")
+
+
+def test_default_prompt_of_the_model(root, tmp_path, repo):
+    model = BTokSentenceTransformer(repo, device="cpu", default_prompt_name="query")
+    scores, _ = evaluate(model, root, tmp_path, datasets=["OK-VQA"])
+    expected = by_hand(lambda items: model.encode(items, prompt="Find it."), load_task("OK-VQA", root))
+    assert scores["OK-VQA"] == pytest.approx(expected[0])
+    assert json.loads((tmp_path / "run.json").read_text())["prompt"] == "Find it."
+
+
+def test_a_replaced_image_is_encoded_anew(tmp_path):
+    from mmeb_tree import picture
+
+    write_dataset(tmp_path, "ViDoRe_arxivqa")
+    arguments = {"datasets": ["ViDoRe_arxivqa"], "name": "looks", "cache_dir": tmp_path / "cache"}
+    evaluate(looks, tmp_path, tmp_path / "a", **arguments)
+    picture(tmp_path / "visdoc-tasks/images/ViDoRe_arxivqa/1.png", (61, 80))
+    counting, batches = counted(looks)
+    evaluate(counting, tmp_path, tmp_path / "b", **arguments)
+    assert [item["image"].size for batch in batches for item in batch] == [(61, 80)]
+
+
+def test_damaged_embeddings_are_named(tmp_path):
+    store = EmbeddingStore(tmp_path / "key")
+    keys = [letter.encode() * 16 for letter in LETTERS]
+    vectors = np.random.default_rng(0).normal(size=(len(keys), 5)).astype(np.float32)
+    store.add(keys[:4], vectors[:4])
+    store.add(keys[4:], vectors[4:])
+    store.refresh()
+    mixed = [7, 0, 15, 3, 0]
+    assert (store.vectors([keys[place] for place in mixed]) == vectors[mixed]).all()
+    assert keys[0] in store and b"?" * 16 not in store and EmbeddingStore(tmp_path / "key").dimension == 5
+    for path in (tmp_path / "key").iterdir():
+        os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(ValueError, match=r"file of embeddings .*\.embeddings is damaged .* Delete it"):
+        store.vectors(keys)
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def test_one_broken_dataset_does_not_stop_the_rest(tmp_path, capsys):
+    for name in ("OK-VQA", "CIRR", "MSVD"):
+        write_dataset(tmp_path, name)
+    broken = sorted((tmp_path / "image-tasks" / "MMEB" / "CIRR").iterdir())[0]
+    broken.write_bytes(broken.read_bytes()[:100])
+    scores, errors = evaluate(
+        looks, tmp_path, tmp_path / "out", datasets=["CIRR", "OK-VQA", "MSVD", "ViDoRe_arxivqa"], name="looks"
+    )
+    assert set(scores) == {"OK-VQA", "MSVD"} and set(errors) == {"CIRR", "ViDoRe_arxivqa"}
+    assert re.match(r"CIRR, (query \d|candidate '.*'): Image file .*CIRR.* cannot be decoded", errors["CIRR"])
+    assert re.match(r"ViDoRe_arxivqa: there is no folder .*visdoc-tasks", errors["ViDoRe_arxivqa"])
+    text = capsys.readouterr().out
+    assert f"[1/4] OK-VQA: hit@1 {100 * scores['OK-VQA']['hit@1']:.1f}" in text
+    assert f"- {errors['CIRR']}\n- {errors['ViDoRe_arxivqa']}" in text
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda v: v * np.nan, r"OK-VQA, .*The embedding of .*holds NaN or infinite values"),
+        (lambda v: v * 0, r"OK-VQA, .*holds nothing but zeros"),
+        (lambda v: v[:-1], r"OK-VQA, .*returned an array of shape"),
+        (lambda v: v[0], r"OK-VQA, .*returned an array of shape \(300,\)"),
+        (lambda v: np.pad(v, ((0, 0), (0, len(v)))), r"OK-VQA, .*of one dimension"),
+        (lambda v: 1 / 0, r"OK-VQA: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_embeddings_that_cannot_be_scored(root, tmp_path, damage, message, capsys):
+    arguments = {"datasets": ["OK-VQA"], "name": "looks", "batch_tokens": 40}
+    scores, errors = evaluate(lambda inputs: damage(looks(inputs)), root, tmp_path, **arguments)
+    assert scores == {} and re.match(message, errors["OK-VQA"])
+    # Nothing of it is kept.
+    assert evaluate(looks, root, tmp_path, **arguments)[1] == {}
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        (Query("q", {"text": "q"}, None, {}), r"OK-VQA, query 1 \('q'\) has no relevant candidate"),
+        (Query("q", {"text": "q"}, None, {"z": 1.0}), "refers to 'z', which is not among its 2"),
+        (Query("q", {"text": "q"}, ["a"], {"b": 1.0}), "refers to 'b', which is not among its 1"),
+        (Query("q", {"text": "q"}, ["a", "z"], {"a": 1.0}), "refers to 'z'"),
+        (Query("q", {"text": "q"}, ["a", "b", "a"], {"a": 1.0}), "lists the candidate 'a' more than once"),
+    ],
+)
+def test_tasks_that_cannot_be_scored(query, message):
+    good = Query("g", {"text": "g"}, None, {"a": 1.0})
+    task = Task("OK-VQA", "image", "I-QA", "hit@1", [good, query], {"a": {"text": "a"}, "b": {"text": "b"}})
+    with pytest.raises(ValueError, match=message):
+        mmeb._check(task)
+    mmeb._check(task._replace(queries=[good]))
+    with pytest.raises(ValueError, match="OK-VQA has no queries"):
+        mmeb._check(task._replace(queries=[]))
+
+
+def test_refused_arguments(root, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"Unknown 'MSVDD', 'audio'\. Modalities are image, video, visdoc; datasets are"
+    ):
+        evaluate(looks, root, tmp_path, datasets=["MSVDD"], modalities=["audio"], name="looks")
+    with pytest.raises(ValueError, match="None of the datasets MSVD is of modality image"):
+        evaluate(looks, root, tmp_path, datasets=["MSVD"], modalities=["image"], name="looks")
+    with pytest.raises(ValueError, match="A function cannot be told from another one: pass name"):
+        evaluate(looks, root, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_command_line(root, tmp_path, repo, capsys):
+    arguments = ["--model", repo, "--data", str(root), "--output", str(tmp_path / "out")]
+    assert mmeb.main([*arguments, "--datasets", "OK-VQA, MSVD", "--max-pixels", str(28 * 28 * 4)]) == 0
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["model"] == Path(repo).name
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "image",
+        "video",
+        "embeddings",
+        "run.json",
+        "report.md",
+    }
+    arguments[3] = str(tmp_path)
+    assert mmeb.main([*arguments, "--datasets", "K700", "--max-pixels", str(28 * 28 * 4)]) == 1
+    with pytest.raises(SystemExit, match=r"error: .* holds results of another run: fingerprint"):
+        mmeb.main([*arguments, "--datasets", "OK-VQA"])
+    with pytest.raises(SystemExit, match="error: Unknown 'audio'"):
+        mmeb.main([*arguments, "--modality", "audio"])
+    with pytest.raises(SystemExit):
+        mmeb.main(["--help"])
+    assert "example: python -m btok_hf.evaluation.mmeb --model" in capsys.readouterr().out

@@ -1,0 +1,23 @@
+"""Run by test_training.py under torchrun: the trainer in two processes, whole and resumed."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from test_training import checkpointed_trainer, losses
+
+
+def main(repo, folder):
+    whole = checkpointed_trainer(repo, f"{folder}/whole", per_device_train_batch_size=2)
+    whole.train()
+    resumed = checkpointed_trainer(repo, f"{folder}/resumed", per_device_train_batch_size=2)
+    resumed.train(resume_from_checkpoint=f"{folder}/whole/out/checkpoint-2")
+    if whole.is_world_process_zero():
+        torch.save(whole.model.state_dict(), f"{folder}/weights.pt")
+        Path(folder, "losses.json").write_text(json.dumps([losses(whole), losses(resumed)]))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
