@@ -18,8 +18,8 @@ from PIL import Image
 from btok_hf.evaluation.tasks import READERS, TASKS, load_task, read_input
 
 ANSWER = (
-    "Given a video and a question, select the most accurate answer from the provided candidates. Return only the exact "
-    "text of your chosen answer. Question:  "
+    "Given a video and a question, select the most accurate answer from the provided candidates. Return only the "
+    "exact text of your chosen answer. Question:  "
 )
 
 
@@ -48,7 +48,7 @@ def test_the_table_is_the_benchmark():
     }
     for info in TASKS.values():
         assert info.metric == ("ndcg_linear@5" if info.modality == "visdoc" else "hit@1")
-        assert info.layout in READERS or info.modality == "visdoc" and info.layout in ("pages", "hashed_pages")
+        assert info.layout in READERS or (info.modality == "visdoc" and info.layout in ("pages", "hashed_pages"))
     # Page-level sets: the corrected data, by which models gain over 30 points. ViDoRe V2: all languages.
     assert TASKS["ViDoSeek-page"].repo == "VLM2Vec/ViDoSeek-page-fixed"
     assert TASKS["MMLongBench-page"].repo == "VLM2Vec/MMLongBench-page-fixed"
@@ -205,7 +205,7 @@ def test_images_for_an_image(tmp_path):
     assert task.queries[0].relevance == {"RefCOCO/1.jpg:left man": 1.0}
 
 
-# ----------------------------------------------------------------------------------------- 4 to 7: texts, names, videos
+# ------------------------------------------------------------------------------------- 4 to 7: texts and names, videos
 
 
 def question(tmp_path, name, file, video, row, frames_in=None):
@@ -279,9 +279,8 @@ def test_classes_of_videos(tmp_path):
     assert asked(load_task("HMDB51", tmp_path)) == [
         "<video> What actions or objects interactions are the person in the video doing?"
     ]
-    assert sorted(breakfast.candidates) == sorted(
-        "pancake cereal sandwich scrambledegg friedegg coffee milk tea juice salad".split()
-    )
+    meals = "cereal coffee friedegg juice milk pancake salad sandwich scrambledegg tea"
+    assert " ".join(sorted(breakfast.candidates)) == meals
     assert len(load_task("K700", tmp_path).candidates) == 700 and len(load_task("UCF101", tmp_path).candidates) == 101
     # A class that is not in the list is a candidate too, as in the original.
     json_rows(tmp_path, "hmdb51.jsonl", [{"video_id": "v_0", "pos_text": "new class"}])
@@ -406,7 +405,7 @@ def test_grades_and_languages(tmp_path):
     assert [query.relevance for query in task.queries] == [{"3": 2.0, "4": 1.0}, {"5": 2.0}]
     assert [query.id for query in task.queries] == ["0", "1"] and list(task.candidates) == ["3", "4", "5", "6"]
     assert load_task(name, tmp_path, limit=1).candidates == task.candidates
-    with pytest.raises(ValueError, match="Unknown dataset 'ViDoRe_esg_reports_v2'. Known are ImageNet-1K"):
+    with pytest.raises(ValueError, match=r"Unknown dataset 'ViDoRe_esg_reports_v2'\. Known are ImageNet-1K"):
         load_task("ViDoRe_esg_reports_v2", tmp_path)
 
 
@@ -602,12 +601,12 @@ def test_absent_media_are_named(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"tgt_text": []}, "row 0 of .*test: it has no right candidate"),
+        ({"tgt_text": []}, "it has no right candidate"),
         ({"tgt_text": [" ", "a"]}, "the right candidate is an empty text"),
         ({"tgt_text": ["a", None]}, "candidate None is no text"),
-        ({"tgt_text": None}, "row 0 of .*'tgt_text': None"),
+        ({"tgt_text": None}, "column 'tgt_text' is empty"),
         ({"qry_img_path": ""}, "'' is not there, or empty"),
-        ({"qry_inst": None}, "row 0 of .*'qry_inst': None"),
+        ({"qry_inst": None}, "column 'qry_inst' is empty"),
     ],
 )
 def test_rows_of_images_that_cannot_be_used(tmp_path, changes, message):
@@ -615,24 +614,25 @@ def test_rows_of_images_that_cannot_be_used(tmp_path, changes, message):
     path = tmp_path / "image-query" / "VOC2007" / "test-00000-of-00001.parquet"
     row = mmeb_tree.pq.read_table(path).to_pylist()[0]
     parquet(path, [row | changes])
-    with pytest.raises((ValueError, FileNotFoundError), match=f"VOC2007, {message}"):
+    with pytest.raises((ValueError, FileNotFoundError), match=f"VOC2007, row 0 of .*: {message}"):
         load_task("VOC2007", tmp_path)
 
 
 @pytest.mark.parametrize(
     "name, changes, message",
     [
-        ("K700", {"pos_text": None}, "candidate None is no text"),
-        ("SmthSmthV2", {"pos_text": "Eating it"}, r"'Eating it' is not among the candidates \['Closing it', 'Opening it'\]"),
-        ("Video-MME", {"answer": ""}, "'' is not in list"),
-        ("NExTQA", {"answer": -1}, "answer -1 is none of the 5 options"),
-        ("EgoSchema", {"answer": "5"}, "answer 5 is none of the 5 options"),
+        ("K700", {"pos_text": None}, "column 'pos_text' is empty"),
+        ("SmthSmthV2", {"pos_text": "Eating it"}, r"'Eating it' is not among the candidates \['Closing it', 'Op"),
+        ("Video-MME", {"answer": ""}, "the right candidate '' is not among the candidates"),
+        ("Video-MME", {"answer": "AB"}, "the right candidate 'AB' is not among the candidates"),
+        ("NExTQA", {"answer": -1}, "the right candidate -1 is not among the candidates"),
+        ("EgoSchema", {"answer": "5"}, "the right candidate 5 is not among the candidates"),
         ("ActivityNetQA", {"answer": "maybe"}, r"'maybe' is not among the candidates \['yes', 'no'\]"),
-        ("MSVD", {"caption": []}, "list index out of range"),
-        ("MSR-VTT", {"caption": " "}, "the query's text is empty"),
-        ("MSR-VTT", {"caption": None}, "the query's text is empty"),
+        ("MSVD", {"caption": []}, "the query's text is ''"),
+        ("MSR-VTT", {"caption": " "}, "the query's text is ' '"),
+        ("MSR-VTT", {"caption": None}, "column 'caption' is empty"),
         ("MomentSeeker", {"positive_frames": []}, "it has no right candidate"),
-        ("MomentSeeker", {"positive_frames": [{"path": "a.mp4"}]}, "no column 'output_path'"),
+        ("MomentSeeker", {"positive_frames": [{"path": "a.mp4"}]}, "no 'output_path' in it"),
     ],
 )  # fmt: skip
 def test_rows_of_videos_that_cannot_be_used(tmp_path, name, changes, message):
@@ -640,7 +640,7 @@ def test_rows_of_videos_that_cannot_be_used(tmp_path, name, changes, message):
     path = tmp_path / "video-tasks" / "data" / TASKS[name].data.split("|")[0]
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     json_rows(tmp_path, path.name, [rows[0], rows[1] | changes])
-    with pytest.raises(ValueError, match=rf"{name}, row 1 of .*{path.name}: .*{message}.* \(row \{{"):
+    with pytest.raises(ValueError, match=rf"{name}, row 1 of .*{path.name}: .*{message}"):
         load_task(name, tmp_path)
 
 
@@ -648,7 +648,7 @@ def test_a_video_without_a_right_clip(tmp_path):
     write_dataset(tmp_path, "QVHighlight")
     folder = frames_of(tmp_path, "mret", "QVHighlight") / "v_1"
     (folder / "positive_clip").rename(folder / "negative_clip_9")
-    with pytest.raises(ValueError, match="QVHighlight, row 1 of .*it has no right candidate"):
+    with pytest.raises(ValueError, match=r"QVHighlight, row 1 of .*it has no right candidate"):
         load_task("QVHighlight", tmp_path)
 
 
@@ -658,7 +658,8 @@ def test_a_video_without_a_right_clip(tmp_path):
         ([(0, 1, 0)], {0: "a"}, "query-id 0 of .*queries: no page has a score above 0 in qrels"),
         ([(0, 1, 1)], {0: "a", 1: "b"}, "query-id 1 of .*no page has a score above 0"),
         ([(0, 9, 1)], {0: "a"}, "query-id 0 .*qrels name the page '9', which the corpus lacks"),
-        ([(0, 1, 1)], {0: " "}, "query-id 0 .*the query's text is empty"),
+        ([(0, 1, 1)], {0: " "}, "query-id 0 .*the query's text is ' '"),
+        ([(0, 1, 1), (0, 2, None)], {0: "a"}, "row 1 of .*qrels: score None is no number"),
     ],
 )
 def test_queries_for_pages_that_cannot_be_used(tmp_path, grades, queries, message):
@@ -670,7 +671,7 @@ def test_queries_for_pages_that_cannot_be_used(tmp_path, grades, queries, messag
 def test_captions_and_paths_that_do_not_match(tmp_path):
     row = ("Find", "a", "", "<|image_1|>\nRepresent", ["x", "y"], ["MSCOCO_t2i/1.jpg"])
     image_rows(tmp_path, "MSCOCO_t2i", [row])
-    with pytest.raises(ValueError, match="row 0 of .*tgt_img_path has 1 entries and tgt_text 2"):
+    with pytest.raises(ValueError, match=r"row 0 of .*tgt_img_path has 1 entries and tgt_text 2"):
         load_task("MSCOCO_t2i", tmp_path)
 
 
@@ -692,7 +693,7 @@ def test_malformed_files_are_named(tmp_path):
     write_dataset(tmp_path, "K700")
     path = tmp_path / "video-tasks" / "data" / "k700.jsonl"
     for content, message in (
-        ('{"video_id": "v_0"}\n', r"k700\.jsonl has no column 'pos_text'. It holds subset, video_id. Is this the format of VLM"),
+        ('{"video_id": "v_0"}\n', r"jsonl has no column 'pos_text'. It holds .*video_id. Is this the format of VLM"),
         ('{"video_id": "v_0", "pos_text": "x"}\n{"video_id"\n', r"k700\.jsonl, line 2 cannot be read \(Expecting ':'"),
         ("", r"k700\.jsonl holds no rows"),
         ("3\n", r"k700\.jsonl, line 1 is no row but 3"),

@@ -647,7 +647,7 @@ def test_recipes_are_read(recipe, tmp_path):
         ["--config", str(ROOT / "training" / "recipes" / recipe), *flags]
     )
     if recipe.startswith("btok"):
-        mixture = read_mixture(str(ROOT / script.train_files))
+        mixture = read_mixture(script.train_files)
         assert len(mixture) == 25 and set(mixture) <= set(SOURCES)
         assert (script.num_tokens, model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout) == (4, 16, 32, 0)
         assert (args.temperature, args.learning_rate, args.warmup_steps) == (0.02, 5e-5, 100)

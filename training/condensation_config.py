@@ -83,7 +83,7 @@ class CondensationConfig(SentenceTransformerTrainingArguments):
         default="positive",
         metadata={
             "help": "Side whose text is generated: positive, query, both or none. One value, or a mapping (in JSON) "
-            "from dataset name to value."
+            "from dataset name to value. The sources of training/sources.py bring their own where it names none."
         },
     )
     condensation_weight: float = field(default=5.0, metadata={"help": "Weight λ of the condensation loss; 0: off."})

@@ -158,7 +158,8 @@ def read_mixture(files):
     if files.lstrip().startswith("{"):
         return json.loads(files)
     if Path(files).suffix in (".yaml", ".yml"):
-        return yaml.safe_load(Path(files).read_text("utf-8"))
+        own = Path(__file__).parent / "recipes" / files  # a mixture of this library, wherever it is installed
+        return yaml.safe_load((Path(files) if Path(files).exists() else own).read_text("utf-8"))
     return {Path(files).stem: files}
 
 

@@ -9,7 +9,10 @@ _HOMES = {
     "TASKS": "btok_hf.evaluation.tasks",
     "Query": "btok_hf.evaluation.tasks",
     "Task": "btok_hf.evaluation.tasks",
+    "evaluate": "btok_hf.evaluation.mmeb",
     "load_task": "btok_hf.evaluation.tasks",
+    "mteb_meta": "btok_hf.evaluation.mteb",
+    "score": "btok_hf.evaluation.metrics",
 }
 __all__ = list(_HOMES)
 

@@ -40,11 +40,9 @@ from btok_hf.sentence_transformer import BTokSentenceTransformer
 ROWS_PER_FILE = 256
 # Of each query, so many candidates are kept: more than any metric looks at.
 RANKING_DEPTH = 100
-BLOCK = 4096
+BLOCK = 2048
 # Media that are decoded ahead of the model.
 DECODED_AHEAD = 8
-# Of a process with the others, which may have slower rows.
-PATIENCE = timedelta(days=1)
 
 
 def evaluate(
@@ -96,7 +94,7 @@ def evaluate(
     if is_function and not name:
         raise ValueError("A function cannot be told from another one: pass name, and change it with the function.")
     name = name or _name(model)
-    state = PartialState(timeout=PATIENCE)
+    state = _processes()
     output_dir, root = Path(output_dir), Path(root)
     if not is_function and prompt is None:
         prompt = model.prompts.get(model.default_prompt_name)
@@ -142,6 +140,11 @@ def evaluate(
         known |= {} if is_function else _metadata(model)
         _report(output_dir, scores, errors, known | (metadata or {}), limit)
     return scores, errors
+
+
+def _processes():
+    """The processes that share the work. They wait for each other as long as it takes."""
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
 
 
 def _chosen(datasets, modalities):
@@ -336,6 +339,7 @@ class _Encoder:
     def __init__(self, model, prompt, batch_tokens, store, state):
         self.model, self.prompt, self.batch_tokens = model, prompt, batch_tokens
         self.store, self.state = store, state
+        self.tokenizer = getattr(model, "tokenizer", None)
         images = getattr(getattr(model, "processor", None), "image_processor", None)
         size = getattr(images, "size", None) or {}
         # Pixels of a token and of an image; those of Qwen2-VL where the model has no such image processor.
@@ -405,8 +409,10 @@ class _Encoder:
             raise ValueError(f"{task.name}, {label}: {error}") from error
 
     def _tokens(self, item):
-        """About how many tokens an input takes; a token is about three bytes of text."""
-        tokens = 16 + len((item.get("text") or "").encode()) // 3
+        """About how many tokens an input takes; without a tokenizer three bytes of text are one."""
+        tokens = 16  # around the text and the media
+        for text in filter(None, (self.prompt, item.get("text"))):
+            tokens += len(self.tokenizer.tokenize(text)) if self.tokenizer else len(text.encode()) // 3
         least, most = self.pixels
         if "image" in item:
             tokens += min(max(item["image"].width * item["image"].height, least), most) // self.patch
@@ -530,7 +536,7 @@ def main(arguments=None):
             revision=args.revision,
             dtype=args.dtype,
             max_pixels=args.max_pixels,
-            device=str(PartialState(timeout=PATIENCE).device),
+            device=str(_processes().device),
         )
         _, errors = evaluate(
             model,

@@ -225,16 +225,23 @@ def _load_rows(info, root, limit):
         pool = {label: {"text": label} for label in _labels()[info.name]}
     for index, row in list(numbered)[:limit]:
         try:
+            _check_filled(info, row)
             item, names, right = READERS[info.layout](info, row, media, pool)
             _check_candidates(names, right, pool)
         except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
             kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-            reason = f"no column {error}" if isinstance(error, KeyError) else error
-            raise kind(f"{info.name}, row {index} of {where}: {reason} (row {reprlib.repr(row)})") from error
+            reason = f"no {error} in it" if isinstance(error, KeyError) else error
+            raise kind(f"{info.name}, row {index} of {where}: {reason}") from error
         # Interned: a name is often a candidate of a thousand queries.
         local = list(dict.fromkeys(map(sys.intern, names))) if info.scope == "local" else None
         queries.append(Query(str(index), item, local, dict.fromkeys(right, 1.0)))
     return _without_blanks(info, queries, pool)
+
+
+def _check_filled(info, row):
+    for column in info.columns.split():
+        if row.get(column) is None and column not in ("qry_text", "input_frames"):
+            raise ValueError(f"column {column!r} is empty")
 
 
 def _check_candidates(names, right, pool):
@@ -280,7 +287,7 @@ def _image_to_text(info, row, media, pool):
 
 def _text_to_image(info, row, media, pool):
     """Images for a text. The instructions of WebQA and EDIS ask for an image that the queries do not have."""
-    text = f"{row['qry_inst'].replace(PLACEHOLDER, '')} {row['qry_text']}".lstrip() + "\n"
+    text = _asked(row["qry_inst"].replace(PLACEHOLDER, ""), row["qry_text"]).lstrip() + "\n"
     if info.name == "VisDial":
         text += "\n"
     names = row["tgt_img_path"]
@@ -329,7 +336,8 @@ def _video_retrieval(info, row, media, pool):
         name = Path(name).stem
     if name not in pool:
         pool[name] = {"video": media.frames(name), "text": info.candidate_instruction}
-    caption = caption[0] if isinstance(caption, list) else caption
+    if isinstance(caption, list):
+        caption = caption[0] if caption else ""
     return {"text": _asked(info.query_instruction, caption)}, [name], [name]
 
 
@@ -374,8 +382,8 @@ def _video_question(info, row, media, pool):
 
 
 def _asked(instruction, text):
-    if not text or not text.strip():
-        raise ValueError("the query's text is empty")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"the query's text is {text!r}")
     return f"{instruction} {text}"
 
 
@@ -400,29 +408,26 @@ READERS = {
 def _mvbench(row):
     names = _lettered(row["candidates"])
     text = "\n".join([row["question"], "Options:", *names]).rstrip()
-    right = dict(zip(row["candidates"], names)).get(row["answer"], row["answer"])
+    right = _chosen(row["candidates"], names, row["answer"])
     return f"{row['subset']}/{row['video']}", text, dict(zip(names, names)), right
 
 
 def _nextqa(row):
     options = [row[f"a{number}"] for number in range(5)]
     text = "\n".join([row["question"], "Options:", *_lettered(options)]).rstrip()
-    return row["video"], text, dict(zip(options, options)), _chosen(options, row["answer"])
+    return row["video"], text, dict(zip(options, options)), _chosen(range(5), options, row["answer"])
 
 
 def _video_mme(row):
-    text = "\n".join([row["question"], *row["options"]])
-    return (
-        row["videoID"],
-        text,
-        _unlettered(row["options"]),
-        _chosen(row["options"], list("ABCD").index(row["answer"])),
-    )
+    options = row["options"]
+    text = "\n".join([row["question"], *options])
+    return row["videoID"], text, _unlettered(options), _chosen("ABCD", options, row["answer"])
 
 
 def _egoschema(row):
-    text = row["question"] + " ".join(row["option"])
-    return row["video_idx"], text, _unlettered(row["option"]), _chosen(row["option"], int(row["answer"]))
+    options = row["option"]
+    text = row["question"] + " ".join(options)
+    return row["video_idx"], text, _unlettered(options), _chosen(range(5), options, int(row["answer"]))
 
 
 def _activitynetqa(row):
@@ -434,10 +439,9 @@ def _lettered(options):
     return [f"({letter}) {option}" for letter, option in zip(ascii_uppercase, options)]
 
 
-def _chosen(options, number):
-    if not 0 <= number < len(options):
-        raise ValueError(f"answer {number} is none of the {len(options)} options")
-    return options[number]
+def _chosen(answers, options, answer):
+    """The option of an answer, or the answer itself, which then is none of the candidates."""
+    return dict(zip(answers, options)).get(answer, answer)
 
 
 def _unlettered(options):
@@ -461,21 +465,25 @@ def _load_pages(info, root, limit):
     """Queries and candidates of a dataset with a corpus: tables of queries, pages and grades."""
     asked, where = _records(info, root, "queries", ["query-id", "query"])
     grades = {}
-    for grade in _records(info, root, "qrels", ["query-id", "corpus-id", "score"])[0]:
-        if grade["score"] > 0:
-            of_query = grades.setdefault(str(grade["query-id"]), {})
-            name = str(grade["corpus-id"])
-            of_query[name] = max(of_query.get(name, 0.0), float(grade["score"]))
+    qrels, qrels_place = _records(info, root, "qrels", ["query-id", "corpus-id", "score"])
+    for index, row in enumerate(qrels):
+        if not isinstance(row["score"], (int, float)):
+            raise ValueError(f"{info.name}, row {index} of {qrels_place}: score {row['score']!r} is no number")
+        if row["score"] > 0:
+            of_query, name = grades.setdefault(str(row["query-id"]), {}), str(row["corpus-id"])
+            of_query[name] = max(of_query.get(name, 0.0), float(row["score"]))
 
     corpus, place = _rows(info, root, "corpus", ["corpus-id", "image"])
     folders = [root / pattern.format(media=media) for media in info.media.split("|") for pattern in MEDIA["visdoc"]]
     folder = next(filter(Path.is_dir, folders), folders[0])
+    file_name = _hashed if info.layout == "hashed_pages" else "{}.png".format
     names = dict.fromkeys(map(str, corpus.to_table(columns=["corpus-id"])["corpus-id"].to_pylist()))
-    paths = {name: folder / (_hashed(name) if info.layout == "hashed_pages" else f"{name}.png") for name in names}
-    absent = {name: path for name, path in paths.items() if not path.is_file()}
+    # Texts, because objects of 10⁵ paths are large.
+    paths = {name: os.path.join(folder, file_name(name)) for name in names}
+    absent = {name: path for name, path in paths.items() if not os.path.isfile(path)}
     if absent:
         _write_pages(info, corpus, place, folder, absent)
-    pool = {name: {"image": str(path), "text": info.candidate_instruction} for name, path in paths.items()}
+    pool = {name: {"image": path, "text": info.candidate_instruction} for name, path in paths.items()}
 
     queries = []
     for row in asked[:limit]:
@@ -511,7 +519,7 @@ def _write_pages(info, corpus, place, folder, absent):
                     f"{info.name}: page {row['corpus-id']!r} is neither {path} nor in {place}. Unpack "
                     "visdoc-tasks.images.tar.gz in visdoc-tasks."
                 )
-            part = path.with_name(f"{path.name}.{os.getpid()}")  # never half a page under its name
+            part = Path(f"{path}.{os.getpid()}")  # never half a page under its name
             part.write_bytes(row["image"]["bytes"])
             part.replace(path)
 
