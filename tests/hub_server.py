@@ -394,8 +394,7 @@ class StorageHandler(Handler):
     routes = (("PUT", r"/([^/]+/[^/]+)/([0-9a-f]{64})", "put"), ("GET HEAD", r"/([^/]+/[^/]+)/([0-9a-f]{64})", "get"))
 
     def authenticate(self):
-        # huggingface_hub 1 follows a redirected HEAD with its token; 2 does not follow it.
-        if "Authorization" in self.headers and self.command != "HEAD":
+        if "Authorization" in self.headers:
             self.hub.leaks.append(f"token sent to storage: {self.command} {self.path}")
 
     def read_body(self):

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mmeb_tree import write_dataset
+from conftest import image
+from mmeb_tree import picture, write_dataset
 from sentence_transformers import SentenceTransformer
 from test_metrics import LETTERS
 
@@ -313,8 +314,6 @@ def test_default_prompt_of_the_model(root, tmp_path, repo):
 
 
 def test_a_replaced_image_is_encoded_anew(tmp_path):
-    from mmeb_tree import picture
-
     write_dataset(tmp_path, "ViDoRe_arxivqa")
     arguments = {"datasets": ["ViDoRe_arxivqa"], "name": "looks", "cache_dir": tmp_path / "cache"}
     evaluate(looks, tmp_path, tmp_path / "a", **arguments)
@@ -430,3 +429,91 @@ def test_command_line(root, tmp_path, repo, capsys):
     with pytest.raises(SystemExit):
         mmeb.main(["--help"])
     assert "example: python -m btok_hf.evaluation.mmeb --model" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- mteb
+
+
+@pytest.fixture(scope="module")
+def in_mteb(repos):
+    """The model as mteb loads it, and how many of its batches held what."""
+    pytest.importorskip("mteb")
+    from btok_hf.evaluation.mteb import mteb_meta
+
+    wrapper = mteb_meta(repos["qwen3_vl"]).load_model(device="cpu")
+    module, forward = wrapper.model[0], []
+    module.register_forward_pre_hook(lambda _, inputs: forward.append(inputs[0]))
+    return wrapper, forward
+
+
+def test_metadata_for_mteb(repos, bases):
+    pytest.importorskip("mteb")
+    from btok_hf.evaluation.mteb import mteb_meta
+
+    meta = mteb_meta(repos["qwen3_vl"])
+    assert meta.modalities == ["text", "image", "video"] and meta.name == repos["qwen3_vl"]
+    assert meta.embed_dim == 64 and meta.use_instructions and meta.similarity_fn_name == "cosine"
+    with pytest.raises(ValueError, match="has no Bottleneck Tokens"):
+        mteb_meta(bases["qwen3_vl"])
+
+
+def test_mteb_evaluates_a_local_task_with_its_images(in_mteb):
+    wrapper, forward = in_mteb
+    import mteb
+    from datasets import Dataset
+    from mteb.abstasks.retrieval import AbsTaskRetrieval
+    from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
+    from mteb.abstasks.task_metadata import TaskMetadata
+
+    texts, images = [f"text {row}" for row in range(6)], [image(60, 60 + 20 * row, row) for row in range(6)]
+    similarity = wrapper.model.encode_query(texts) @ wrapper.model.encode_document([{"image": x} for x in images]).T
+    best = similarity.argmax(1)
+
+    class Pages(AbsTaskRetrieval):
+        metadata = TaskMetadata(
+            name="Pages",
+            type="Any2AnyRetrieval",
+            description="Pages that the model finds best itself.",
+            dataset={"path": "local", "revision": "1"},
+            eval_langs=["eng-Latn"],
+            main_score="ndcg_at_1",
+            modalities=["text", "image"],
+            category="t2i",
+        )
+
+        def load_data(self, **kwargs):
+            queries = Dataset.from_dict({"id": [f"q{row}" for row in range(6)], "text": texts})
+            corpus = Dataset.from_dict({"id": [f"d{row}" for row in range(6)], "image": images})
+            gold = {f"q{row}": {f"d{best[row]}": 1} for row in range(6)}
+            split = RetrievalSplitData(queries=queries, corpus=corpus, relevant_docs=gold, top_ranked=None)
+            self.dataset = {"default": {"test": split}}
+            self.data_loaded = True
+
+    forward.clear()
+    result = mteb.evaluate(wrapper, [Pages()], cache=None, show_progress_bar=False)
+    (scores,) = result.task_results[0].scores["test"]
+    assert scores["main_score"] == 1.0
+    assert sum(len(batch["image_grid_thw"]) for batch in forward if "image_grid_thw" in batch) == len(images)
+
+
+def test_mock_run_of_mteb_encodes_images_and_videos(in_mteb):
+    wrapper, forward = in_mteb
+    import mteb
+    from mteb.mocks import ALL_MOCK_TASK_TEST_GRID
+
+    forward.clear()
+    results = mteb.mock_run(wrapper)
+    modalities = {task.metadata.name: set(task.metadata.modalities) for task in ALL_MOCK_TASK_TEST_GRID}
+    failed = {
+        name: getattr(results[name], "exception", "not run")
+        for name, kinds in modalities.items()
+        if "audio" not in kinds and not hasattr(results[name], "scores")
+    }
+    assert sum("pixel_values" in batch for batch in forward) >= 15
+    if any("libtorchcodec" in reason for reason in failed.values()):  # no libraries of FFmpeg to decode videos with
+        failed = {name: reason for name, reason in failed.items() if "libtorchcodec" not in reason}
+    else:
+        grids = [batch["video_grid_thw"] for batch in forward if "video_grid_thw" in batch]
+        # Two of the eight frames are one step in time: none is left out.
+        assert len(grids) >= 7 and {int(steps) for grid in grids for steps in grid[:, 0]} == {4}
+    assert failed == {}

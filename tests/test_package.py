@@ -35,6 +35,7 @@ def test_wheel_holds_every_package_and_imports_without_the_checkout(tmp_path):
         "btok_hf/training/recipes/emoji.yaml",
         "btok_hf/training/accelerate/ddp.yaml",
         "btok_hf/evaluation/tasks.csv",
+        "btok_hf/evaluation/labels.json",
         "btok_hf/hub_card/card.md.jinja",
     ):
         assert name in names

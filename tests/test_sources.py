@@ -401,7 +401,6 @@ def test_the_recipe_is_the_papers_mixture():
         "none": 2,
         "both": 1,
     }
-    assert recipe["block_size"] == 512
 
 
 # ------------------------------------------------------------------------------------------------------- batches
