@@ -6,7 +6,7 @@ SETUP := $(VENV)/.installed
 
 # The oldest versions that pyproject.toml allows.
 FLOOR := torch==2.11.0 torchvision==0.26.0 transformers==5.17.0 sentence-transformers==6.2.0 \
-	peft==0.19.1 trl==1.8.0 datasets==4.8.0 accelerate==1.12.0
+	peft==0.21.0 trl==1.8.0 datasets==4.8.0 accelerate==1.12.0
 
 .PHONY: demo test test-floor lint clean
 

@@ -57,7 +57,7 @@ class BottleneckTransformer(Transformer):
         self.generation_config = model.generation_config
         backbone = model.model
         if is_peft_model:
-            backbone.load_adapter(model_name_or_path, adapter_kwargs=adapter_kwargs)
+            load_adapters(backbone, model_name_or_path, **adapter_kwargs)
         return backbone
 
     def _check_template(self):
@@ -267,6 +267,39 @@ class BTokSentenceTransformer(SentenceTransformer):
             raise ValueError("Weights are saved as safetensors only: leave safe_serialization at True.")
         weights = self[0].model if has_adapters(self[0].model) else self[0].merged()
         write_repository(path, weights, self[0].processor, model=self)
+
+
+def load_adapters(backbone, path, **hub_kwargs):
+    """Add the PEFT adapters of a checkpoint to a transformers model, and check that they arrived.
+
+    Not through `backbone.load_adapter`: with transformers 5.17 it leaves them random, with a warning.
+
+    Args:
+        backbone (`PreTrainedModel`): The model that they were trained on.
+        path (`str`): Folder or Hub id of the checkpoint.
+        hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`.
+
+    Raises:
+        ValueError: A tensor of the checkpoint has no place in the model, or the reverse.
+    """
+    from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft.utils.save_and_load import load_peft_weights
+
+    saved = load_peft_weights(path, device="cpu", **hub_kwargs)
+    saved = {name.removeprefix("base_model.model."): tensor for name, tensor in saved.items()}
+    backbone.add_adapter(PeftConfig.from_pretrained(path, **hub_kwargs))
+    set_peft_model_state_dict(backbone, saved, backbone.active_adapters()[0])
+    loaded = get_peft_model_state_dict(backbone, adapter_name=backbone.active_adapters()[0])
+    loaded = {name.removeprefix("base_model.model."): tensor.cpu() for name, tensor in loaded.items()}
+    wrong = sorted(saved.keys() ^ loaded.keys())
+    wrong += [
+        name for name in saved.keys() & loaded.keys() if not torch.equal(saved[name].to(loaded[name]), loaded[name])
+    ]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} adapter tensors of {path} do not fit the model, e.g. {wrong[0]}. Load them with the base "
+            "that they were trained on, and with the PEFT release that saved them."
+        )
 
 
 def has_adapters(backbone):

@@ -212,9 +212,8 @@ class BTokForEmbedding(PreTrainedModel):
                 wrongly shaped tensor.
         """
         kwargs.pop("trust_remote_code", None)
-        # From AutoModel, for a repository of adapters. Their names are those of the backbone inside the stock model.
-        adapter_kwargs = dict(kwargs.pop("adapter_kwargs", None) or {})
-        adapter = adapter_kwargs.pop("_adapter_model_path", None)
+        # From AutoModel. In a repository of adapters it points at them: the missing weights are named below.
+        kwargs.pop("adapter_kwargs", None)
         config = kwargs.pop("config", None)
         if config is None:
             hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -223,8 +222,6 @@ class BTokForEmbedding(PreTrainedModel):
             )
         bottleneck_token_ids(config)
         stock, info = load_stock_model(pretrained_model_name_or_path, config, *args, needs_head=False, **kwargs)
-        if adapter is not None:
-            stock.model.load_adapter(adapter, adapter_kwargs=adapter_kwargs)
         model = cls(stock.config, stock.model).eval()
         return (model, info) if output_loading_info else model
 

@@ -481,7 +481,6 @@ def test_adapters_with_a_base_on_the_hub(hub, exported, with_adapters, tmp_path)
         "from sentence_transformers import SentenceTransformer\n"
         "from btok_hf import BTokSentenceTransformer\n"
         "models = [SentenceTransformer('org/lora', device='cpu'), BTokSentenceTransformer('org/lora', device='cpu'),\n"
-        "    SentenceTransformer('org/lora', device='cpu', trust_remote_code=True),\n"
         "    BTokSentenceTransformer('org/lora', device='cpu', revision='v2')]\n"
         "print('\\n' + json.dumps([model.encode(json.loads(sys.argv[1])).tolist() for model in models]))\n"
     )

@@ -420,6 +420,9 @@ def test_command_line(root, tmp_path, repo, capsys):
         "run.json",
         "report.md",
     }
+    assert mmeb.main([*arguments, "--datasets", "CIRR", "--max-pixels", str(28 * 28 * 4)]) == 0
+    report = (tmp_path / "out" / "report.md").read_text("utf-8")
+    assert all(re.search(rf"^\| {name} +\|", report, re.M) for name in ("OK-VQA", "CIRR", "MSVD"))
     arguments[3] = str(tmp_path)
     assert mmeb.main([*arguments, "--datasets", "K700", "--max-pixels", str(28 * 28 * 4)]) == 1
     with pytest.raises(SystemExit, match=r"error: .* holds results of another run: fingerprint"):

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import transformers
 from conftest import image
 from datasets import Dataset, Features, Image, Value
+from packaging.version import Version
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 from test_condensation import assert_same_gradients
@@ -435,6 +437,10 @@ def test_resuming_ends_where_an_uninterrupted_run_does(repo, tmp_path, lora):
         torch.testing.assert_close(resumed.model.state_dict()[name], tensor, atol=1e-6, rtol=0, msg=name)
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.20"),
+    reason="transformers 5.17 cannot resume in several CPU processes: it maps tensors to the device cpu:0",
+)
 def test_training_in_two_processes_equals_one_whole_and_resumed(repo, tmp_path):
     one = checkpointed_trainer(repo, tmp_path / "one")
     one.train()

@@ -121,7 +121,7 @@ def query_metrics(rankings, relevance):
             if not 0 < grade < np.inf:
                 raise ValueError(f"Query {row} gives {name!r} the grade {grade}. Leave out what is not relevant.")
         top = [graded.get(name, 0) for name in names[:depth]]
-        best = list(graded.values())[:depth]
+        best = sorted(graded.values(), reverse=True)[:depth]
         grades[row, : len(top)], ideal[row, : len(best)] = top, best
     found = (grades > 0).cumsum(1)
     ranks = np.arange(1, depth + 1)

@@ -69,7 +69,7 @@ def evaluate(
         root (`str` or `Path`): Where the datasets are, as `load_task` takes it.
         output_dir (`str` or `Path`): For `{modality}/{dataset}_score.json` and `_pred.jsonl` (the first 100 names of
             each ranking, the relevant names and their grades), `report.md`, `report.png` and the leaderboard's
-            `{name}.json`. Belongs to one model and `limit`.
+            `{name}.json`. Belongs to one model and `limit`; the report covers earlier runs in it too.
         datasets, modalities (`list[str]`, *optional*): Which of the 78 datasets. Default: all.
         limit (`int`, *optional*): Only the first queries of each dataset, to try things out.
         batch_tokens (`int`): About how many tokens a forward pass may take, padding included.
@@ -138,7 +138,7 @@ def evaluate(
     if state.is_main_process:
         known = {"model_name": name.rsplit("/", 1)[-1], "embedding_dimension": store.dimension}
         known |= {} if is_function else _metadata(model)
-        _report(output_dir, scores, errors, known | (metadata or {}), limit)
+        _report(output_dir, errors, known | (metadata or {}), limit)
     return scores, errors
 
 
@@ -195,13 +195,15 @@ def _check(task):
         where = f"{task.name}, query {row} ({query.id!r})"
         if not query.relevance:
             raise ValueError(f"{where} has no relevant candidate: no ranking of it could be scored.")
-        names = task.candidates if query.candidates is None else query.candidates
-        if query.candidates is not None and len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"{where} lists the candidate {twice!r} more than once.")
-        absent = [name for name in names if name not in task.candidates] if query.candidates is not None else []
-        if absent := absent or [name for name in query.relevance if name not in names]:
-            raise ValueError(f"{where} refers to {absent[0]!r}, which is not among its {len(names)} candidates.")
+        names, own = query.candidates, task.candidates
+        if names is not None:
+            own = set(names)
+            if len(own) < len(names):
+                twice = next(name for name in names if names.count(name) > 1)
+                raise ValueError(f"{where} lists the candidate {twice!r} more than once.")
+        absent = [name for name in query.relevance if name not in own]
+        if absent := absent or [name for name in names or () if name not in task.candidates]:
+            raise ValueError(f"{where} refers to {absent[0]!r}, which is not among its {len(own)} candidates.")
 
 
 # ---------------------------------------------------------------- embeddings
@@ -464,8 +466,11 @@ def _metadata(model):
     }
 
 
-def _report(output_dir, scores, errors, metadata, limit):
+def _report(output_dir, errors, metadata, limit):
+    """Report on everything that was scored, in this run and before."""
     name = metadata["model_name"]
+    files = {dataset: output_dir / task.modality / f"{dataset}_score.json" for dataset, task in TASKS.items()}
+    scores = {dataset: json.loads(file.read_text("utf-8")) for dataset, file in files.items() if file.is_file()}
     text = report.markdown(scores, name=name, errors=errors, limit=limit)
     with _replacing(output_dir / "report.md") as file:
         file.write(text.encode())
