@@ -365,7 +365,9 @@ def test_lora_trains_exactly_the_token_rows_and_the_adapters(repo, tmp_path):
 
     model.save_pretrained(str(tmp_path / "adapter"))
     assert not list((tmp_path / "adapter").glob("model*.safetensors"))
-    for loader in (BTokSentenceTransformer, SentenceTransformer):
+    # Stock loaders go through transformers' load_adapter, which left adapters random at 5.17.
+    stock = [SentenceTransformer] if Version(transformers.__version__) >= Version("5.23") else []
+    for loader in (BTokSentenceTransformer, *stock):
         again = loader(str(tmp_path / "adapter"), device="cpu")
         np.testing.assert_allclose(again.encode(["find red", "flat thing"]), expected, atol=2e-6)
 
@@ -438,7 +440,7 @@ def test_resuming_ends_where_an_uninterrupted_run_does(repo, tmp_path, lora):
 
 
 @pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.20"),
+    Version(transformers.__version__) < Version("5.23"),
     reason="transformers 5.17 cannot resume in several CPU processes: it maps tensors to the device cpu:0",
 )
 def test_training_in_two_processes_equals_one_whole_and_resumed(repo, tmp_path):
