@@ -149,11 +149,16 @@ def write_repository(
             _write_json(path, modeling_btok.with_auto_map(json.loads(path.read_text("utf-8"))))
             shutil.copyfile(modeling_btok.__file__, output_dir / "modeling_btok.py")
         _write_sentence_transformers_files(output_dir, config, model, prompts)
-        for name, content in files.items():
-            path = output_dir / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        write_files(output_dir, files)
     return output_dir
+
+
+def write_files(output_dir, files):
+    """Write files of a repository: a mapping from relative path to text or bytes."""
+    for name, content in files.items():
+        path = Path(output_dir, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 def check_writable(output_dir):

@@ -667,11 +667,12 @@ def test_recipes_are_read(recipe, tmp_path):
 def test_the_script_trains_evaluates_and_exports(repo, tmp_path, lora):
     features = Features({"query": Value("string"), "positive": Image()})
     pairs = {"query": [f"picture {i}" for i in range(8)], "positive": [image(40, 40, i) for i in range(8)]}
-    Dataset.from_dict(pairs, features=features).to_parquet(tmp_path / "pairs.parquet")
+    for name in ("pairs", "eval_pairs"):  # the Trainer does not put its "eval_" in front of the second
+        Dataset.from_dict(pairs, features=features).to_parquet(tmp_path / f"{name}.parquet")
     (tmp_path / "config.yaml").write_text(
         f"model_name_or_path: {repo}\n"
         f"train_files:\n  pictures: {tmp_path}/pairs.parquet\n"
-        f"eval_file: {tmp_path}/pairs.parquet\n"
+        f"eval_file: {tmp_path}/eval_pairs.parquet\n"
         f"output_dir: {tmp_path}/unused\n"
         "condense:\n  pictures: query\n"
         "per_device_train_batch_size: 4\nmax_steps: 2\nlogging_steps: 1\nreport_to: none\nuse_cpu: true\n"
@@ -687,7 +688,7 @@ def test_the_script_trains_evaluates_and_exports(repo, tmp_path, lora):
     assert run.returncode == 0, run.stderr[-3000:]
     assert "before" in run.stdout and "Exported to" in run.stdout
     metrics = json.loads((output / "metrics.json").read_text())
-    assert set(metrics["pairs_cosine_recall@1"]) == {"before", "after"}
+    assert set(metrics["eval_pairs_cosine_recall@1"]) == {"before", "after"}
     assert not list(output.glob("*.bin")) and not (output / "adapter_config.json").exists()
     card = (output / "README.md").read_text()
     assert (

@@ -375,25 +375,22 @@ class CondensationTrainer(SentenceTransformerTrainer):
         """The metrics of the evaluator, by their own names; empty without one. All processes take part."""
         if self.evaluator is None:
             return {}
-        metrics = self.evaluate()
-        return {
-            key.removeprefix("eval_"): value
-            for key, value in metrics.items()
-            if key.startswith(f"eval_{self.evaluator.name}_")
-        }
+        own = f"{self.evaluator.name}_"
+        # The Trainer puts "eval_" in front of names that do not begin with it.
+        metrics = {k if k.startswith(own) else k.removeprefix("eval_"): v for k, v in self.evaluate().items()}
+        return {key: value for key, value in metrics.items() if key.startswith(own)}
 
-    def export(self, output_dir, files=None):
+    def export(self, output_dir):
         """Write the repository to publish, as `btok_hf.export_model` does. All processes must call it.
 
         Args:
             output_dir (`str`): Folder to write.
-            files (`dict[str, str | bytes]`, *optional*): As in `export_model`.
         """
         sharded = any(isinstance(p, DTensor) for p in self.model.parameters())
         state_dict = self.accelerator.get_state_dict(self.model) if sharded else None
         if self.is_world_process_zero():
             with whole_parameters(self.model, state_dict) if sharded else nullcontext():
-                export_model(self.model, output_dir, files=files)
+                export_model(self.model, output_dir)
         self.accelerator.wait_for_everyone()
 
     def get_multi_dataset_batch_sampler(self, dataset, batch_samplers, generator=None, seed=0):

@@ -33,7 +33,7 @@ from transformers.utils import logging
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, push
-from btok_hf.export import check_writable
+from btok_hf.export import check_writable, write_files
 from btok_hf.hub_card import CardArguments
 from btok_hf.hub_card.run import card_files
 from btok_hf.training import CondensationConfig, CondensationTrainer
@@ -137,11 +137,10 @@ def main():
 
     measured = {"evaluator": evaluator, "eval_source": script.eval_file, "before": before, "after": after}
     sources = {name: source_of(name, entry) for name, entry in files.items()}
-    card = None
+    trainer.export(args.output_dir)  # before the card: whatever happens to that, the model is written
     if trainer.is_world_process_zero():
         card = card_files(trainer, card_args, sources=sources, command=sys.argv, **(measured if evaluator else {}))
-    trainer.export(args.output_dir, card)
-    if trainer.is_world_process_zero():
+        write_files(args.output_dir, card)
         metrics = {name: {"before": before[name], "after": after[name]} for name in after}
         Path(args.output_dir, "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", "utf-8")
         print(f"Exported to {args.output_dir}")
