@@ -4,7 +4,7 @@ A batch of 128 holds each of the few categories many times, so without the mask 
 right answer. Trains the same small model from scratch with the mask and without, and classifies drawings that neither
 saw.
 
-    python benchmarks/false_negatives.py --seeds 2 --steps 200     # minutes on 2 CPU cores
+    python benchmarks/false_negatives.py        # minutes on 2 CPU cores
 """
 
 import argparse
@@ -66,7 +66,7 @@ def run(start, train, eval_file, masked, seed, steps, folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=150)
     arguments = parser.parse_args()
     emoji = load_dataset(str(ROOT / "data" / "emoji")).filter(lambda name: name is not None, input_columns="category")
     categories = sorted({row["category"] for row in emoji["train"].remove_columns("image")})

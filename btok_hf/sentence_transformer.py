@@ -269,6 +269,18 @@ class BTokSentenceTransformer(SentenceTransformer):
         write_repository(path, weights, self[0].processor, model=self)
 
 
+def add_adapters_in_fp32(backbone, peft_config):
+    """Add fresh PEFT adapters to a transformers model, freezing the rest.
+
+    Beside bf16 weights PEFT makes adapters bf16 too, which rounds most steps of the usual learning rates away, and the
+    values of a checkpoint when it is resumed from.
+    """
+    backbone.add_adapter(peft_config)
+    for parameter in backbone.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
 def load_adapters(backbone, path, **hub_kwargs):
     """Add the PEFT adapters of a checkpoint to a transformers model, and check that they arrived.
 
@@ -287,14 +299,12 @@ def load_adapters(backbone, path, **hub_kwargs):
 
     saved = load_peft_weights(path, device="cpu", **hub_kwargs)
     saved = {name.removeprefix("base_model.model."): tensor for name, tensor in saved.items()}
-    backbone.add_adapter(PeftConfig.from_pretrained(path, **hub_kwargs))
+    add_adapters_in_fp32(backbone, PeftConfig.from_pretrained(path, **hub_kwargs))
     set_peft_model_state_dict(backbone, saved, backbone.active_adapters()[0])
     loaded = get_peft_model_state_dict(backbone, adapter_name=backbone.active_adapters()[0])
     loaded = {name.removeprefix("base_model.model."): tensor.cpu() for name, tensor in loaded.items()}
     wrong = sorted(saved.keys() ^ loaded.keys())
-    wrong += [
-        name for name in saved.keys() & loaded.keys() if not torch.equal(saved[name].to(loaded[name]), loaded[name])
-    ]
+    wrong += [name for name in saved.keys() & loaded.keys() if not torch.equal(saved[name].float(), loaded[name])]
     if wrong:
         raise ValueError(
             f"{len(wrong)} adapter tensors of {path} do not fit the model, e.g. {wrong[0]}. Load them with the base "

@@ -148,7 +148,7 @@ def test_copies_of_the_right_answer_are_no_negatives(repo, mini_batch_size):
         {"query": "q1", "positive": "same", "negative": None},
         {"query": "q2", "positive": {"image": picture}, "group": "cats", "negatives": ["same"]},
         {"query": {"text": "q3"}, "positive": "b", "group": "cats", "negative": "one more"},
-        {"query": "q1", "positive": {"image": picture.copy()}, "negative": "b"},
+        {"query": {"text": "q1"}, "positive": {"image": picture.copy()}, "negative": "b"},
     ]
     rows = [{"group": None, "negative": None, "negatives": [], **row} for row in rows]
     # positives: same, same, picture, b, picture; negatives: other, one more, b, same
@@ -389,6 +389,10 @@ def test_adapters_of_a_bf16_model_are_trained_in_fp32(repo, tmp_path):
         assert parameter.dtype == (torch.float32 if name in before else torch.bfloat16)
         if name in before:
             assert (parameter != before[name]).float().mean() > 0.9, name
+    model.save_pretrained(str(tmp_path / "checkpoint"))
+    loaded = BTokSentenceTransformer(tmp_path / "checkpoint", device="cpu", model_kwargs={"dtype": "bfloat16"})
+    for name, tensor in loaded.state_dict().items():
+        assert tensor.dtype == model.state_dict()[name].dtype and torch.equal(tensor, model.state_dict()[name]), name
     expected = model.encode(["find red", "flat thing"])
     export_model(model, tmp_path / "export")
     exported = BTokSentenceTransformer(tmp_path / "export", device="cpu")
@@ -674,6 +678,7 @@ def test_the_script_trains_evaluates_and_exports(repo, tmp_path, lora):
         f"train_files:\n  pictures: {tmp_path}/pairs.parquet\n"
         f"eval_file: {tmp_path}/eval_pairs.parquet\n"
         f"output_dir: {tmp_path}/unused\n"
+        "metric_for_best_model: eval_pairs_cosine_recall@1\n"
         "condense:\n  pictures: query\n"
         "per_device_train_batch_size: 4\nmax_steps: 2\nlogging_steps: 1\nreport_to: none\nuse_cpu: true\n"
     )

@@ -20,7 +20,7 @@ from btok_hf.condensation import IGNORED
 from btok_hf.export import check_writable, export_model
 from btok_hf.media import is_media_path
 from btok_hf.modeling.modeling_btok import bottleneck_token_ids
-from btok_hf.sentence_transformer import BTokSentenceTransformer, has_adapters
+from btok_hf.sentence_transformer import BTokSentenceTransformer, add_adapters_in_fp32, has_adapters
 from btok_hf.training.checkpoints import checkpoints, delete, fault, mark_whole, newest_whole, rotate
 from btok_hf.training.condensation_config import CONDENSE, CondensationConfig
 from btok_hf.training.condensation_loss import CondensationLoss
@@ -50,7 +50,7 @@ def identity(value):
     """A stable 63-bit id of what a side of a pair holds: equal content, equal id.
 
     Args:
-        value: A text, image, array, bytes, or a dict or list of them.
+        value: A text, image, array, bytes, or a dict or list of them. `{"text": …}` alone is its text.
 
     Returns:
         `int`: At least 0.
@@ -64,7 +64,7 @@ def identity(value):
             part = np.ascontiguousarray(part)
             part = (str(part.dtype), part.shape, part.tobytes())
         if isinstance(part, dict):
-            part = sorted(part.items())
+            part = part["text"] if set(part) == {"text"} else sorted(part.items())
         if isinstance(part, (list, tuple)):
             digest.update(f"[{len(part)}".encode())
             for item in part:
@@ -474,10 +474,6 @@ def add_adapters(model, peft_config):
         raise ValueError("Leave trainable_token_indices unset: the Bottleneck Tokens' rows are added to it.")
     if model.config.btok_num_tokens:
         peft_config.trainable_token_indices = {"embed_tokens": list(bottleneck_token_ids(model.config))}
-    model.add_adapter(peft_config)
-    # Beside a bf16 backbone PEFT makes them bf16 too, which rounds most steps of the usual learning rates away.
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    add_adapters_in_fp32(model[0].model, peft_config)
     if model[0].lm_head is not None:  # an untied head, outside the backbone that PEFT froze
         model[0].lm_head.requires_grad_(False)

@@ -126,9 +126,12 @@ def main():
     if to_push and args.hub_strategy == HubStrategy.EVERY_SAVE:
         trainer.add_callback(PushEverySave(trainer))
     before = trainer.evaluate_retrieval()
-    if args.metric_for_best_model and f"{args.metric_for_best_model}".removeprefix("eval_") not in before:
+    best = args.metric_for_best_model
+    if best and not {best, best.removeprefix("eval_")} & set(before):
         raise ValueError(
-            f"metric_for_best_model must be one of {', '.join(before)}, got {args.metric_for_best_model}."
+            f"metric_for_best_model must be one of {', '.join(before)}, got {best!r}. Set it to one of them."
+            if before
+            else f"metric_for_best_model is {best!r}, but nothing is evaluated: set eval_file."
         )
 
     resume = args.resume_from_checkpoint
