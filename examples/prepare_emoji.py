@@ -56,8 +56,18 @@ CHAT_TEMPLATE = """\
 """
 
 
-def build_base(output_dir, texts, vocab_size=4096, hidden_size=128, num_layers=3, seed=0):
-    """Write a random Qwen2-VL with a tokenizer trained on `texts`."""
+def build_base(
+    output_dir,
+    texts,
+    vocab_size=4096,
+    hidden_size=128,
+    num_layers=3,
+    vision_size=64,
+    patch_size=SIZE // 4,
+    pixels=(SIZE * SIZE, SIZE * SIZE),
+    seed=0,
+):
+    """Write a random Qwen2-VL with a tokenizer trained on `texts`, for images between the numbers of `pixels`."""
     bpe = ByteLevelBPETokenizer(add_prefix_space=False)
     # Room for the special tokens and spare rows, as in the real checkpoints.
     bpe.train_from_iterator(texts, vocab_size=vocab_size - 64, min_frequency=2, show_progress=False)
@@ -74,8 +84,8 @@ def build_base(output_dir, texts, vocab_size=4096, hidden_size=128, num_layers=3
             "hidden_size": hidden_size,
             "intermediate_size": 3 * hidden_size,
             "num_hidden_layers": num_layers,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
+            "num_attention_heads": hidden_size // 32,
+            "num_key_value_heads": hidden_size // 64,
             "max_position_embeddings": 512,
             "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0},
             "bos_token_id": ids["<|endoftext|>"],
@@ -87,12 +97,12 @@ def build_base(output_dir, texts, vocab_size=4096, hidden_size=128, num_layers=3
         },
         vision_config={
             "depth": 2,
-            "embed_dim": 64,
+            "embed_dim": vision_size,
             "hidden_size": hidden_size,
             "num_heads": 4,
             "mlp_ratio": 3,
-            "patch_size": SIZE // 4,
-            "initializer_range": 64**-0.5,
+            "patch_size": patch_size,
+            "initializer_range": vision_size**-0.5,
         },
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
@@ -103,11 +113,11 @@ def build_base(output_dir, texts, vocab_size=4096, hidden_size=128, num_layers=3
     )
     torch.manual_seed(seed)
     model = Qwen2VLForConditionalGeneration(config)
-    size = {"shortest_edge": SIZE * SIZE, "longest_edge": SIZE * SIZE}
+    size = {"shortest_edge": pixels[0], "longest_edge": pixels[1]}
     processor = Qwen2VLProcessor(
-        Qwen2VLImageProcessor(patch_size=SIZE // 4, size=size),
+        Qwen2VLImageProcessor(patch_size=patch_size, size=size),
         tokenizer,
-        Qwen2VLVideoProcessor(patch_size=SIZE // 4, size=size),
+        Qwen2VLVideoProcessor(patch_size=patch_size, size=size),
         chat_template=CHAT_TEMPLATE,
     )
     model.save_pretrained(output_dir)
@@ -124,8 +134,8 @@ def text_for(row, rng):
     return ", ".join(rng.sample(keywords, min(4, len(keywords))))
 
 
-def draw(image, rng=None):
-    """The drawing on white, `SIZE` pixels; with `rng`, moved, mirrored, recoloured, on a random background."""
+def draw(image, rng=None, size=SIZE):
+    """The drawing on white, `size` pixels; with `rng`, moved, mirrored, recoloured, on a random background."""
     image = image.convert("RGBA")
     background = (255, 255, 255)
     if rng is not None:
@@ -141,7 +151,7 @@ def draw(image, rng=None):
             background = tuple(rng.randint(160, 255) for _ in range(3))
     flat = PILImage.new("RGB", image.size, background)
     flat.paste(image, mask=image.getchannel("A"))
-    flat = flat.resize((SIZE, SIZE), PILImage.Resampling.BOX)
+    flat = flat.resize((size, size), PILImage.Resampling.BOX)
     if rng is not None:
         for enhance in (ImageEnhance.Color, ImageEnhance.Brightness, ImageEnhance.Contrast):
             flat = enhance(flat).enhance(rng.uniform(0.65, 1.35))

@@ -1,0 +1,129 @@
+"""The base model of the unified benchmark: a small Qwen2-VL trained to generate, as the method's base models are.
+
+    python benchmarks/unified/base.py --size small        # minutes on 2 CPU cores
+
+It starts from random weights and learns from the training rows alone to describe drawings, clips and figures, to read
+pages, to define terms and name what is defined, and to go on with textbook text: next-token prediction that sees the
+whole input. No contrastive loss is involved. A killed run goes on where its last checkpoint was written.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import AutoProcessor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from tasks import CONDENSE, ROOT, WEIGHTS, books, build_base, prepare, training_sets
+
+from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens
+from btok_hf.training import CondensationConfig, CondensationLoss, CondensationTrainer
+
+# name: size of the backbone, steps and peak learning rate of the base, then of each arm
+SIZES = {
+    "small": {
+        "backbone": {"hidden_size": 192, "num_layers": 3, "vision_size": 96, "vocab_size": 6144},
+        "base": {"max_steps": 1000, "learning_rate": 1.5e-3},
+        "arm": {"max_steps": 400, "learning_rate": 7e-4},
+    },
+    "base": {
+        "backbone": {"hidden_size": 768, "num_layers": 12, "vision_size": 384, "vocab_size": 16384},
+        "base": {"max_steps": 20000, "learning_rate": 5e-4},
+        "arm": {"max_steps": 5000, "learning_rate": 2e-4},
+    },
+}
+BATCH = 128
+
+
+class Generation(CondensationLoss):
+    """The loss of the target tokens alone."""
+
+    def _infonce(self, columns):
+        return 0.0 * sum(column.sum() for column in columns)
+
+
+def arguments_for(folder, seed, **settings):
+    """What the base and all arms share."""
+    return CondensationConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=BATCH,
+        mini_batch_size=BATCH,
+        max_target_length=32,
+        lr_scheduler_type="cosine",
+        warmup_steps=30,
+        logging_steps=25,
+        save_total_limit=1,
+        report_to="none",
+        dataloader_num_workers=1,
+        seed=seed,
+        **settings,
+    )
+
+
+def texts():
+    """Half of a passage and what comes after it, from the textbooks of the training split."""
+    rows = []
+    for row in books("modules", "train"):
+        words = row["text"].split()
+        for start in range(0, len(words) - 40, 60):
+            first, rest = (" ".join(words[start + a : start + b]) for a, b in ((0, 30), (30, 66)))
+            rows.append({"query": first, "positive": row["title"], "target": rest})
+    return Dataset.from_list(rows)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "unified", help="folder for all runs")
+    parser.add_argument("--max_steps", type=int, help="instead of the size's")
+    options = parser.parse_args()
+    make(options.size, options.output, options.max_steps)
+
+
+def make(size, output, max_steps=None):
+    """Train the base of one size, unless it is there; returns its folder."""
+    folder = output / size / "base"
+    if (folder / "config.json").exists():
+        return folder
+    prepare(output / "pairs")
+    sets = {name: part for name, part in training_sets(output / "pairs").items() if CONDENSE[name] != "none"}
+    sets["texts"] = texts()
+    start = output / size / "start"
+    if not (start / "tokens" / "config.json").exists():
+        shutil.rmtree(start, ignore_errors=True)
+        words = [text for part in sets.values() for row in text_columns(part) for text in row.values() if text]
+        build_base(start / "random", words, patch_size=14, pixels=(56 * 56, 196 * 224), **SIZES[size]["backbone"])
+        # The plain layout, with one end token after the input: K = 0.
+        add_bottleneck_tokens(start / "random", start / "tokens", num_tokens=0)
+    model = BTokSentenceTransformer(str(start / "tokens"))
+    print(f"base: {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    settings = SIZES[size]["base"] | ({"max_steps": max_steps} if max_steps else {})
+    args = arguments_for(
+        output / size / "base-run",
+        seed=0,
+        condense={name: CONDENSE.get(name, "positive") for name in sets},
+        dataset_weights={name: WEIGHTS.get(name, 3) for name in sets},
+        condensation_weight=1.0,
+        condensation_mask=False,
+        mask_false_negatives=False,
+        save_steps=250,
+        **settings,
+    )
+    loss = Generation(model, mini_batch_size=BATCH, condensation_weight=1.0, condensation_mask=False)
+    trainer = CondensationTrainer(model=model, args=args, train_dataset=sets, loss=loss)
+    trainer.train(resume_from_checkpoint=any(Path(args.output_dir).glob("checkpoint-*")) or None)
+    model[0].merged().save_pretrained(folder)
+    AutoProcessor.from_pretrained(start / "random").save_pretrained(folder)
+    return folder
+
+
+def text_columns(part):
+    """The rows of a dataset without its media."""
+    plain = [name for name, kind in part.features.items() if getattr(kind, "dtype", None) == "string"]
+    return part.with_format(None).select_columns([name for name in plain if name != "group"])
+
+
+if __name__ == "__main__":
+    main()

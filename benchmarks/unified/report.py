@@ -1,0 +1,208 @@
+"""Tables and pictures of the unified benchmark, from the ranks that `run.py` wrote.
+
+    python benchmarks/unified/report.py --size small      # writes docs/results/*.md and *.png
+
+A task's score is its mean reciprocal rank in percent (the share of right choices for the motion task), an arm's score
+the mean over tasks. Two intervals, both at 95 %:
+
+- Over queries: of seed-averaged scores, by bootstrap over groups of queries (the names of a concept, the questions of
+  a module) within each task. It says how far another set of queries might move the score of these models.
+- Over seeds: Student's t of the arm's scores, or of their differences seed by seed. It says how far another training
+  might move it, on these queries.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from scipy.stats import t as student
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from run import ARMS, RESULTS, TABLES
+from tasks import MOTION, ROOT, tasks
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+REFERENCE = {"arms": "last-token", "tokens": "btok-condensation", "weights": "btok"}
+LABELS = {
+    "last-token": "last token",
+    "btok": "BToks",
+    "btok-unmasked": "BToks + condensation, no mask",
+    "btok-condensation": "BToks + condensation",
+    "btok-condensation-k1": "K = 1",
+    "btok-condensation-k8": "K = 8",
+    "btok-condensation-k16": "K = 16",
+    "btok-condensation-w1": "λ = 1",
+}
+SAMPLES = 2000
+
+
+def score(name, ranks):
+    """The score of each query, in percent."""
+    ranks = np.asarray(ranks)
+    return 100.0 * (ranks == 1) if name == MOTION else 100.0 / ranks
+
+
+def chance(task):
+    """The expected score of a random order."""
+    if task.choices is not None:
+        return 100 / len(task.choices[0])
+    return 100 * np.mean(1 / np.arange(1, len(task.candidates) + 1))
+
+
+def baseline(task):
+    """Ranks by TF-IDF (texts; pages as if they could be read) or by pixels (images), where a task has a baseline."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.metrics.pairwise import cosine_similarity
+
+    if task.baseline is None:
+        return None
+    queries, candidates = task.baseline
+    if isinstance(candidates[0], str):
+        vectors = TfidfVectorizer(sublinear_tf=True, stop_words="english").fit(candidates)
+        queries, candidates = vectors.transform(queries), vectors.transform(candidates)
+    else:
+        queries, candidates = (np.stack([np.asarray(i, float).ravel() - 255 for i in x]) for x in task.baseline)
+    scores = cosine_similarity(queries, candidates)
+    right = scores[np.arange(len(scores)), task.right][:, None]
+    return (scores >= right).sum(1)
+
+
+def load(size):
+    """All results by arm and seed."""
+    found = {}
+    for path in sorted((RESULTS / size).glob("*.json")):
+        result = json.loads(path.read_text())
+        found.setdefault(result["arm"], {})[result["seed"]] = result
+    return found
+
+
+def final(result):
+    return result["ranks"][max(result["ranks"], key=int)]
+
+
+def matrix(results, seeds, step=None):
+    """Scores by task: arrays of shape (seeds, queries)."""
+    ranks = [final(results[seed]) if step is None else results[seed]["ranks"][str(step)] for seed in seeds]
+    return {name: np.stack([score(name, part[name]) for part in ranks]) for name in tasks()}
+
+
+def over_queries(scores, rng):
+    """Half-widths of the intervals over queries: of the mean over tasks, and by task. `scores`: (queries,) by task."""
+    draws = {}
+    for name, values in scores.items():
+        _, index = np.unique(tasks()[name].groups, return_inverse=True)
+        sums, counts = np.bincount(index, values), np.bincount(index)
+        picks = rng.integers(0, len(counts), (SAMPLES, len(counts)))
+        draws[name] = sums[picks].sum(1) / counts[picks].sum(1)
+    widths = {name: np.subtract(*np.percentile(part, [97.5, 2.5])) / 2 for name, part in draws.items()}
+    whole = np.mean(list(draws.values()), axis=0)
+    return np.subtract(*np.percentile(whole, [97.5, 2.5])) / 2, widths
+
+
+def over_seeds(values):
+    """Half-width of Student's interval of the mean of a few numbers; infinite for one."""
+    if len(values) < 2:
+        return np.inf
+    return student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+
+
+def seeds_for(difference, spread):
+    """Paired seeds that show a difference in four of five experiments (power 0.8 at 5 %, two-sided, normal)."""
+    return int(np.ceil((1.96 + 0.84) ** 2 * spread**2 / difference**2)) + 1
+
+
+def arm_table(table, results):
+    """Markdown of one table: a column an arm, a row a task, then means, differences and what they need."""
+    rng = np.random.default_rng(0)
+    arms = [arm for arm in TABLES[table] if arm in results]
+    seeds = sorted(set.intersection(*(set(results[arm]) for arm in arms)))
+    scores = {arm: matrix(results[arm], seeds) for arm in arms}
+    label = {**LABELS, **({"btok-condensation": "K = 4"} if table == "tokens" else {})}
+    label |= {"btok": "λ = 0", "btok-condensation": "λ = 5"} if table == "weights" else {}
+    lines = [f"| task | queries / candidates | chance | baseline | {' | '.join(label[arm] for arm in arms)} |"]
+    lines.append("|---" * (len(arms) + 4) + "|")
+    widths = {arm: over_queries({n: s.mean(0) for n, s in scores[arm].items()}, rng) for arm in arms}
+    for name, task in tasks().items():
+        simple = baseline(task)
+        cells = [f"{scores[arm][name].mean():.1f} ± {widths[arm][1][name]:.1f}" for arm in arms]
+        pool = len(task.choices[0]) if task.choices is not None else len(task.candidates)
+        lines.append(
+            f"| {name} | {len(task.queries):,} / {pool:,} | {chance(task):.1f} | "
+            f"{'–' if simple is None else f'{score(name, simple).mean():.1f}'} | {' | '.join(cells)} |"
+        )
+    means = {arm: np.mean([part.mean(1) for part in scores[arm].values()], axis=0) for arm in arms}
+    lines.append(
+        "| **mean over tasks**, ± over queries | | | | "
+        + " | ".join(f"**{means[arm].mean():.2f}** ± {widths[arm][0]:.2f}" for arm in arms)
+        + " |"
+    )
+    lines.append("| by seed | | | | " + " | ".join(", ".join(f"{v:.2f}" for v in means[arm]) for arm in arms) + " |")
+    lines += [
+        "",
+        "| difference | mean | ± over seeds | ± over queries | seeds to show 2 points |",
+        "|---|---|---|---|---|",
+    ]
+    pairs = [(a, REFERENCE[table]) for a in arms if a != REFERENCE[table]]
+    if table == "arms":
+        pairs = [(b, a) for i, a in enumerate(arms) for b in arms[i + 1 :]]
+    for arm, other in pairs:
+        gain = means[arm] - means[other]
+        width, _ = over_queries({n: (scores[arm][n] - scores[other][n]).mean(0) for n in scores[arm]}, rng)
+        need = seeds_for(2, np.std(gain, ddof=1)) if len(gain) > 1 else "–"
+        lines.append(
+            f"| {label[arm]} − {label[other]} | {gain.mean():+.2f} | {over_seeds(gain):.2f} | {width:.2f} | {need} |"
+        )
+    minutes = {arm: np.median([results[arm][seed]["train_minutes"] for seed in seeds]) for arm in arms}
+    note = ", ".join(f"{label[arm]} {minutes[arm]:.1f}" for arm in arms)
+    lines += ["", f"Seeds {', '.join(map(str, seeds))}. Minutes of training (median): {note}."]
+    return "\n".join(lines) + "\n"
+
+
+def curves(results, path):
+    """Learning curves of the arms, seed by seed where they were taken: the mean over tasks, and the losses."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    for arm in TABLES["arms"]:
+        for seed, result in results.get(arm, {}).items():
+            if len(result["ranks"]) > 2:
+                steps = sorted(map(int, result["ranks"]))
+                means = [
+                    np.mean([part[0].mean() for part in matrix({seed: result}, [seed], step).values()])
+                    for step in steps
+                ]
+                axes[0].plot(steps, means, marker="o", label=f"{LABELS[arm]} (seed {seed})")
+                for axis, key in ((axes[1], "infonce"), (axes[2], "condensation")):
+                    points = [(entry["step"], entry[key]) for entry in result["losses"] if key in entry]
+                    if points:
+                        axis.plot(*zip(*points), label=LABELS[arm])
+    for axis, title in zip(axes, ("mean score over tasks", "InfoNCE", "condensation loss (nats a token)")):
+        axis.set(xlabel="step", title=title)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="small")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results")
+    options = parser.parse_args()
+    results = load(options.size)
+    unknown = set(results) - set(ARMS)
+    if unknown or not results:
+        raise SystemExit(f"{RESULTS / options.size} holds {sorted(unknown) or 'no results'}. Run run.py first.")
+    options.output.mkdir(parents=True, exist_ok=True)
+    for table, arms in TABLES.items():
+        if len(set(arms) & set(results)) > 1:
+            text = arm_table(table, results)
+            (options.output / f"{options.size}-{table}.md").write_text(text)
+            print(f"## {table}\n\n{text}")
+    curves(results, options.output / f"{options.size}-curves.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Train and score the arms of the unified benchmark: what the Bottleneck Tokens, condensation and its mask are worth.
+
+    python benchmarks/unified/run.py --table arms       # last token, tokens, condensation without and with mask
+    python benchmarks/unified/run.py --table tokens     # K = 1, 4, 8, 16
+    python benchmarks/unified/run.py --table weights    # condensation weight 0, 1, 5
+
+All arms start from one generative base (`base.py`) and see the same rows in the same order, seed by seed. A run that
+is done is not repeated, so a command that was killed goes on when it is given again. Each writes one JSON file with
+the rank of the right answer for every query; `report.py` makes the tables.
+"""
+
+import argparse
+import json
+import platform
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from base import SIZES, arguments_for, make
+from tasks import CONDENSE, ROOT, WEIGHTS, prepare, tasks, training_sets
+
+from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model
+from btok_hf.training import CondensationTrainer
+
+RESULTS = ROOT / "benchmarks" / "results" / "unified"
+WEIGHT = 5.0  # of condensation, as in the paper
+# name: (K, weight of condensation, mask)
+ARMS = {
+    "last-token": (0, 0.0, True),
+    "btok": (4, 0.0, True),
+    "btok-unmasked": (4, WEIGHT, False),
+    "btok-condensation": (4, WEIGHT, True),
+    "btok-condensation-k1": (1, WEIGHT, True),
+    "btok-condensation-k8": (8, WEIGHT, True),
+    "btok-condensation-k16": (16, WEIGHT, True),
+    "btok-condensation-w1": (4, 1.0, True),
+}
+TABLES = {
+    "arms": ["last-token", "btok", "btok-unmasked", "btok-condensation"],
+    "tokens": ["btok-condensation-k1", "btok-condensation", "btok-condensation-k8", "btok-condensation-k16"],
+    "weights": ["btok", "btok-condensation-w1", "btok-condensation"],
+}
+NOISE = 0.5  # of the tokens' first rows, relative to the EOS row: copies would differ by their position alone
+
+
+def ranks(model, batch_size=256):
+    """Rank of the right answer of every query, by task; candidates as similar as the right one count as better."""
+    known = {}
+
+    def encode(inputs):
+        # Tasks share most of their inputs.
+        new = [item for item in inputs if _key(item) not in known]
+        if new:
+            for item, vector in zip(new, model.encode(new, batch_size=batch_size, convert_to_tensor=True)):
+                known[_key(item)] = vector.float().cpu()
+        return torch.stack([known[_key(item)] for item in inputs])
+
+    found = {}
+    for name, task in tasks().items():
+        scores = encode(task.queries) @ encode(task.candidates).T
+        right = torch.tensor(task.right)[:, None]
+        better = scores >= scores.gather(1, right)
+        if task.choices is not None:
+            better = better.gather(1, torch.tensor(task.choices))
+        found[name] = better.sum(1).tolist()
+    return found
+
+
+def _key(item):
+    return item if isinstance(item, str) else id(item)
+
+
+def run(arm, seed, size, output, max_steps=None, steps_between=None):
+    """Train one arm with one seed and write its result, unless that is there."""
+    target = RESULTS / size / f"{arm}-s{seed}.json"
+    if target.exists():
+        return
+    num_tokens, weight, mask = ARMS[arm]
+    base = make(size, output)
+    folder = output / size / f"{arm}-s{seed}"
+    shutil.rmtree(folder, ignore_errors=True)
+    add_bottleneck_tokens(base, folder / "start", num_tokens=num_tokens, noise_std=NOISE, seed=seed)
+    model = BTokSentenceTransformer(str(folder / "start"))
+    settings = SIZES[size]["arm"] | ({"max_steps": max_steps} if max_steps else {})
+    args = arguments_for(
+        folder / "run",
+        seed=seed,
+        condense=CONDENSE,
+        dataset_weights=WEIGHTS,
+        condensation_weight=weight,
+        condensation_mask=mask,
+        temperature=0.05,
+        symmetric=True,
+        save_strategy="no",
+        **settings,
+    )
+    started, curve = time.perf_counter(), {0: ranks(model)}
+    trainer = CondensationTrainer(model=model, args=args, train_dataset=training_sets(output / "pairs"))
+    if steps_between:
+        trainer.add_callback(Curve(model, curve, steps_between))
+    trained = time.perf_counter()
+    trainer.train()
+    trained = time.perf_counter() - trained
+    curve[args.max_steps] = ranks(model)
+    export_model(model, folder / "model")
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    result = {
+        "arm": arm,
+        "seed": seed,
+        "num_tokens": num_tokens,
+        "condensation_weight": weight,
+        "condensation_mask": mask,
+        "settings": settings,
+        "train_minutes": round(trained / 60, 2),
+        "minutes": round((time.perf_counter() - started) / 60, 2),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
+        + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "command": f"python benchmarks/unified/run.py --size {size} (arm {arm}, seed {seed})",
+        "losses": [
+            {key: entry[key] for key in ("step", "loss", "infonce", "condensation") if key in entry}
+            for entry in trainer.state.log_history
+            if "loss" in entry
+        ],
+        "ranks": curve,
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_suffix(".part")
+    partial.write_text(json.dumps(result))
+    partial.replace(target)
+
+
+class Curve(transformers.TrainerCallback):
+    """Ranks every so many steps of training."""
+
+    def __init__(self, model, curve, every):
+        self.model, self.curve, self.every = model, curve, every
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.every == 0 and state.global_step < state.max_steps:
+            self.model.eval()
+            self.curve[state.global_step] = ranks(self.model)
+            self.model.train()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", choices=TABLES, required=True)
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "unified", help="folder for models")
+    parser.add_argument("--threads", type=int, help="CPU threads, instead of torch's choice")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    prepare(options.output / "pairs")
+    for seed in options.seeds:
+        for arm in TABLES[options.table]:
+            print(f"=== {arm}, seed {seed}", flush=True)
+            # Learning curves of the first seed.
+            every = SIZES[options.size]["arm"]["max_steps"] // 5 if seed == 0 else None
+            run(arm, seed, options.size, options.output, steps_between=every)
+
+
+if __name__ == "__main__":
+    main()
