@@ -239,29 +239,78 @@ def condense(model, inputs, target_ids=None, labels=None, *, condensation_mask=T
     """
     backbone, head = backbone_and_head(model)
     head = head if lm_head is None else lm_head
+    if target_ids is None:
+        target_ids = labels = inputs["input_ids"].new_empty(len(inputs["input_ids"]), 0)
+    if labels is None or labels.shape != target_ids.shape or len(target_ids) != len(inputs["input_ids"]):
+        raise ValueError(
+            f"target_ids and labels must both have shape (batch={len(inputs['input_ids'])}, target_length), got "
+            f"{tuple(target_ids.shape)} and {None if labels is None else tuple(labels.shape)}."
+        )
+    supervised = labels != IGNORED
+    real_target = supervised.flip(1).cummax(1).values.flip(1) if target_ids.shape[1] else supervised
+    if target_ids.shape[1]:
+        _check_head(head)
+    hidden, ends = _packed_forward(backbone, inputs, target_ids, real_target, condensation_mask)
+
+    num_tokens = len(bottleneck_token_ids(backbone.config))
+    bottleneck = hidden[ends[:, None] + torch.arange(-num_tokens, 0, device=hidden.device)]
+    embeddings = F.normalize(bottleneck.float().mean(1), dim=-1)
+    predictors = (ends[:, None] - 1 + torch.arange(target_ids.shape[1], device=hidden.device))[supervised]
+    if len(predictors) == 0:
+        return Condensed(embeddings, hidden.new_zeros(0, dtype=torch.float32))
+    return Condensed(embeddings, linear_cross_entropy(hidden[predictors], head, labels[supervised]))
+
+
+@torch.no_grad()
+def reconstruct(model, inputs, prompt_ids, stop_id, *, max_new_tokens=32, lm_head=None):
+    """Text that the Bottleneck Tokens hold: greedy decoding that sees their keys and values and not the input.
+
+    For looking at what a model keeps. Every token takes a forward over the whole batch: nothing is cached.
+
+    Args:
+        model, inputs, lm_head: As in [`condense`].
+        prompt_ids (`list[int]`): Tokens that every target begins with.
+        stop_id (`int`): Token that ends a target.
+        max_new_tokens (`int`): Tokens after which a target ends without it.
+
+    Returns:
+        `list[list[int]]`: The decoded tokens of each row, without prompt and `stop_id`.
+    """
+    backbone, head = backbone_and_head(model)
+    head = head if lm_head is None else lm_head
+    _check_head(head)
+    # A text has no place for media, and the backbone would look for their features.
+    placeholders = [backbone.config.image_token_id, backbone.config.video_token_id]
+    ids = torch.tensor([prompt_ids] * len(inputs["input_ids"]), device=inputs["input_ids"].device)
+    for _ in range(max_new_tokens):
+        hidden, ends = _packed_forward(backbone, inputs, ids, torch.ones_like(ids, dtype=torch.bool))
+        logits = hidden[ends - 1 + ids.shape[1]] @ head.T.to(hidden.dtype)
+        logits[:, placeholders] = -torch.inf
+        ids = torch.cat([ids, logits.argmax(1)[:, None]], 1)
+        if (ids[:, len(prompt_ids) :] == stop_id).any(1).all():
+            break
+    rows = [row[len(prompt_ids) :] for row in ids.tolist()]
+    return [row[: row.index(stop_id)] if stop_id in row else row for row in rows]
+
+
+def _check_head(head):
+    if head is None:
+        raise ValueError(
+            "This backbone has no language-modelling head to predict the target with: its embeddings are not tied. "
+            "Load it with AutoModelForImageTextToText, or pass lm_head."
+        )
+
+
+def _packed_forward(backbone, inputs, target_ids, real_target, condensation_mask=True):
+    """Last hidden states of all rows behind each other, shape (length, hidden), and where each row's target starts."""
     token_ids = bottleneck_token_ids(backbone.config)
     check_media(backbone.config, inputs["input_ids"], inputs)
     input_ids, attention_mask, types = end_in_bottleneck(
         inputs["input_ids"], inputs.get("attention_mask"), token_ids, inputs.get("mm_token_type_ids")
     )
-    batch, device = len(input_ids), input_ids.device
+    device = input_ids.device
     positions = _position_ids(backbone, input_ids, attention_mask, types, inputs)
     real = attention_mask.bool()
-
-    if target_ids is None:
-        target_ids = labels = input_ids.new_empty(batch, 0)
-    elif head is None:
-        raise ValueError(
-            "This backbone has no language-modelling head to predict the target with: its embeddings are not tied. "
-            "Load it with AutoModelForImageTextToText, or pass lm_head."
-        )
-    if labels is None or labels.shape != target_ids.shape or len(target_ids) != batch:
-        raise ValueError(
-            f"target_ids and labels must both have shape (batch={batch}, target_length), got "
-            f"{tuple(target_ids.shape)} and {None if labels is None else tuple(labels.shape)}."
-        )
-    supervised = labels != IGNORED
-    real_target = supervised.flip(1).cummax(1).values.flip(1) if target_ids.shape[1] else supervised
 
     # Rows behind each other: [encoded side | BToks | target] of the first, of the second, …
     keep = torch.cat([real, real_target], 1)
@@ -289,14 +338,7 @@ def condense(model, inputs, target_ids=None, labels=None, *, condensation_mask=T
         packed_layout=PackedLayout(segments, device),
         **{key: inputs[key] for key in MEDIA_KEYS if inputs.get(key) is not None},
     ).last_hidden_state[0]
-
-    ends = starts + prefix_lengths
-    bottleneck = hidden[ends[:, None] + torch.arange(-len(token_ids), 0, device=device)]
-    embeddings = F.normalize(bottleneck.float().mean(1), dim=-1)
-    predictors = (ends[:, None] - 1 + torch.arange(target_ids.shape[1], device=device))[supervised]
-    if len(predictors) == 0:
-        return Condensed(embeddings, hidden.new_zeros(0, dtype=torch.float32))
-    return Condensed(embeddings, linear_cross_entropy(hidden[predictors], head, labels[supervised]))
+    return hidden, starts + prefix_lengths
 
 
 def dense_condensation_mask(attention_mask, target_mask, num_tokens):

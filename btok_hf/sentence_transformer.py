@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from torch import distributed
 
-from btok_hf.condensation import condense
+from btok_hf.condensation import condense, reconstruct
 from btok_hf.export import stock_model, untied_head, write_repository
 from btok_hf.media import IMAGE_SUFFIXES, is_media_path, read_image, read_video
 from btok_hf.modeling.modeling_btok import bottleneck_token_ids, last_positions, load_stock_model
@@ -256,6 +256,31 @@ class BTokSentenceTransformer(SentenceTransformer):
             similarity_fn_name=similarity_fn_name or saved.get("similarity_fn_name"),
             truncate_dim=truncate_dim or saved.get("truncate_dim"),
         )
+
+    def reconstruct(self, inputs, *, prompt=None, max_new_tokens=32):
+        """The text that each input's Bottleneck Tokens hold, decoded without a look at the input (`reconstruct`).
+
+        Args:
+            inputs (`list`), prompt (`str`, *optional*): As in `encode`; one batch.
+            max_new_tokens (`int`): Where a text ends at the latest.
+
+        Returns:
+            `list[str]`
+        """
+        module, tokenizer = self[0], self.tokenizer
+        features = {
+            key: value.to(self.device) if torch.is_tensor(value) else value
+            for key, value in module.preprocess(inputs, prompt=prompt).items()
+        }
+        ids = reconstruct(
+            module.model,
+            features,
+            tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"],
+            tokenizer.convert_tokens_to_ids("<|im_end|>"),
+            max_new_tokens=max_new_tokens,
+            lm_head=None if module.lm_head is None else module.lm_head.weight,
+        )
+        return tokenizer.batch_decode(ids)
 
     def save(self, path, model_name=None, create_model_card=True, train_datasets=None, safe_serialization=True):
         """Save a repository that stock Sentence-Transformers loads without trust_remote_code.

@@ -7,7 +7,7 @@ from conftest import image, video
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-from btok_hf.condensation import condense, dense_condensation_mask, linear_cross_entropy
+from btok_hf.condensation import condense, dense_condensation_mask, linear_cross_entropy, reconstruct
 from btok_hf.modeling.modeling_btok import last_positions
 
 TARGETS = ["a cat", "", "two dogs and a tree", "x"]
@@ -259,3 +259,36 @@ def test_wrong_shapes_are_refused(repo):
     inputs, (target_ids, labels) = process(processor, rows("text")), targets(processor)
     with pytest.raises(ValueError, match=r"must both have shape \(batch=4"):
         condense(AutoModel.from_pretrained(repo), inputs, target_ids, labels[:, 1:])
+
+
+def test_reconstruction_is_the_likeliest_token_by_token(repo):
+    """Each decoded token against the losses of all others, from the forward that training uses."""
+    from btok_hf import BTokSentenceTransformer
+
+    model, processor = AutoModelForImageTextToText.from_pretrained(repo), AutoProcessor.from_pretrained(repo)
+    inputs = process(processor, rows("image"), "left")
+    prompt = processor.tokenizer("<|im_start|>assistant\n")["input_ids"]
+    decoded = reconstruct(model, inputs, prompt, stop_id=-1, max_new_tokens=3)
+    media = {model.config.image_token_id, model.config.video_token_id}
+    vocabulary = torch.tensor([token for token in range(320) if token not in media])
+    for row, tokens in enumerate(decoded):
+        alone = process(processor, [rows("image")[row]] * len(vocabulary))
+        for step, token in enumerate(tokens):
+            ids = torch.tensor(prompt + tokens[:step]).expand(len(vocabulary), -1)
+            ids = torch.cat([ids, vocabulary[:, None]], 1)
+            labels = torch.full_like(ids, -100)
+            labels[:, -1] = vocabulary
+            losses = condense(model, alone, ids, labels).token_losses
+            assert token not in media and losses[vocabulary == token] <= losses.min() + 1e-5
+    # A row ends before its stop token; the rest goes on.
+    stop = decoded[0][1]
+    stopped = reconstruct(model, inputs, prompt, stop, max_new_tokens=3)
+    assert stopped == [row[: row.index(stop)] if stop in row else row for row in decoded]
+    wrapped = BTokSentenceTransformer(repo, device="cpu")
+    contents = [[part.get("image", part.get("text")) for part in message[0]["content"]] for message in rows("image")]
+    inputs = [contents[1][0], {"image": contents[3][0]}]
+    texts = wrapped.reconstruct(inputs, max_new_tokens=3)
+    tokenizer = processor.tokenizer
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for text, tokens in zip(texts, (decoded[1], decoded[3])):
+        assert text == tokenizer.decode(tokens[: tokens.index(end)] if end in tokens else tokens)

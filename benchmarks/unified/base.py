@@ -24,7 +24,7 @@ from btok_hf.training import CondensationConfig, CondensationLoss, CondensationT
 # name: size of the backbone, steps and peak learning rate of the base, then of each arm
 SIZES = {
     "small": {
-        "backbone": {"hidden_size": 192, "num_layers": 3, "vision_size": 96, "vocab_size": 6144},
+        "backbone": {"hidden_size": 128, "num_layers": 4, "vision_size": 64, "vocab_size": 6144},
         "base": {"max_steps": 1000, "learning_rate": 1.5e-3},
         "arm": {"max_steps": 400, "learning_rate": 7e-4},
     },
@@ -108,7 +108,7 @@ def make(size, output, max_steps=None):
         condensation_weight=1.0,
         condensation_mask=False,
         mask_false_negatives=False,
-        save_steps=250,
+        save_steps=100,
         **settings,
     )
     loss = Generation(model, mini_batch_size=BATCH, condensation_weight=1.0, condensation_mask=False)

@@ -49,7 +49,7 @@ NOISE = 0.5  # of the tokens' first rows, relative to the EOS row: copies would 
 
 
 def ranks(model, batch_size=256):
-    """Rank of the right answer of every query, by task; candidates as similar as the right one count as better."""
+    """Rank of the right answer of every query, by task."""
     known = {}
 
     def encode(inputs):
@@ -60,15 +60,18 @@ def ranks(model, batch_size=256):
                 known[_key(item)] = vector.float().cpu()
         return torch.stack([known[_key(item)] for item in inputs])
 
-    found = {}
-    for name, task in tasks().items():
-        scores = encode(task.queries) @ encode(task.candidates).T
-        right = torch.tensor(task.right)[:, None]
-        better = scores >= scores.gather(1, right)
-        if task.choices is not None:
-            better = better.gather(1, torch.tensor(task.choices))
-        found[name] = better.sum(1).tolist()
-    return found
+    return {
+        name: positions(encode(task.queries) @ encode(task.candidates).T, task.right, task.choices)
+        for name, task in tasks().items()
+    }
+
+
+def positions(scores, right, choices=None):
+    """Rank of candidate `right[i]` in row i of `scores`, among all or among `choices[i]`; in a tie the worst one."""
+    at_least = scores >= scores.gather(1, torch.tensor(right)[:, None])
+    if choices is not None:
+        at_least = at_least.gather(1, torch.tensor(choices))
+    return at_least.sum(1).tolist()
 
 
 def _key(item):
@@ -99,7 +102,7 @@ def run(arm, seed, size, output, max_steps=None, steps_between=None):
         save_strategy="no",
         **settings,
     )
-    started, curve = time.perf_counter(), {0: ranks(model)}
+    started, curve = time.perf_counter(), {0: ranks(model)} if steps_between else {}
     trainer = CondensationTrainer(model=model, args=args, train_dataset=training_sets(output / "pairs"))
     if steps_between:
         trainer.add_callback(Curve(model, curve, steps_between))
@@ -162,8 +165,8 @@ def main():
     for seed in options.seeds:
         for arm in TABLES[options.table]:
             print(f"=== {arm}, seed {seed}", flush=True)
-            # Learning curves of the first seed.
-            every = SIZES[options.size]["arm"]["max_steps"] // 5 if seed == 0 else None
+            # Learning curves of the first seed, in the first table.
+            every = SIZES[options.size]["arm"]["max_steps"] // 4 if seed == 0 and options.table == "arms" else None
             run(arm, seed, options.size, options.output, steps_between=every)
 
 

@@ -28,6 +28,7 @@ from prepare_emoji import build_base, draw, png  # noqa: E402, F401
 CATEGORIES = ("Animals & Nature", "Food & Drink", "Activities", "Travel & Places")
 LANGUAGES = ("en", "de", "fr", "es")
 DRAWING, FIGURE, FRAMES = 56, 112, 4  # pixels a side, pixels a side, frames a clip
+WORDS = 32  # longer captions, questions and definitions are cut
 VARIANTS = 24  # augmented copies of a training drawing
 
 # Pages are set in a fixed-width font on a grid of 7 x 14 pixels, so that a patch of 14 x 14 holds two characters.
@@ -117,7 +118,10 @@ def move(sprite, motion, background=(255, 255, 255)):
 @cache
 def font(bold):
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    return ImageFont.truetype(folder / f"DejaVuSansMono{'-Bold' if bold else ''}.ttf", 11)
+    # The basic layout rounds every advance, to 7 pixels at this size.
+    return ImageFont.truetype(
+        folder / f"DejaVuSansMono{'-Bold' if bold else ''}.ttf", 11, layout_engine=ImageFont.Layout.BASIC
+    )
 
 
 def wrap(text, limit):
@@ -138,8 +142,7 @@ def page(title, text):
     canvas = ImageDraw.Draw(image)
     head = wrap(title, 3)
     for row, line in enumerate([*head, "", *wrap(text, LINES - len(head) - 1)]):
-        for column, character in enumerate(line):
-            canvas.text((column * GLYPH[0], row * GLYPH[1] + 1), character, fill=0, font=font(row < len(head)))
+        canvas.text((0, row * GLYPH[1] + 1), line, fill=0, font=font(row < len(head)))
     return image.convert("RGB")
 
 
@@ -152,6 +155,10 @@ def describe(name, keywords):
     """Name and keywords: a target that says more than the name alone."""
     rest = [word for word in keywords if word.casefold() != name.casefold()]
     return f"{name}: {', '.join(rest)}" if rest else name
+
+
+def cut(text):
+    return " ".join(text.split()[:WORDS])
 
 
 def books(config, split):
@@ -177,7 +184,7 @@ def pages(split):
     """One dict a page: module, title, text, and what asks for it."""
     questions = {}
     for row in books("questions", split):
-        questions.setdefault(row["module"], []).append(row["question"])
+        questions.setdefault(row["module"], []).append(cut(row["question"]))
     for row in books("modules", split):
         text, start = " ".join(row["text"].removeprefix(BOILERPLATE).split()), 0
         parts = []
@@ -187,7 +194,11 @@ def pages(split):
             parts.append(part)
             start += len(part) + 1
         for part in parts:
-            asks = {"title": [row["title"]], "objective": row["objectives"], "question": questions.get(row["id"], [])}
+            asks = {
+                "title": [row["title"]],
+                "objective": [cut(text) for text in row["objectives"]],
+                "question": questions.get(row["id"], []),
+            }
             yield {"module": row["id"], "title": row["title"], "text": part, "asks": asks}
 
 
@@ -238,11 +249,11 @@ def training_rows(seed=0):
             rows["pages"].append({"query": text, "positive": image, "target": target, "group": part["module"]})
     for row in books("glossary", "train"):
         rows["glossary"].append(
-            {"query": row["term"], "positive": row["definition"], "target": None, "group": row["term"].casefold()}
+            {"query": row["term"], "positive": cut(row["definition"]), "target": None, "group": row["term"].casefold()}
         )
     for row in books("figures", "train"):
         rows["figures"].append(
-            {"query": png(square(row["image"])), "positive": row["caption"], "target": row["caption"], "group": None}
+            {"query": png(square(row["image"])), "positive": cut(row["caption"]), "target": None, "group": None}
         )
     return rows
 
@@ -348,14 +359,15 @@ def tasks():
                 (texts, readable),
             )
         )
-    terms = list({row["term"].casefold(): row for row in books("glossary", "test")}.values())
-    queries, answers = [row["term"] for row in terms], [row["definition"] for row in terms]
+    terms = {cut(row["definition"]).casefold(): row for row in books("glossary", "test")}
+    terms = list({row["term"].casefold(): row for row in terms.values()}.values())
+    queries, answers = [row["term"] for row in terms], [cut(row["definition"]) for row in terms]
     modules = [row["module"] for row in terms]
     found.append(
         Task("term → definition", queries, answers, list(range(len(terms))), modules, (queries, answers)),
     )
-    figures = list({row["caption"]: row for row in books("figures", "test")}.values())
-    images, captions = [square(row["image"]) for row in figures], [row["caption"] for row in figures]
+    figures = list({cut(row["caption"]): row for row in books("figures", "test")}.values())
+    images, captions = [square(row["image"]) for row in figures], [cut(row["caption"]) for row in figures]
     each, modules = list(range(len(figures))), [row["module"] for row in figures]
     found.append(Task("figure → caption", images, captions, each, modules))
     found.append(Task("caption → figure", captions, images, each, modules))
