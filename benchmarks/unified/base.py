@@ -26,7 +26,7 @@ SIZES = {
     "small": {
         "backbone": {"hidden_size": 128, "num_layers": 4, "vision_size": 64, "vocab_size": 6144},
         "base": {"max_steps": 1000, "learning_rate": 1.5e-3},
-        "arm": {"max_steps": 400, "learning_rate": 7e-4},
+        "arm": {"max_steps": 300, "learning_rate": 1e-3},
     },
     "base": {
         "backbone": {"hidden_size": 768, "num_layers": 12, "vision_size": 384, "vocab_size": 16384},

@@ -67,10 +67,10 @@ class Task:
 
 
 def clip(frames):
-    """Frames of equal size as a video input."""
+    """Frames as a video input of the size that training has."""
     return {
         "video": {
-            "array": np.stack([np.asarray(frame.convert("RGB")) for frame in frames]),
+            "array": np.stack([np.asarray(frame.convert("RGB").resize((DRAWING,) * 2)) for frame in frames]),
             "video_metadata": {
                 "fps": 2.0,
                 "total_num_frames": len(frames),
@@ -329,7 +329,7 @@ def tasks():
         )
     )
     clips = list(books("clips", "test"))
-    videos = [clip([frame.convert("RGB").resize((DRAWING,) * 2) for frame in row["frames"]]) for row in clips]
+    videos = [clip(row["frames"]) for row in clips]
     every = range(len(clips))
     found.append(Task("name → video", [r["name"] for r in clips], videos, list(every), [r["emoji"] for r in clips]))
     motions = [(row["emoji"], text, frames) for row in unseen for text, frames in sprite_clips(row)]
