@@ -1,11 +1,10 @@
 """Search drawings, videos, textbook pages, definitions and figures with a text or a picture: one model, one space.
 
     python examples/search.py "polar bear"
-    python examples/search.py "how do voters choose a president" --among pages --top 3
-    python examples/search.py drawing.png --among videos
+    python examples/search.py drawing.png --among videos --top 3
 
-Uses the small model in examples/btok-small through stock Sentence-Transformers, and what the unified benchmark tests:
-drawings, clips and textbooks that training did not see. `--model runs/emoji/model` takes the one of `make demo`.
+Searched are the things that the unified benchmark asks for: drawings, clips and textbooks that its models do not train
+on. The default model is the one of `make demo`, through stock Sentence-Transformers; it was trained on drawings alone.
 """
 
 import argparse
@@ -36,10 +35,10 @@ def main():
     parser.add_argument("query", help="a text, or the path of an image")
     parser.add_argument("--among", choices=COLLECTIONS, default="drawings", help="what to search")
     parser.add_argument("--top", type=int, default=5, help="number of hits")
-    parser.add_argument("--model", default=ROOT / "examples" / "btok-small", help="exported repository")
+    parser.add_argument("--model", default=ROOT / "runs" / "emoji" / "model", help="exported repository")
     arguments = parser.parse_args()
     if not Path(arguments.model, "modules.json").is_file():
-        raise SystemExit(f"There is no model in {arguments.model}. `make demo` writes one to runs/emoji/model.")
+        raise SystemExit(f"There is no model in {arguments.model}. Make one with: make demo")
     if arguments.top < 1:
         raise SystemExit(f"--top must be at least 1, got {arguments.top}.")
 

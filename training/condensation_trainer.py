@@ -105,6 +105,7 @@ class CondensationCollator(SentenceTransformerDataCollator):
 
     tokenizer: object = None
     args: CondensationConfig = None
+    prompt = "<|im_start|>assistant\n"
 
     def __call__(self, features):
         dataset_name = features[0].get("dataset_name")
@@ -154,7 +155,7 @@ class CondensationCollator(SentenceTransformerDataCollator):
         """
         # As in the embedding chat template: no text may become a special token.
         texts = [text.replace("<|", "< |") for text in texts]
-        prompt = self.tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
+        prompt = self.tokenizer(self.prompt, add_special_tokens=False)["input_ids"]
         end = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
         limit = self.args.max_target_length
         bodies = [[*self.tokenizer(text, add_special_tokens=False)["input_ids"][:limit], end] for text in texts]

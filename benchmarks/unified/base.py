@@ -20,12 +20,13 @@ from tasks import CONDENSE, ROOT, WEIGHTS, books, build_base, prepare, training_
 
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens
 from btok_hf.training import CondensationConfig, CondensationLoss, CondensationTrainer
+from btok_hf.training.condensation_trainer import CondensationCollator
 
 # name: size of the backbone, steps and peak learning rate of the base, then of each arm
 SIZES = {
     "small": {
         "backbone": {"hidden_size": 128, "num_layers": 4, "vision_size": 64, "vocab_size": 6144},
-        "base": {"max_steps": 1000, "learning_rate": 1.5e-3},
+        "base": {"max_steps": 600, "learning_rate": 1.5e-3},
         "arm": {"max_steps": 300, "learning_rate": 1e-3},
     },
     "base": {
@@ -37,11 +38,21 @@ SIZES = {
 BATCH = 128
 
 
+class Plain(CondensationCollator):
+    """Targets follow the end token at once, so that its state predicts their beginning and is not left empty."""
+
+    prompt = ""
+
+
 class Generation(CondensationLoss):
     """The loss of the target tokens alone."""
 
     def _infonce(self, columns):
         return 0.0 * sum(column.sum() for column in columns)
+
+
+class Generative(CondensationTrainer):
+    data_collator_class = Plain
 
 
 def arguments_for(folder, seed, **settings):
@@ -103,8 +114,9 @@ def make(size, output, max_steps=None):
     args = arguments_for(
         output / size / "base-run",
         seed=0,
-        condense={name: CONDENSE.get(name, "positive") for name in sets},
-        dataset_weights={name: WEIGHTS.get(name, 3) for name in sets},
+        # From a text too: a name in any language, and its drawing, begin the same description.
+        condense={name: "positive" if name == "texts" else "both" for name in sets},
+        dataset_weights={name: WEIGHTS.get(name, 2) for name in sets},
         condensation_weight=1.0,
         condensation_mask=False,
         mask_false_negatives=False,
@@ -112,7 +124,7 @@ def make(size, output, max_steps=None):
         **settings,
     )
     loss = Generation(model, mini_batch_size=BATCH, condensation_weight=1.0, condensation_mask=False)
-    trainer = CondensationTrainer(model=model, args=args, train_dataset=sets, loss=loss)
+    trainer = Generative(model=model, args=args, train_dataset=sets, loss=loss)
     trainer.train(resume_from_checkpoint=any(Path(args.output_dir).glob("checkpoint-*")) or None)
     model[0].merged().save_pretrained(folder)
     AutoProcessor.from_pretrained(start / "random").save_pretrained(folder)
