@@ -4,11 +4,26 @@ import hashlib
 import json
 import zlib
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from conftest import image
 
 from btok_hf.evaluation.tasks import TASKS
+
+
+def looks(inputs):
+    """A function as a model: texts by their characters, media by their mean colour, in 300 dimensions."""
+    vectors = np.zeros((len(inputs), 300), np.float32)
+    for vector, item in zip(vectors, inputs):
+        for place, character in enumerate(item.get("text") or ""):
+            vector[place % 100 + 100 * (ord(character) % 2)] += ord(character)
+        for kind in ("image", "video"):
+            if kind in item:
+                pixels = item[kind]["array"][0] if kind == "video" else np.asarray(item[kind])
+                vector[200 : 200 + 3] = pixels.mean((0, 1))
+                vector[210 : 210 + 40] = pixels[:5, :8, 0].flatten()
+    return vectors
 
 
 def picture(path, size=(40, 40)):

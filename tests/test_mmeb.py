@@ -3,28 +3,41 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import mteb
 import numpy as np
 import pytest
 import torch
-from conftest import image
-from mmeb_tree import picture, write_dataset
+import yaml
+from conftest import image, video
+from datasets import Dataset
+from mmeb_tree import frames, looks, picture, write_dataset
+from mteb.abstasks.retrieval import AbsTaskRetrieval
+from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
+from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.mocks import ALL_MOCK_TASK_TEST_GRID
 from sentence_transformers import SentenceTransformer
 from test_metrics import LETTERS
+from tokenizers.normalizers import Lowercase
 
 from btok_hf import BTokSentenceTransformer
 from btok_hf.evaluation import mmeb
 from btok_hf.evaluation.metrics import score
 from btok_hf.evaluation.mmeb import EmbeddingStore, evaluate, fingerprint
+from btok_hf.evaluation.mteb import mteb_meta
 from btok_hf.evaluation.tasks import TASKS, Query, Task, load_task, read_input
 
 TESTS = Path(__file__).parent
 # Local texts, a global pool of videos, local videos with a folder of clips, pages; queries with and without images.
 SAMPLE = ["OK-VQA", "CIRR", "MSVD", "MomentSeeker", "ViDoRe_arxivqa"]
+# With them, every layout.
+OTHERS = ["VOC2007", "WebQA", "Breakfast", "SmthSmthV2", "NExTQA", "QVHighlight", "VisRAG_ArxivQA"]
 
 
 @pytest.fixture(scope="module")
@@ -38,20 +51,6 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(repo):
     return BTokSentenceTransformer(repo, device="cpu")
-
-
-def looks(inputs):
-    """A function as a model: texts by their characters, media by their mean colour, in 300 dimensions."""
-    vectors = np.zeros((len(inputs), 300), np.float32)
-    for vector, item in zip(vectors, inputs):
-        for place, character in enumerate(item.get("text") or ""):
-            vector[place % 100 + 100 * (ord(character) % 2)] += ord(character)
-        for kind in ("image", "video"):
-            if kind in item:
-                pixels = item[kind]["array"][0] if kind == "video" else np.asarray(item[kind])
-                vector[200 : 200 + 3] = pixels.mean((0, 1))
-                vector[210 : 210 + 40] = pixels[:5, :8, 0].flatten()
-    return vectors
 
 
 def refuse(inputs):
@@ -89,28 +88,34 @@ def by_hand(encode, task):
 
 
 def test_all_78_datasets(root, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    scores, errors = evaluate(looks, root, tmp_path / "out", name="org/looks", metadata={"model_size": 0.1})
+    arguments = {"name": "org/looks", "metadata": {"model_size": 0.1}, "eval_task": "overall"}
+    scores, errors = evaluate(looks, root, tmp_path / "out", **arguments)
     assert errors == {} and list(scores) == list(TASKS)
     for name, task in TASKS.items():
         folder = tmp_path / "out" / task.modality
         saved = json.loads((folder / f"{name}_score.json").read_text())
         assert saved == scores[name] and len(saved) == 26
-        queries = load_task(name, root).queries
+        queries, candidates = load_task(name, root)[4:6]
         assert saved["num_data"] == len(queries)
         lines = [json.loads(line) for line in (folder / f"{name}_pred.jsonl").read_text("utf-8").splitlines()]
         assert len(lines) == len(queries)
         assert all(list(line) == ["prediction", "label", "rel_scores"] for line in lines)
         again = score([line["prediction"] for line in lines], [dict(zip(x["label"], x["rel_scores"])) for x in lines])
         assert again == saved
+        for line, query in zip(lines, queries):  # whole rankings
+            assert sorted(line["prediction"]) == sorted(query.candidates or candidates)
     text = capsys.readouterr().out
     assert "[78/78] MMLongBench-doc: ndcg_linear@5" in text and re.search(r"\| Overall .* 78 of 78 \| \d", text)
     assert (tmp_path / "out" / "report.md").read_text("utf-8") in text
-    board = json.loads((tmp_path / "out" / "looks.json").read_text())
+    board = json.loads((tmp_path / "out" / "leaderboard" / "looks.json").read_text())
     assert [len(part) for part in board["metrics"].values()] == [36, 18, 24]
     assert board["metrics"]["visdoc"]["ViDoSeek-page-fixed"] == scores["ViDoSeek-page"]
     assert board["metadata"]["embedding_dimension"] == 300 and board["metadata"]["model_size"] == 0.1
     assert (tmp_path / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
+    (entry,) = yaml.safe_load((tmp_path / "out" / ".eval_results" / "mmeb-v2.yaml").read_text())
+    mean = sum(scores[name][task.metric] for name, task in TASKS.items()) / 78
+    assert entry["dataset"] == {"id": "TIGER-Lab/MMEB-V2", "task_id": "overall"}
+    assert entry["value"] == pytest.approx(100 * mean, abs=0.005)
 
     # With all scores there, nothing is read or encoded; with one removed, only read.
     assert evaluate(refuse, "/nowhere", tmp_path / "out", name="org/looks")[0] == scores
@@ -121,13 +126,26 @@ def test_all_78_datasets(root, tmp_path, capsys):
 @pytest.mark.parametrize("kind", ["wrapper", "stock"])
 def test_scores_are_those_computed_by_hand(root, tmp_path, model, repo, kind):
     model = model if kind == "wrapper" else SentenceTransformer(repo, device="cpu")
-    scores, errors = evaluate(model, root, tmp_path, datasets=SAMPLE)
-    assert errors == {} and set(scores) == set(SAMPLE)
-    for name in SAMPLE:
+    names = SAMPLE + OTHERS if kind == "wrapper" else SAMPLE
+    assert kind == "stock" or {TASKS[name].layout for name in names} == {task.layout for task in TASKS.values()}
+    scores, errors = evaluate(model, root, tmp_path, datasets=names)
+    assert errors == {} and set(scores) == set(names)
+    for name in names:
         expected, rankings = by_hand(model.encode, load_task(name, root))
         assert scores[name] == pytest.approx(expected), name
         lines = (tmp_path / TASKS[name].modality / f"{name}_pred.jsonl").read_text("utf-8").splitlines()
         assert [json.loads(line)["prediction"] for line in lines] == rankings, name
+
+
+def test_long_rankings_are_cut(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(mmeb, "WHOLE_RANKING", 5)
+    monkeypatch.setattr(mmeb, "RANKING_DEPTH", 2)
+    evaluate(looks, root, tmp_path, datasets=["OK-VQA", "QVHighlight", "ViDoRe_arxivqa", "Breakfast"], name="looks")
+    lengths = {}
+    for path in tmp_path.rglob("*_pred.jsonl"):
+        lengths[path.name.split("_pred")[0]] = {len(json.loads(x)["prediction"]) for x in path.open(encoding="utf-8")}
+    # Of 3, 10, 5 and 10.
+    assert lengths == {"OK-VQA": {3}, "QVHighlight": {2}, "ViDoRe_arxivqa": {5}, "Breakfast": {2}}
 
 
 def test_blocks_and_files_change_nothing(root, tmp_path, monkeypatch):
@@ -148,6 +166,8 @@ def test_every_input_is_encoded_once(root, tmp_path):
     counting, batches = counted(looks)
     evaluate(counting, root, tmp_path / "a", datasets=[task.name for task in tasks], name="looks")
     assert sum(map(len, batches)) == len(distinct)
+    # Many models take no batch of several kinds.
+    assert all(len({frozenset(item) for item in batch}) == 1 for batch in batches)
     # Another evaluation of the same model shares the embeddings; other queries of the same pages need only themselves.
     evaluate(refuse, root, tmp_path / "b", datasets=["OK-VQA"], name="looks", cache_dir=tmp_path / "a" / "embeddings")
 
@@ -170,6 +190,27 @@ def test_batches_stay_within_their_tokens(root, tmp_path, repo):
     assert largest[0] < largest[1]
 
 
+def test_tokens_of_an_input(model):
+    estimate = mmeb._Encoder(model, None, 1, None, None)._tokens
+    pictures = [{"image": image(side, side)} for side in (56, 90, 400)]
+    for item in [{}, *pictures, *({"video": video(count)} for count in (2, 8))]:
+        for text in ("a", "a longer text"):
+            exact = model.preprocess([{**item, "text": text}])["attention_mask"].sum()
+            assert exact <= estimate({**item, "text": text}) <= exact + 12
+
+
+def test_all_frames_reach_the_model(tmp_path):
+    for name in ("MSVD", "MomentSeeker"):
+        write_dataset(tmp_path, name)
+    for first in tmp_path.glob("video-tasks/frames/**/*_0000.jpg"):
+        frames(first.parent, 12)
+    counting, batches = counted(looks)
+    evaluate(counting, tmp_path, tmp_path / "out", modalities=["video"], datasets=["MSVD", "MomentSeeker"], name="a")
+    # MSVD's clip is first; a query of MomentSeeker is a video too.
+    counts = [len(item["video"]["array"]) for batch in batches for item in batch if "video" in item]
+    assert counts == [8] * 3 + [12] * 10
+
+
 def test_limit(root, tmp_path, capsys):
     scores, _ = evaluate(looks, root, tmp_path, modalities=["visdoc"], limit=2, name="looks")
     assert len(scores) == 24 and {values["num_data"] for values in scores.values()} == {2}
@@ -184,12 +225,12 @@ def test_limit(root, tmp_path, capsys):
 # ---------------------------------------------------------------- interruptions and processes
 
 RUN = """
-import json, os, signal, sys
+import json, os, signal, sys, torch
 sys.path.insert(0, {tests!r})
 from btok_hf.evaluation import mmeb
-from test_mmeb import SAMPLE, looks
-mmeb.ROWS_PER_FILE = 2
+from mmeb_tree import looks
 if {kill}:
+    mmeb.ROWS_PER_FILE = 2
     replace, count = os.replace, 0
     def half(draft, path):
         global count
@@ -203,14 +244,15 @@ seen = []
 def counted(inputs):
     seen.extend(inputs)
     return looks(inputs)
-scores, errors = mmeb.evaluate(counted, {root!r}, {out!r}, datasets=SAMPLE, name="looks")
+mmeb.load_model = lambda *arguments, **options: counted
+status = mmeb.main(["--model", "looks", "--data", {root!r}, "--output", {out!r}, "--datasets", {datasets!r}])
 with open({out!r} + f".{{os.environ.get('RANK', 0)}}.json", "w") as file:
-    json.dump([len(seen), errors], file)
+    json.dump([len(seen), status, torch.distributed.is_initialized()], file)
 """
 
 
-def run(root, out, kill=0, launcher=()):
-    code = RUN.format(tests=str(TESTS), root=str(root), out=str(out), kill=kill)
+def run(root, out, datasets=SAMPLE, kill=0, launcher=()):
+    code = RUN.format(tests=str(TESTS), root=str(root), out=str(out), datasets=",".join(datasets), kill=kill)
     script = Path(out).with_suffix(".py")
     script.write_text(code)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -248,20 +290,31 @@ def test_kill_and_resume(root, tmp_path, uninterrupted):
     assert contents(tmp_path / "out") == results
 
 
-def test_two_processes_share_the_work(root, tmp_path, uninterrupted):
+def test_two_processes_share_the_work(tmp_path, uninterrupted):
+    """And go on after an error in one of them."""
     results, total = uninterrupted
+    for name in ("VOC2007", *SAMPLE):
+        write_dataset(tmp_path, name)
+    broken = tmp_path / "image-tasks" / "MMEB" / "VOC2007" / "query_1.jpg"  # the second process's
+    broken.write_bytes(broken.read_bytes()[:100])
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
-    both = run(root, tmp_path / "out", launcher=launcher)
+    both = run(tmp_path, tmp_path / "out", ["VOC2007", *SAMPLE], launcher=launcher)
     assert both.returncode == 0, both.stderr
-    counts, errors = zip(*(json.loads((tmp_path / f"out.{rank}.json").read_text()) for rank in range(2)))
-    assert errors == ({}, {}) and min(counts) > 0 and sum(counts) == total
-    assert contents(tmp_path / "out") == results
+    ended = [json.loads((tmp_path / f"out.{rank}.json").read_text()) for rank in range(2)]
+    counts, statuses, left = zip(*ended)
+    # Equally many of each dataset. Nothing is left behind, or else torch aborts every tenth process at its exit.
+    assert abs(counts[0] - counts[1]) <= 1 + len(SAMPLE) and total <= sum(counts) <= total + 6
+    assert statuses == (True, True) and left == (False, False)
+    found = contents(tmp_path / "out")
+    assert {**found, Path("report.md"): None} == {**results, Path("report.md"): None}
+    reason = r"- VOC2007, query 1 \('1'\): Image file .*query_1.jpg' cannot be decoded"
+    assert re.search(reason, found[Path("report.md")].decode())
 
 
 # ---------------------------------------------------------------- caches
 
 
-def test_fingerprints_tell_models_apart(repo, repos, model):
+def test_fingerprints_tell_models_apart(repo, repos, model, monkeypatch):
     known = {fingerprint(model)}
     evaluate_again = BTokSentenceTransformer(repo, device="cpu")
     evaluate_again.encode(["a text", "a longer text"])
@@ -273,7 +326,10 @@ def test_fingerprints_tell_models_apart(repo, repos, model):
         known.add(found)
 
     add(model, "Find it.")
-    add(SentenceTransformer(repo, device="cpu"))
+    stock = SentenceTransformer(repo, device="cpu")
+    add(stock)
+    stock[2].pooling_mode = "cls"
+    add(stock)
     add(BTokSentenceTransformer(repos["qwen2_5_vl"], device="cpu"))
     add(BTokSentenceTransformer(repo, device="cpu", processor_kwargs={"max_pixels": 28 * 28 * 8}))
     add(BTokSentenceTransformer(repo, device="cpu", max_seq_length=512))
@@ -283,8 +339,15 @@ def test_fingerprints_tell_models_apart(repo, repos, model):
     changed[0].processor.chat_template += " "
     add(changed)
     changed = BTokSentenceTransformer(repo, device="cpu")
-    with torch.no_grad():
-        next(changed.parameters()).view(-1)[0] += 1e-3
+    weights = sorted(changed.state_dict().items())
+    for _, tensor in (*weights[::8], weights[-1]):
+        tensor.view(-1)[-1] += 1
+        add(changed)
+    changed[0].tokenizer.backend_tokenizer.normalizer = Lowercase()
+    add(changed)
+    changed.config.text_config.rms_norm_eps *= 2
+    add(changed)
+    monkeypatch.setattr(mmeb, "versions", lambda: {"torch": "0"})
     add(changed)
 
 
@@ -313,6 +376,52 @@ def test_default_prompt_of_the_model(root, tmp_path, repo):
     assert json.loads((tmp_path / "run.json").read_text())["prompt"] == "Find it."
 
 
+def test_another_prompt(root, tmp_path, repo):
+    prompts = set()
+
+    class Watched(BTokSentenceTransformer):
+        def encode(self, inputs, **kwargs):
+            prompts.add(kwargs["prompt"])
+            return super().encode(inputs, **kwargs)
+
+    model = Watched(repo, device="cpu")
+    for prompt in (None, "Find it."):
+        evaluate(model, root, tmp_path / str(prompt), datasets=["OK-VQA"], prompt=prompt, cache_dir=tmp_path / "cache")
+        assert prompts == {prompt}
+        prompts.clear()
+
+
+def test_what_an_input_is_known_by(tmp_path):
+    write_dataset(tmp_path, "MSVD")
+    task, frame = load_task("MSVD", tmp_path), next(tmp_path.glob("video-tasks/frames/*/MSVD/v_1/*1.jpg"))
+
+    def keys(task):
+        return {label: key for key, label, _ in mmeb._inputs(task)}
+
+    def differing(changed):
+        found = keys(changed)
+        return [label for label in first if found[label] != first[label]]
+
+    first, times = keys(task), (frame.stat().st_atime_ns, frame.stat().st_mtime_ns)
+    assert len(first) == 6 == len(set(first.values())) and differing(load_task("MSVD", tmp_path)) == []
+    videos = [f"candidate 'v_{number}'" for number in range(3)]
+    assert differing(task._replace(num_frames=4)) == videos
+    told = [task.queries[0]._replace(input={"text": "another"}), *task.queries[1:]]
+    assert differing(task._replace(queries=told)) == ["query 0 ('0')"]
+    content = frame.read_bytes()
+    frame.write_bytes(content + b" ")  # another size
+    os.utime(frame, ns=times)
+    assert differing(task) == videos[1:2]
+    frame.write_bytes(content)
+    os.utime(frame, ns=(times[0], times[1] + 1))  # another time
+    assert differing(task) == videos[1:2]
+    os.utime(frame, ns=times)
+    assert differing(task) == []
+    copy = shutil.copytree(frame.parent, tmp_path / "copy")  # another place
+    elsewhere = task.candidates | {"v_1": {**task.candidates["v_1"], "video": str(copy)}}
+    assert differing(task._replace(candidates=elsewhere)) == videos[1:2]
+
+
 def test_a_replaced_image_is_encoded_anew(tmp_path):
     write_dataset(tmp_path, "ViDoRe_arxivqa")
     arguments = {"datasets": ["ViDoRe_arxivqa"], "name": "looks", "cache_dir": tmp_path / "cache"}
@@ -321,6 +430,19 @@ def test_a_replaced_image_is_encoded_anew(tmp_path):
     counting, batches = counted(looks)
     evaluate(counting, tmp_path, tmp_path / "b", **arguments)
     assert [item["image"].size for batch in batches for item in batch] == [(61, 80)]
+
+
+def test_a_replaced_frame_is_encoded_anew(tmp_path):
+    write_dataset(tmp_path, "MSVD")
+    arguments = {"datasets": ["MSVD"], "name": "looks", "cache_dir": tmp_path / "cache"}
+    evaluate(looks, tmp_path, tmp_path / "a", **arguments)
+    (frame,) = tmp_path.glob("video-tasks/frames/video_ret/MSVD/v_1/frame_0001.jpg")
+    folder = os.stat(frame.parent).st_mtime_ns
+    image(40, 40, seed=9).save(frame)
+    assert os.stat(frame.parent).st_mtime_ns == folder  # which does not tell
+    counting, batches = counted(looks)
+    evaluate(counting, tmp_path, tmp_path / "b", **arguments)
+    assert [item.keys() for batch in batches for item in batch] == [{"video", "text"}]
 
 
 def test_damaged_embeddings_are_named(tmp_path):
@@ -359,6 +481,26 @@ def test_one_broken_dataset_does_not_stop_the_rest(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    "name, path, row",
+    [
+        ("OK-VQA", "image-tasks/MMEB/OK-VQA/query_1.jpg", r"query 1 \('1'\)"),
+        ("MSVD", "video-tasks/frames/video_ret/MSVD/v_1", "candidate 'v_1'"),
+    ],
+)
+def test_media_that_vanish_are_named(tmp_path, monkeypatch, name, path, row):
+    write_dataset(tmp_path, name)
+
+    def load(*arguments):
+        task = load_task(*arguments)
+        (tmp_path / path).rename(tmp_path / "elsewhere")
+        return task
+
+    monkeypatch.setattr(mmeb, "load_task", load)
+    _, errors = evaluate(looks, tmp_path, tmp_path / "out", datasets=[name], name="looks")
+    assert re.match(rf"{name}, {row}: .*No such file or directory: '.*{path}'\. Put it back", errors[name])
+
+
+@pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda v: v * np.nan, r"OK-VQA, .*The embedding of .*holds NaN or infinite values"),
@@ -387,7 +529,7 @@ def test_embeddings_that_cannot_be_scored(root, tmp_path, damage, message, capsy
         (Query("q", {"text": "q"}, ["a", "b", "a"], {"a": 1.0}), "lists the candidate 'a' more than once"),
     ],
 )
-def test_tasks_that_cannot_be_scored(query, message):
+def test_tasks_that_cannot_be_scored(query, message, tmp_path, monkeypatch):
     good = Query("g", {"text": "g"}, None, {"a": 1.0})
     task = Task("OK-VQA", "image", "I-QA", "hit@1", [good, query], {"a": {"text": "a"}, "b": {"text": "b"}})
     with pytest.raises(ValueError, match=message):
@@ -395,6 +537,9 @@ def test_tasks_that_cannot_be_scored(query, message):
     mmeb._check(task._replace(queries=[good]))
     with pytest.raises(ValueError, match="OK-VQA has no queries"):
         mmeb._check(task._replace(queries=[]))
+    monkeypatch.setattr(mmeb, "load_task", lambda *arguments: task)
+    _, errors = evaluate(refuse, "/nowhere", tmp_path, datasets=["OK-VQA"], name="refuse")
+    assert re.search(message, errors["OK-VQA"])
 
 
 def test_refused_arguments(root, tmp_path):
@@ -402,8 +547,11 @@ def test_refused_arguments(root, tmp_path):
         ValueError, match=r"Unknown 'MSVDD', 'audio'\. Modalities are image, video, visdoc; datasets are"
     ):
         evaluate(looks, root, tmp_path, datasets=["MSVDD"], modalities=["audio"], name="looks")
-    with pytest.raises(ValueError, match="None of the datasets MSVD is of modality image"):
-        evaluate(looks, root, tmp_path, datasets=["MSVD"], modalities=["image"], name="looks")
+    for nothing in ({"datasets": ["MSVD"], "modalities": ["image"]}, {"datasets": []}, {"modalities": []}):
+        with pytest.raises(ValueError, match=r"Of datasets .* and modalities .* none is left\. Leave out"):
+            evaluate(looks, root, tmp_path, name="looks", **nothing)
+    with pytest.raises(ValueError, match="batch_tokens must be 1 or more, got 0"):
+        evaluate(looks, root, tmp_path, name="looks", batch_tokens=0)
     with pytest.raises(ValueError, match="A function cannot be told from another one: pass name"):
         evaluate(looks, root, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -434,15 +582,34 @@ def test_command_line(root, tmp_path, repo, capsys):
     assert "example: python -m btok_hf.evaluation.mmeb --model" in capsys.readouterr().out
 
 
+def test_options_reach_the_model(root, tmp_path, repo, bases, monkeypatch):
+    loaded = []
+    for name in ("BTokSentenceTransformer", "SentenceTransformer"):
+
+        def load(*arguments, name=name, **options):
+            loaded.append((name, *arguments, options))
+            return looks
+
+        monkeypatch.setattr(mmeb, name, load)
+    base = bases["qwen2_vl"]
+    for model, given in ((repo, []), (base, ["--revision", "v1", "--dtype", "bfloat16", "--max-pixels", "3136"])):
+        arguments = ["--model", model, "--data", str(root), "--output", str(tmp_path / Path(model).parent.name)]
+        assert mmeb.main([*arguments, "--datasets", "OK-VQA", *given]) == 0
+    device = str(mmeb._processes().device)
+    default = {"revision": None, "device": device, "model_kwargs": {"dtype": "auto"}, "processor_kwargs": {}}
+    chosen = {"model_kwargs": {"dtype": "bfloat16"}, "processor_kwargs": {"max_pixels": 3136}, "revision": "v1"}
+    assert loaded == [
+        ("BTokSentenceTransformer", repo, default),
+        ("SentenceTransformer", base, {**default, **chosen}),
+    ]
+
+
 # ---------------------------------------------------------------- mteb
 
 
 @pytest.fixture(scope="module")
 def in_mteb(repos):
     """The model as mteb loads it, and how many of its batches held what."""
-    pytest.importorskip("mteb")
-    from btok_hf.evaluation.mteb import mteb_meta
-
     wrapper = mteb_meta(repos["qwen3_vl"]).load_model(device="cpu")
     module, forward = wrapper.model[0], []
     module.register_forward_pre_hook(lambda _, inputs: forward.append(inputs[0]))
@@ -450,9 +617,6 @@ def in_mteb(repos):
 
 
 def test_metadata_for_mteb(repos, bases):
-    pytest.importorskip("mteb")
-    from btok_hf.evaluation.mteb import mteb_meta
-
     meta = mteb_meta(repos["qwen3_vl"])
     assert meta.modalities == ["text", "image", "video"] and meta.name == repos["qwen3_vl"]
     assert meta.embed_dim == 64 and meta.use_instructions and meta.similarity_fn_name == "cosine"
@@ -462,12 +626,6 @@ def test_metadata_for_mteb(repos, bases):
 
 def test_mteb_evaluates_a_local_task_with_its_images(in_mteb):
     wrapper, forward = in_mteb
-    import mteb
-    from datasets import Dataset
-    from mteb.abstasks.retrieval import AbsTaskRetrieval
-    from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
-    from mteb.abstasks.task_metadata import TaskMetadata
-
     texts, images = [f"text {row}" for row in range(6)], [image(60, 60 + 20 * row, row) for row in range(6)]
     similarity = wrapper.model.encode_query(texts) @ wrapper.model.encode_document([{"image": x} for x in images]).T
     best = similarity.argmax(1)
@@ -499,24 +657,59 @@ def test_mteb_evaluates_a_local_task_with_its_images(in_mteb):
     assert sum(len(batch["image_grid_thw"]) for batch in forward if "image_grid_thw" in batch) == len(images)
 
 
-def test_mock_run_of_mteb_encodes_images_and_videos(in_mteb):
-    wrapper, forward = in_mteb
-    import mteb
-    from mteb.mocks import ALL_MOCK_TASK_TEST_GRID
+class Clips(torch.utils.data.Dataset):
+    """Videos in mteb, with what it uses of torchcodec's decoder in place of the decoder, which needs FFmpeg."""
 
+    features = ("video", "text")
+
+    def __init__(self, frames):
+        self.frames = torch.tensor(frames).permute(0, 3, 1, 2)
+        self.metadata = SimpleNamespace(num_frames=len(frames))
+
+    def get_frames_at(self, places):
+        return SimpleNamespace(data=self.frames[places])
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, row):
+        return {"video": self, "text": f"text {row}"}
+
+
+def test_mteb_encodes_videos(in_mteb):
+    """Eight frames of each, all of which the model sees, and the same vectors as without mteb."""
+    wrapper, forward = in_mteb
+    taken = [0, 2, 4, 6, 9, 11, 13, 15]
+    forward.clear()
+    stored = video(16)["array"]
+    found = wrapper.encode(
+        torch.utils.data.DataLoader(Clips(stored), batch_size=2),
+        task_metadata=mteb.get_task("STS12").metadata,
+        hf_split="test",
+        hf_subset="default",
+    )
+    assert [batch["video_grid_thw"][:, 0].tolist() for batch in forward] == [[4, 4]]  # two frames each
+    clip = {**video(8), "array": stored[taken]}
+    expected = wrapper.model.encode([{"video": clip, "text": f"text {row}"} for row in range(2)])
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_mock_run_of_mteb(in_mteb):
+    """Every mock task of texts, images and videos passes; those of videos only where FFmpeg's libraries are."""
+    wrapper, forward = in_mteb
     forward.clear()
     results = mteb.mock_run(wrapper)
-    modalities = {task.metadata.name: set(task.metadata.modalities) for task in ALL_MOCK_TASK_TEST_GRID}
+    tasks = {task.metadata.name: set(task.metadata.modalities) for task in ALL_MOCK_TASK_TEST_GRID}
     failed = {
         name: getattr(results[name], "exception", "not run")
-        for name, kinds in modalities.items()
-        if "audio" not in kinds and not hasattr(results[name], "scores")
+        for name, modalities in tasks.items()
+        if "audio" not in modalities and not hasattr(results[name], "scores")
     }
     assert sum("pixel_values" in batch for batch in forward) >= 15
-    if any("libtorchcodec" in reason for reason in failed.values()):  # no libraries of FFmpeg to decode videos with
-        failed = {name: reason for name, reason in failed.items() if "libtorchcodec" not in reason}
+    without_ffmpeg = {name for name, reason in failed.items() if "Could not load libtorchcodec" in reason}
+    if without_ffmpeg:
+        assert without_ffmpeg == {name for name, kinds in tasks.items() if "video" in kinds and "audio" not in kinds}
     else:
         grids = [batch["video_grid_thw"] for batch in forward if "video_grid_thw" in batch]
-        # Two of the eight frames are one step in time: none is left out.
         assert len(grids) >= 7 and {int(steps) for grid in grids for steps in grid[:, 0]} == {4}
-    assert failed == {}
+    assert set(failed) == without_ffmpeg, failed

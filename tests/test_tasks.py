@@ -4,6 +4,7 @@ import json
 import logging
 import os
 from collections import Counter
+from pathlib import Path
 
 import datasets
 import mmeb_tree
@@ -15,7 +16,8 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from mmeb_tree import frames, image_rows, json_rows, page_rows, parquet, picture, write_dataset
 from PIL import Image
 
-from btok_hf.evaluation.tasks import READERS, TASKS, load_task, read_input
+from btok_hf.evaluation.readers import READERS
+from btok_hf.evaluation.tasks import TASKS, load_task, read_input
 
 ANSWER = (
     "Given a video and a question, select the most accurate answer from the provided candidates. Return only the "
@@ -49,6 +51,17 @@ def test_the_table_is_the_benchmark():
     for info in TASKS.values():
         assert info.metric == ("ndcg_linear@5" if info.modality == "visdoc" else "hit@1")
         assert info.layout in READERS or (info.modality == "visdoc" and info.layout in ("pages", "hashed_pages"))
+    layouts = {"I-CLS": "image_to_label", "I-QA": "image_question", "I-VG": "image_to_image"}
+    to_text, to_image = {"VisualNews_i2t", "MSCOCO_i2t"}, {"CIRR", "NIGHTS", "FashionIQ", "OVEN"}
+    for name, info in TASKS.items():
+        if info.modality == "image":
+            of_text = "image_to_label" if name in to_text else "text_to_image"
+            retrieval = "image_to_image" if name in to_image else of_text
+            assert info.layout == layouts.get(info.meta_task, retrieval), name
+        if info.modality == "visdoc":
+            assert info.layout == ("hashed_pages" if info.meta_task == "VD-VisRAG" else "pages")
+            assert info.query_instruction == "Find a document image that matches the given query:"
+            assert info.candidate_instruction == "Understand the content of the provided document image."
     # Page-level sets: the corrected data, by which models gain over 30 points. ViDoRe V2: all languages.
     assert TASKS["ViDoSeek-page"].repo == "VLM2Vec/ViDoSeek-page-fixed"
     assert TASKS["MMLongBench-page"].repo == "VLM2Vec/MMLongBench-page-fixed"
@@ -279,6 +292,12 @@ def test_classes_of_videos(tmp_path):
     assert asked(load_task("HMDB51", tmp_path)) == [
         "<video> What actions or objects interactions are the person in the video doing?"
     ]
+    assert asked(load_task("UCF101", tmp_path)) == [
+        "<video> What activities or sports are being performed by the person in the video?"
+    ]
+    assert asked(load_task("SmthSmthV2", tmp_path)) == [
+        "<video> What actions or object interactions are being performed by the person in the video?"
+    ]
     meals = "cereal coffee friedegg juice milk pancake salad sandwich scrambledegg tea"
     assert " ".join(sorted(breakfast.candidates)) == meals
     assert len(load_task("K700", tmp_path).candidates) == 700 and len(load_task("UCF101", tmp_path).candidates) == 101
@@ -298,19 +317,43 @@ def test_the_first_thousand_rows_of_smthsmthv2(tmp_path):
 def test_videos_for_a_text(tmp_path):
     scene = ["A man sings. ", "second", "third"]
     for name, file, row, text in (
-        ("MSVD", "msvd.jsonl", {"video_id": "a_0_9", "video": "a_0_9.avi", "caption": scene}, "A man sings. "),
-        ("VATEX", "vatex.jsonl", {"videoID": "a_0_9", "enCap": scene}, "A man sings. "),
-        ("DiDeMo", "didemo.jsonl", {"video": "videos/a_0_9.mp4", "caption": "A man sings."}, "A man sings."),
-        ("MSR-VTT", "msr-vtt.jsonl", {"video_id": "a_0_9", "video": "a_0_9.mp4", "caption": "it rains"}, "it rains"),
-        ("YouCook2", "youcook2-val.jsonl", {"id": "a_0_9", "video_path": "x.mp4", "sentence": "boil"}, "boil"),
+        (
+            "MSVD",
+            "msvd.jsonl",
+            {"video_id": "a_0_9", "video": "a_0_9.avi", "caption": scene},
+            "Find the video snippet that corresponds to the given summary: A man sings. ",
+        ),
+        (
+            "VATEX",
+            "vatex.jsonl",
+            {"videoID": "a_0_9", "enCap": scene},
+            "Select a video that fits the description provided: A man sings. ",
+        ),
+        (
+            "DiDeMo",
+            "didemo.jsonl",
+            {"video": "videos/a_0_9.mp4", "caption": "A man sings."},
+            "Find a video that includes the following described scenes: A man sings.",
+        ),
+        (
+            "MSR-VTT",
+            "msr-vtt.jsonl",
+            {"video_id": "a_0_9", "video": "a_0_9.mp4", "caption": "it rains"},
+            "Find a video that contains the following visual content: it rains",
+        ),
+        (
+            "YouCook2",
+            "youcook2-val.jsonl",
+            {"id": "a_0_9", "video_path": "x.mp4", "sentence": "boil"},
+            "Find a video that demonstrates the following action while making a recipe: boil",
+        ),
     ):
         frames(frames_of(tmp_path, "ret", name) / "a_0_9")
         json_rows(tmp_path, file, [row])
         task = load_task(name, tmp_path)
-        assert asked(task) == [f"{TASKS[name].query_instruction} {text}"] and task.queries[0].candidates is None
+        assert asked(task) == [text] and task.queries[0].candidates is None
         assert list(task.candidates) == ["a_0_9"] == list(task.queries[0].relevance)
         assert original(task.candidates["a_0_9"]) == "<video> Understand the content of the provided video."
-    assert asked(load_task("VATEX", tmp_path)) == ["Select a video that fits the description provided: A man sings. "]
 
 
 def test_frames_of_videos(tmp_path):
@@ -366,6 +409,7 @@ def test_moment_seeker(tmp_path):
         "<video> Find the clip that corresponds to the given sentence and video segment: scene 2",
     ]
     assert [query.id for query in task.queries] == ["0", "1", "3"]
+    assert load_task("MomentSeeker", tmp_path, limit=3).queries == task.queries
     stored = frames_of(tmp_path, "mret", "MomentSeeker")
     assert task.queries[1].input["image"] == str(stored / "query_1.jpg")
     assert task.queries[2].input["video"] == str(stored / "video_frames" / "movie_2")
@@ -409,7 +453,7 @@ def test_grades_and_languages(tmp_path):
         load_task("ViDoRe_esg_reports_v2", tmp_path)
 
 
-def test_pages_that_only_the_corpus_holds_are_written(tmp_path, caplog):
+def test_pages_that_only_the_corpus_holds_are_written(tmp_path, caplog, monkeypatch):
     pages = {key: f"{key}.png" for key in range(40)}
     page_rows(tmp_path, "ViDoSeek-page", {0: "Which?"}, pages, [(0, 39, 1)], stored=True)
     folder = tmp_path / "visdoc-tasks" / "images" / "ViDoSeek-page-fixed"
@@ -422,6 +466,23 @@ def test_pages_that_only_the_corpus_holds_are_written(tmp_path, caplog):
     assert sizes == {(60, 80)} and read_input(task.candidates["7"])["image"].size == (30, 30)
     caplog.clear()
     assert load_task("ViDoSeek-page", tmp_path) == task and not caplog.text
+    # Of two pages with one id the first counts.
+    corpus = tmp_path / "visdoc-tasks" / "data" / "ViDoSeek-page-fixed" / "corpus"
+    rows = mmeb_tree.pq.read_table(corpus).to_pylist()
+    parquet(corpus / "test-00001-of-00002.parquet", [rows[20], {**rows[21], "corpus-id": 20}, *rows[22:]])
+    (folder / "20.png").unlink()
+
+    def interrupted(path, content):
+        with open(path, "wb") as file:
+            file.write(content[:9])
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", interrupted)
+        with pytest.raises(OSError, match="the disk is full"):
+            load_task("ViDoSeek-page", tmp_path)
+    assert len(load_task("ViDoSeek-page", tmp_path).candidates) == 39
+    assert (folder / "20.png").read_bytes() == rows[20]["image"]["bytes"] != rows[21]["image"]["bytes"]
     (folder / "39.png").unlink()
     page_rows(tmp_path, "ViDoSeek-page", {0: "Which?"}, {}, [(0, 39, 1)])
     parquet(

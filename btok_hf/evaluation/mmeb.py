@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -38,8 +39,9 @@ from btok_hf.golden import versions
 from btok_hf.sentence_transformer import BTokSentenceTransformer
 
 ROWS_PER_FILE = 256
-# Of each query, so many candidates are kept: more than any metric looks at.
-RANKING_DEPTH = 100
+# Whole rankings are kept up to so many candidates, beyond that the first 100: metrics look at 10, and whole ones of
+# 10⁵ pages for thousands of queries are gigabytes.
+WHOLE_RANKING, RANKING_DEPTH = 2000, 100
 BLOCK = 2048
 # Media that are decoded ahead of the model.
 DECODED_AHEAD = 8
@@ -58,18 +60,22 @@ def evaluate(
     name=None,
     cache_dir=None,
     metadata=None,
+    eval_task=None,
 ):
     """Score a model on datasets of MMEB-V2, and write a report.
 
     A dataset that is absent or malformed, or that the model fails on, is named in the report; the others go on.
+    A script of several processes should end with `accelerate.PartialState().destroy_process_group()`, because torch
+    aborts some processes at their exit otherwise.
 
     Args:
         model (`SentenceTransformer` or `Callable`): Anything with Sentence-Transformers' `encode`, or a function from
             a list of inputs (dicts of `text`, `image`, `video`, decoded) to an array of shape `(inputs, dimension)`.
         root (`str` or `Path`): Where the datasets are, as `load_task` takes it.
-        output_dir (`str` or `Path`): For `{modality}/{dataset}_score.json` and `_pred.jsonl` (the first 100 names of
-            each ranking, the relevant names and their grades), `report.md`, `report.png` and the leaderboard's
-            `{name}.json`. Belongs to one model and `limit`; the report covers earlier runs in it too.
+        output_dir (`str` or `Path`): For `{modality}/{dataset}_score.json` and `_pred.jsonl` (a line per query: the
+            names of its candidates, best first, the relevant names and their grades; of a query with more than 2,000
+            candidates only the first 100), `report.md`, `report.png`, `leaderboard/{name}.json` and
+            `.eval_results/mmeb-v2.yaml`. Belongs to one model and `limit`; the report covers earlier runs in it too.
         datasets, modalities (`list[str]`, *optional*): Which of the 78 datasets. Default: all.
         limit (`int`, *optional*): Only the first queries of each dataset, to try things out.
         batch_tokens (`int`): About how many tokens a forward pass may take, padding included.
@@ -80,6 +86,8 @@ def evaluate(
         cache_dir (`str` or `Path`, *optional*): Where embeddings are kept, for any number of models. Default:
             `embeddings` in `output_dir`.
         metadata (`dict`, *optional*): For the leaderboard, beside what is known: see `report.leaderboard`.
+        eval_task (`str`, *optional*): Id of the benchmark's task on the Hub, from the `eval.yaml` of its dataset: once
+            all 78 are scored, writes the `.eval_results` to put into the model's repository.
 
     Returns:
         `tuple[dict[str, dict[str, float]], dict[str, str]]`: Scores and errors by dataset.
@@ -90,6 +98,8 @@ def evaluate(
     names = _chosen(datasets, modalities)
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be 1 or more, got {limit}. Leave it out to score every query.")
+    if batch_tokens < 1:
+        raise ValueError(f"batch_tokens must be 1 or more, got {batch_tokens}.")
     is_function = not hasattr(model, "encode")
     if is_function and not name:
         raise ValueError("A function cannot be told from another one: pass name, and change it with the function.")
@@ -138,7 +148,7 @@ def evaluate(
     if state.is_main_process:
         known = {"model_name": name.rsplit("/", 1)[-1], "embedding_dimension": store.dimension}
         known |= {} if is_function else _metadata(model)
-        _report(output_dir, errors, known | (metadata or {}), limit)
+        _report(output_dir, errors, known | (metadata or {}), limit, eval_task)
     return scores, errors
 
 
@@ -157,10 +167,10 @@ def _chosen(datasets, modalities):
     chosen = [
         name
         for name, task in TASKS.items()
-        if (not datasets or name in datasets) and (not modalities or task.modality in modalities)
+        if (datasets is None or name in datasets) and (modalities is None or task.modality in modalities)
     ]
     if not chosen:
-        raise ValueError(f"None of the datasets {', '.join(datasets)} is of modality {', '.join(modalities)}.")
+        raise ValueError(f"Of datasets {datasets} and modalities {modalities} none is left. Leave out one, or both.")
     return chosen
 
 
@@ -260,22 +270,37 @@ def _hash(*parts):
     return blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
+def _inputs(task):
+    """Everything that is encoded for a task, queries first, as (key, what it is, input)."""
+    rows = ((f"query {row} ({query.id!r})", query.input) for row, query in enumerate(task.queries))
+    for label, item in chain(rows, ((f"candidate {name!r}", item) for name, item in task.candidates.items())):
+        try:
+            yield _key(item, task.num_frames), label, item
+        except OSError as error:  # it was there when the task was loaded
+            raise OSError(f"{task.name}, {label}: {error}. Put it back and start again.") from error
+
+
 def _key(item, num_frames):
     """What an input is known by: text, and where its files are, how large and how old."""
     parts = {"text": item.get("text")}
-    for kind in {"image", "video"} & set(item):
-        stat = os.stat(item[kind])
-        parts[kind] = [os.path.abspath(item[kind]), stat.st_size, stat.st_mtime_ns]
+    if "image" in item:
+        parts["image"] = _known_by(item["image"])
     if "video" in item:
-        parts["num_frames"] = num_frames
+        frames = sorted(entry.path for entry in os.scandir(item["video"]))
+        parts |= {"video": [_known_by(path) for path in frames], "num_frames": num_frames}
     return bytes.fromhex(_hash(parts))
+
+
+def _known_by(path):
+    stat = os.stat(path)
+    return [os.path.abspath(path), stat.st_size, stat.st_mtime_ns]
 
 
 @contextmanager
 def _replacing(path):
     """A file to write that takes its place at once when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.tmp")
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # of its own: two runs may share a cache
     with open(draft, "wb") as file:
         yield file
         file.flush()
@@ -341,7 +366,7 @@ class _Encoder:
     def __init__(self, model, prompt, batch_tokens, store, state):
         self.model, self.prompt, self.batch_tokens = model, prompt, batch_tokens
         self.store, self.state = store, state
-        self.tokenizer = getattr(model, "tokenizer", None)
+        self.tokenize = getattr(getattr(model, "tokenizer", None), "tokenize", None)
         images = getattr(getattr(model, "processor", None), "image_processor", None)
         size = getattr(images, "size", None) or {}
         # Pixels of a token and of an image; those of Qwen2-VL where the model has no such image processor.
@@ -352,20 +377,18 @@ class _Encoder:
 
     def encode(self, task):
         """Encode what is missing of a task. Every process must call it, and then synchronise and refresh the store."""
-        rows = {}
-        for row, query in enumerate(task.queries):
-            rows.setdefault(_key(query.input, task.num_frames), (f"query {row} ({query.id!r})", query.input))
-        for name, item in task.candidates.items():
-            rows.setdefault(_key(item, task.num_frames), (f"candidate {name!r}", item))
-        missing = [(key, *row) for key, row in rows.items() if key not in self.store]
-        parts = [missing[start : start + ROWS_PER_FILE] for start in range(0, len(missing), ROWS_PER_FILE)]
-        share = parts[self.state.process_index :: self.state.num_processes]
-        bar = tqdm(
-            total=sum(map(len, share)), desc=task.name, unit="row", disable=not (share and self.state.is_main_process)
-        )
+        missing = {}
+        for key, label, item in _inputs(task):
+            if key not in self.store:
+                missing.setdefault(key, (key, label, item))
+        # Every other row, so that each process gets equally many images, videos and texts.
+        share = [*missing.values()][self.state.process_index :: self.state.num_processes]
+        bar = tqdm(total=len(share), desc=task.name, unit="row", disable=not (share and self.state.is_main_process))
         with bar, ThreadPoolExecutor(DECODED_AHEAD) as pool:
-            for part in share:
-                part.sort(key=lambda row: len(row[2].get("text") or ""))  # for less padding
+            for start in range(0, len(share), ROWS_PER_FILE):
+                part = share[start : start + ROWS_PER_FILE]
+                # Like inputs together: less padding, and many models take no batch of several kinds.
+                part.sort(key=lambda row: (sorted(row[2]), len(row[2].get("text") or "")))
                 vectors = []
                 for batch in self._batches(part, task, pool):
                     labels, items = zip(*batch)
@@ -383,11 +406,13 @@ class _Encoder:
         return self.model.encode(items, batch_size=len(items), prompt=self.prompt, show_progress_bar=False)
 
     def _batches(self, part, task, pool):
-        """Lists of (label, decoded input) within the budget of tokens."""
+        """Lists of (label, decoded input) of one kind within the budget of tokens."""
         batch, longest = [], 0
         for label, item in self._decoded(part, task, pool):
             tokens = self._tokens(item)
-            if batch and max(longest, tokens) * (len(batch) + 1) > self.batch_tokens:
+            if batch and (
+                item.keys() != batch[0][1].keys() or max(longest, tokens) * (len(batch) + 1) > self.batch_tokens
+            ):
                 yield batch
                 batch, longest = [], 0
             batch.append((label, item))
@@ -414,7 +439,7 @@ class _Encoder:
         """About how many tokens an input takes; without a tokenizer three bytes of text are one."""
         tokens = 16  # around the text and the media
         for text in filter(None, (self.prompt, item.get("text"))):
-            tokens += len(self.tokenizer.tokenize(text)) if self.tokenizer else len(text.encode()) // 3
+            tokens += len(self.tokenize(text)) if self.tokenize else len(text.encode()) // 3
         least, most = self.pixels
         if "image" in item:
             tokens += min(max(item["image"].width * item["image"].height, least), most) // self.patch
@@ -429,18 +454,18 @@ class _Encoder:
 
 def _score(task, store, folder):
     """Rank the candidates of each query, and write rankings and scores."""
-    queries = store.vectors([_key(query.input, task.num_frames) for query in task.queries])
+    keys = [key for key, *_ in _inputs(task)]
+    queries, keys = store.vectors(keys[: len(task.queries)]), keys[len(task.queries) :]
     names = list(task.candidates)
-    keys = [_key(item, task.num_frames) for item in task.candidates.values()]
     if all(query.candidates is None for query in task.queries):
         blocks = (store.vectors(keys[start : start + BLOCK]) for start in range(0, len(keys), BLOCK))
-        rankings = [[names[position] for position in row] for row in rank(queries, blocks, RANKING_DEPTH)]
+        rankings = [[names[position] for position in row] for row in rank(queries, blocks, _depth(names))]
     else:
         vectors, places = store.vectors(keys), {name: place for place, name in enumerate(names)}
         rankings = []
         for vector, query in zip(queries, task.queries):
             own = names if query.candidates is None else query.candidates
-            best = rank(vector[None], [vectors[[places[name] for name in own]]], RANKING_DEPTH)[0]
+            best = rank(vector[None], [vectors[[places[name] for name in own]]], _depth(own))[0]
             rankings.append([own[position] for position in best])
     scores = score(rankings, [query.relevance for query in task.queries])
     with _replacing(folder / f"{task.name}_pred.jsonl") as file:
@@ -451,6 +476,10 @@ def _score(task, store, folder):
     # Last: a dataset with a score is done.
     with _replacing(folder / f"{task.name}_score.json") as file:
         file.write(json.dumps(scores, indent=4).encode())
+
+
+def _depth(candidates):
+    return len(candidates) if len(candidates) <= WHOLE_RANKING else RANKING_DEPTH
 
 
 def _name(model):
@@ -466,7 +495,7 @@ def _metadata(model):
     }
 
 
-def _report(output_dir, errors, metadata, limit):
+def _report(output_dir, errors, metadata, limit, eval_task):
     """Report on everything that was scored, in this run and before."""
     name = metadata["model_name"]
     files = {dataset: output_dir / task.modality / f"{dataset}_score.json" for dataset, task in TASKS.items()}
@@ -475,11 +504,17 @@ def _report(output_dir, errors, metadata, limit):
     with _replacing(output_dir / "report.md") as file:
         file.write(text.encode())
     print(f"\n{text}")
-    if limit is None and any(average is not None for average in report.summarise(scores).modalities.values()):
-        with _replacing(output_dir / f"{name}.json") as file:
+    if limit is not None:
+        return  # nothing of this compares with published scores
+    summary = report.summarise(scores)
+    if any(average is not None for average in summary.modalities.values()):
+        with _replacing(output_dir / "leaderboard" / f"{name}.json") as file:
             file.write(json.dumps(report.leaderboard(scores, metadata), indent=4).encode())
         with _replacing(output_dir / "report.png") as file:
             file.write(report.picture(scores, name=name))
+    if eval_task and summary.overall is not None:
+        with _replacing(output_dir / ".eval_results" / "mmeb-v2.yaml") as file:
+            file.write(report.eval_results(scores, task_id=eval_task).encode())
 
 
 # ---------------------------------------------------------------- command line
@@ -533,6 +568,7 @@ def main(arguments=None):
     parser.add_argument("--dtype", default="auto", help="precision to load in (default: the checkpoint's)")
     parser.add_argument("--max-pixels", type=int, help="reduce larger images and frames to this many pixels")
     parser.add_argument("--prompt", help="instruction for every input (default: the model's default)")
+    parser.add_argument("--eval-task", help="id in eval.yaml of the benchmark on the Hub: writes .eval_results")
     parser.add_argument("--cache", help="folder for embeddings (default: embeddings in the output folder)")
     args = parser.parse_args(arguments)
     try:
@@ -554,7 +590,9 @@ def main(arguments=None):
             prompt=args.prompt,
             name=Path(args.model).name,
             cache_dir=args.cache,
+            eval_task=args.eval_task,
         )
+        PartialState().destroy_process_group()  # torch aborts some processes at their exit otherwise
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     return bool(errors)

@@ -216,12 +216,13 @@ def picture(scores, *, name):
     return content.getvalue()
 
 
-def eval_results(scores, *, dataset_id, task_id):
+def eval_results(scores, *, task_id, dataset_id="TIGER-Lab/MMEB-V2"):
     """The overall average as an entry of `.eval_results/`, which a benchmark's leaderboard on the Hub reads.
 
     Args:
         scores (`dict[str, dict[str, float]]`): By dataset; all 78.
-        dataset_id, task_id (`str`): The benchmark's dataset on the Hub, and the id in its `eval.yaml`.
+        task_id (`str`): Id of the benchmark's task, from the `eval.yaml` of its dataset.
+        dataset_id (`str`): The benchmark's dataset on the Hub.
 
     Returns:
         `str`: YAML.
