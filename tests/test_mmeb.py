@@ -17,7 +17,7 @@ import torch
 import yaml
 from conftest import image, video
 from datasets import Dataset
-from mmeb_tree import frames, looks, picture, write_dataset
+from mmeb_tree import frames, looks, page_rows, picture, write_dataset
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 from mteb.abstasks.task_metadata import TaskMetadata
@@ -135,6 +135,22 @@ def test_scores_are_those_computed_by_hand(root, tmp_path, model, repo, kind):
         assert scores[name] == pytest.approx(expected), name
         lines = (tmp_path / TASKS[name].modality / f"{name}_pred.jsonl").read_text("utf-8").splitlines()
         assert [json.loads(line)["prediction"] for line in lines] == rankings, name
+
+
+def test_graded_pages(tmp_path):
+    name = "ViDoRe_esg_reports_human_labeled_v2"
+    page_rows(tmp_path, name, {0: "a"}, {i: f"{i}.png" for i in range(4)}, [(0, 1, 1), (0, 2, 3), (0, 0, 2)])
+
+    def likes(inputs):  # the pages by their width, narrow ones first
+        return [[1, item["image"].width if "image" in item else 0] for item in inputs]
+
+    for i, page in enumerate(sorted(tmp_path.glob("visdoc-tasks/images/*/*.png"))):
+        picture(page, (60 + i, 80))
+    scores, _ = evaluate(likes, tmp_path, tmp_path / "out", datasets=[name], name="likes")
+    line = json.loads((tmp_path / "out" / "visdoc" / f"{name}_pred.jsonl").read_text())
+    assert line == {"prediction": ["0", "1", "2", "3"], "label": ["2", "0", "1"], "rel_scores": [3.0, 2.0, 1.0]}
+    ideal = 3 + 2 / np.log2(3) + 1 / 2
+    assert scores[name]["ndcg_linear@5"] == pytest.approx((2 + 1 / np.log2(3) + 3 / 2) / ideal)
 
 
 def test_long_rankings_are_cut(root, tmp_path, monkeypatch):
@@ -314,11 +330,13 @@ def test_two_processes_share_the_work(tmp_path, uninterrupted):
 # ---------------------------------------------------------------- caches
 
 
-def test_fingerprints_tell_models_apart(repo, repos, model, monkeypatch):
+def test_fingerprints_tell_models_apart(repo, repos, model, monkeypatch, tmp_path):
     known = {fingerprint(model)}
     evaluate_again = BTokSentenceTransformer(repo, device="cpu")
     evaluate_again.encode(["a text", "a longer text"])
     assert fingerprint(evaluate_again) in known
+    copy = shutil.copytree(repo, tmp_path / "copy")
+    assert fingerprint(BTokSentenceTransformer(str(copy), device="cpu")) in known
 
     def add(changed, prompt=None):
         found = fingerprint(changed, prompt)
@@ -366,6 +384,15 @@ def test_no_model_gets_the_embeddings_of_another(root, tmp_path, model, repo):
         evaluate(changed, root, tmp_path / "first", datasets=["ViDoRe_arxivqa"], cache_dir=cache)
     with pytest.raises(ValueError, match=r"another run: .*prompt None"):
         evaluate(model, root, tmp_path / "first", datasets=["ViDoRe_arxivqa"], prompt="Find it.")
+
+
+def test_a_function_is_known_by_its_name(root, tmp_path):
+    arguments = {"datasets": ["OK-VQA"], "cache_dir": tmp_path / "cache"}
+    for name in ("one", "two"):
+        counting, batches = counted(looks)
+        evaluate(counting, root, tmp_path / name, name=name, **arguments)
+        assert sum(map(len, batches)) == 6
+    evaluate(refuse, root, tmp_path / "three", name="two", **arguments)
 
 
 def test_default_prompt_of_the_model(root, tmp_path, repo):
@@ -582,8 +609,8 @@ def test_command_line(root, tmp_path, repo, capsys):
     assert "example: python -m btok_hf.evaluation.mmeb --model" in capsys.readouterr().out
 
 
-def test_options_reach_the_model(root, tmp_path, repo, bases, monkeypatch):
-    loaded = []
+def test_options_of_the_command_line(tmp_path, repo, bases, monkeypatch):
+    loaded, evaluated = [], []
     for name in ("BTokSentenceTransformer", "SentenceTransformer"):
 
         def load(*arguments, name=name, **options):
@@ -591,17 +618,23 @@ def test_options_reach_the_model(root, tmp_path, repo, bases, monkeypatch):
             return looks
 
         monkeypatch.setattr(mmeb, name, load)
-    base = bases["qwen2_vl"]
-    for model, given in ((repo, []), (base, ["--revision", "v1", "--dtype", "bfloat16", "--max-pixels", "3136"])):
-        arguments = ["--model", model, "--data", str(root), "--output", str(tmp_path / Path(model).parent.name)]
-        assert mmeb.main([*arguments, "--datasets", "OK-VQA", *given]) == 0
-    device = str(mmeb._processes().device)
-    default = {"revision": None, "device": device, "model_kwargs": {"dtype": "auto"}, "processor_kwargs": {}}
-    chosen = {"model_kwargs": {"dtype": "bfloat16"}, "processor_kwargs": {"max_pixels": 3136}, "revision": "v1"}
-    assert loaded == [
-        ("BTokSentenceTransformer", repo, default),
-        ("SentenceTransformer", base, {**default, **chosen}),
-    ]
+    monkeypatch.setattr(mmeb, "evaluate", lambda *given, **options: evaluated.append((given, options)) or ({}, {}))
+    base, fixed = bases["qwen2_vl"], ["--data", "in", "--output", "out"]
+    assert mmeb.main(["--model", repo, *fixed]) == 0
+    given = (
+        "--revision v1 --dtype bfloat16 --max-pixels 3136 --modality image,visdoc --datasets MSVD,OK-VQA --limit 7 "
+    )
+    given += "--batch-tokens 99 --prompt Find. --cache kept --eval-task overall"
+    assert mmeb.main(["--model", base, *fixed, *given.split()]) == 0
+    loads = {"revision": None, "device": str(mmeb._processes().device)}
+    loads |= {"model_kwargs": {"dtype": "auto"}, "processor_kwargs": {}}
+    chosen = {"revision": "v1", "model_kwargs": {"dtype": "bfloat16"}, "processor_kwargs": {"max_pixels": 3136}}
+    assert loaded == [("BTokSentenceTransformer", repo, loads), ("SentenceTransformer", base, loads | chosen)]
+    options = dict.fromkeys(("datasets", "modalities", "limit", "prompt", "cache_dir", "eval_task"))
+    options |= {"batch_tokens": 16384, "name": Path(repo).name}
+    chosen = {"datasets": ["MSVD", "OK-VQA"], "modalities": ["image", "visdoc"], "limit": 7, "batch_tokens": 99}
+    chosen |= {"prompt": "Find.", "cache_dir": "kept", "eval_task": "overall", "name": Path(base).name}
+    assert evaluated == [((looks, "in", "out"), options), ((looks, "in", "out"), options | chosen)]
 
 
 # ---------------------------------------------------------------- mteb
@@ -616,12 +649,20 @@ def in_mteb(repos):
     return wrapper, forward
 
 
-def test_metadata_for_mteb(repos, bases):
+def test_metadata_for_mteb(repos, bases, monkeypatch):
     meta = mteb_meta(repos["qwen3_vl"])
     assert meta.modalities == ["text", "image", "video"] and meta.name == repos["qwen3_vl"]
     assert meta.embed_dim == 64 and meta.use_instructions and meta.similarity_fn_name == "cosine"
     with pytest.raises(ValueError, match="has no Bottleneck Tokens"):
         mteb_meta(bases["qwen3_vl"])
+    asked = {}
+    monkeypatch.setattr("btok_hf.evaluation.mteb._Model", lambda name, **options: asked.update(options, name=name))
+    monkeypatch.setattr(
+        "btok_hf.evaluation.mteb.SentenceTransformerEncoderWrapper", lambda *_, **__: SimpleNamespace()
+    )
+    meta = mteb_meta(repos["qwen3_vl"], revision="v1")
+    assert meta.revision == "v1" and meta.load_model(device="cpu").mteb_model_meta.revision == "v1"
+    assert asked == {"name": repos["qwen3_vl"], "revision": "v1", "device": "cpu"}
 
 
 def test_mteb_evaluates_a_local_task_with_its_images(in_mteb):

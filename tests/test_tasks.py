@@ -338,7 +338,7 @@ def test_videos_for_a_text(tmp_path):
         (
             "MSR-VTT",
             "msr-vtt.jsonl",
-            {"video_id": "a_0_9", "video": "a_0_9.mp4", "caption": "it rains"},
+            {"video_id": "a_0.9", "video": "a_0.9.mp4", "caption": "it rains"},
             "Find a video that contains the following visual content: it rains",
         ),
         (
@@ -348,12 +348,13 @@ def test_videos_for_a_text(tmp_path):
             "Find a video that demonstrates the following action while making a recipe: boil",
         ),
     ):
-        frames(frames_of(tmp_path, "ret", name) / "a_0_9")
+        video = "a_0.9" if name == "MSR-VTT" else "a_0_9"  # no suffix
+        frames(frames_of(tmp_path, "ret", name) / video)
         json_rows(tmp_path, file, [row])
         task = load_task(name, tmp_path)
         assert asked(task) == [text] and task.queries[0].candidates is None
-        assert list(task.candidates) == ["a_0_9"] == list(task.queries[0].relevance)
-        assert original(task.candidates["a_0_9"]) == "<video> Understand the content of the provided video."
+        assert list(task.candidates) == [video] == list(task.queries[0].relevance)
+        assert original(task.candidates[video]) == "<video> Understand the content of the provided video."
 
 
 def test_frames_of_videos(tmp_path):
