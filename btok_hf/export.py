@@ -161,14 +161,19 @@ def write_files(output_dir, files):
         path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
+def nearest_existing(folder):
+    """`folder`, or the nearest one above it that exists."""
+    folder = Path(folder).absolute()
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
 def check_writable(output_dir):
     """Raise an `OSError` with a way out if `output_dir` cannot be written to. Leaves nothing behind.
 
     A file is really made and removed, in the folder or, where it does not exist yet, in the nearest one above it:
     permission bits do not tell about read-only mounts.
     """
-    folder = Path(output_dir).absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    existing = nearest_existing(output_dir)
     try:
         with tempfile.NamedTemporaryFile(dir=existing):
             pass

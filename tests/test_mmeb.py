@@ -207,7 +207,8 @@ def test_batches_stay_within_their_tokens(root, tmp_path, repo):
 
 
 def test_tokens_of_an_input(model):
-    estimate = mmeb._Encoder(model, None, 1, None, None)._tokens
+    estimate, prompted = (mmeb._Encoder(model, prompt, 1, None, None)._tokens for prompt in (None, "Find it."))
+    assert prompted({"text": "a"}) == estimate({"text": "a"}) + len("Find it.")  # bytes are tokens here
     pictures = [{"image": image(side, side)} for side in (56, 90, 400)]
     for item in [{}, *pictures, *({"video": video(count)} for count in (2, 8))]:
         for text in ("a", "a longer text"):
@@ -472,6 +473,18 @@ def test_a_replaced_frame_is_encoded_anew(tmp_path):
     assert [item.keys() for batch in batches for item in batch] == [{"video", "text"}]
 
 
+def test_two_runs_may_write_one_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.embeddings"
+    with mmeb._replacing(path) as first:
+        first.write(b"first")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: 0)
+            with mmeb._replacing(path) as second:
+                second.write(b"2nd")
+        assert path.read_bytes() == b"2nd"
+    assert path.read_bytes() == b"first"
+
+
 def test_damaged_embeddings_are_named(tmp_path):
     store = EmbeddingStore(tmp_path / "key")
     keys = [letter.encode() * 16 for letter in LETTERS]
@@ -525,6 +538,21 @@ def test_media_that_vanish_are_named(tmp_path, monkeypatch, name, path, row):
     monkeypatch.setattr(mmeb, "load_task", load)
     _, errors = evaluate(looks, tmp_path, tmp_path / "out", datasets=[name], name="looks")
     assert re.match(rf"{name}, {row}: .*No such file or directory: '.*{path}'\. Put it back", errors[name])
+
+
+def test_a_full_disk_is_named(root, tmp_path, monkeypatch):
+    def full(draft, path, replace=os.replace):
+        if str(path).endswith("_pred.jsonl"):
+            raise OSError("the disk is full")
+        replace(draft, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        scores, errors = evaluate(looks, root, tmp_path, datasets=["OK-VQA", "CIRR"], name="looks")
+    assert (scores, errors) == ({}, {name: f"{name}: the disk is full" for name in ("OK-VQA", "CIRR")})
+    assert not list(tmp_path.rglob("*_score.json"))  # which would say that it is done
+    scores, errors = evaluate(refuse, root, tmp_path, datasets=["OK-VQA", "CIRR"], name="looks")
+    assert errors == {} and len(list(tmp_path.rglob("*_pred.jsonl"))) == len(scores) == 2
 
 
 @pytest.mark.parametrize(

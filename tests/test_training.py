@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -495,6 +496,14 @@ def test_checkpoints_are_rotated_and_damage_is_noticed(repo, tmp_path):
         trainer.train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="there is none at all"):
         checkpointed_trainer(repo, tmp_path / "new").train(resume_from_checkpoint=True)
+
+
+def test_training_starts_where_the_output_folder_is_gone(repo, tmp_path):
+    """With several processes one makes it, perhaps after another one gets there."""
+    trainer = checkpointed_trainer(repo, tmp_path)
+    shutil.rmtree(trainer.args.output_dir)
+    trainer.train()
+    assert len(losses(trainer)) == trainer.state.max_steps
 
 
 def test_a_full_disk_stops_with_a_way_on(repo, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
 from btok_hf.condensation import IGNORED
-from btok_hf.export import check_writable, export_model
+from btok_hf.export import check_writable, export_model, nearest_existing
 from btok_hf.media import is_media_path
 from btok_hf.modeling.modeling_btok import bottleneck_token_ids
 from btok_hf.sentence_transformer import BTokSentenceTransformer, add_adapters_in_fp32, has_adapters
@@ -340,7 +340,8 @@ class CondensationTrainer(SentenceTransformerTrainer):
         trained = [p for p in self.model.parameters() if p.requires_grad]
         saved = trained if has_adapters(self.model[0].model) else self.model.parameters()
         needed = sum(p.numel() * p.element_size() for p in saved) + sum(8 * p.numel() for p in trained)
-        free = shutil.disk_usage(self.args.output_dir).free
+        # The main process makes the folder, perhaps after another one gets here.
+        free = shutil.disk_usage(nearest_existing(self.args.output_dir)).free
         if free < needed:
             raise ValueError(
                 f"A checkpoint needs about {needed / 1e9:.1f} GB, but {self.args.output_dir!r} has "
@@ -358,7 +359,7 @@ class CondensationTrainer(SentenceTransformerTrainer):
         try:
             super()._save_checkpoint(model, trial)
         except Exception as error:
-            free = shutil.disk_usage(folder.parent).free / 1e9
+            free = shutil.disk_usage(nearest_existing(folder)).free / 1e9
             raise RuntimeError(
                 f"{folder} could not be written ({type(error).__name__}: {error}; {free:.1f} GB are free there). The "
                 f"newest whole checkpoint is {newest_whole(folder.parent)}. Free space or name another output_dir, "
