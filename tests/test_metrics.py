@@ -160,7 +160,21 @@ def test_rank_is_a_stable_sort_whatever_the_blocks():
         assert (rank(queries, blocks, 100) == expected[:, :100]).all(), size
         assert (rank(queries, blocks, 700) == expected).all(), size
     assert rank(queries[:2], [candidates[:3]], 100).shape == (2, 3)
-    assert (rank(queries * 1e-3, [candidates * 1e3], 100) == expected[:, :100]).all()
+    lengths = [2.0 ** rng.integers(-60, 60, (len(x), 1)).astype(np.float32) for x in (queries, candidates)]
+    assert (rank(queries * lengths[0], [candidates * lengths[1]], 100) == expected[:, :100]).all()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_neighbouring_similarities(sign):
+    """Similarities a few units of float32's last place apart, and ties among them, above and below zero."""
+    angles = np.random.default_rng(3).uniform(1, 1 + 1e-5, 300)
+    candidates = np.stack([sign * np.cos(angles), np.sin(angles)], 1).astype(np.float32)
+    unit = candidates.astype(float)
+    similarities = (unit[:, 0] / np.linalg.norm(unit, axis=1)).astype(np.float32)
+    assert 50 < len(set(similarities)) < 300
+    expected = np.argsort(-similarities, kind="stable")
+    blocks = [candidates[:100], candidates[100:]]
+    assert (rank(np.array([[1, 0]], np.float32), blocks, 300)[0] == expected).all()
 
 
 def test_zero_similarity_is_one_value():
@@ -196,8 +210,8 @@ def published(model):
     """Scores as from an evaluation."""
     column = PUBLISHED["models"].index(model)
     return {
-        name: {**dict.fromkeys((f"{metric}@{k}" for metric in METRICS for k in (1, 5, 10)), 0.0), "num_data": 1000}
-        | {"num_pred": 1000, TASKS[name].metric: values[column]}
+        name: {**dict.fromkeys((f"{metric}@{k}" for metric in METRICS for k in (1, 5, 10)), 0.0)}
+        | {TASKS[name].metric: values[column], **dict.fromkeys(("num_pred", "num_data"), PUBLISHED["queries"][name])}
         for name, values in PUBLISHED["scores"].items()
     }
 
@@ -209,6 +223,25 @@ def test_published_averages_to_the_printed_digit(model):
     assert summary.missing == []
     for value, printed in zip(ours, PUBLISHED["printed"][model]):
         assert printed is None or f"{100 * value:.1f}" == str(printed)
+
+
+def test_numbers_of_queries_are_those_of_the_published_scores():
+    assert {name: task.queries for name, task in TASKS.items()} == PUBLISHED["queries"]
+    scores = published("Qwen3-VL-Embedding-8B")
+    whole, entry = report.markdown(scores, name="a"), report.eval_results(scores, task_id="overall")
+    picture = report.picture(scores, name="a")
+    assert report.other_counts(scores) == {} and "instead of" not in whole + entry and "comparable" not in whole
+    for name, count in {"MSVD": 669, "NExTQA": 8565}.items():
+        scores[name]["num_data"] = count
+    found = {"MSVD": "669 queries instead of 670", "NExTQA": "8,565 queries instead of 8,564"}
+    assert report.other_counts(scores) == report.other_counts({name: scores[name] for name in found}) == found
+    text = report.markdown(scores, name="a")
+    assert "not comparable with them:\n\n- NExTQA: 8,565 queries instead of 8,564\n- MSVD: 669 queries" in text
+    (entry,) = yaml.safe_load(report.eval_results(scores, task_id="overall"))
+    assert entry["notes"].endswith("; NExTQA has 8,565 queries instead of 8,564; MSVD has 669 queries instead of 670")
+    assert report.picture(scores, name="a") != picture
+    # Of a limited run all datasets have fewer, which the report says at its top.
+    assert "instead of" not in report.markdown(scores, name="a", limit=669)
 
 
 def test_baselines_are_those_of_the_published_scores():

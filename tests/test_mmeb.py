@@ -105,7 +105,10 @@ def test_all_78_datasets(root, tmp_path, capsys):
         for line, query in zip(lines, queries):  # whole rankings
             assert sorted(line["prediction"]) == sorted(query.candidates or candidates)
     text = capsys.readouterr().out
-    assert "[78/78] MMLongBench-doc: ndcg_linear@5" in text and re.search(r"\| Overall .* 78 of 78 \| \d", text)
+    assert re.search(r"\| Overall .* 78 of 78 \| \d", text)
+    # Three queries each, and twenty: other data than the published scores are of.
+    assert re.search(r"\[78/78\] MMLongBench-doc: ndcg_linear@5 \d+\.\d \(3 queries instead of 838\)\n", text)
+    assert "not comparable with them:\n\n- ImageNet-1K: 3 queries instead of 1,000\n" in text
     assert (tmp_path / "out" / "report.md").read_text("utf-8") in text
     board = json.loads((tmp_path / "out" / "leaderboard" / "looks.json").read_text())
     assert [len(part) for part in board["metrics"].values()] == [36, 18, 24]
@@ -231,7 +234,8 @@ def test_all_frames_reach_the_model(tmp_path):
 def test_limit(root, tmp_path, capsys):
     scores, _ = evaluate(looks, root, tmp_path, modalities=["visdoc"], limit=2, name="looks")
     assert len(scores) == 24 and {values["num_data"] for values in scores.values()} == {2}
-    assert "Only the first 2 queries" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "Only the first 2 queries" in text and "instead of" not in text
     assert not list(tmp_path.glob("*.png")) and [path.name for path in tmp_path.glob("*.json")] == ["run.json"]
     with pytest.raises(ValueError, match=r"another run: limit 2 \(now None\)"):
         evaluate(looks, root, tmp_path, modalities=["visdoc"], name="looks")

@@ -144,6 +144,8 @@ def evaluate(
         if state.is_main_process:
             metric = TASKS[dataset].metric
             result = errors.get(dataset) or f"{dataset}: {metric} {100 * scores[dataset][metric]:.1f}"
+            if limit is None and dataset in (counts := report.other_counts(scores)):
+                result += f" ({counts[dataset]})"
             tqdm.write(f"[{number}/{len(names)}] {result}")
     if state.is_main_process:
         known = {"model_name": name.rsplit("/", 1)[-1], "embedding_dimension": store.dimension}

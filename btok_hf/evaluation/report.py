@@ -77,6 +77,22 @@ def summarise(scores):
     )
 
 
+def other_counts(scores):
+    """Which datasets have another number of queries than the published scores are of: those scores do not compare.
+
+    Args:
+        scores (`dict[str, dict[str, float]]`): By dataset.
+
+    Returns:
+        `dict[str, str]`: By dataset, e.g. `3 queries instead of 670`.
+    """
+    return {
+        name: f"{scores[name]['num_data']:,} queries instead of {task.queries:,}"
+        for name, task in TASKS.items()
+        if name in scores and scores[name]["num_data"] != task.queries
+    }
+
+
 def markdown(scores, *, name, errors=None, limit=None):
     """The tables of a report; aligned, so that they can be read on a screen too.
 
@@ -121,6 +137,9 @@ def markdown(scores, *, name, errors=None, limit=None):
         parts.append("Not evaluated:\n\n" + "\n".join(texts))
     if summary.missing:
         parts.append("Groups with a missing dataset have no average.")
+    if limit is None and (counts := other_counts(scores)):
+        lines = "\n".join(f"- {n}: {count}" for n, count in counts.items())
+        parts.append(f"Not the data of the published scores, so not comparable with them:\n\n{lines}")
     if any(n in scores for n in CORRECTED):
         parts.append(f"Data: {' and '.join(CORRECTED)} with corrected pages (`-fixed` on the leaderboard).")
     return "\n\n".join(parts) + "\n"
@@ -210,7 +229,10 @@ def picture(scores, *, name):
         axes.spines[["top", "right"]].set_visible(False)
     axes.set_yticks(range(len(bars)), [model for model, _ in bars])  # of all: they share the axis
     axes.invert_yaxis()
-    figure.supxlabel("* published, on the pages before their correction (data v2.0.0)", fontsize=8)
+    notes = ["* published, on the pages before their correction (data v2.0.0)"]
+    if count := len(other_counts(scores)):
+        notes.append(f"{name}: {count} datasets have another number of queries than the published scores are of")
+    figure.supxlabel("\n".join(notes), fontsize=8)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
     return content.getvalue()
@@ -233,11 +255,12 @@ def eval_results(scores, *, task_id, dataset_id="TIGER-Lab/MMEB-V2"):
     summary = summarise(scores)
     if summary.overall is None:
         raise ValueError(f"There is no overall score to report without {', '.join(summary.missing)}.")
+    counts = "".join(f"; {name} has {count}" for name, count in other_counts(scores).items())
     entry = EvalResultEntry(
         dataset_id=dataset_id,
         task_id=task_id,
         value=round(100 * summary.overall, 2),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        notes="MMEB-V2, mean over 78 datasets (hit@1; linear nDCG@5 for visdoc), corrected pages, btok-hf",
+        notes=f"MMEB-V2, mean over 78 datasets (hit@1; linear nDCG@5 for visdoc), corrected pages, btok-hf{counts}",
     )
     return yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)

@@ -52,6 +52,7 @@ class TaskInfo(NamedTuple):
         query_instruction, candidate_instruction (`str`): Empty where the rows hold them (all of `image`).
         num_frames (`int`, *optional*): Frames of a video; `None`: all that are stored.
         rows (`int`, *optional*): Only the first rows belong to the dataset.
+        queries (`int`): How many queries the published scores are of (VLM2Vec's score files, data v2.0.1).
     """
 
     name: str
@@ -72,6 +73,7 @@ class TaskInfo(NamedTuple):
     candidate_instruction: str
     num_frames: int | None
     rows: int | None
+    queries: int
 
 
 class Query(NamedTuple):
@@ -112,7 +114,7 @@ class Task(NamedTuple):
 def _table():
     with open(Path(__file__).with_name("tasks.csv"), newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            numbers = {key: int(row[key]) if row[key] else None for key in ("num_frames", "rows")}
+            numbers = {key: int(row[key]) if row[key] else None for key in ("num_frames", "rows", "queries")}
             yield TaskInfo(**{**row, **numbers})
 
 
