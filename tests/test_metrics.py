@@ -189,6 +189,7 @@ def test_zero_similarity_is_one_value():
         ([[1, 2], [np.nan, 1], [np.inf, 1]], "embedding of candidate 'b' holds NaN or infinite .*2 of 3 rows"),
         ([[1, 2], [1, 1], [0, 0]], "embedding of candidate 'c' holds nothing but zeros"),
         ([[1, 2], [1, 1]], r"shape \(2, 2\) for candidate 'a' to candidate 'c'"),
+        ([[1, 2]] * 4, r"shape \(4, 2\) for candidate 'a' to candidate 'c'"),
         ([[1, 2, 3]] * 3, r"shape \(3, 3\) .* \(3, 2\) was expected"),
         ([1, 2, 3], r"shape \(3,\)"),
     ],
@@ -250,6 +251,8 @@ def test_baselines_are_those_of_the_published_scores():
         ("Qwen3-VL-Embedding-8B", "Qwen3-VL-Embedding-8B"),
     ):
         assert list(report.PUBLISHED[name][1:]) == PUBLISHED["printed"][model]
+    for _, image, video, visdoc, overall in report.PUBLISHED.values():  # rounded
+        assert overall == pytest.approx((36 * image + 18 * video + 24 * visdoc) / 78, abs=0.1)
 
 
 def test_no_average_over_a_part():
@@ -324,6 +327,25 @@ def test_picture_of_what_is_complete():
     assert whole.startswith(b"\x89PNG") and len(images) < len(whole)
     with pytest.raises(ValueError, match="no average to draw"):
         report.picture({"MSVD": scores["MSVD"]}, name="btok-2b")
+
+
+def test_what_the_picture_shows(monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
+    scores = published("Qwen3-VL-Embedding-8B")
+    for name, task in TASKS.items():  # an average of zero is one, too
+        scores[name][task.metric] *= task.modality != "video"
+    del scores["OVEN"]
+    report.picture(scores, name="btok-2b")
+    (figure,) = drawn
+    assert [axes.get_title() for axes in figure.axes] == ["Video", "VisDoc"]
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    stars = [f"{model}*" if data == "v2.0.0" else model for model, (data, *_) in report.PUBLISHED.items()]
+    assert labels == [*stars, "btok-2b"] and labels[0] == "ColPali-1.3*" and labels[6] == "Qwen3-VL-Embedding-8B"
+    for axes, column, ours in zip(figure.axes, (2, 3), (0, 82.36)):
+        widths = [bar.get_width() for bar in axes.patches]
+        assert widths == pytest.approx([*(row[column] for row in report.PUBLISHED.values()), ours], abs=0.005)
+        assert axes.yaxis_inverted()  # from top to bottom
 
 
 def test_entry_of_eval_results():

@@ -363,8 +363,14 @@ def test_fingerprints_tell_models_apart(repo, repos, model, monkeypatch, tmp_pat
     add(changed)
     changed = BTokSentenceTransformer(repo, device="cpu")
     weights = sorted(changed.state_dict().items())
-    for _, tensor in (*weights[::8], weights[-1]):
-        tensor.view(-1)[-1] += 1
+    for _, tensor in weights[::-8]:
+        tensor.view(-1)[-1] *= -1  # one bit, of the last byte
+        add(changed)
+    parameter = next(changed.parameters())
+    parameter.data = parameter.data.flatten()  # the same bytes
+    add(changed)
+    for kind in ("image_processor", "video_processor"):
+        getattr(changed[0].processor, kind).size = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 9}
         add(changed)
     changed[0].tokenizer.backend_tokenizer.normalizer = Lowercase()
     add(changed)

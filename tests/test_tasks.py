@@ -116,6 +116,10 @@ def test_classes_and_captions_of_images(tmp_path):
     assert asked(load_task("N24News", tmp_path)) == [
         "<image>\nRepresent the given news image with the following caption for domain classification: Rain\nagain \n"
     ]
+    # Only the instructions of questions are stripped. Without a text of its own (None in some rows) a query is these.
+    caption = "<|image_1|>\nFind a caption: "
+    image_rows(tmp_path, "MSCOCO_i2t", [(caption, None, "MSCOCO_i2t/1.jpg", "", ["a dog"], [""])])
+    assert asked(load_task("MSCOCO_i2t", tmp_path)) == ["<image>\nFind a caption: \n"]
 
 
 def test_questions_about_images(tmp_path):
@@ -139,11 +143,12 @@ def test_images_for_a_text(tmp_path):
             (everyday, "man riding", "", given, ["", "", ""], paths),
             # The second of two candidates with one name is not used: its caption is another here.
             (everyday, "a dog", "", "<|image_1|>\nAnother instruction", [" ", " "], paths[1:]),
+            (everyday, "a cat", "", given, [" "], ["MSCOCO_t2i/3.jpg"]),
         ],
     )
     task = load_task("MSCOCO_t2i", tmp_path)
-    assert asked(task) == [f"{everyday} man riding\n", f"{everyday} a dog\n"]
-    assert list(task.candidates) == paths == task.queries[0].candidates
+    assert asked(task) == [f"{everyday} man riding\n", f"{everyday} a dog\n", f"{everyday} a cat\n"]
+    assert list(task.candidates) == [*paths, "MSCOCO_t2i/3.jpg"] and task.queries[0].candidates == paths
     assert {original(item) for item in task.candidates.values()} == {"<image>\nRepresent the given image.\n"}
     assert task.queries[1].candidates == paths[1:] and task.queries[1].relevance == {paths[1]: 1.0}
 
@@ -263,16 +268,17 @@ def test_mvbench_is_twenty_files(tmp_path):
     row = {
         "video": "ZS9XR.mp4",
         "question": "What happened?",
-        "candidates": ["Took it.", "Ate it."],
-        "answer": "Ate it.",
+        "candidates": ["Took it.", "Ate it. "],
+        "answer": "Ate it. ",
     }
-    json_rows(tmp_path, "mvbench/action_sequence.json", [row])
+    json_rows(tmp_path, "mvbench/action_sequence.json", [])
+    (tmp_path / "video-tasks/data/mvbench/action_sequence.json").write_text(json.dumps([row], indent=4))
     frames(frames_of(tmp_path, "qa", "MVBench") / "action_sequence" / "ZS9XR.mp4")
     task = load_task("MVBench", tmp_path)
     query = next(query for query in task.queries if "ZS9XR" in query.input["video"])
     assert original(query.input) == f"<video> {ANSWER}What happened?\nOptions:\n(A) Took it.\n(B) Ate it."
-    assert query.candidates == ["(A) Took it.", "(B) Ate it."] and query.relevance == {"(B) Ate it.": 1.0}
-    assert task.candidates["(B) Ate it."] == {"text": "(B) Ate it."}
+    assert query.candidates == ["(A) Took it.", "(B) Ate it. "] and query.relevance == {"(B) Ate it. ": 1.0}
+    assert task.candidates["(B) Ate it. "] == {"text": "(B) Ate it. "}
     (tmp_path / "video-tasks/data/mvbench/moving_count.json").unlink()
     with pytest.raises(
         FileNotFoundError, match=r"MVBench: no moving_count\.json; .*mvbench holds action_antonym\.json"
@@ -402,6 +408,7 @@ def test_moment_seeker(tmp_path):
     path = tmp_path / "video-tasks" / "data" / "momentseeker_1k6.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[0]["positive_frames"].append(rows[0]["negative_frames"].pop())
+    rows[0]["input_frames"] = None
     json_rows(tmp_path, path.name, [rows[0], rows[1], rows[0], rows[2], rows[1]])
     task = load_task("MomentSeeker", tmp_path)
     assert [original(query.input) for query in task.queries] == [
@@ -635,6 +642,15 @@ def test_a_wrong_root_or_limit_is_refused_at_once(tmp_path, caplog):
         with pytest.raises(ValueError, match=f"limit must be a number of queries above 0, got {limit}"):
             load_task("K700", tmp_path, limit)
     assert len(load_task("K700", tmp_path, limit=99).queries) == 3
+
+
+def test_media_of_two_releases_are_not_mixed(tmp_path):
+    write_dataset(tmp_path, "VOC2007")
+    folder = tmp_path / "image-tasks" / "VOC2007"
+    folder.mkdir()
+    (tmp_path / "image-tasks/MMEB/VOC2007/query_1.jpg").rename(folder / "query_1.jpg")
+    with pytest.raises(FileNotFoundError, match=r"VOC2007, row 1 of .*'VOC2007/query_1\.jpg' is not there"):
+        load_task("VOC2007", tmp_path)
 
 
 def test_absent_media_are_named(tmp_path):

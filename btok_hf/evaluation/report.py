@@ -215,7 +215,8 @@ def picture(scores, *, name):
 
     summary = summarise(scores)
     ours = [*summary.modalities.values(), summary.overall]
-    shown = [(title, column) for column, title in enumerate([*MODALITIES.values(), "Overall"]) if ours[column]]
+    titles = [*MODALITIES.values(), "Overall"]
+    shown = [(title, column) for column, title in enumerate(titles) if ours[column] is not None]
     if not shown:
         raise ValueError("No modality has all its datasets: there is no average to draw.")
     bars = [(f"{model}*" if data == "v2.0.0" else model, averages) for model, (data, *averages) in PUBLISHED.items()]
@@ -229,6 +230,7 @@ def picture(scores, *, name):
         axes.spines[["top", "right"]].set_visible(False)
     axes.set_yticks(range(len(bars)), [model for model, _ in bars])  # of all: they share the axis
     axes.invert_yaxis()
+    figure.suptitle("MMEB-V2: hit@1, for pages linear nDCG@5")
     notes = ["* published, on the pages before their correction (data v2.0.0)"]
     if count := len(other_counts(scores)):
         notes.append(f"{name}: {count} datasets have another number of queries than the published scores are of")
