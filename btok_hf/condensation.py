@@ -59,6 +59,10 @@ class Condensed(NamedTuple):
 class PackedLayout:
     """Which keys each query of a packed row may see: segments, grouped by shape.
 
+    A group is one call of scaled-dot-product attention. Short causal segments are padded to the lengths of `_padded`,
+    so that a ragged batch of texts takes a handful of calls and not one for every pair of lengths; what is padded is
+    masked and dropped. Long ones, and images, are grouped by their exact shape: few differ, and each is worth a call.
+
     Args:
         segments (`list[tuple[int, int, int, int]]`):
             `(query_start, query_length, key_start, key_length)` per segment. Causal attention is aligned at the end:
@@ -68,35 +72,58 @@ class PackedLayout:
     """
 
     def __init__(self, segments, device, causal=True):
-        self.causal = causal
-        shapes = {}
-        for query_start, query_length, key_start, key_length in segments:
-            shapes.setdefault((query_length, key_length), []).append((query_start, key_start))
-        self.groups = []
-        for (query_length, key_length), starts in shapes.items():
-            starts = torch.tensor(starts, device=device)
-            self.groups.append(
-                (
-                    starts[:, :1] + torch.arange(query_length, device=device),
-                    starts[:, 1:] + torch.arange(key_length, device=device),
-                )
-            )
-        # Position in the concatenated group outputs of each packed position.
-        self.order = torch.cat([queries.flatten() for queries, _ in self.groups]).argsort()
+        groups = {}
+        for segment in segments:
+            shape = segment[1], segment[3]
+            groups.setdefault(tuple(map(_padded, shape)) if causal else shape, []).append(segment)
+        self.shapes, self.masks, self.causal = [], [], []  # (segments, queries, keys) of each group, …
+        queries, keys, real = [], [], []
+        for (rows, columns), members in groups.items():
+            query_start, query_length, key_start, key_length = torch.tensor(members).T[..., None]
+            row, column = torch.arange(rows), torch.arange(columns)
+            queries.append((query_start + row.minimum(query_length - 1)).flatten())
+            keys.append((key_start + column.minimum(key_length - 1)).flatten())
+            real.append((row < query_length).flatten())
+            square = bool((query_length == rows).all() and (key_length == columns).all())
+            self.shapes.append((len(members), rows, columns))
+            self.causal.append(causal and square and rows == columns)
+            if square and (not causal or rows == columns):
+                self.masks.append(None)
+                continue
+            mask = (column < key_length)[:, None]
+            if causal:
+                mask = mask & (column <= row[:, None] + (key_length - query_length)[..., None])
+            self.masks.append(mask[:, None].to(device))
+        queries, real = torch.cat(queries), torch.cat(real)
+        kept = real.nonzero()[:, 0]
+        # Where in the outputs of all groups each packed position stands.
+        self.order = kept[queries[kept].argsort()].to(device)
+        self.queries, self.keys = queries.to(device), torch.cat(keys).to(device)
 
     def attend(self, query, key, value, scale):
-        """Attention of `(heads, length, head_dim)` tensors; returns `(length, heads, head_dim)`."""
+        """Attention of `(length, heads, head_dim)` tensors; returns the same shape."""
+        # One gather for all groups: in the backward pass each would fill a gradient of the whole row.
+        queries = query.index_select(0, self.queries).split([n * rows for n, rows, _ in self.shapes])
+        keys, values = (
+            x.index_select(0, self.keys).split([n * columns for n, _, columns in self.shapes]) for x in (key, value)
+        )
         outputs = []
-        for queries, keys in self.groups:
-            q, k, v = (x[:, index].transpose(0, 1) for x, index in ((query, queries), (key, keys), (value, keys)))
-            length, width = q.shape[2], k.shape[2]
-            mask = None
-            if self.causal and length != width:
-                mask = torch.ones(length, width, dtype=torch.bool, device=q.device).tril(width - length)
-            is_causal = self.causal and mask is None
+        for (n, rows, columns), mask, is_causal, q, k, v in zip(
+            self.shapes, self.masks, self.causal, queries, keys, values
+        ):
+            q, k, v = (
+                x.view(n, length, *x.shape[1:]).transpose(1, 2)
+                for x, length in zip((q, k, v), (rows, columns, columns))
+            )
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale)
             outputs.append(out.transpose(1, 2).flatten(0, 1))
-        return torch.cat(outputs)[self.order]
+        return torch.cat(outputs).index_select(0, self.order)
+
+
+def _padded(length):
+    """The length that segments of a similar length share; beyond 128 their own."""
+    step = 8 if length <= 32 else 16 if length <= 64 else 32 if length <= 128 else 1
+    return -(-length // step) * step
 
 
 def _packed_attention(module, query, key, value, attention_mask, scaling=None, packed_layout=None, **kwargs):
@@ -106,8 +133,8 @@ def _packed_attention(module, query, key, value, attention_mask, scaling=None, p
     if kwargs.get("sliding_window"):
         raise ValueError("Packed attention does not support sliding windows: set config.use_sliding_window=False.")
     groups = query.shape[1] // key.shape[1]
-    key, value = (x[0].repeat_interleave(groups, dim=0) for x in (key, value))
-    return packed_layout.attend(query[0], key, value, scaling)[None], None
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    return packed_layout.attend(*(x[0].transpose(0, 1) for x in (query, key, value)), scaling)[None], None
 
 
 def _vision_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **kwargs):
@@ -115,7 +142,7 @@ def _vision_attention(module, query, key, value, attention_mask, scaling=None, c
     bounds = cu_seq_lens_q.tolist()
     segments = [(start, end - start, start, end - start) for start, end in pairwise(bounds) if end > start]
     layout = PackedLayout(segments, query.device, causal=False)
-    return layout.attend(query[0], key[0], value[0], scaling)[None], None
+    return layout.attend(*(x[0].transpose(0, 1) for x in (query, key, value)), scaling)[None], None
 
 
 AttentionInterface.register(VISION_ATTENTION, _vision_attention)

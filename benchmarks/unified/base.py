@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import AutoProcessor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from tasks import CONDENSE, ROOT, WEIGHTS, books, build_base, prepare, training_sets
+from tasks import CONDENSE, ROOT, books, build_base, prepare, training_sets
 
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens
 from btok_hf.training import CondensationConfig, CondensationLoss, CondensationTrainer
@@ -25,8 +25,8 @@ from btok_hf.training.condensation_trainer import CondensationCollator
 # name: size of the backbone, steps and peak learning rate of the base, then of each arm
 SIZES = {
     "small": {
-        "backbone": {"hidden_size": 128, "num_layers": 4, "vision_size": 64, "vocab_size": 6144},
-        "base": {"max_steps": 600, "learning_rate": 1.5e-3},
+        "backbone": {"hidden_size": 128, "num_layers": 4, "vision_size": 64, "vocab_size": 4096},
+        "base": {"max_steps": 3600, "learning_rate": 1.5e-3},
         "arm": {"max_steps": 300, "learning_rate": 1e-3},
     },
     "base": {
@@ -35,7 +35,9 @@ SIZES = {
         "arm": {"max_steps": 5000, "learning_rate": 2e-4},
     },
 }
-BATCH = 128
+BATCH = 128  # of the arms
+BASE_BATCH = 32  # no row is another's negative: smaller batches, more steps
+BASE_WEIGHTS = {"names": 5, "clips": 2, "motion": 2, "pages": 1, "glossary": 2, "figures": 1, "texts": 1}
 
 
 class Plain(CondensationCollator):
@@ -55,12 +57,12 @@ class Generative(CondensationTrainer):
     data_collator_class = Plain
 
 
-def arguments_for(folder, seed, **settings):
+def arguments_for(folder, seed, batch_size=BATCH, **settings):
     """What the base and all arms share."""
     return CondensationConfig(
         output_dir=str(folder),
-        per_device_train_batch_size=BATCH,
-        mini_batch_size=BATCH,
+        per_device_train_batch_size=batch_size,
+        mini_batch_size=batch_size,
         max_target_length=32,
         lr_scheduler_type="cosine",
         warmup_steps=30,
@@ -114,16 +116,17 @@ def make(size, output, max_steps=None):
     args = arguments_for(
         output / size / "base-run",
         seed=0,
+        batch_size=BASE_BATCH,
         # From a text too: a name in any language, and its drawing, begin the same description.
         condense={name: "positive" if name == "texts" else "both" for name in sets},
-        dataset_weights={name: WEIGHTS.get(name, 2) for name in sets},
+        dataset_weights=BASE_WEIGHTS,
         condensation_weight=1.0,
         condensation_mask=False,
         mask_false_negatives=False,
-        save_steps=100,
+        save_steps=250,
         **settings,
     )
-    loss = Generation(model, mini_batch_size=BATCH, condensation_weight=1.0, condensation_mask=False)
+    loss = Generation(model, mini_batch_size=BASE_BATCH, condensation_weight=1.0, condensation_mask=False)
     trainer = Generative(model=model, args=args, train_dataset=sets, loss=loss)
     trainer.train(resume_from_checkpoint=any(Path(args.output_dir).glob("checkpoint-*")) or None)
     model[0].merged().save_pretrained(folder)

@@ -25,15 +25,16 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 from prepare_emoji import build_base, draw, png  # noqa: E402, F401
 
-CATEGORIES = ("Animals & Nature", "Food & Drink", "Activities")
+CATEGORIES = ("Animals & Nature", "Food & Drink", "Smileys & Emotion")
 LANGUAGES = ("en", "de", "fr", "es")
 DRAWING, FIGURE, FRAMES = 56, 112, 4  # pixels a side, pixels a side, frames a clip
 WORDS = 32  # longer captions, questions and definitions are cut
 VARIANTS = 24  # augmented copies of a training drawing
 
-# Pages are set in a fixed-width font on a grid of 7 x 14 pixels, so that a patch of 14 x 14 holds two characters.
-COLUMNS, LINES, GLYPH = 28, 16, (7, 14)
-PAGE_CHARACTERS = COLUMNS * (LINES - 4)
+# Pages are set in a fixed-width font, each line 28 pixels below the last: a patch of 14 x 14 holds two characters, a
+# token four, in reading order.
+COLUMNS, LINES, GLYPH, LEADING = 28, 8, (7, 14), 28
+TITLE_LINES = 2
 BOILERPLATE = "By the end of this section, you will be able to:"
 
 # Each motion and its reversal: the frames of one, backwards, are the other's.
@@ -137,12 +138,12 @@ def wrap(text, limit):
 
 
 def page(title, text):
-    """A document page: the title in bold, an empty line, the text."""
-    image = PILImage.new("L", (COLUMNS * GLYPH[0], LINES * GLYPH[1]), 255)
+    """A document page: the title in bold, below it the text."""
+    image = PILImage.new("L", (COLUMNS * GLYPH[0], LINES * LEADING), 255)
     canvas = ImageDraw.Draw(image)
-    head = wrap(title, 3)
-    for row, line in enumerate([*head, "", *wrap(text, LINES - len(head) - 1)]):
-        canvas.text((0, row * GLYPH[1] + 1), line, fill=0, font=font(row < len(head)))
+    head = wrap(title, TITLE_LINES)
+    for row, line in enumerate([*head, *wrap(text, LINES - len(head))]):
+        canvas.text((0, row * LEADING + 1), line, fill=0, font=font(row < len(head)))
     return image.convert("RGB")
 
 
@@ -189,7 +190,7 @@ def pages(split):
         text, start = " ".join(row["text"].removeprefix(BOILERPLATE).split()), 0
         parts = []
         while start < len(text) and len(parts) < (4 if split == "train" else 1):
-            lines = wrap(text[start : start + PAGE_CHARACTERS * 2], LINES - 4)
+            lines = wrap(text[start : start + COLUMNS * LINES * 2], LINES - TITLE_LINES)
             part = " ".join(lines)
             parts.append(part)
             start += len(part) + 1
