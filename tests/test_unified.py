@@ -47,7 +47,7 @@ def test_a_page_shows_its_title_and_text_on_the_grid(found):
     assert tasks.wrap("a bb ccc " * 20 + "d" * 60, 99)[-1] == "d" * (60 - 2 * tasks.COLUMNS)
     assert max(map(len, tasks.wrap("word " * 100 + "x" * 70, 99))) <= tasks.COLUMNS
     ink = np.asarray(tasks.page("Ab", "cd")) < 128
-    rows = [bool(ink[row * 14 : (row + 1) * 14].any()) for row in range(tasks.LINES)]
+    rows = [bool(ink[row * 14 : (row + 1) * 14].any()) for row in range(2 * tasks.LINES)]
     assert rows == [True, False, True] + [False] * 13
     assert not ink[:, 2 * 7 :].any()  # two characters wide
 

@@ -22,9 +22,12 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from base import SIZES, arguments_for, make
-from tasks import CONDENSE, ROOT, WEIGHTS, prepare, tasks, training_sets
+from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+from tasks import CONDENSE, LANGUAGES, ROOT, WEIGHTS, prepare, tasks, training_sets
 
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model
+from btok_hf.hub_card import CardArguments
+from btok_hf.hub_card.run import card_files
 from btok_hf.training import CondensationTrainer
 
 RESULTS = ROOT / "benchmarks" / "results" / "unified"
@@ -45,6 +48,8 @@ TABLES = {
     "tokens": ["btok-condensation-k1", "btok-condensation", "btok-condensation-k8", "btok-condensation-k16"],
     "weights": ["btok", "btok-condensation-w1", "btok-condensation"],
 }
+EMOJI, BOOKS = "Apache-2.0, Unicode-3.0, MIT: data/emoji/LICENSES.md", "CC-BY-4.0: benchmarks/unified/data/LICENSES.md"
+LICENSES = dict.fromkeys(CONDENSE, BOOKS) | dict.fromkeys(("names", "drawings", "motion", "name-to-drawing"), EMOJI)
 NOISE = 0.5  # of the tokens' first rows, relative to the EOS row: copies would differ by their position alone
 
 
@@ -78,7 +83,25 @@ def _key(item):
     return item if isinstance(item, str) else id(item)
 
 
-def run(arm, seed, size, output, max_steps=None, steps_between=None):
+def evaluator():
+    """The first task, as the card reports it."""
+    task = next(iter(tasks().values()))
+    return InformationRetrievalEvaluator(
+        dict(enumerate(task.queries)),
+        dict(enumerate(task.candidates)),
+        {query: {right} for query, right in enumerate(task.right)},
+        name="name-to-drawing",
+        accuracy_at_k=[1, 10],
+        precision_recall_at_k=[1, 10],
+        mrr_at_k=[len(task.candidates)],
+        ndcg_at_k=[10],
+        map_at_k=[100],
+        batch_size=256,
+        write_csv=False,
+    )
+
+
+def run(arm, seed, size, output, steps_between=None):
     """Train one arm with one seed and write its result, unless that is there."""
     target = RESULTS / size / f"{arm}-s{seed}.json"
     if target.exists():
@@ -89,7 +112,7 @@ def run(arm, seed, size, output, max_steps=None, steps_between=None):
     shutil.rmtree(folder, ignore_errors=True)
     add_bottleneck_tokens(base, folder / "start", num_tokens=num_tokens, noise_std=NOISE, seed=seed)
     model = BTokSentenceTransformer(str(folder / "start"))
-    settings = SIZES[size]["arm"] | ({"max_steps": max_steps} if max_steps else {})
+    settings = SIZES[size]["arm"]
     args = arguments_for(
         folder / "run",
         seed=seed,
@@ -103,6 +126,8 @@ def run(arm, seed, size, output, max_steps=None, steps_between=None):
         **settings,
     )
     started, curve = time.perf_counter(), {0: ranks(model)} if steps_between else {}
+    names = evaluator()
+    before = names(model)
     trainer = CondensationTrainer(model=model, args=args, train_dataset=training_sets(output / "pairs"))
     if steps_between:
         trainer.add_callback(Curve(model, curve, steps_between))
@@ -110,7 +135,18 @@ def run(arm, seed, size, output, max_steps=None, steps_between=None):
     trainer.train()
     trained = time.perf_counter() - trained
     curve[args.max_steps] = ranks(model)
-    export_model(model, folder / "model")
+    command = f"benchmarks/unified/run.py --table {next(t for t in TABLES if arm in TABLES[t])} --size {size}"
+    card = card_files(
+        trainer,
+        CardArguments(
+            model_license="cc-by-4.0", base_license="cc-by-4.0", data_licenses=LICENSES, languages=list(LANGUAGES)
+        ),
+        evaluator=names,
+        before=before,
+        after=names(model),
+        command=command.split(),
+    )
+    export_model(model, folder / "model", files=card)
     shutil.rmtree(folder / "run", ignore_errors=True)
     result = {
         "arm": arm,
@@ -124,7 +160,7 @@ def run(arm, seed, size, output, max_steps=None, steps_between=None):
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
         + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "command": f"python benchmarks/unified/run.py --size {size} (arm {arm}, seed {seed})",
+        "command": f"python {command} (seed {seed})",
         "losses": [
             {key: entry[key] for key in ("step", "loss", "infonce", "condensation") if key in entry}
             for entry in trainer.state.log_history
