@@ -42,7 +42,7 @@ def main():
         print(f"\n=== {title} ({(time.time() - started) / 60:.1f} min so far)", flush=True)
         subprocess.run([sys.executable, *command], check=True, env=environment)
     print(f"\nDone in {(time.time() - started) / 60:.1f} minutes. Search with:")
-    print('  .venv/bin/python examples/search.py "polar bear" --top 5')
+    print('  .venv/bin/python examples/search.py "polar bear" --model runs/emoji/model')
 
 
 def check():

@@ -22,18 +22,20 @@ from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens
 from btok_hf.training import CondensationConfig, CondensationLoss, CondensationTrainer
 from btok_hf.training.condensation_trainer import CondensationCollator
 
-# name: size of the backbone, steps and peak learning rate of the base, then of each arm, which condenses for the first
-# 40 % of its steps (2,000 of 5,000 in the paper's first preset)
+# name: size of the backbone, steps and peak learning rate of the base, of each arm and of the model of the examples.
+# Arms condense for the first 40 % of their steps (2,000 of 5,000 in the paper's first preset).
 SIZES = {
     "small": {
         "backbone": {"hidden_size": 128, "num_layers": 4, "vision_size": 64, "vocab_size": 4096},
         "base": {"max_steps": 3600, "learning_rate": 1.5e-3},
         "arm": {"max_steps": 240, "learning_rate": 1e-3, "condensation_steps": 96},
+        "long": {"max_steps": 800, "learning_rate": 1e-3, "condensation_steps": 320},
     },
     "base": {
         "backbone": {"hidden_size": 768, "num_layers": 12, "vision_size": 384, "vocab_size": 16384},
         "base": {"max_steps": 20000, "learning_rate": 5e-4},
         "arm": {"max_steps": 5000, "learning_rate": 2e-4, "condensation_steps": 2000},
+        "long": {"max_steps": 20000, "learning_rate": 2e-4, "condensation_steps": 8000},
     },
 }
 BATCH = 128  # of the arms

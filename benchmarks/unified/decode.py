@@ -1,9 +1,9 @@
 """What the Bottleneck Tokens keep: text decoded greedily from their keys and values alone, beside the input.
 
-    python benchmarks/unified/decode.py --size small --seed 0      # writes docs/results/small-decoded.png and .md
+    python benchmarks/unified/decode.py --size small --seed 0      # writes runs/unified/small-decoded.png
 
 The decoder does not see the input (`BTokSentenceTransformer.reconstruct`). Shown are inputs that no arm was trained
-on, for the arms whose training condensed; the table counts how often the decoded text begins with the right name.
+on, for the arms whose training condensed; the printed table counts how often the text begins with the right name.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from report import LABELS
+from run import model_folder
 from tasks import DRAWING, ROOT, books, clip, draw, emoji, page, pages, square, strip
 
 from btok_hf import BTokSentenceTransformer
@@ -52,9 +53,8 @@ def main():
     parser.add_argument("--size", default="small")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "unified", help="folder that run.py wrote to")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results")
     options = parser.parse_args()
-    models = {arm: options.runs / options.size / f"{arm}-s{options.seed}" / "model" for arm in ARMS}
+    models = {arm: model_folder(arm, options.seed, options.size, options.runs) for arm in ARMS}
     missing = [str(path) for path in models.values() if not (path / "golden.json").exists()]
     if missing:
         raise SystemExit(f"No models in {', '.join(missing)}: run run.py --table arms first.")
@@ -76,8 +76,7 @@ def main():
         # Captions may hold dollar signs, which matplotlib would read as mathematics.
         right.text(0, 0.5, "\n".join(lines).replace("$", r"\$"), va="center", fontsize=9)
         left.axis("off"), right.axis("off")
-    options.output.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.output / f"{options.size}-decoded.png", dpi=110)
+    figure.savefig(options.runs / f"{options.size}-decoded.png", dpi=110)
 
     lines = [
         f"| decoded text begins with the right name | {' | '.join(LABELS[arm] for arm in ARMS)} |",
@@ -92,7 +91,6 @@ def main():
             ]
             cells.append(f"{100 * np.mean(right):.1f} %")
         lines.append(f"| {title} ({len(names)}) | {' | '.join(cells)} |")
-    (options.output / f"{options.size}-decoded.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

@@ -1,6 +1,6 @@
 """Tables and pictures of the unified benchmark, from the ranks that `run.py` wrote.
 
-    python benchmarks/unified/report.py --size small      # writes docs/results/*.md and *.png
+    python benchmarks/unified/report.py --size small      # fills the tables of docs/results.md; docs/results/*.png
 
 A task's score is its mean reciprocal rank in percent (the share of right choices for the motion task), an arm's score
 the mean over tasks. Two intervals, both at 95 %:
@@ -22,7 +22,7 @@ from scipy.stats import t as student
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from run import ARMS, RESULTS, TABLES
-from tasks import MOTION, ROOT, tasks
+from tasks import ROOT, chance, score, tasks
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -39,19 +39,6 @@ LABELS = {
     "btok-condensation-w1": "λ = 1",
 }
 SAMPLES = 2000
-
-
-def score(name, ranks):
-    """The score of each query, in percent."""
-    ranks = np.asarray(ranks)
-    return 100.0 * (ranks == 1) if name == MOTION else 100.0 / ranks
-
-
-def chance(task):
-    """The expected score of a random order."""
-    if task.choices is not None:
-        return 100 / len(task.choices[0])
-    return 100 * np.mean(1 / np.arange(1, len(task.candidates) + 1))
 
 
 def baseline(task):
@@ -166,7 +153,7 @@ def arm_table(table, results):
 def curves(results, path):
     """Learning curves of the arms, seed by seed where they were taken: the mean over tasks, and the losses."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
-    for arm in TABLES["arms"]:
+    for colour, arm in enumerate(TABLES["arms"]):
         for seed, result in results.get(arm, {}).items():
             if len(result["ranks"]) > 2:
                 steps = sorted(map(int, result["ranks"]))
@@ -174,11 +161,12 @@ def curves(results, path):
                     np.mean([part[0].mean() for part in matrix({seed: result}, [seed], step).values()])
                     for step in steps
                 ]
-                axes[0].plot(steps, means, marker="o", label=f"{LABELS[arm]} (seed {seed})")
+                axes[0].plot(steps, means, f"C{colour}o-", label=f"{LABELS[arm]} (seed {seed})")
                 for axis, key in ((axes[1], "infonce"), (axes[2], "condensation")):
-                    points = [(entry["step"], entry[key]) for entry in result["losses"] if key in entry]
+                    # It is 0 where it is off.
+                    points = [(entry["step"], entry[key]) for entry in result["losses"] if entry.get(key)]
                     if points:
-                        axis.plot(*zip(*points), label=LABELS[arm])
+                        axis.plot(*zip(*points), f"C{colour}")
     for axis, title in zip(axes, ("mean score over tasks", "InfoNCE", "condensation loss (nats a token)")):
         axis.set(xlabel="step", title=title)
         axis.grid(alpha=0.3)
@@ -186,22 +174,31 @@ def curves(results, path):
     figure.savefig(path, dpi=110)
 
 
+def insert(page, name, text):
+    """Put a generated part between its two marks in a page."""
+    before, mark, rest = page.partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition(f"<!-- end of {name} -->")
+    if not (mark and end):
+        raise SystemExit(f"docs/results.md has no marks '<!-- {name} -->' and '<!-- end of {name} -->'. Add them.")
+    return f"{before}{mark}\n{text}\n{end}{after}"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="small")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results")
     options = parser.parse_args()
     results = load(options.size)
     unknown = set(results) - set(ARMS)
     if unknown or not results:
         raise SystemExit(f"{RESULTS / options.size} holds {sorted(unknown) or 'no results'}. Run run.py first.")
-    options.output.mkdir(parents=True, exist_ok=True)
+    document = ROOT / "docs" / "results.md"
+    page = document.read_text("utf-8")
     for table, arms in TABLES.items():
         if len(set(arms) & set(results)) > 1:
-            text = arm_table(table, results)
-            (options.output / f"{options.size}-{table}.md").write_text(text)
-            print(f"## {table}\n\n{text}")
-    curves(results, options.output / f"{options.size}-curves.png")
+            page = insert(page, f"{options.size} {table}", arm_table(table, results))
+    document.write_text(page, "utf-8")
+    (ROOT / "docs" / "results").mkdir(exist_ok=True)
+    curves(results, ROOT / "docs" / "results" / f"{options.size}-curves.png")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python benchmarks/unified/run.py --table arms       # last token, tokens, condensation without and with mask
     python benchmarks/unified/run.py --table tokens     # K = 1, 4, 8, 16
     python benchmarks/unified/run.py --table weights    # condensation weight 0, 1, 5
+    python benchmarks/unified/run.py --table model --seeds 0    # the method trained longer: the model of the examples
 
 All arms start from one generative base (`base.py`) and see the same rows in the same order, seed by seed. A run that
 is done is not repeated, so a command that was killed goes on when it is given again. Each writes one JSON file with
@@ -21,9 +22,9 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from base import SIZES, arguments_for, make
+from base import MODELS, SIZES, arguments_for, make
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
-from tasks import CONDENSE, LANGUAGES, ROOT, WEIGHTS, prepare, tasks, training_sets
+from tasks import CONDENSE, LANGUAGES, ROOT, WEIGHTS, chance, prepare, score, tasks, training_sets
 
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model
 from btok_hf.hub_card import CardArguments
@@ -42,11 +43,13 @@ ARMS = {
     "btok-condensation-k8": (8, WEIGHT, True),
     "btok-condensation-k16": (16, WEIGHT, True),
     "btok-condensation-w1": (4, 1.0, True),
+    "btok-long": (4, WEIGHT, True),
 }
 TABLES = {
     "arms": ["last-token", "btok", "btok-unmasked", "btok-condensation"],
     "tokens": ["btok-condensation-k1", "btok-condensation", "btok-condensation-k8", "btok-condensation-k16"],
     "weights": ["btok", "btok-condensation-w1", "btok-condensation"],
+    "model": ["btok-long"],
 }
 EMOJI, BOOKS = "Apache-2.0, Unicode-3.0, MIT: data/emoji/LICENSES.md", "CC-BY-4.0: benchmarks/unified/data/LICENSES.md"
 LICENSES = dict.fromkeys(CONDENSE, BOOKS) | dict.fromkeys(("names", "drawings", "motion", "name-to-drawing"), EMOJI)
@@ -83,6 +86,35 @@ def _key(item):
     return item if isinstance(item, str) else id(item)
 
 
+def model_folder(arm, seed, size, output):
+    """Where the model of a run is; the one of the examples is kept in the repository."""
+    return MODELS / f"btok-{size}" if arm == "btok-long" else output / size / f"{arm}-s{seed}" / "model"
+
+
+def card_section(ranks):
+    """The model's results by task, for its card."""
+    found = tasks()
+    lines = [
+        "## Unified benchmark",
+        "",
+        "Mean reciprocal rank of one run, in percent (of right choices for motion):",
+        "",
+    ]
+    lines += ["| task | queries | candidates | this model | chance |", "|---|---|---|---|---|"]
+    for name, task in found.items():
+        pool = len(task.choices[0]) if task.choices is not None else len(task.candidates)
+        cells = (
+            f"{len(task.queries):,}",
+            f"{pool:,}",
+            f"{score(name, ranks[name]).mean():.1f}",
+            f"{chance(task):.1f}",
+        )
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(
+        [*lines, "", "Made by `python benchmarks/unified/run.py`; docs/results.md compares the arms.", "", ""]
+    )
+
+
 def evaluator():
     """The first task, as the card reports it."""
     task = next(iter(tasks().values()))
@@ -112,7 +144,7 @@ def run(arm, seed, size, output, steps_between=None):
     shutil.rmtree(folder, ignore_errors=True)
     add_bottleneck_tokens(base, folder / "start", num_tokens=num_tokens, noise_std=NOISE, seed=seed)
     model = BTokSentenceTransformer(str(folder / "start"))
-    settings = SIZES[size]["arm"]
+    settings = SIZES[size]["long" if arm == "btok-long" else "arm"]
     args = arguments_for(
         folder / "run",
         seed=seed,
@@ -146,7 +178,10 @@ def run(arm, seed, size, output, steps_between=None):
         after=names(model),
         command=command.split(),
     )
-    export_model(model, folder / "model", files=card)
+    card["README.md"] = card["README.md"].replace(
+        "## Training\n", card_section(curve[args.max_steps]) + "## Training\n", 1
+    )
+    export_model(model, model_folder(arm, seed, size, output), files=card)
     shutil.rmtree(folder / "run", ignore_errors=True)
     result = {
         "arm": arm,

@@ -380,6 +380,19 @@ def tasks():
     return {task.name: task for task in found}
 
 
+def score(name, ranks):
+    """The score of each query, in percent."""
+    ranks = np.asarray(ranks)
+    return 100.0 * (ranks == 1) if name == MOTION else 100.0 / ranks
+
+
+def chance(task):
+    """The expected score of a random order."""
+    if task.choices is not None:
+        return 100 / len(task.choices[0])
+    return 100 * np.mean(1 / np.arange(1, len(task.candidates) + 1))
+
+
 if __name__ == "__main__":
     for name, rows in training_rows().items():
         size = sum(len(row[key]["bytes"]) for row in rows for key in row if isinstance(row[key], dict))
