@@ -84,16 +84,14 @@ class PackedLayout:
             queries.append((query_start + row.minimum(query_length - 1)).flatten())
             keys.append((key_start + column.minimum(key_length - 1)).flatten())
             real.append((row < query_length).flatten())
-            square = bool((query_length == rows).all() and (key_length == columns).all())
+            exact = bool((query_length == rows).all() and (key_length == columns).all())
             self.shapes.append((len(members), rows, columns))
-            self.causal.append(causal and square and rows == columns)
-            if square and (not causal or rows == columns):
-                self.masks.append(None)
-                continue
-            mask = (column < key_length)[:, None]
-            if causal:
-                mask = mask & (column <= row[:, None] + (key_length - query_length)[..., None])
-            self.masks.append(mask[:, None].to(device))
+            self.causal.append(causal and exact and rows == columns)
+            mask = None
+            if causal and not self.causal[-1]:
+                # Real queries see no padded key: those stand behind the last key.
+                mask = (column <= row[:, None] + (key_length - query_length)[..., None])[:, None].to(device)
+            self.masks.append(mask)
         queries, real = torch.cat(queries), torch.cat(real)
         kept = real.nonzero()[:, 0]
         # Where in the outputs of all groups each packed position stands.
