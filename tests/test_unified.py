@@ -134,3 +134,21 @@ def test_chance_and_baselines(found):
     assert report.baseline(task).tolist() == [1, 1]
     artists = found["drawing → other artist's"]
     assert tasks.score(artists.name, report.baseline(artists)).mean() > 3 * tasks.chance(artists)
+
+
+def test_the_model_of_the_examples_is_what_was_exported_and_finds_things(capsys, monkeypatch):
+    from btok_hf import verify
+
+    monkeypatch.syspath_prepend(str(tasks.ROOT / "examples"))
+    import search
+
+    assert verify(search.MODEL) < 1e-4
+    capsys.readouterr()
+    for query, among in (("pizza", "drawings"), ("hedgehog", "videos"), ("energy", "definitions")):
+        monkeypatch.setattr(sys, "argv", ["search.py", query, "--among", among, "--top", "3"])
+        search.main()
+        hits = capsys.readouterr().out.splitlines()
+        scores = [float(hit.split()[0]) for hit in hits]
+        assert len(hits) == 3 and scores == sorted(scores, reverse=True)
+        if query == "pizza":
+            assert hits[0].endswith("pizza")
