@@ -88,7 +88,8 @@ def _key(item):
 
 def model_folder(arm, seed, size, output):
     """Where the model of a run is; the one of the examples is kept in the repository."""
-    return MODELS / f"btok-{size}" if arm == "btok-long" else output / size / f"{arm}-s{seed}" / "model"
+    kept = (arm, seed) == ("btok-long", 0)  # another seed must not overwrite it
+    return MODELS / f"btok-{size}" if kept else output / size / f"{arm}-s{seed}" / "model"
 
 
 def card_section(ranks):
@@ -167,7 +168,8 @@ def run(arm, seed, size, output, steps_between=None):
     trainer.train()
     trained = time.perf_counter() - trained
     curve[args.max_steps] = ranks(model)
-    command = f"benchmarks/unified/run.py --table {next(t for t in TABLES if arm in TABLES[t])} --size {size}"
+    table = next(name for name, arms in TABLES.items() if arm in arms)
+    command = f"benchmarks/unified/run.py --table {table} --size {size} --seeds {seed}"
     card = card_files(
         trainer,
         CardArguments(
@@ -195,7 +197,7 @@ def run(arm, seed, size, output, steps_between=None):
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
         + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "command": f"python {command} (seed {seed})",
+        "command": f"python {command}",
         "losses": [
             {key: entry[key] for key in ("step", "loss", "infonce", "condensation") if key in entry}
             for entry in trainer.state.log_history
