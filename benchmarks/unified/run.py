@@ -3,6 +3,7 @@
     python benchmarks/unified/run.py --table arms       # last token, tokens, condensation without and with mask
     python benchmarks/unified/run.py --table tokens     # K = 1, 4, 8, 16
     python benchmarks/unified/run.py --table weights    # condensation weight 0, 1, 5
+    python benchmarks/unified/run.py --table throughout # condensation in all steps, without and with mask
     python benchmarks/unified/run.py --table model --seeds 0    # the method trained longer: the model of the examples
 
 All arms start from one generative base (`base.py`) and see the same rows in the same order, seed by seed. A run that
@@ -17,6 +18,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -33,23 +35,36 @@ from btok_hf.training import CondensationTrainer
 
 RESULTS = ROOT / "benchmarks" / "results" / "unified"
 WEIGHT = 5.0  # of condensation, as in the paper
-# name: (K, weight of condensation, mask)
+
+
+class Arm(NamedTuple):
+    num_tokens: int
+    weight: float  # of condensation
+    mask: bool = True
+    throughout: bool = False  # condense in all steps, instead of the first 40 %
+
+
 ARMS = {
-    "last-token": (0, 0.0, True),
-    "btok": (4, 0.0, True),
-    "btok-unmasked": (4, WEIGHT, False),
-    "btok-condensation": (4, WEIGHT, True),
-    "btok-condensation-k1": (1, WEIGHT, True),
-    "btok-condensation-k8": (8, WEIGHT, True),
-    "btok-condensation-k16": (16, WEIGHT, True),
-    "btok-condensation-w1": (4, 1.0, True),
-    "btok-long": (4, WEIGHT, True),
+    "last-token": Arm(0, 0.0),
+    "btok": Arm(4, 0.0),
+    "btok-unmasked": Arm(4, WEIGHT, mask=False),
+    "btok-condensation": Arm(4, WEIGHT),
+    "btok-condensation-k1": Arm(1, WEIGHT),
+    "btok-condensation-k8": Arm(8, WEIGHT),
+    "btok-condensation-k16": Arm(16, WEIGHT),
+    "btok-condensation-w1": Arm(4, 1.0),
+    "btok-throughout-unmasked": Arm(4, 1.0, mask=False, throughout=True),
+    "btok-throughout": Arm(4, 1.0, throughout=True),
+    "btok-long": Arm(4, WEIGHT),
+    "btok-long-throughout": Arm(4, 1.0, throughout=True),
 }
 TABLES = {
     "arms": ["last-token", "btok", "btok-unmasked", "btok-condensation"],
     "tokens": ["btok-condensation-k1", "btok-condensation", "btok-condensation-k8", "btok-condensation-k16"],
     "weights": ["btok", "btok-condensation-w1", "btok-condensation"],
+    "throughout": ["btok", "btok-throughout-unmasked", "btok-throughout"],
     "model": ["btok-long"],
+    "decode": ["btok-long-throughout"],
 }
 EMOJI, BOOKS = "Apache-2.0, Unicode-3.0, MIT: data/emoji/LICENSES.md", "CC-BY-4.0: benchmarks/unified/data/LICENSES.md"
 LICENSES = dict.fromkeys(CONDENSE, BOOKS) | dict.fromkeys(("names", "drawings", "motion", "name-to-drawing"), EMOJI)
@@ -139,13 +154,13 @@ def run(arm, seed, size, output, steps_between=None):
     target = RESULTS / size / f"{arm}-s{seed}.json"
     if target.exists():
         return
-    num_tokens, weight, mask = ARMS[arm]
+    num_tokens, weight, mask, throughout = ARMS[arm]
     base = make(size, output)
     folder = output / size / f"{arm}-s{seed}"
     shutil.rmtree(folder, ignore_errors=True)
     add_bottleneck_tokens(base, folder / "start", num_tokens=num_tokens, noise_std=NOISE, seed=seed)
     model = BTokSentenceTransformer(str(folder / "start"))
-    settings = SIZES[size]["long" if arm == "btok-long" else "arm"]
+    settings = SIZES[size]["long" if "long" in arm else "arm"] | ({"condensation_steps": None} if throughout else {})
     args = arguments_for(
         folder / "run",
         seed=seed,
