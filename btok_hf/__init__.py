@@ -4,6 +4,16 @@ Names are imported on first use, so that `import btok_hf` costs next to nothing.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr__`
+    from btok_hf.bottleneck import add_bottleneck_tokens
+    from btok_hf.condensation import condense
+    from btok_hf.export import export_adapters, export_model
+    from btok_hf.hub import push, verify
+    from btok_hf.media import read_image, read_video
+    from btok_hf.modeling import BTokForEmbedding, BTokOutput
+    from btok_hf.sentence_transformer import BottleneckTransformer, BTokSentenceTransformer
 
 _HOMES = {
     "BTokForEmbedding": "btok_hf.modeling",
@@ -19,7 +29,20 @@ _HOMES = {
     "read_video": "btok_hf.media",
     "verify": "btok_hf.hub",
 }
-__all__ = list(_HOMES)
+__all__ = [  # written out: editors read it too
+    "BTokForEmbedding",
+    "BTokOutput",
+    "BTokSentenceTransformer",
+    "BottleneckTransformer",
+    "add_bottleneck_tokens",
+    "condense",
+    "export_adapters",
+    "export_model",
+    "push",
+    "read_image",
+    "read_video",
+    "verify",
+]
 
 
 def __getattr__(name):

@@ -11,16 +11,21 @@ How it is computed here:
 - Segments of the same shape run as one call of torch's scaled-dot-product attention, on any device.
 - The layout reaches the attention function as a keyword argument, so activation checkpointing recomputes the same
   thing. (A key/value cache would be dropped silently under checkpointing.)
+- Checks, positions and layout are worked out on the CPU, and what they give is copied to the device before the first
+  kernel is queued: on a GPU each look at a value waits for everything queued before it.
 - Target tokens take the positions behind the encoded side's maximum, where generation would put them.
 - The cross-entropy goes through the vocabulary 256 target tokens at a time.
 """
 
+from contextlib import contextmanager
+from functools import wraps
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -39,6 +44,7 @@ ATTENTION = "btok_packed"
 VISION_ATTENTION = "btok_flash_packed"
 MEDIA_KEYS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 GRID_KEYS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+ROW_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", *GRID_KEYS)
 CROSS_ENTROPY_ROWS = 256  # rows of logits alive at once: 256 x 151,936 x 4 bytes = 156 MB
 IGNORED = -100  # label of an unsupervised token, as in transformers
 
@@ -135,11 +141,20 @@ def _packed_attention(module, query, key, value, attention_mask, scaling=None, p
     return packed_layout.attend(*(x[0].transpose(0, 1) for x in (query, key, value)), scaling)[None], None
 
 
-def _vision_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **kwargs):
-    """Attention function of the vision tower: images (or windows) of the same size in one call."""
-    bounds = cu_seq_lens_q.tolist()
-    segments = [(start, end - start, start, end - start) for start, end in pairwise(bounds) if end > start]
-    layout = PackedLayout(segments, query.device, causal=False)
+def _vision_attention(
+    module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, vision_layouts=None, **kwargs
+):
+    """Attention function of the vision tower: images (or windows) of the same size in one call.
+
+    `vision_layouts` is a dict in which the layers of a forward share the layouts of their bounds. It holds the bounds
+    too, so that no other tensor can take their id.
+    """
+    layouts = {} if vision_layouts is None else vision_layouts
+    if id(cu_seq_lens_q) not in layouts:
+        bounds = pairwise(cu_seq_lens_q.tolist())
+        segments = [(start, end - start, start, end - start) for start, end in bounds if end > start]
+        layouts[id(cu_seq_lens_q)] = cu_seq_lens_q, PackedLayout(segments, query.device, causal=False)
+    _, layout = layouts[id(cu_seq_lens_q)]
     return layout.attend(*(x[0].transpose(0, 1) for x in (query, key, value)), scaling)[None], None
 
 
@@ -245,7 +260,8 @@ def condense(model, inputs, target_ids=None, labels=None, *, condensation_mask=T
             (language model), which for every other call is transformers' SDPA, and `"btok_flash_packed"` (vision
             tower), which computes what SDPA does in fewer calls.
         inputs (`Mapping`): What a processor returns for the encoded side: `input_ids`, `attention_mask` and, with
-            media, `mm_token_type_ids`, pixels and grids. Rows may end in the Bottleneck Tokens or lack them.
+            media, `mm_token_type_ids`, pixels and grids. Rows may end in the Bottleneck Tokens or lack them. What
+            lies on the CPU is moved to the model's device, with less waiting than if all of it lay there before.
         target_ids (`torch.LongTensor` of shape `(batch, target_length)`, *optional*):
             Target token ids, right-padded. `None` only embeds.
         labels (`torch.LongTensor` of shape `(batch, target_length)`, *optional*):
@@ -265,25 +281,29 @@ def condense(model, inputs, target_ids=None, labels=None, *, condensation_mask=T
     backbone, head = backbone_and_head(model)
     head = head if lm_head is None else lm_head
     if target_ids is None:
-        target_ids = labels = inputs["input_ids"].new_empty(len(inputs["input_ids"]), 0)
+        target_ids = labels = torch.empty(len(inputs["input_ids"]), 0, dtype=torch.long)
     if labels is None or labels.shape != target_ids.shape or len(target_ids) != len(inputs["input_ids"]):
         raise ValueError(
             f"target_ids and labels must both have shape (batch={len(inputs['input_ids'])}, target_length), got "
             f"{tuple(target_ids.shape)} and {None if labels is None else tuple(labels.shape)}."
         )
+    target_ids, labels = target_ids.cpu(), labels.cpu()
     supervised = labels != IGNORED
     real_target = supervised.flip(1).cummax(1).values.flip(1) if target_ids.shape[1] else supervised
     if target_ids.shape[1]:
         _check_head(head)
-    hidden, ends = _packed_forward(backbone, inputs, target_ids, real_target, condensation_mask)
-
+    packed, ends = _pack(backbone, inputs, target_ids, real_target, condensation_mask)
+    device = packed["input_ids"].device
     num_tokens = len(bottleneck_token_ids(backbone.config))
-    bottleneck = hidden[ends[:, None] + torch.arange(-num_tokens, 0, device=hidden.device)]
-    embeddings = F.normalize(bottleneck.float().mean(1), dim=-1)
-    predictors = (ends[:, None] - 1 + torch.arange(target_ids.shape[1], device=hidden.device))[supervised]
+    bottleneck = (ends[:, None] + torch.arange(-num_tokens, 0)).to(device)
+    predictors = (ends[:, None] - 1 + torch.arange(target_ids.shape[1]))[supervised].to(device)
+    labels = labels[supervised].to(device)
+
+    hidden = _forward(backbone, packed)
+    embeddings = F.normalize(hidden[bottleneck].float().mean(1), dim=-1)
     if len(predictors) == 0:
         return Condensed(embeddings, hidden.new_zeros(0, dtype=torch.float32))
-    return Condensed(embeddings, linear_cross_entropy(hidden[predictors], head, labels[supervised]))
+    return Condensed(embeddings, linear_cross_entropy(hidden[predictors], head, labels))
 
 
 @torch.no_grad()
@@ -306,12 +326,13 @@ def reconstruct(model, inputs, prompt_ids, stop_id, *, max_new_tokens=32, lm_hea
     _check_head(head)
     # A text has no place for media, and the backbone would look for their features.
     placeholders = [backbone.config.image_token_id, backbone.config.video_token_id]
-    ids = torch.tensor([prompt_ids] * len(inputs["input_ids"]), device=inputs["input_ids"].device)
+    ids = torch.tensor([prompt_ids] * len(inputs["input_ids"]))
     for _ in range(max_new_tokens):
-        hidden, ends = _packed_forward(backbone, inputs, ids, torch.ones_like(ids, dtype=torch.bool))
-        logits = hidden[ends - 1 + ids.shape[1]] @ head.T.to(hidden.dtype)
+        packed, ends = _pack(backbone, inputs, ids, torch.ones_like(ids, dtype=torch.bool))
+        hidden = _forward(backbone, packed)
+        logits = hidden[(ends - 1 + ids.shape[1]).to(hidden.device)] @ head.T.to(hidden.dtype)
         logits[:, placeholders] = -torch.inf
-        ids = torch.cat([ids, logits.argmax(1)[:, None]], 1)
+        ids = torch.cat([ids, logits.argmax(1)[:, None].cpu()], 1)
         if (ids[:, len(prompt_ids) :] == stop_id).any(1).all():
             break
     rows = [row[len(prompt_ids) :] for row in ids.tolist()]
@@ -326,20 +347,27 @@ def _check_head(head):
         )
 
 
-def _packed_forward(backbone, inputs, target_ids, real_target, condensation_mask=True):
-    """Last hidden states of all rows behind each other, shape (length, hidden), and where each row's target starts."""
+def _pack(backbone, inputs, target_ids, real_target, condensation_mask=True):
+    """All rows of a batch behind each other: what the backbone is called with, and where each row's target starts.
+
+    `target_ids` and `real_target` lie on the CPU, and so do the starts, shape (batch,).
+    """
+    device = inputs["input_ids"].device
+    if device.type == "cpu":
+        device = backbone.device
     token_ids = bottleneck_token_ids(backbone.config)
-    check_media(backbone.config, inputs["input_ids"], inputs)
+    rows = {key: torch.as_tensor(inputs[key], device="cpu") for key in ROW_KEYS if inputs.get(key) is not None}
+    media = {key: inputs[key] for key in MEDIA_KEYS if inputs.get(key) is not None}
+    check_media(backbone.config, rows["input_ids"], {**media, **rows})
     input_ids, attention_mask, types = end_in_bottleneck(
-        inputs["input_ids"], inputs.get("attention_mask"), token_ids, inputs.get("mm_token_type_ids")
+        rows["input_ids"], rows.get("attention_mask"), token_ids, rows.get("mm_token_type_ids")
     )
-    device = input_ids.device
-    positions = _position_ids(backbone, input_ids, attention_mask, types, inputs)
+    positions = _position_ids(backbone, input_ids, attention_mask, types, rows)
     real = attention_mask.bool()
 
     # Rows behind each other: [encoded side | BToks | target] of the first, of the second, …
     keep = torch.cat([real, real_target], 1)
-    after = positions.masked_fill(~real, -1).amax((0, 2))[:, None] + 1 + torch.arange(target_ids.shape[1]).to(device)
+    after = positions.masked_fill(~real, -1).amax((0, 2))[:, None] + 1 + torch.arange(target_ids.shape[1])
     positions = torch.cat([positions, after.expand(3, -1, -1)], 2)
     prefix_lengths, target_lengths = real.sum(1), real_target.sum(1)
     starts = F.pad((prefix_lengths + target_lengths).cumsum(0), (1, 0))[:-1]
@@ -352,18 +380,59 @@ def _packed_forward(backbone, inputs, target_ids, real_target, condensation_mask
         if target:
             first_key = start + prefix - len(token_ids)
             segments.append((start + prefix, target, first_key, len(token_ids) + target))
+    packed = {
+        "input_ids": torch.cat([input_ids, target_ids], 1)[keep][None].to(device),
+        "position_ids": positions[:, keep][:, None].to(device),
+        "packed_layout": PackedLayout(segments, device),
+        **{key: value.to(device) for key, value in media.items()},
+    }
+    return packed, starts + prefix_lengths
 
+
+def _forward(backbone, packed):
+    """Last hidden states of the packed rows, shape (length, hidden)."""
     # Set for good and not around this call: activation checkpointing looks it up again in the backward pass.
     backbone.language_model.config._attn_implementation = ATTENTION
     backbone.visual.config._attn_implementation = VISION_ATTENTION
-    hidden = backbone(
-        input_ids=torch.cat([input_ids, target_ids], 1)[keep][None],
-        position_ids=positions[:, keep][:, None],
-        use_cache=False,
-        packed_layout=PackedLayout(segments, device),
-        **{key: inputs[key] for key in MEDIA_KEYS if inputs.get(key) is not None},
-    ).last_hidden_state[0]
-    return hidden, starts + prefix_lengths
+    return backbone(**packed, use_cache=False, vision_layouts={}).last_hidden_state[0]
+
+
+@contextmanager
+def remembered_vision(backbone, memory):
+    """Inside, what the vision tower gives is taken from `memory`; if that is empty, it is computed and put there.
+
+    For a frozen tower that sees the same images twice, as in GradCache's two passes.
+
+    Args:
+        backbone (`PreTrainedModel`): The stock backbone.
+        memory (`list`): Outputs in the order of the tower's calls, on the CPU: embeddings and, of Qwen3-VL, the
+            features that go into the first layers.
+    """
+    earlier = iter(list(memory))
+    filling = not memory
+
+    def remember(method):
+        @wraps(method)
+        def call(pixels, *args, **kwargs):
+            if not filling:
+                return tree_map(lambda x: x.to(pixels.device), next(earlier))
+            output = method(pixels, *args, **kwargs)
+            output["last_hidden_state"] = output[
+                "pooler_output"
+            ]  # before merging, four times as large; nobody reads it
+            memory.append(tree_map(lambda x: x.cpu(), output))
+            return output
+
+        return call
+
+    names = ("get_image_features", "get_video_features")
+    for name in names:
+        setattr(backbone, name, remember(getattr(backbone, name)))
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(backbone, name)
 
 
 def dense_condensation_mask(attention_mask, target_mask, num_tokens):

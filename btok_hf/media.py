@@ -1,5 +1,6 @@
 """Reading media, with errors that name the file, instead of failing (or not failing) deep inside a processor."""
 
+import math
 import re
 from pathlib import Path
 
@@ -10,8 +11,14 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tiff", ".webp")
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".wmv", ".flv", ".mkv", ".webm")
 
 
-def read_image(path):
+def read_image(path, max_pixels=None):
     """Read an image file as RGB `PIL.Image.Image`.
+
+    Args:
+        path (`str` or `Path`): The file.
+        max_pixels (`int`, *optional*): What the image is reduced to afterwards. A JPEG is decoded at a half, a quarter
+            or an eighth of its size (libjpeg's scaling, Pillow's `draft`) as long as four times as many pixels are
+            left, so that the reduction that follows still has the last word. Default: the whole image.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -22,6 +29,9 @@ def read_image(path):
         raise FileNotFoundError(f"Image file {str(path)!r} does not exist. Check the path (relative to the cwd?).")
     try:
         with Image.open(path) as image:
+            if max_pixels is not None:
+                scale = min(1.0, (4 * max_pixels / (image.width * image.height)) ** 0.5)
+                image.draft("RGB", (math.ceil(image.width * scale), math.ceil(image.height * scale)))
             return image.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"Image file {str(path)!r} cannot be decoded ({error}). Replace or remove it.") from error

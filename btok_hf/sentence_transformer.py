@@ -6,23 +6,31 @@ condensation loss in the same forward, and errors instead of wrong vectors.
 """
 
 import copy
+import math
 import os
 import reprlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from torch import distributed
+from torch.nn import functional as F
+from tqdm import tqdm
 
 from btok_hf.condensation import condense, reconstruct
 from btok_hf.export import stock_model, untied_head, write_repository
-from btok_hf.media import IMAGE_SUFFIXES, is_media_path, read_image, read_video
+from btok_hf.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_media_path, read_image, read_video
 from btok_hf.modeling.modeling_btok import bottleneck_token_ids, last_positions, load_stock_model
 
 INPUT_KEYS = {"text", "image", "video"}
+# Tokens that one row of `encode`'s batch_size stands for. The default of 32 rows is 2,048 tokens on a CPU, where more
+# only overrun its caches, and 16,384 elsewhere.
+CPU_ROW_TOKENS, ROW_TOKENS = 64, 512
+VIDEO_FRAMES = 8  # that `read_video` keeps
 
 
 class BottleneckTransformer(Transformer):
@@ -132,7 +140,10 @@ class BottleneckTransformer(Transformer):
         if remote or not (is_media_path(text) or (is_media_path(text.replace(" ", "")) and os.path.isfile(text))):
             return text
         is_image = Path(text).suffix.lower() in IMAGE_SUFFIXES
-        return self._check_image(read_image(text)) if is_image else {"video": read_video(text)}
+        return self._check_image(self._read_image(text)) if is_image else {"video": read_video(text)}
+
+    def _read_image(self, path):
+        return read_image(path, self.processor.image_processor.size["longest_edge"])
 
     def _check_media(self, key, value):
         if key == "text":
@@ -142,7 +153,7 @@ class BottleneckTransformer(Transformer):
         if isinstance(value, (list, tuple)) and not (key == "video" and all(map(_is_frame, value))):
             return [self._check_media(key, part) for part in value]
         if isinstance(value, (str, Path)) and not str(value).startswith(("http://", "https://", "data:")):
-            value = read_image(value) if key == "image" else read_video(value)
+            value = self._read_image(value) if key == "image" else read_video(value)
         if value is None:
             raise ValueError(f"'{key}' is None; leave the key out or give it media")
         return self._check_image(value) if key == "image" else value
@@ -157,6 +168,40 @@ class BottleneckTransformer(Transformer):
         if isinstance(image, (np.ndarray, torch.Tensor)) and not np.isfinite(np.asarray(image)).all():
             raise ValueError("image array holds NaN or infinite pixels; clean it")
         return image
+
+    def estimate_tokens(self, item):
+        """About how many tokens an input takes, judged by its size: files are looked into but not decoded.
+
+        Text counts three bytes a token, which is seldom too little. What `preprocess` would refuse counts nothing.
+        """
+        if isinstance(item, (str, Path)):
+            text = str(item)
+            if not is_media_path(text):
+                return len(text.encode("utf-8", "replace")) // 3
+            if Path(text).suffix.lower() in VIDEO_SUFFIXES:
+                return VIDEO_FRAMES // 2 * self._pixel_tokens(math.inf, "video_processor")
+            try:
+                with Image.open(text) as image:
+                    return self._pixel_tokens(image.width * image.height)
+            except (UnidentifiedImageError, OSError, ValueError):
+                return self._pixel_tokens(math.inf)  # remote, or not an image
+        if isinstance(item, Image.Image):
+            return self._pixel_tokens(item.width * item.height)
+        if isinstance(item, (np.ndarray, torch.Tensor)):  # an image has three axes, a video four
+            frames = item.shape[0] if item.ndim == 4 else 1
+            pixels = math.prod(item.shape) // 3 // max(frames, 1)
+            kind = "video_processor" if item.ndim == 4 else "image_processor"
+            return -(-frames // 2) * self._pixel_tokens(pixels, kind)
+        if isinstance(item, dict):
+            media = [value for key, value in item.items() if key not in ("role", "type", "video_metadata")]
+            return sum(map(self.estimate_tokens, media))
+        return sum(map(self.estimate_tokens, item)) if isinstance(item, (list, tuple)) else 0
+
+    def _pixel_tokens(self, pixels, kind="image_processor"):
+        """Tokens of an image, or of two frames, of this many pixels, after the processor's bounds."""
+        processor = getattr(self.processor, kind)
+        bounded = min(max(pixels, processor.size["shortest_edge"]), processor.size["longest_edge"])
+        return bounded // (processor.patch_size * processor.merge_size) ** 2
 
     def forward(self, features, **kwargs):
         target_ids, labels = features.get("target_ids"), features.get("target_labels")
@@ -214,6 +259,11 @@ class BottleneckTransformer(Transformer):
 class BTokSentenceTransformer(SentenceTransformer):
     """A `SentenceTransformer` made of one `BottleneckTransformer`: the model that `CondensationTrainer` trains.
 
+    `encode` is that of Sentence-Transformers, with the same arguments and results, but batches are filled to a number
+    of tokens and not of rows: many short inputs run together, and few long ones. `batch_size` is that number in rows
+    of 64 tokens on a CPU and of 512 elsewhere; an input that is longer than all of them runs alone. A background
+    thread preprocesses a batch while the one before it is computed.
+
     Args:
         model_name_or_path (`str`): Local folder or Hub id of a repository with Bottleneck Tokens, as written by
             `add_bottleneck_tokens` or `export_model`; also a checkpoint that holds only adapters.
@@ -257,6 +307,62 @@ class BTokSentenceTransformer(SentenceTransformer):
             truncate_dim=truncate_dim or saved.get("truncate_dim"),
         )
 
+    @torch.inference_mode()
+    def _inference(
+        self,
+        inputs,
+        *,
+        prompt,
+        batch_size,
+        show_progress_bar,
+        output_value,
+        save_to_cpu,
+        normalize_embeddings,
+        truncate_dim,
+        device=None,
+        **kwargs,
+    ):
+        """What `encode` calls once its arguments are checked, in worker processes too."""
+        if output_value != "sentence_embedding":  # all features of each row, padded
+            return super()._inference(
+                inputs,
+                prompt=prompt,
+                batch_size=batch_size,
+                show_progress_bar=show_progress_bar,
+                output_value=output_value,
+                save_to_cpu=save_to_cpu,
+                normalize_embeddings=normalize_embeddings,
+                truncate_dim=truncate_dim,
+                device=device,
+                **kwargs,
+            )
+        device = self._resolve_inference_device(device)
+        self.eval()
+        if not inputs:
+            return torch.tensor([], device=device)
+        around = self[0].estimate_tokens(prompt or "") + len(bottleneck_token_ids(self[0].config)) + 4
+        longest = self.max_seq_length or math.inf
+        tokens = [min(around + self[0].estimate_tokens(item), longest) for item in inputs]
+        batches = _batches(tokens, batch_size * (CPU_ROW_TOKENS if device.type == "cpu" else ROW_TOKENS))
+
+        def preprocess(batch):
+            return self.preprocess([inputs[index] for index in batch], prompt=prompt, **kwargs)
+
+        embeddings = []
+        # At its end, in whatever way, the executor waits for the batch in work: no thread is left behind.
+        with ThreadPoolExecutor(1) as thread:
+            features = preprocess(batches[0])
+            for number in tqdm(range(1, len(batches) + 1), desc="Batches", disable=not show_progress_bar):
+                ahead = thread.submit(preprocess, batches[number]) if number < len(batches) else None
+                # Features stay on the CPU: `condense` moves what the device needs, once nothing is left to check.
+                rows = self(features, **kwargs)["sentence_embedding"][:, :truncate_dim]
+                rows = F.normalize(rows, dim=1) if normalize_embeddings else rows
+                embeddings.append(rows.cpu() if save_to_cpu else rows)
+                features = ahead.result() if ahead else None
+        order = torch.tensor([index for batch in batches for index in batch])
+        embeddings = torch.cat(embeddings)
+        return embeddings[order.argsort().to(embeddings.device)]
+
     def reconstruct(self, inputs, *, prompt=None, max_new_tokens=32):
         """The text that each input's Bottleneck Tokens hold, decoded without a look at the input (`reconstruct`).
 
@@ -292,6 +398,18 @@ class BTokSentenceTransformer(SentenceTransformer):
             raise ValueError("Weights are saved as safetensors only: leave safe_serialization at True.")
         weights = self[0].model if has_adapters(self[0].model) else self[0].merged()
         write_repository(path, weights, self[0].processor, model=self)
+
+
+def _batches(tokens, budget):
+    """Indices of inputs in batches of at most `budget` tokens, longest inputs first; one that is longer is alone."""
+    batches, room = [], 0
+    for index in sorted(range(len(tokens)), key=tokens.__getitem__, reverse=True):
+        if not batches or tokens[index] > room:
+            batches.append([])
+            room = budget
+        batches[-1].append(index)
+        room -= tokens[index]
+    return batches
 
 
 def add_adapters_in_fp32(backbone, peft_config):

@@ -65,9 +65,16 @@ def build_base(
     vision_size=64,
     patch_size=SIZE // 4,
     pixels=(SIZE * SIZE, SIZE * SIZE),
+    max_length=512,
+    text_config=None,
+    vision_config=None,
+    dtype=torch.float32,
     seed=0,
 ):
-    """Write a random Qwen2-VL with a tokenizer trained on `texts`, for images between the numbers of `pixels`."""
+    """Write a random Qwen2-VL with a tokenizer trained on `texts`, for images between the numbers of `pixels`.
+
+    `text_config` and `vision_config` change or add entries of the two configurations.
+    """
     bpe = ByteLevelBPETokenizer(add_prefix_space=False)
     # Room for the special tokens and spare rows, as in the real checkpoints.
     bpe.train_from_iterator(texts, vocab_size=vocab_size - 64, min_frequency=2, show_progress=False)
@@ -76,7 +83,7 @@ def build_base(
     merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges)
     tokenizer.add_tokens(SPECIAL_TOKENS, special_tokens=True)
-    tokenizer.pad_token, tokenizer.eos_token, tokenizer.model_max_length = "<|endoftext|>", "<|im_end|>", 512
+    tokenizer.pad_token, tokenizer.eos_token, tokenizer.model_max_length = "<|endoftext|>", "<|im_end|>", max_length
     ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)))
     config = Qwen2VLConfig(
         text_config={
@@ -86,7 +93,7 @@ def build_base(
             "num_hidden_layers": num_layers,
             "num_attention_heads": hidden_size // 32,
             "num_key_value_heads": hidden_size // 64,
-            "max_position_embeddings": 512,
+            "max_position_embeddings": max_length,
             "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0},
             "bos_token_id": ids["<|endoftext|>"],
             "eos_token_id": ids["<|im_end|>"],
@@ -94,6 +101,7 @@ def build_base(
             "tie_word_embeddings": True,
             # 1 / sqrt(fan-in): at 0.02 a model this narrow stays on the plateau for long.
             "initializer_range": hidden_size**-0.5,
+            **(text_config or {}),
         },
         vision_config={
             "depth": 2,
@@ -103,6 +111,7 @@ def build_base(
             "mlp_ratio": 3,
             "patch_size": patch_size,
             "initializer_range": vision_size**-0.5,
+            **(vision_config or {}),
         },
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
@@ -112,7 +121,7 @@ def build_base(
         initializer_range=hidden_size**-0.5,
     )
     torch.manual_seed(seed)
-    model = Qwen2VLForConditionalGeneration(config)
+    model = Qwen2VLForConditionalGeneration(config).to(dtype)
     size = {"shortest_edge": pixels[0], "longest_edge": pixels[1]}
     processor = Qwen2VLProcessor(
         Qwen2VLImageProcessor(patch_size=patch_size, size=size),

@@ -1,13 +1,23 @@
 """The packed condensation forward against the definition: a dense mask, full logits, padded batches."""
 
+from unittest.mock import patch
+
 import pytest
 import tiny
 import torch
 from conftest import image, video
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-from btok_hf.condensation import condense, dense_condensation_mask, linear_cross_entropy, reconstruct
+from btok_hf.condensation import (
+    PackedLayout,
+    _forward,
+    condense,
+    dense_condensation_mask,
+    linear_cross_entropy,
+    reconstruct,
+)
 from btok_hf.modeling.modeling_btok import last_positions
 
 TARGETS = ["a cat", "", "two dogs and a tree", "x"]
@@ -177,9 +187,6 @@ def test_query_reaches_the_target_only_through_the_bottleneck(repo):
 
 def model_attention_without_query(num_tokens):
     """A context in which the Bottleneck Tokens see only themselves; all else is as laid out."""
-    from unittest.mock import patch
-
-    from btok_hf.condensation import PackedLayout
 
     class Blind(PackedLayout):
         def __init__(self, segments, device):
@@ -212,6 +219,45 @@ def test_target_continues_at_the_maximum_position(repos):
     positions = seen["positions"][:, 0]
     assert positions[:, prefix].eq(positions[:, :prefix].max() + 1).all()
     assert positions[0, :prefix].max() > positions[0, prefix - 1]  # the case is not trivial
+
+
+class Looks(TorchDispatchMode):
+    """Counts operations whose result the host has to wait for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += any(word in str(function) for word in ("_local_scalar_dense", "nonzero", "masked_select"))
+        return function(*args, **(kwargs or {}))
+
+
+def test_forward_of_packed_text_looks_at_no_value(repo):
+    """On a GPU every look waits for all that is queued: the layout has to be complete before."""
+    processor, model = AutoProcessor.from_pretrained(repo), AutoModel.from_pretrained(repo).eval()
+    inputs = process(processor, rows("text"))
+    with torch.no_grad(), Looks() as whole:
+        condense(model, inputs)
+    looks = []
+
+    def watched(backbone, packed):
+        with Looks() as mode:
+            hidden = _forward(backbone, packed)
+        looks.append(mode.count)
+        return hidden
+
+    with torch.no_grad(), patch("btok_hf.condensation._forward", watched):
+        condense(model, inputs)
+    assert looks == [0] and whole.count > 0
+
+
+def test_layers_of_the_vision_tower_share_their_layouts(repos):
+    """One for the language model and, per kind of bounds, one for all layers of the tower."""
+    for backbone, kinds in (("qwen2_vl", 1), ("qwen2_5_vl", 2), ("qwen3_vl", 1)):
+        processor, model = AutoProcessor.from_pretrained(repos[backbone]), AutoModel.from_pretrained(repos[backbone])
+        inputs = process(processor, rows("image"))
+        with torch.no_grad(), patch("btok_hf.condensation.PackedLayout", wraps=PackedLayout) as made:
+            condense(model, inputs)
+        assert made.call_count == 1 + kinds, backbone
 
 
 def test_ordinary_calls_are_unchanged_after_condense(repo):

@@ -1,5 +1,6 @@
 """What a user meets first: installation, imports, the README."""
 
+import ast
 import re
 import shutil
 import subprocess
@@ -59,7 +60,10 @@ def test_wheel_holds_every_package_and_imports_without_the_checkout(tmp_path):
 
 def test_the_package_imports_nothing_heavy_until_asked():
     code = (
-        "import sys, btok_hf; assert not {'torch', 'transformers'} & set(sys.modules); print(len(btok_hf.__all__))\n"
+        "import sys, btok_hf\n"
+        "heavy = {'torch', 'transformers', 'sentence_transformers', 'numpy', 'PIL'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "print(len(btok_hf.__all__))\n"
         "assert set(btok_hf.__all__) <= set(dir(btok_hf))\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -68,6 +72,14 @@ def test_the_package_imports_nothing_heavy_until_asked():
         assert callable(getattr(btok_hf, name))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = btok_hf.nothing
+
+
+def test_editors_see_the_names_where_they_are_imported_from():
+    tree = ast.parse(Path(btok_hf.__file__).read_text("utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.name: node.module for node in block.body for alias in node.names}
+    assert block.test.id == "TYPE_CHECKING" and seen == btok_hf._HOMES
+    assert sorted(btok_hf.__all__) == sorted(seen)
 
 
 def test_remote_code_is_flat_and_imports_torch_and_transformers_only():

@@ -1,6 +1,7 @@
 """One repository, every loader, the same vectors; and inputs that are refused."""
 
 import os
+import threading
 import warnings
 from pathlib import Path
 
@@ -244,6 +245,120 @@ def test_export_keeps_the_head_and_every_tensor(tmp_path, untied):
     assert before.state_dict().keys() == after.state_dict().keys()
     for name, tensor in before.state_dict().items():
         assert torch.equal(after.state_dict()[name], tensor), name
+
+
+def test_large_jpegs_are_decoded_at_a_reduced_size(loaded, tmp_path):
+    """With at least four times the pixels that the model takes, and next to the same vector."""
+    model = loaded["wrapper"]
+    limit = model[0].processor.image_processor.size["longest_edge"]
+    page = image(20, 15).resize((1600, 1200), Image.Resampling.BICUBIC)
+    page.save(tmp_path / "large.jpg", quality=95)
+    page.save(tmp_path / "large.png")
+    page.resize((170, 128)).save(tmp_path / "small.jpg")
+    sizes = {name: model[0]._read_path(str(tmp_path / name)).size for name in ("large.jpg", "large.png", "small.jpg")}
+    assert sizes == {"large.jpg": (400, 300), "large.png": (1600, 1200), "small.jpg": (170, 128)}
+    assert 400 * 300 >= 4 * limit > 200 * 150
+    assert model[0]._check_media("image", tmp_path / "large.jpg").size == (400, 300)
+    reduced, whole = model.encode([str(tmp_path / "large.jpg"), Image.open(tmp_path / "large.jpg")])
+    assert reduced @ whole > 0.999
+
+
+# ---------------------------------------------------------------- batches
+
+
+def watched(model, monkeypatch):
+    """Lists that grow with each forward: its number of rows, and its number of tokens."""
+    rows, tokens, forward = [], [], model.forward
+
+    def count(features, **kwargs):
+        rows.append(len(features["input_ids"]))
+        tokens.append(int(features["attention_mask"].sum()))
+        return forward(features, **kwargs)
+
+    monkeypatch.setattr(model, "forward", count)
+    return rows, tokens
+
+
+def test_ragged_mixture_is_batched_by_tokens_and_comes_back_in_order(loaded, mp4, monkeypatch):
+    """Whatever the batches, the vectors are those of inputs encoded alone."""
+    model = loaded["wrapper"]
+    mixture = ["a", "several words " * 60, "a longer text " * 20, image(300, 200), {"video": video(6, 64)}]
+    mixture += [f"word {index}" for index in range(12)] + [image(30 + 20 * index, 60) for index in range(4)]
+    mixture += [{"image": [image(40, 60), image(120, 56)], "text": "which"}, mp4, "middling text " * 5]
+    expected = np.concatenate([model.encode([item]) for item in mixture])
+    rows, tokens = watched(model, monkeypatch)
+    for batch_size in (1, 4, 32):
+        del rows[:], tokens[:]
+        assert np.abs(model.encode(mixture, batch_size=batch_size) - expected).max() <= TOLERANCE
+        assert sum(rows) == len(mixture)
+        budget = 64 * batch_size
+        # The tokenizer makes a token of each byte, three times what is estimated.
+        assert all(count <= 3 * budget for row, count in zip(rows, tokens) if row > 1)
+        if batch_size == 1:
+            assert rows[0] == 1 and max(rows) > 1  # long ones are alone, and short ones together
+    assert len(rows) == 1
+    tensor = model.encode(mixture, convert_to_tensor=True, batch_size=4)
+    assert torch.is_tensor(tensor) and np.abs(tensor.numpy() - expected).max() <= TOLERANCE
+    assert model.encode([]).shape == (0,) and model.encode("a").shape == (64,)
+
+
+def test_estimated_tokens_of_media_are_those_of_the_processor(repo, tmp_path):
+    module = BTokSentenceTransformer(repo, device="cpu")[0]
+    image(300, 100).save(tmp_path / "wide.png")
+    clip = video(6, 64)
+    for item, size in (
+        (image(10, 10), 1),
+        (image(56, 84), 6),
+        (str(tmp_path / "wide.png"), 16),
+        ({"image": [image(56, 84), np.zeros((84, 56, 3))], "text": "nine letters"}, 16),
+        ([{"role": "user", "content": [{"type": "image", "image": image(56, 84)}]}], 6),
+        ({"video": clip}, 3 * (64 * 64 // 28**2)),
+    ):
+        assert module.estimate_tokens(item) == size
+    assert module.estimate_tokens("missing.png") == module.estimate_tokens(image(1000, 1000)) == 16
+    for wrong in (None, 3, "", {}):
+        assert module.estimate_tokens(wrong) == 0
+
+
+def test_next_batch_is_preprocessed_while_one_is_computed(repo, monkeypatch):
+    model = BTokSentenceTransformer(repo, device="cpu")
+    texts = ["long " * 60, "shorter " * 30, "short"]
+    started, forward, preprocess = threading.Event(), model.forward, model.preprocess
+
+    def waits(features, **kwargs):
+        assert last[0] or started.wait(60), "nothing was preprocessed meanwhile"
+        started.clear()
+        return forward(features, **kwargs)
+
+    def tells(inputs, **kwargs):
+        last[0] = texts[-1] in inputs
+        if inputs != texts[:1]:
+            started.set()
+        return preprocess(inputs, **kwargs)
+
+    last = [False]
+    monkeypatch.setattr(model, "forward", waits)
+    monkeypatch.setattr(model, "preprocess", tells)
+    assert model.encode(texts, batch_size=1).shape == (3, 64)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_failures_leave_no_thread_behind(repo, monkeypatch, error):
+    model = BTokSentenceTransformer(repo, device="cpu")
+    threads = threading.active_count()
+    # In a later batch, which the thread preprocesses: the words are those of the first.
+    with pytest.raises(FileNotFoundError, match=r"Input 'missing.png': .*does not exist"):
+        model.encode(["long " * 60, "missing.png"], batch_size=1)
+    with pytest.raises(ValueError, match=r"Input \{'picture': 'x'\}: unknown keys"):
+        model.encode(["long " * 60, {"picture": "x"}], batch_size=1)
+
+    def fails(features, **kwargs):
+        raise error("stop")
+
+    monkeypatch.setattr(model, "forward", fails)
+    with pytest.raises(error, match="stop"):
+        model.encode(["long " * 60, "middling " * 20, "short"], batch_size=1)
+    assert threading.active_count() == threads
 
 
 # ---------------------------------------------------------------- too long

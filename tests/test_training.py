@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from conftest import image
+from conftest import image, video
 from datasets import Dataset, Features, Image, Value
 from packaging.version import Version
 from peft import LoraConfig
@@ -170,7 +170,9 @@ def test_copies_of_the_right_answer_are_no_negatives(repo, mini_batch_size):
         return loss.infonce, named_gradients(model), features
 
     def expected(false, features):
-        queries, positives, negatives = (condense(model[0].model, feature).embeddings for feature in features)
+        queries, positives, negatives = (
+            condense(model[0].model, feature).embeddings[feature.get("rows", slice(None))] for feature in features
+        )
         scores = queries @ torch.cat([positives, negatives]).T / 0.02
         forth = F.cross_entropy(scores.masked_fill(false, -torch.inf), torch.arange(5))
         back = F.cross_entropy(scores[:, :5].T.masked_fill(false[:, :5], -torch.inf), torch.arange(5))
@@ -183,6 +185,82 @@ def test_copies_of_the_right_answer_are_no_negatives(repo, mini_batch_size):
         value, right = expected(masked, features)
         torch.testing.assert_close(infonce, value, atol=1e-4, rtol=1e-5)
         assert_same_gradients(gradients, right)
+
+
+@pytest.mark.parametrize("mini_batch_size", [2, 100])
+def test_what_a_batch_holds_twice_is_encoded_once(repo, mini_batch_size):
+    """Labels of label datasets, with their targets; loss and gradients are those of encoding each of them."""
+    picture = image(60, 40)
+    rows = [
+        {"query": {"image": picture, "text": "which"}, "positive": "cat", "target": "a cat", "negative": "dog"},
+        {"query": "q1", "positive": "cat", "target": "a cat", "negative": "dog"},
+        {"query": {"image": picture, "text": "which"}, "positive": "cat", "target": "another", "negative": None},
+        {"query": "q3", "positive": {"image": picture}, "target": "a cat", "negative": "owl"},
+        {"query": "q4", "positive": {"image": picture}, "target": "a cat", "negative": "dog"},
+    ]
+    args = CondensationConfig(output_dir="unused", condense="query", report_to="none", use_cpu=True)
+    found = {}
+    for copies in (False, True):
+        model = BTokSentenceTransformer(repo, device="cpu").train()
+        collator = CondensationCollator(
+            preprocess_fn=model.preprocess, tokenizer=model.tokenizer, args=args, encode_copies=copies
+        )
+        batch = collator(rows)
+        prefixes = ("query_", "positive_", "negative_")
+        features = [{k[len(p) :]: v for k, v in batch.items() if k.startswith(p)} for p in prefixes]
+        assert [len(f["input_ids"]) for f in features] == ([5, 5, 4] if copies else [4, 3, 2])
+        loss = CondensationLoss(model, mini_batch_size=mini_batch_size, condensation_weight=0.7)
+        value = loss(features)
+        value.backward()
+        found[copies] = value.detach(), loss.infonce, loss.condensation, named_gradients(model)
+    for actual, expected in zip(found[False][:3], found[True][:3]):
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    assert_same_gradients(found[False][3], found[True][3])
+
+
+def test_samples_of_a_step_are_counted_before_copies_are_left_out(repo, tmp_path):
+    rows = Dataset.from_dict({"query": ["same"] * 4, "positive": ["one", "two"] * 2})
+    args = config(tmp_path, max_steps=1, per_device_train_batch_size=4, logging_steps=1)
+    trainer = CondensationTrainer(model=BTokSentenceTransformer(repo, device="cpu"), args=args, train_dataset=rows)
+    counted = []
+    trainer.log = lambda logs, start_time=None: counted.append(trainer._samples)
+    trainer.train()
+    assert counted[0] == 4
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_frozen_vision_tower_runs_once(repos, checkpointing):
+    """Its outputs of GradCache's first pass serve the second: images and videos, all backbones."""
+    for name, repo in repos.items():
+        model = BTokSentenceTransformer(repo, device="cpu").train()
+        backbone, calls = model[0].model, []
+        backbone.visual.requires_grad_(False)
+        backbone.visual.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        features = batch_features(model)
+        clip = {"video": video(4, 56), "image": image(40, 40), "text": "both kinds"}
+        features[1] |= model.preprocess([clip] * 6)
+        with torch.no_grad():
+            once = CondensationLoss(model, mini_batch_size=100)(features)
+        whole = CondensationLoss(model, mini_batch_size=100)
+        whole(features).backward()
+        expected = named_gradients(model)
+        model.zero_grad()
+        del calls[:]
+        loss = CondensationLoss(model, mini_batch_size=2)
+        value = loss(features)
+        first = len(calls)
+        value.backward()
+        assert len(calls) == first > 0, name
+        torch.testing.assert_close(value.detach() + 5 * loss.condensation, once, atol=1e-4, rtol=1e-5)
+        assert_same_gradients(named_gradients(model), expected)
+        assert "get_image_features" not in vars(backbone)
+
+        backbone.visual.requires_grad_(True)  # now it has gradients, which need a second forward
+        del calls[:]
+        CondensationLoss(model, mini_batch_size=2)(features).backward()
+        assert len(calls) == 2 * first
 
 
 def test_a_token_budget_bounds_every_forward_and_changes_nothing_else(repo):

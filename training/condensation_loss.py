@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from btok_hf.condensation import IGNORED
+from btok_hf.condensation import IGNORED, backbone_and_head, remembered_vision
 
 SCORE_ROWS = 1024  # queries whose scores against all candidates are alive at once
 
@@ -54,8 +54,11 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
     `condensation` (unweighted; `None` without targets) hold the loss values of this process's batch, so that
     `infonce + condensation_weight * condensation` is the loss that was trained.
 
-    Features may hold `identity`, int64 of shape `(batch, 2)`, as `CondensationCollator` makes them; without it no
-    candidate is masked.
+    Features may hold what `CondensationCollator` makes: `identity`, int64 of shape `(batch, 2)`, without which no
+    candidate is masked, and `rows`, int64 of shape `(batch,)`, where fewer rows are encoded than the batch has.
+
+    Where nothing in the vision tower is trained, its outputs of GradCache's first pass are kept in CPU memory and used
+    again in the second: `tokens x hidden x bytes` of the batch's images and videos.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
                 f"got {matryoshka_dims}. Remove those outside."
             )
         self.model = model
+        self._inner = (model,)  # the trainer puts wrappers around `model`; in a tuple it is not registered twice
         self.temperature = temperature
         self.symmetric = symmetric
         self.matryoshka_dims = matryoshka_dims or [hidden_size]
@@ -88,12 +92,16 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
         self.condensation_weight = condensation_weight
         self.condensation_mask = condensation_mask
         self.infonce = self.condensation = self.cached = None
-        self._identities = None
+        self._identities = self._rows = None
         self._per_token = 0.0
 
     def forward(self, sentence_features, labels=None):
         features = [dict(feature) for feature in sentence_features]
         self._identities = [feature.pop("identity", None) for feature in features]
+        self._rows = [feature.pop("rows", None) for feature in features]
+        for feature, rows in zip(features, self._rows):
+            if rows is not None:
+                feature["copies"] = rows.bincount(minlength=len(feature["input_ids"]))
         if not self.condensation_weight:
             for feature in features:
                 feature.pop("target_ids", None), feature.pop("target_labels", None)
@@ -113,7 +121,17 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
             # One forward with gradients instead of two.
             whole = [(feature, *column[0]) for feature, column in zip(features, ranges)]
             return self.calculate_loss([[self.embed_minibatch(*column, True, False)[0]] for column in whole])
+        if torch.is_grad_enabled() and self._vision_is_frozen():
+            for feature in features:
+                feature["vision"] = {}
         return self.forward_cached(features)
+
+    def _vision_is_frozen(self):
+        return not any(p.requires_grad for p in self._backbone().visual.parameters())
+
+    def _backbone(self):
+        (model,) = self._inner
+        return backbone_and_head(model[0].model)[0]
 
     def _check_equal_work(self, mini_batches, device):
         """With sharded parameters every forward takes all processes: unequally many would hang."""
@@ -129,7 +147,12 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
 
     def _start_condensation(self, features):
         """Count the target tokens of all processes; returns a zero to sum the condensation loss into, or `None`."""
-        count = sum((feature["target_labels"] != IGNORED).sum() for feature in features if "target_ids" in feature)
+        counts = [
+            (feature["target_labels"] != IGNORED).sum((1, 2)) * feature.get("copies", 1)
+            for feature in features
+            if "target_ids" in feature
+        ]
+        count = sum(part.sum() for part in counts)
         count = torch.as_tensor(count, device=features[0]["input_ids"].device, dtype=torch.float32)
         world_size = 1
         if distributed.is_available() and distributed.is_initialized():
@@ -144,6 +167,7 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
         # With the bounds of packed rows the engine would take the rows themselves for packed.
         padded = {key: value for key, value in sentence_feature.items() if key != "cu_seq_lens_q"}
         minibatch = _create_minibatch(padded, begin, end)
+        copies, vision = minibatch.pop("copies", None), minibatch.pop("vision", None)
         # True in the second pass, for a batch that fits one mini-batch, and in evaluation.
         if with_grad or not torch.is_grad_enabled():
             minibatch["condensation_mask"] = self.condensation_mask
@@ -151,18 +175,25 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
             minibatch.pop("target_ids", None), minibatch.pop("target_labels", None)
         with random_state or nullcontext(), nullcontext() if with_grad else torch.no_grad():
             random_state = RandContext(*minibatch.values()) if copy_random_state else None
-            output = self.model(minibatch)
+            if vision is None:
+                output = self.model(minibatch)
+            else:
+                memory = vision.pop(begin) if begin in vision else vision.setdefault(begin, [])
+                with remembered_vision(self._backbone(), memory):
+                    output = self.model(minibatch)
         embeddings = output["sentence_embedding"]
         losses = output.get("condensation_loss")
         if losses is None:
             losses = embeddings.new_zeros(len(embeddings))
         elif self.condensation is not None:
-            self.condensation += losses.detach().sum() * self._per_token
+            shown = losses.detach() if copies is None else losses.detach() * copies
+            self.condensation += shown.sum() * self._per_token
         return torch.cat([embeddings, losses[:, None]], 1), random_state
 
     def calculate_loss(self, reps, labels=None, *, with_backward=False):
         """InfoNCE of the embedding columns plus λ times the condensation column."""
         columns = [torch.cat(column) for column in reps]
+        columns = [x if rows is None else x[rows] for x, rows in zip(columns, self._rows)]
         infonce = self._infonce([column[:, :-1] for column in columns])
         self.infonce = infonce.detach()
         condensation = torch.cat([column[:, -1] for column in columns]).sum() * self._per_token

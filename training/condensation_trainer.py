@@ -101,10 +101,15 @@ class CondensationCollator(SentenceTransformerDataCollator):
     """Batches rows with `query`, `positive`, negatives and, for the side to generate, target tokens.
 
     A target is `<|im_start|>assistant\\n` (unsupervised) + text + `<|im_end|>` (supervised), as in arXiv 2604.11095.
+
+    What a batch holds more than once (the labels of label datasets, with the same target) is preprocessed and encoded
+    once; `…_rows`, int64 of shape `(batch,)`, then says which encoded row each row of the batch is. With sharded
+    parameters that is off: processes must have equally many rows to encode.
     """
 
     tokenizer: object = None
     args: CondensationConfig = None
+    encode_copies: bool = False
     prompt = "<|im_start|>assistant\n"
 
     def __call__(self, features):
@@ -117,20 +122,35 @@ class CondensationCollator(SentenceTransformerDataCollator):
             for row in features:
                 cell = row[column] if column == "negatives" else [row[column]]
                 negatives += [value for value in cell or () if value is not None]
-        batch = super().__call__([{"query": row["query"], "positive": row["positive"], **name} for row in features])
+        sides = {"query": [row["query"] for row in features], "positive": [row["positive"] for row in features]}
         if negatives:
-            batch.update(super().__call__([{"negative": value, **name} for value in negatives]))
+            sides["negative"] = negatives
+        targets = {}
+        if self.args.condensation_weight:
+            for encoded, generated in CONDENSE[self.args.condense_for(dataset_name)]:
+                targets[encoded] = [self._target_text(row, generated, dataset_name) for row in features]
+        batch = {}
+        for side, values in sides.items():
+            identities = [identity(value) for value in values]
+            texts = targets.get(side)
+            kept = list(range(len(values)))
+            if not self.encode_copies:
+                first = {}
+                keys = list(zip(identities, texts or identities))
+                kept = [index for index, key in enumerate(keys) if first.setdefault(key, index) == index]
+                if len(kept) < len(values):
+                    place = {keys[index]: number for number, index in enumerate(kept)}
+                    batch[f"{side}_rows"] = torch.tensor([place[key] for key in keys])
+            batch.update(super().__call__([{side: values[index], **name} for index in kept]))
+            if texts:
+                texts = [texts[index] for index in kept]
+                batch[f"{side}_target_ids"], batch[f"{side}_target_labels"] = self._tokenize(texts)
+            if self.args.mask_false_negatives:
+                batch[f"{side}_identity"] = torch.tensor([[value] * 2 for value in identities])
         if self.args.mask_false_negatives:
-            sides = {"query": [row["query"] for row in features], "positive": [row["positive"] for row in features]}
-            for side, values in {**sides, **({"negative": negatives} if negatives else {})}.items():
-                batch[f"{side}_identity"] = torch.tensor([[identity(value)] * 2 for value in values])
             for row, positive in zip(features, batch["positive_identity"]):
                 if row.get("group") is not None:
                     positive[1] = identity({"group": row["group"]})
-        if self.args.condensation_weight:
-            for encoded, generated in CONDENSE[self.args.condense_for(dataset_name)]:
-                texts = [self._target_text(row, generated, dataset_name) for row in features]
-                batch[f"{encoded}_target_ids"], batch[f"{encoded}_target_labels"] = self._tokenize(texts)
         return batch
 
     def maybe_warn_about_column_order(self, column_names):
@@ -205,6 +225,7 @@ class CondensationTrainer(SentenceTransformerTrainer):
         super().__init__(model=model, args=args, **kwargs)
         self.data_collator.tokenizer = model.tokenizer
         self.data_collator.args = self.args
+        self.data_collator.encode_copies = self.is_deepspeed_enabled or self.is_fsdp_enabled
         self._check_datasets()
         if self.is_deepspeed_enabled:
             self._check_deepspeed()
@@ -270,7 +291,7 @@ class CondensationTrainer(SentenceTransformerTrainer):
             self._since = time.perf_counter()
         masks = [value for key, value in inputs.items() if key.endswith("_attention_mask")]
         targets = [value != IGNORED for key, value in inputs.items() if key.endswith("_target_labels")]
-        self._samples += len(masks[0]) * self.args.world_size
+        self._samples += len(inputs.get("query_rows", masks[0])) * self.args.world_size
         self._tokens += sum(counted.sum() for counted in masks + targets) * self.args.world_size
         loss = super().training_step(model, inputs, num_items_in_batch)
         # The second GradCache pass, in which the condensation loss is computed, happened in the backward pass.

@@ -405,7 +405,9 @@ class _Encoder:
     def _call(self, items):
         if not hasattr(self.model, "encode"):
             return self.model(items)
-        return self.model.encode(items, batch_size=len(items), prompt=self.prompt, show_progress_bar=False)
+        # Never below encode's own 32: stock models take the rows as one batch either way, and BTokSentenceTransformer,
+        # which counts tokens by batch_size, would cut a batch of few long rows in parts.
+        return self.model.encode(items, batch_size=max(len(items), 32), prompt=self.prompt, show_progress_bar=False)
 
     def _batches(self, part, task, pool):
         """Lists of (label, decoded input) of one kind within the budget of tokens."""

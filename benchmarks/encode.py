@@ -1,0 +1,139 @@
+"""Speed of encoding: what Bottleneck Tokens cost, and this library against stock Sentence-Transformers.
+
+    python benchmarks/encode.py                 # about 15 minutes on 2 CPU cores; benchmarks/results/encode.json
+
+Three tables: the cost of K = 4 tokens against last-token pooling on the same path; `BTokSentenceTransformer.encode`
+against `SentenceTransformer.encode` on uniform and ragged inputs; and where the time of the former goes.
+"""
+
+import argparse
+from functools import partial
+
+import torch
+from bench import DEVICE, compare, exact_texts, images, matrix_rate, mixture, record, repository, show, summary
+from sentence_transformers import SentenceTransformer
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from btok_hf import BTokSentenceTransformer
+
+COUNTS = {"uniform": 96, "names": 384, "texts": 128, "images": 60, "mixed": 140, "files": 140}
+# The operations that a profile is summed up by.
+PARTS = {
+    "matrix products": ("aten::addmm", "aten::mm", "aten::bmm", "aten::_addmm_activation", "aten::mkldnn"),
+    "attention": ("aten::_scaled_dot", "aten::_flash", "aten::_efficient"),
+    "gathering": ("aten::index", "aten::cat", "aten::copy_", "aten::gather", "aten::_to_copy"),
+}
+
+
+def overhead(models, rounds):
+    """K = 4 against K = 0 on equal inputs, by both paths."""
+    tokenizer = models["packed"][0].tokenizer
+    inputs = {f"text of {n} tokens": exact_texts(tokenizer, n, 4096 // n) for n in (16, 128, 1024)}
+    inputs["drawing, 4 tokens"], inputs["figure"], inputs["page, 224 tokens"] = (
+        part[:n] for part, n in zip(images(), (64, 24, 12))
+    )
+    rows = []
+    for kind, items in inputs.items():
+        lengths = models["packed"][0].preprocess(items)["attention_mask"].sum(1).float().mean().item()
+        for path, (without, with_tokens) in models.items():
+            calls = {
+                "K = 0": partial(without.encode, items),
+                "K = 4": partial(with_tokens.encode, items),
+            }
+            found = summary(compare(calls, rounds), "K = 4")
+            rows.append(
+                show(
+                    {
+                        "table": "overhead",
+                        "inputs": kind,
+                        "row_length": round(lengths, 1),
+                        "path": path,
+                        "cost_of_tokens": found["K = 0"]["speed_ratio"],
+                        "quartiles": found["K = 0"]["ratio_quartiles"],
+                        "more_tokens": round(1 + 4 / lengths, 3),
+                    }
+                )
+            )
+    return rows
+
+
+def throughput(ours, stock, rounds, limit):
+    """`BTokSentenceTransformer` with K = 4 against a stock pipeline that pools the last token."""
+    rows = []
+    for kind, count in COUNTS.items():
+        items = mixture(kind, count)
+        tokens = sum(int(ours.preprocess(items[i : i + 32])["attention_mask"].sum()) for i in range(0, len(items), 32))
+        calls = {
+            "stock": partial(stock.encode, items),
+            "btok": partial(ours.encode, items),
+        }
+        found = summary(compare(calls, rounds), "stock")
+        with FlopCounterMode(display=False) as counter:
+            calls["btok"]()
+        rate = counter.get_total_flops() / found["btok"]["median_s"] / 1e9
+        rows.append(
+            show(
+                {
+                    "table": "throughput",
+                    "inputs": kind,
+                    "count": count,
+                    "tokens": tokens,
+                    "stock_tokens_per_s": round(tokens / found["stock"]["median_s"]),
+                    "btok_tokens_per_s": round(tokens / found["btok"]["median_s"]),
+                    "speed_ratio": found["btok"]["speed_ratio"],
+                    "quartiles": found["btok"]["ratio_quartiles"],
+                    "gflop_per_s": round(rate, 1),
+                    "share_of_limit": round(rate / limit, 2),
+                }
+            )
+        )
+    return rows
+
+
+def parts(ours):
+    """Where the time of encoding a mixture goes, in percent of the main thread's."""
+    rows = []
+    for kind in ("names", "mixed"):
+        items = mixture(kind, COUNTS[kind])
+        activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if DEVICE == "cuda" else [])
+        with profile(activities=activities) as found:
+            ours.encode(items, show_progress_bar=False)
+        key = "self_device_time_total" if DEVICE == "cuda" else "self_cpu_time_total"
+        times = {event.key: getattr(event, key) for event in found.key_averages()}
+        total = sum(times.values())
+        shares = {
+            part: sum(time for name, time in times.items() if name.startswith(starts))
+            for part, starts in PARTS.items()
+        }
+        shares["other operations"] = total - sum(shares.values())
+        shares = {part: round(100 * time / total, 1) for part, time in shares.items()}
+        rows.append(show({"table": "profile", "inputs": kind, **shares}))
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="2b" if DEVICE == "cuda" else "small")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, help="CPU threads, instead of torch's choice")
+    parser.add_argument("--tables", nargs="+", default=["overhead", "throughput", "profile"])
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    none, four = repository(options.size, 0), repository(options.size, 4)
+    ours = [BTokSentenceTransformer(path) for path in (none, four)]
+    stock = [SentenceTransformer(path) for path in (none, four)]
+    limit = matrix_rate(ours[0].dtype)
+    rows = []
+    if "overhead" in options.tables:
+        rows += overhead({"packed": ours, "stock": stock}, options.rounds)
+    if "throughput" in options.tables:
+        rows += throughput(ours[1], stock[0], options.rounds, limit)
+    if "profile" in options.tables:
+        rows += parts(ours[1])
+    record("encode" if DEVICE == "cpu" else "encode-gpu", rows, size=options.size, matrix_gflop_per_s=round(limit, 1))
+
+
+if __name__ == "__main__":
+    main()

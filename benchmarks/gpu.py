@@ -1,0 +1,173 @@
+"""Everything that needs a GPU, in one call: correctness first, then speed and memory at the size of Qwen2-VL-2B.
+
+    python benchmarks/gpu.py                    # writes benchmarks/results/gpu.json and, on a GPU, *-gpu.json
+    python benchmarks/gpu.py --steps correctness attention
+
+Without a GPU it runs the same steps at a small size on the CPU and says which figures wait for one.
+
+- correctness: embeddings, token losses and gradients of the packed forward on the GPU against the CPU, in fp32, with
+  targets that see fewer queries than keys; and how far bf16 moves the vectors.
+- attention: ways to compute the attention of a packed ragged batch.
+- batch: the largest batch of texts that trains on the card, doubled until memory ends.
+- encode, train_step, vision: those scripts.
+"""
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+
+import torch
+from bench import DEVICE, ROOT, compare, matrix_rate, mixture, peak_of, record, repository, show, summary
+from torch.nn import functional as F
+from train_step import batch, contender
+
+from btok_hf import BTokSentenceTransformer
+from btok_hf.condensation import PackedLayout, condense
+
+STEPS = ("correctness", "attention", "batch", "encode", "train_step", "vision")
+# Heads, key/value heads and their width in Qwen2-VL-2B.
+HEADS, GROUPS, WIDTH = 12, 2, 128
+
+
+def correctness(limit=1e-3):
+    """The packed condensation forward and backward: this device against the CPU, and bf16 against fp32."""
+    repo, found = repository("small", 4), {}
+    for device in dict.fromkeys(("cpu", DEVICE)):
+        model = BTokSentenceTransformer(repo, device=device)
+        features = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch(model, "ragged", 8)[0].items()}
+        targets, labels = features["target_ids"][:, 0], features["target_labels"][:, 0]
+        output = condense(model[0].model, features, targets, labels)
+        (output.embeddings.sum() + output.token_losses.sum()).backward()
+        gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).cpu()
+        found[device] = output.embeddings.detach().cpu(), output.token_losses.detach().cpu(), gradients
+    rows = []
+    for name, ours, cpu in zip(("embeddings", "token losses", "gradients"), found[DEVICE], found["cpu"]):
+        error = ((ours - cpu).abs().max() / cpu.abs().max()).item()
+        rows.append(
+            show({"table": "correctness", "what": f"{name}: {DEVICE} against CPU", "error": float(f"{error:.1e}")})
+        )
+        if not error <= limit:
+            raise SystemExit(f"{name} on {DEVICE} differ from those on the CPU by {error:.1e}. Nothing was timed.")
+    items = mixture("mixed", 48)
+    exact = BTokSentenceTransformer(repo, device="cpu").encode(items, convert_to_tensor=True)
+    half = BTokSentenceTransformer(repo, model_kwargs={"dtype": torch.bfloat16}).encode(items, convert_to_tensor=True)
+    cosine = F.cosine_similarity(exact, half.float().cpu()).min().item()
+    rows.append(
+        show({"table": "correctness", "what": "smallest cosine of bf16 and fp32 vectors", "cosine": round(cosine, 6)})
+    )
+    return rows
+
+
+def ways(lengths):
+    """Callables that compute the causal attention of a packed batch, by name."""
+    starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    layout = PackedLayout([(s, n, s, n) for s, n in zip(starts, lengths)], torch.device(DEVICE))
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    query = torch.randn(starts[-1], HEADS, WIDTH, device=DEVICE, dtype=dtype)
+    key, value = (torch.randn(starts[-1], GROUPS, WIDTH, device=DEVICE, dtype=dtype) for _ in range(2))
+    wide = [x.repeat_interleave(HEADS // GROUPS, dim=1) for x in (key, value)]
+    longest = max(lengths)
+
+    def padded():
+        rows = []
+        for x in (query, *wide):
+            filled = x.new_zeros(len(lengths), longest, HEADS, WIDTH)
+            for index, (start, n) in enumerate(zip(starts, lengths)):
+                filled[index, :n] = x[start : start + n]
+            rows.append(filled.transpose(1, 2))
+        return F.scaled_dot_product_attention(*rows, is_causal=True)
+
+    def loop():
+        return [
+            F.scaled_dot_product_attention(
+                *(x[None, start : start + n].transpose(1, 2) for x in (query, *wide)), is_causal=True
+            )
+            for start, n in zip(starts, lengths)
+        ]
+
+    found = {
+        "grouped SDPA (this library)": lambda: layout.attend(query, *wide, WIDTH**-0.5),
+        "SDPA, a call each": loop,
+    }
+    found["SDPA, padded"] = padded
+    if DEVICE == "cuda":
+        bounds = torch.tensor(starts, dtype=torch.int32, device=DEVICE)
+        if importlib.util.find_spec("torch.nn.attention.varlen"):
+            from torch.nn.attention.varlen import varlen_attn
+
+            options = {"window_size": (-1, 0)}
+            try:
+                varlen_attn(query, *wide, bounds, bounds, longest, longest, **options)
+            except TypeError:  # torch 2.11
+                options = {"is_causal": True}
+            found["torch varlen_attn"] = lambda: varlen_attn(query, *wide, bounds, bounds, longest, longest, **options)
+        if importlib.util.find_spec("flash_attn"):
+            from flash_attn import flash_attn_varlen_func
+
+            found["flash-attn"] = lambda: flash_attn_varlen_func(
+                query, key, value, bounds, bounds, longest, longest, causal=True
+            )
+    return found
+
+
+def attention(rounds):
+    model = BTokSentenceTransformer(repository("small", 4))
+    rows = []
+    for kind in ("names", "texts"):
+        items = mixture(kind, 256 if DEVICE == "cuda" else 32)
+        found = ways(model.preprocess(items)["attention_mask"].sum(1).tolist())
+        times = summary(compare(found, rounds), "SDPA, padded")
+        rows += [show({"table": "attention", "inputs": kind, "way": way, **part}) for way, part in times.items()]
+    return rows
+
+
+def largest_batch(size, seconds=120):
+    """Rows of the largest batch that takes a step, doubled until memory or patience ends."""
+    rows, count = [], 64
+    while True:
+        step = contender("packed", size, "ragged", count, 16)
+        try:
+            memory = peak_of(step)
+        except torch.OutOfMemoryError:
+            rows.append(show({"table": "batch", "rows": count, "result": "out of memory"}))
+            return rows
+        (taken,) = compare({"step": step}, rounds=1, warm_up=0)["step"]
+        rows.append(show({"table": "batch", "rows": count, "seconds": round(taken, 2), "peak_gb": round(memory, 2)}))
+        if 2 * taken > seconds or DEVICE == "cpu":
+            return rows
+        count *= 2
+        del step
+        torch.cuda.empty_cache()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="2b" if DEVICE == "cuda" else "small")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
+    options = parser.parse_args()
+    waiting = (
+        [] if DEVICE == "cuda" else ["speed and memory at the size of Qwen2-VL-2B", "torch varlen_attn", "flash-attn"]
+    )
+    rows = []
+    if "correctness" in options.steps:
+        rows += correctness()
+    if "attention" in options.steps:
+        rows += attention(options.rounds)
+    if "batch" in options.steps:
+        rows += largest_batch(options.size)
+    rate = matrix_rate(torch.bfloat16 if DEVICE == "cuda" else torch.float32)
+    record("gpu", rows, size=options.size, matrix_gflop_per_s=round(rate, 1), waiting_for_a_gpu=waiting)
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+    for script in ("encode", "train_step", "vision"):
+        if script in options.steps:
+            command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), "--size", options.size]
+            subprocess.run([*command, "--rounds", str(options.rounds)], check=True)
+    if waiting:
+        print("No GPU here. These figures wait for one:", "; ".join(waiting))
+
+
+if __name__ == "__main__":
+    main()
