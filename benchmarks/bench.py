@@ -132,8 +132,8 @@ def mixture(kind, count):
 
 def exact_texts(tokenizer, tokens, count):
     """Texts of `tokens` tokens each, cut from textbook modules."""
-    whole = " ".join(row["text"] for row in books("modules", "test"))
-    ids, found = tokenizer(whole, add_special_tokens=False)["input_ids"], []
+    parts = tokenizer([row["text"] for row in books("modules", "test")], add_special_tokens=False)["input_ids"]
+    ids, found = [token for part in parts for token in part], []
     for index in range(count):
         start, length = index * 37, tokens
         text = tokenizer.decode(ids[start : start + length])

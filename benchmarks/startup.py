@@ -18,7 +18,7 @@ IMPORTS = {
     "torch, btok_hf": "import torch, btok_hf",
     "sentence_transformers": "from sentence_transformers import SentenceTransformer",
     "BTokSentenceTransformer": "from btok_hf import BTokSentenceTransformer",
-    "transformers AutoModel": "from transformers import AutoModel",
+    "three backbones": "from transformers import Qwen2VLModel, Qwen2_5_VLModel, Qwen3VLModel",
     "BTokForEmbedding": "from btok_hf import BTokForEmbedding",
 }
 LOADS = {
@@ -83,7 +83,7 @@ def main():
         [
             ("torch, btok_hf", "torch"),
             ("BTokSentenceTransformer", "sentence_transformers"),
-            ("BTokForEmbedding", "transformers AutoModel"),
+            ("BTokForEmbedding", "three backbones"),
         ],
     )
     rows += table(

@@ -23,7 +23,7 @@ from btok_hf import BTokSentenceTransformer
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-ARMS = ("btok-unmasked", "btok-condensation")
+ARMS = ("btok-throughout-unmasked", "btok-throughout")
 SHOWN = {"drawing": 4, "clip": 3, "figure": 2, "page": 2}
 
 

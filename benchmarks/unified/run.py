@@ -195,9 +195,9 @@ def run(arm, seed, size, output, steps_between=None):
         after=names(model),
         command=command.split(),
     )
-    card["README.md"] = card["README.md"].replace(
-        "## Training\n", card_section(curve[args.max_steps]) + "## Training\n", 1
-    )
+    origin = f"`{base.relative_to(ROOT)}` of the btok-hf repository" if base.is_relative_to(ROOT) else str(base)
+    text = card["README.md"].replace("a local checkpoint whose origin is not recorded", origin, 1)
+    card["README.md"] = text.replace("## Training\n", card_section(curve[args.max_steps]) + "## Training\n", 1)
     export_model(model, model_folder(arm, seed, size, output), files=card)
     shutil.rmtree(folder / "run", ignore_errors=True)
     result = {

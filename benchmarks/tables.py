@@ -1,0 +1,157 @@
+"""Tables of docs/performance.md, from what the benchmarks wrote to benchmarks/results.
+
+python benchmarks/tables.py
+"""
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+# mark in the page: (file, table or None, {heading: how a row is shown})
+TABLES = {
+    "throughput": (
+        "encode",
+        "throughput",
+        {
+            "inputs": "{count} {inputs}",
+            "tokens": "{tokens:,}",
+            "stock, tokens/s": "{stock_tokens_per_s:,}",
+            "btok-hf, tokens/s": "{btok_tokens_per_s:,}",
+            "times as fast": "**{speed_ratio:.2f}** ({quartiles[0]:.2f} to {quartiles[1]:.2f})",
+            "share of the matrix rate": "{share_of_limit:.0%}",
+        },
+    ),
+    "profile": (
+        "encode",
+        "profile",
+        {
+            "inputs": "{inputs}",
+            "matrix products": "{matrix products} %",
+            "attention": "{attention} %",
+            "gathering and copies": "{gathering} %",
+            "other operations": "{other operations} %",
+        },
+    ),
+    "overhead": (
+        "encode",
+        "overhead",
+        {
+            "inputs": "{inputs}",
+            "tokens of a row": "{row_length}",
+            "path": "{path}",
+            "cost of K = 4": "{cost_of_tokens:.3f} ({quartiles[0]:.3f} to {quartiles[1]:.3f})",
+            "more tokens": "{more_tokens:.3f}",
+        },
+    ),
+    "speed": (
+        "train_step",
+        "speed",
+        {
+            "batch": "{batch}, {rows} rows, mini-batches of {mini_batch}",
+            "tokens + targets": "{tokens:,} + {target_tokens:,}",
+            "contender": "{contender}",
+            "seconds": "{median_s} ({quartiles_s[0]} to {quartiles_s[1]})",
+            "times the time of packed": "{times_packed:.2f}",
+        },
+    ),
+    "memory": (
+        "train_step",
+        "memory",
+        {
+            "contender": "{contender}",
+            "batch": "{batch}, {rows} rows, mini-batches of {mini_batch}",
+            "checkpointing": "{checkpointing}",
+            "peak above the start": "{peak_gb:.2f} GB",
+        },
+    ),
+    "savings": (
+        "train_savings",
+        None,
+        {
+            "what": "{saving}",
+            "with": "{with_s} s",
+            "without": "{without_s} s",
+            "times as fast": "**{speed_ratio:.2f}** ({quartiles[0]:.2f} to {quartiles[1]:.2f})",
+            "losses and gradients differ by": "{differ_by:.0e}",
+        },
+    ),
+    "vision": (
+        "vision",
+        None,
+        {
+            "images": "{images}",
+            "patches": "{patches:,}",
+            "mode": "{mode}",
+            "a call each": "{loop_s} s",
+            "grouped": "{grouped_s} s",
+            "times as fast": "**{speed_ratio:.2f}** ({quartiles[0]:.2f} to {quartiles[1]:.2f})",
+        },
+    ),
+    "startup": (
+        "startup",
+        None,
+        {
+            "what": "{table}: {what}",
+            "seconds": "{median_s}",
+            "against": "{against}",
+            "its seconds": "{against_s}",
+            "times": "{times:.2f}",
+        },
+    ),
+    "decoding": (
+        "data_path",
+        "decoding",
+        {
+            "JPEG": "{pixels} to at most {max_pixels:,} pixels",
+            "decoded whole": "{whole_s:.3f} s",
+            "at a reduced size": "{reduced_s:.3f} s",
+            "times as fast": "**{speed_ratio:.2f}** ({quartiles[0]:.2f} to {quartiles[1]:.2f})",
+            "smallest cosine": "{smallest_cosine}",
+        },
+    ),
+    "waiting": (
+        "data_path",
+        "waiting",
+        {"workers": "{workers}", "samples/s": "{samples_per_s}", "time spent waiting": "{waiting:.1%}"},
+    ),
+}
+
+
+def markdown(rows, columns):
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    return "\n".join(lines + [f"| {' | '.join(shown.format(**row) for shown in columns.values())} |" for row in rows])
+
+
+def insert(page, name, text):
+    """Put a table between its two marks."""
+    before, mark, rest = page.partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition(f"<!-- end of {name} -->")
+    if not (mark and end):
+        raise SystemExit(f"docs/performance.md has no marks '<!-- {name} -->' and '<!-- end of {name} -->'. Add them.")
+    return f"{before}{mark}\n{text}\n\n{end}{after}"
+
+
+def main():
+    document = ROOT / "docs" / "performance.md"
+    page, machines = document.read_text("utf-8"), []
+    for name, (file, table, columns) in TABLES.items():
+        path = RESULTS / f"{file}.json"
+        if not path.exists():
+            print(f"{path.name} is not there: {name} stays as it is", file=sys.stderr)
+            continue
+        result = json.loads(path.read_text("utf-8"))
+        rows = [row for row in result["rows"] if table in (None, row.get("table"))]
+        page = insert(page, name, markdown(rows, columns))
+        limit = result.get("matrix_gflop_per_s")
+        machines.append(
+            f"- `{result['command']}`, {result['date']}: {result['machine']}, torch {result['versions']['torch']}, "
+            f"transformers {result['versions']['transformers']}"
+            + (f"; large matrices multiply at {limit} GFLOP/s" if limit else "")
+        )
+    document.write_text(insert(page, "machine", "\n".join(dict.fromkeys(machines))), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
