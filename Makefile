@@ -8,7 +8,7 @@ SETUP := $(VENV)/.installed
 FLOOR := torch==2.11.0 torchvision==0.26.0 transformers==5.17.0 sentence-transformers==6.2.0 \
 	peft==0.21.0 trl==1.8.0 datasets==4.8.0 accelerate==1.12.0
 
-.PHONY: demo test test-floor lint clean
+.PHONY: demo test test-floor bench lint clean
 
 demo: $(SETUP)
 	$(BIN)/python examples/demo.py
@@ -19,6 +19,13 @@ test: $(SETUP)
 # Without the Hub: transformers 5.17 brings huggingface_hub 1, which follows redirects as the test server does not expect.
 test-floor: .venv-floor/.installed
 	.venv-floor/bin/python -m pytest --ignore tests/test_hub.py
+
+# About an hour on two cores. A GPU: benchmarks/gpu.py.
+bench: $(SETUP)
+	for script in encode train_step train_savings vision data_path growth startup; do \
+		$(BIN)/python benchmarks/$$script.py || exit 1; done
+	$(BIN)/python benchmarks/gpu.py --steps correctness attention batch
+	$(BIN)/python benchmarks/tables.py
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

@@ -7,6 +7,11 @@ import json
 import sys
 from pathlib import Path
 
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 # mark in the page: (file, table or None, {heading: how a row is shown})
@@ -124,6 +129,18 @@ def markdown(rows, columns):
     return "\n".join(lines + [f"| {' | '.join(shown.format(**row) for shown in columns.values())} |" for row in rows])
 
 
+def memory_curve(rows, path):
+    """Peak memory of a training step against its batch, with the mini-batch fixed."""
+    points = [(row["rows"], row["peak_gb"]) for row in rows if row["table"] == "memory" and row["batch"] == "names"]
+    figure, axis = plt.subplots(figsize=(5, 3), layout="constrained")
+    axis.plot(*zip(*points), "o-")
+    axis.set(
+        xscale="log", ylim=(0, None), xlabel="pairs in a batch (mini-batches of 32)", ylabel="peak above start, GB"
+    )
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
 def insert(page, name, text):
     """Put a table between its two marks."""
     before, mark, rest = page.partition(f"<!-- {name} -->\n")
@@ -144,6 +161,8 @@ def main():
         result = json.loads(path.read_text("utf-8"))
         rows = [row for row in result["rows"] if table in (None, row.get("table"))]
         page = insert(page, name, markdown(rows, columns))
+        if name == "memory":
+            memory_curve(rows, ROOT / "docs" / "results" / "train_memory.png")
         limit = result.get("matrix_gflop_per_s")
         machines.append(
             f"- `{result['command']}`, {result['date']}: {result['machine']}, torch {result['versions']['torch']}, "

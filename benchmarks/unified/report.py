@@ -27,7 +27,7 @@ from tasks import ROOT, chance, score, tasks
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-REFERENCE = {"arms": "last-token", "tokens": "btok-condensation", "weights": "btok"}
+REFERENCE = {"tokens": "btok-condensation", "weights": "btok"}  # elsewhere every pair of arms is compared
 LABELS = {
     "last-token": "last token",
     "btok": "BToks",
@@ -37,6 +37,8 @@ LABELS = {
     "btok-condensation-k8": "K = 8",
     "btok-condensation-k16": "K = 16",
     "btok-condensation-w1": "λ = 1",
+    "btok-throughout-unmasked": "BToks + condensation throughout, no mask",
+    "btok-throughout": "BToks + condensation throughout",
 }
 SAMPLES = 2000
 
@@ -134,9 +136,9 @@ def arm_table(table, results):
         "| difference | mean | ± over seeds | ± over queries | seeds to show 2 points |",
         "|---|---|---|---|---|",
     ]
-    pairs = [(a, REFERENCE[table]) for a in arms if a != REFERENCE[table]]
-    if table == "arms":
-        pairs = [(b, a) for i, a in enumerate(arms) for b in arms[i + 1 :]]
+    pairs = [(b, a) for i, a in enumerate(arms) for b in arms[i + 1 :]]
+    if table in REFERENCE:
+        pairs = [(a, REFERENCE[table]) for a in arms if a != REFERENCE[table]]
     for arm, other in pairs:
         gain = means[arm] - means[other]
         width, _ = over_queries({n: (scores[arm][n] - scores[other][n]).mean(0) for n in scores[arm]}, rng)

@@ -62,7 +62,7 @@ TABLES = {
     "arms": ["last-token", "btok", "btok-unmasked", "btok-condensation"],
     "tokens": ["btok-condensation-k1", "btok-condensation", "btok-condensation-k8", "btok-condensation-k16"],
     "weights": ["btok", "btok-condensation-w1", "btok-condensation"],
-    "throughout": ["btok", "btok-throughout-unmasked", "btok-throughout"],
+    "throughout": ["last-token", "btok", "btok-throughout-unmasked", "btok-throughout"],
     "model": ["btok-long"],
     "decode": ["btok-long-throughout"],
 }
