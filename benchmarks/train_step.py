@@ -125,7 +125,7 @@ def batch(model, kind, rows):
     else:
         queries = [names()[2 * i % len(names())] for i in range(rows)]
         positives = targets = [names()[(2 * i + 1) % len(names())] for i in range(rows)]
-    args = CondensationConfig(output_dir=str(ROOT / "runs" / "bench" / "args"), report_to="none", condense="query")
+    args = CondensationConfig(output_dir=str(ROOT / "runs" / "bench" / "args"), report_to="none", condense="positive")
     collator = CondensationCollator(preprocess_fn=model.preprocess, tokenizer=model.tokenizer, args=args)
     collated = collator([{"query": q, "positive": p, "target": t} for q, p, t in zip(queries, positives, targets)])
     features = []

@@ -417,9 +417,8 @@ def remembered_vision(backbone, memory):
             if not filling:
                 return tree_map(lambda x: x.to(pixels.device), next(earlier))
             output = method(pixels, *args, **kwargs)
-            output["last_hidden_state"] = output[
-                "pooler_output"
-            ]  # before merging, four times as large; nobody reads it
+            # What comes before merging is four times as large, and nobody reads it.
+            output["last_hidden_state"] = output["pooler_output"]
             memory.append(tree_map(lambda x: x.cpu(), output))
             return output
 
