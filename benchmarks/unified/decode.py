@@ -1,12 +1,14 @@
 """What the Bottleneck Tokens keep: text decoded greedily from their keys and values alone, beside the input.
 
-    python benchmarks/unified/decode.py --size small --seed 0      # writes runs/unified/small-decoded.png
+    python benchmarks/unified/decode.py --size small --seed 0      # writes docs/results/small-decoded.png
 
 The decoder does not see the input (`BTokSentenceTransformer.reconstruct`). Shown are inputs that no arm was trained
-on, for the arms whose training condensed; the printed table counts how often the text begins with the right name.
+on, for the arms that condensed in all steps. The printed table says how often the text begins with the right name,
+what share of its words are in the input's name and keywords, what share in another input's, and how many texts differ.
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from report import LABELS
 from run import model_folder
-from tasks import DRAWING, ROOT, books, clip, draw, emoji, page, pages, square, strip
+from tasks import DRAWING, ROOT, books, clip, describe, draw, emoji, page, pages, square, strip
 
 from btok_hf import BTokSentenceTransformer
 
@@ -29,11 +31,18 @@ SHOWN = {"drawing": 4, "clip": 3, "figure": 2, "page": 2}
 
 def examples():
     """By kind: (input, picture of it, what it is) of everything held out."""
-    drawings = [(draw(row["image"], size=DRAWING), row["names"]["en"]) for row in emoji()["unseen_drawings"]]
+    drawings = [
+        (draw(row["image"], size=DRAWING), describe(row["names"]["en"], row["keywords"]["en"]))
+        for row in emoji()["unseen_drawings"]
+    ]
     figures = [(square(row["image"]), row["caption"]) for row in books("figures", "test")]
     sheets = [(page(row["title"], row["text"]), row["title"]) for row in pages("test")]
     clips = [
-        (clip(row["frames"]), strip([frame.resize((DRAWING,) * 2) for frame in row["frames"]]), row["name"])
+        (
+            clip(row["frames"]),
+            strip([frame.resize((DRAWING,) * 2) for frame in row["frames"]]),
+            describe(row["name"], row["keywords"]),
+        )
         for row in books("clips", "test")
     ]
     found = {"drawing": drawings, "figure": figures, "page": sheets}
@@ -48,6 +57,30 @@ def decode(model, inputs, batch_size=64):
     ]
 
 
+def name(text):
+    return text.partition(":")[0]
+
+
+def words(text):
+    return set(re.findall(r"\w+", text.casefold()))
+
+
+def shared(text, right):
+    """The share of a text's words that are in the right one."""
+    return len(words(text) & words(right)) / max(1, len(words(text)))
+
+
+def measures(texts, right):
+    """What the printed table says about the texts of one model."""
+    others = [shared(text, other) for i, text in enumerate(texts) for j, other in enumerate(right) if i != j]
+    return {
+        "the right name": f"{100 * np.mean([name(text) == name(answer) for text, answer in zip(texts, right)]):.1f} %",
+        "words that are right": f"{100 * np.mean(list(map(shared, texts, right))):.1f} %",
+        "words that are another input's": f"{100 * np.mean(others):.1f} %",
+        "different texts": str(len(set(texts))),
+    }
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="small")
@@ -57,7 +90,7 @@ def main():
     models = {arm: model_folder(arm, options.seed, options.size, options.runs) for arm in ARMS}
     missing = [str(path) for path in models.values() if not (path / "golden.json").exists()]
     if missing:
-        raise SystemExit(f"No models in {', '.join(missing)}: run run.py --table arms first.")
+        raise SystemExit(f"No models in {', '.join(missing)}: run run.py --table throughout first.")
     models = {arm: BTokSentenceTransformer(str(path)) for arm, path in models.items()}
 
     found = examples()
@@ -76,21 +109,16 @@ def main():
         # Captions may hold dollar signs, which matplotlib would read as mathematics.
         right.text(0, 0.5, "\n".join(lines).replace("$", r"\$"), va="center", fontsize=9)
         left.axis("off"), right.axis("off")
-    figure.savefig(options.runs / f"{options.size}-decoded.png", dpi=110)
+    figure.savefig(ROOT / "docs" / "results" / f"{options.size}-decoded.png", dpi=90)
 
-    lines = [
-        f"| decoded text begins with the right name | {' | '.join(LABELS[arm] for arm in ARMS)} |",
-        "|---|---|---|",
-    ]
+    lines = [f"| decoded text | {' | '.join(LABELS[arm] for arm in ARMS)} |", "|---|---|---|"]
     for kind, title in (("drawing", "unseen drawings"), ("clip", "clips of unseen emoji")):
-        inputs, _, names = zip(*found[kind])
-        cells = []
-        for model in models.values():
-            right = [
-                text.startswith(f"{name}:") or text == name for text, name in zip(decode(model, list(inputs)), names)
-            ]
-            cells.append(f"{100 * np.mean(right):.1f} %")
-        lines.append(f"| {title} ({len(names)}) | {' | '.join(cells)} |")
+        inputs, _, right = zip(*found[kind])
+        columns = [measures(decode(model, list(inputs)), right) for model in models.values()]
+        lines += [
+            f"| {title} ({len(inputs)}): {row} | {' | '.join(column[row] for column in columns)} |"
+            for row in columns[0]
+        ]
     print("\n".join(lines))
 
 
