@@ -4,6 +4,7 @@ Models have random weights: time and memory do not depend on their values. Conte
 round, so that a slow minute of the machine meets all of them; what is compared is the ratio within a round.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -143,6 +144,19 @@ def exact_texts(tokenizer, tokens, count):
             text = tokenizer.decode(ids[start : start + length])
         found.append(text)
     return found
+
+
+def arguments(doc, rounds=7, **more):
+    """The command line that the benchmarks share; `more` are further options by name."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="2b" if DEVICE == "cuda" else "small")
+    parser.add_argument("--rounds", type=int, default=rounds, help="timed turns of every contender")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    for name, options in more.items():
+        parser.add_argument(f"--{name}", **options)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    return options
 
 
 def synchronise():

@@ -6,11 +6,9 @@ Waiting is the share of a run that the training loop spends asking the loader fo
 worker processes. On CPUs, workers and model share the cores; on a GPU they do not.
 """
 
-import argparse
 import time
 
-import torch
-from bench import DEVICE, ROOT, compare, images, record, repository, show, summary
+from bench import DEVICE, ROOT, arguments, compare, images, record, repository, show, summary
 from datasets import Dataset
 from PIL import Image
 
@@ -102,15 +100,11 @@ def waiting(size, workers, steps):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="2b" if DEVICE == "cuda" else "small")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2] if DEVICE == "cpu" else [0, 4, 8])
-    parser.add_argument("--threads", type=int, help="CPU threads, instead of torch's choice")
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = arguments(
+        __doc__,
+        steps={"type": int, "default": 12},
+        workers={"type": int, "nargs": "+", "default": [0, 1, 2] if DEVICE == "cpu" else [0, 4, 8]},
+    )
     rows = [decoding(BTokSentenceTransformer(repository(options.size, 4)), options.rounds)]
     rows += [waiting(options.size, workers, options.steps) for workers in options.workers]
     record("data_path" if DEVICE == "cpu" else "data_path-gpu", rows, size=options.size)

@@ -6,11 +6,21 @@ Three tables: the cost of K = 4 tokens against last-token pooling on the same pa
 against `SentenceTransformer.encode` on uniform and ragged inputs; and where the time of the former goes.
 """
 
-import argparse
 from functools import partial
 
-import torch
-from bench import DEVICE, compare, exact_texts, images, matrix_rate, mixture, record, repository, show, summary
+from bench import (
+    DEVICE,
+    arguments,
+    compare,
+    exact_texts,
+    images,
+    matrix_rate,
+    mixture,
+    record,
+    repository,
+    show,
+    summary,
+)
 from sentence_transformers import SentenceTransformer
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -114,14 +124,7 @@ def parts(ours):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="2b" if DEVICE == "cuda" else "small")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, help="CPU threads, instead of torch's choice")
-    parser.add_argument("--tables", nargs="+", default=["overhead", "throughput", "profile"])
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = arguments(__doc__, tables={"nargs": "+", "default": ["overhead", "throughput", "profile"]})
     none, four = repository(options.size, 0), repository(options.size, 4)
     ours = [BTokSentenceTransformer(path) for path in (none, four)]
     stock = [SentenceTransformer(path) for path in (none, four)]

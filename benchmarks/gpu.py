@@ -12,13 +12,12 @@ Without a GPU it runs the same steps at a small size on the CPU and says which f
 - encode, train_step, vision: those scripts.
 """
 
-import argparse
 import importlib.util
 import subprocess
 import sys
 
 import torch
-from bench import DEVICE, ROOT, compare, matrix_rate, mixture, peak_of, record, repository, show, summary
+from bench import DEVICE, ROOT, arguments, compare, matrix_rate, mixture, peak_of, record, repository, show, summary
 from torch.nn import functional as F
 from train_step import batch, contender
 
@@ -142,11 +141,7 @@ def largest_batch(size, seconds=120):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="2b" if DEVICE == "cuda" else "small")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
-    options = parser.parse_args()
+    options = arguments(__doc__, steps={"nargs": "+", "choices": STEPS, "default": STEPS})
     waiting = (
         [] if DEVICE == "cuda" else ["speed and memory at the size of Qwen2-VL-2B", "torch varlen_attn", "flash-attn"]
     )

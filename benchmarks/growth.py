@@ -7,7 +7,6 @@ Memory is the peak above what was held before, in processes of their own on a CP
 `sentence_transformers.util.semantic_search` and by faiss (`pip install faiss-cpu`), over random unit vectors.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import time
 import matplotlib
 import numpy as np
 import torch
-from bench import DEVICE, ROOT, exact_texts, names, peak_of, record, repository, show
+from bench import DEVICE, ROOT, arguments, exact_texts, names, peak_of, record, repository, show
 from sentence_transformers.util import semantic_search
 
 from btok_hf import BTokSentenceTransformer
@@ -100,12 +99,7 @@ def picture(rows, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="2b" if DEVICE == "cuda" else "small")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = arguments(__doc__, one={"type": json.loads, "help": "(internal) measure one setting"})
     if options.one:
         kind, *values = options.one
         print(json.dumps(encode(*values) if kind == "encode" else search(*values)))

@@ -5,11 +5,10 @@
 Every time is that of a fresh process, measured inside it; the processes alternate. Files are in the page cache.
 """
 
-import argparse
 import subprocess
 import sys
 
-from bench import ROOT, record, repository, show, summary
+from bench import ROOT, arguments, record, repository, show, summary
 
 from btok_hf import BTokSentenceTransformer, export_model
 
@@ -68,10 +67,7 @@ def table(name, statements, rounds, setup, pairs):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="small")
-    parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args()
+    options = arguments(__doc__)
     path = ROOT / "runs" / "bench" / options.size / "exported"
     if not (path / "golden.json").exists():
         export_model(BTokSentenceTransformer(repository(options.size, 4), device="cpu"), path)

@@ -146,8 +146,8 @@ def insert(page, name, text):
     before, mark, rest = page.partition(f"<!-- {name} -->\n")
     _, end, after = rest.partition(f"<!-- end of {name} -->")
     if not (mark and end):
-        raise SystemExit(f"docs/performance.md has no marks '<!-- {name} -->' and '<!-- end of {name} -->'. Add them.")
-    return f"{before}{mark}\n{text}\n\n{end}{after}"
+        raise SystemExit(f"The page has no marks '<!-- {name} -->' and '<!-- end of {name} -->'. Add them.")
+    return f"{before}{mark}\n{text.rstrip()}\n\n{end}{after}"
 
 
 def main():

@@ -7,11 +7,10 @@
 - frozen vision: GradCache over figures with the vision tower frozen and its outputs kept, against running it again.
 """
 
-import argparse
 from unittest.mock import patch
 
 import torch
-from bench import DEVICE, compare, images, names, record, repository, show, summary, texts
+from bench import DEVICE, arguments, compare, images, names, record, repository, show, summary, texts
 
 from btok_hf import BTokSentenceTransformer
 from btok_hf.training import CondensationConfig, CondensationLoss
@@ -65,13 +64,7 @@ def contenders(size):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="2b" if DEVICE == "cuda" else "small")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, help="CPU threads, instead of torch's choice")
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = arguments(__doc__)
     rows = []
     for name, with_it, without in contenders(options.size):
         (*losses, ours), (*others, theirs) = with_it(), without()

@@ -13,14 +13,27 @@ Loss and gradients of the first three are compared before anything is timed. Pea
 their own: of the allocator on a GPU, of the process above what it held before the step on a CPU.
 """
 
-import argparse
 import json
 import subprocess
 import sys
 from unittest.mock import patch
 
 import torch
-from bench import DEVICE, ROOT, compare, exact_texts, mixture, names, peak_of, record, repository, show, summary, texts
+from bench import (
+    DEVICE,
+    ROOT,
+    arguments,
+    compare,
+    exact_texts,
+    mixture,
+    names,
+    peak_of,
+    record,
+    repository,
+    show,
+    summary,
+    texts,
+)
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 from torch.nn import functional as F
@@ -244,15 +257,12 @@ def memory(size):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="2b" if DEVICE == "cuda" else "small")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, help="CPU threads, instead of torch's choice")
-    parser.add_argument("--tables", nargs="+", default=["speed", "memory"])
-    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = arguments(
+        __doc__,
+        rounds=5,
+        tables={"nargs": "+", "default": ["speed", "memory"]},
+        one={"type": json.loads, "help": "(internal) measure one setting"},
+    )
     if options.one:
         print(peak_of(contender(*options.one)))
         return

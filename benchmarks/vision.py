@@ -5,10 +5,8 @@
 Outputs and gradients of both are compared before anything is timed.
 """
 
-import argparse
-
 import torch
-from bench import DEVICE, compare, images, record, repository, show, summary
+from bench import DEVICE, arguments, compare, images, record, repository, show, summary
 from transformers import AutoModel, AutoProcessor
 
 from btok_hf.condensation import VISION_ATTENTION
@@ -41,13 +39,7 @@ def calls(size, pictures):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="2b" if DEVICE == "cuda" else "small")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, help="CPU threads, instead of torch's choice")
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = arguments(__doc__)
     drawings, figures, pages = images()
     rows = []
     for name, pictures in (

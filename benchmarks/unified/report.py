@@ -20,8 +20,10 @@ import matplotlib
 import numpy as np
 from scipy.stats import t as student
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from run import ARMS, RESULTS, TABLES
+from tables import insert
 from tasks import ROOT, chance, score, tasks
 
 matplotlib.use("Agg")
@@ -174,15 +176,6 @@ def curves(results, path):
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
-
-
-def insert(page, name, text):
-    """Put a generated part between its two marks in a page."""
-    before, mark, rest = page.partition(f"<!-- {name} -->\n")
-    _, end, after = rest.partition(f"<!-- end of {name} -->")
-    if not (mark and end):
-        raise SystemExit(f"docs/results.md has no marks '<!-- {name} -->' and '<!-- end of {name} -->'. Add them.")
-    return f"{before}{mark}\n{text}\n{end}{after}"
 
 
 def main():
