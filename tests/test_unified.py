@@ -10,6 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks" / "unified"))
 import base
+import decode
 import report
 import run
 import tasks
@@ -152,3 +153,12 @@ def test_the_model_of_the_examples_is_what_was_exported_and_finds_things(capsys,
         assert len(hits) == 3 and scores == sorted(scores, reverse=True)
         if query == "pizza":
             assert hits[0].endswith("pizza")
+
+
+def test_decoded_texts_are_measured_by_their_words():
+    right = ["cat: animal, pet", "Dog: animal", "car: road"]
+    found = decode.measures(["cat: road", "a dog", ""], right)
+    # Words: cat of {cat, road}; dog of {a, dog}; none.
+    assert found["the right name"] == "33.3 %" and found["words that are right"] == "33.3 %"
+    # Of the six other pairs only "cat: road" and the car share a word, one of two.
+    assert found["words that are another input's"] == "8.3 %" and found["different texts"] == "3"
