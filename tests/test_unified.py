@@ -112,6 +112,8 @@ def test_tables_report_means_and_paired_differences(found, tmp_path, monkeypatch
     share = 1 / len(found)
     low, gains = 50 * (1 - share), [50 * (1 - share), 50 * (1 - share) + 100 * share]
     assert f"**{low:.2f}**" in text
+    assert "| without motion, and by seed | | | | 50.00: 50.00, 50.00 | 100.00: 100.00, 100.00 |" in text
+    assert "| motion by seed | | | | 0.0, 0.0 | 0.0, 100.0 |" in text
     line = next(line for line in text.splitlines() if line.startswith("| BToks − last token"))
     cells = [cell.strip() for cell in line.split("|")[2:-1]]
     assert cells[0] == f"{np.mean(gains):+.2f}"

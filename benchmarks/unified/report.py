@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from run import ARMS, RESULTS, TABLES
 from tables import insert
-from tasks import ROOT, chance, score, tasks
+from tasks import MOTION, ROOT, chance, score, tasks
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -133,6 +133,12 @@ def arm_table(table, results):
         + " |"
     )
     lines.append("| by seed | | | | " + " | ".join(", ".join(f"{v:.2f}" for v in means[arm]) for arm in arms) + " |")
+    # Whether the order of frames is learned at all differs from seed to seed, and moves the mean more than all else.
+    still = {arm: np.mean([part.mean(1) for n, part in scores[arm].items() if n != MOTION], axis=0) for arm in arms}
+    cells = (f"{still[arm].mean():.2f}: " + ", ".join(f"{v:.2f}" for v in still[arm]) for arm in arms)
+    lines.append("| without motion, and by seed | | | | " + " | ".join(cells) + " |")
+    moving = (", ".join(f"{v:.1f}" for v in scores[arm][MOTION].mean(1)) for arm in arms)
+    lines.append("| motion by seed | | | | " + " | ".join(moving) + " |")
     lines += [
         "",
         "| difference | mean | ± over seeds | ± over queries | seeds to show 2 points |",
