@@ -20,7 +20,7 @@ test: $(SETUP)
 test-floor: .venv-floor/.installed
 	.venv-floor/bin/python -m pytest --ignore tests/test_hub.py
 
-# About an hour on one core of two. On a GPU: benchmarks/gpu.py.
+# An hour or more on CPU cores. On a GPU: benchmarks/gpu.py.
 bench: $(SETUP)
 	for script in encode train_step train_savings vision data_path growth startup; do \
 		$(BIN)/python benchmarks/$$script.py || exit 1; done
