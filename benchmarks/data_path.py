@@ -1,6 +1,8 @@
 """The way of the data: decoding, and whether training waits for it.
 
-    python benchmarks/data_path.py              # about 5 minutes on 2 CPU cores; benchmarks/results/data_path.json
+    python benchmarks/data_path.py    # 3 minutes on one CPU core with --rounds 5
+
+It writes benchmarks/results/data_path.json.
 
 Waiting is the share of a run that the training loop spends asking the loader for its next batch, by the number of
 worker processes. On CPUs, workers and model share the cores; on a GPU they do not.

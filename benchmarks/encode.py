@@ -1,6 +1,8 @@
 """Speed of encoding: what Bottleneck Tokens cost, and this library against stock Sentence-Transformers.
 
-    python benchmarks/encode.py                 # about 15 minutes on 2 CPU cores; benchmarks/results/encode.json
+    python benchmarks/encode.py    # 17 minutes on one CPU core with --rounds 5
+
+It writes benchmarks/results/encode.json.
 
 Three tables: the cost of K = 4 tokens against last-token pooling on the same path; `BTokSentenceTransformer.encode`
 against `SentenceTransformer.encode` on uniform and ragged inputs; and where the time of the former goes.

@@ -1,7 +1,8 @@
 """How cost grows: encoding against length, batch and K; search against the size of the corpus.
 
-    python benchmarks/growth.py                 # about 15 minutes on 2 CPU cores; benchmarks/results/growth.json
-                                                # and docs/results/growth.png
+    python benchmarks/growth.py    # 9 minutes on one CPU core
+
+It writes benchmarks/results/growth.json and docs/results/growth.png.
 
 Memory is the peak above what was held before, in processes of their own on a CPU. Search is exact, by
 `sentence_transformers.util.semantic_search` and by faiss (`pip install faiss-cpu`), over random unit vectors.

@@ -1,6 +1,8 @@
 """Start-up times: imports, and loading an exported repository against the stock load of the same files.
 
-    python benchmarks/startup.py                # about 4 minutes on 2 CPU cores; benchmarks/results/startup.json
+    python benchmarks/startup.py    # 5 minutes on one CPU core with --rounds 3
+
+It writes benchmarks/results/startup.json.
 
 Every time is that of a fresh process, measured inside it; the processes alternate. Files are in the page cache.
 """

@@ -1,6 +1,8 @@
 """Speed and memory of a training step: packed condensation against what else one could do.
 
-    python benchmarks/train_step.py             # about 20 minutes on 2 CPU cores; benchmarks/results/train_step.json
+    python benchmarks/train_step.py    # 16 minutes on one CPU core with --rounds 3
+
+It writes benchmarks/results/train_step.json.
 
 Contenders, all with GradCache over the same mini-batches, InfoNCE and (but the last) condensation of λ = 5:
 

@@ -1,6 +1,8 @@
 """Speed of the vision tower: one call of attention for images of a size, against transformers' loop over images.
 
-    python benchmarks/vision.py                 # about 3 minutes on 2 CPU cores; benchmarks/results/vision.json
+    python benchmarks/vision.py    # 5 minutes on one CPU core with --rounds 5
+
+It writes benchmarks/results/vision.json.
 
 Outputs and gradients of both are compared before anything is timed.
 """

@@ -18,6 +18,7 @@ from conftest import image, video
 from datasets import Dataset, Features, Image, Value
 from packaging.version import Version
 from peft import LoraConfig
+from PIL import Image as PILImage
 from sentence_transformers import SentenceTransformer
 from test_condensation import assert_same_gradients
 from torch.nn import functional as F
@@ -28,7 +29,7 @@ from btok_hf.condensation import condense
 from btok_hf.hub_card import CardArguments
 from btok_hf.training import CondensationConfig, CondensationLoss, CondensationTrainer
 from btok_hf.training.checkpoints import checkpoints, fault
-from btok_hf.training.condensation_trainer import CondensationCollator, text_of
+from btok_hf.training.condensation_trainer import CondensationCollator, identity, text_of
 from btok_hf.training.data import load_pairs, retrieval_evaluator
 from btok_hf.training.sources import SOURCES
 from btok_hf.training.train import ModelArguments, ScriptArguments, read_mixture
@@ -216,6 +217,26 @@ def test_what_a_batch_holds_twice_is_encoded_once(repo, mini_batch_size):
     for actual, expected in zip(found[False][:3], found[True][:3]):
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
     assert_same_gradients(found[False][3], found[True][3])
+
+
+def test_a_file_and_its_name_as_a_text_are_not_copies(repo, tmp_path):
+    path = str(tmp_path / "photo.png")
+    image(60, 40).save(path)
+    model = BTokSentenceTransformer(repo, device="cpu")
+    args = CondensationConfig(output_dir="unused", condense="none", report_to="none", use_cpu=True)
+    collator = CondensationCollator(preprocess_fn=model.preprocess, tokenizer=model.tokenizer, args=args)
+    batch = collator([{"query": path, "positive": "a"}, {"query": {"text": path}, "positive": "b"}])
+    assert len(batch["query_input_ids"]) == 2 and "query_rows" not in batch
+
+
+def test_pictures_that_differ_by_their_palette_are_not_copies():
+    """Recoloured drawings hold equal bytes in palette mode."""
+    red = PILImage.new("P", (60, 40), 1)
+    red.putpalette([0, 0, 0, 255, 0, 0])
+    blue = red.copy()
+    blue.putpalette([0, 0, 0, 0, 0, 255])
+    assert red.tobytes() == blue.tobytes()
+    assert identity(red) != identity(blue) and identity(red) == identity(red.copy())
 
 
 def test_samples_of_a_step_are_counted_before_copies_are_left_out(repo, tmp_path):

@@ -59,6 +59,8 @@ def identity(value):
 
     def add(part):
         if isinstance(part, Image.Image):
+            # The bytes of a palette image are numbers of colours: with another palette it is another image.
+            part = part.convert("RGBA") if part.mode in ("P", "PA") else part
             part = (part.mode, part.size, part.tobytes())
         elif isinstance(part, (np.ndarray, torch.Tensor)):
             part = np.ascontiguousarray(part)
@@ -136,7 +138,8 @@ class CondensationCollator(SentenceTransformerDataCollator):
             kept = list(range(len(values)))
             if not self.encode_copies:
                 first = {}
-                keys = list(zip(identities, texts or identities))
+                # By type too: "photo.png" is read as a file, {"text": "photo.png"} is a text.
+                keys = list(zip(identities, map(type, values), texts or identities))
                 kept = [index for index, key in enumerate(keys) if first.setdefault(key, index) == index]
                 if len(kept) < len(values):
                     place = {keys[index]: number for number, index in enumerate(kept)}
