@@ -261,7 +261,7 @@ class BTokSentenceTransformer(SentenceTransformer):
 
     `encode` is that of Sentence-Transformers, with the same arguments and results, but batches are filled to a number
     of tokens and not of rows: many short inputs run together, and few long ones. `batch_size` is that number in rows
-    of 64 tokens on a CPU and of 512 elsewhere; an input that is longer than all of them runs alone. A background
+    of 64 tokens on a CPU and of 512 elsewhere; an input that is longer than all of them runs alone. Beside a GPU a
     thread preprocesses a batch while the one before it is computed.
 
     Args:
@@ -351,14 +351,14 @@ class BTokSentenceTransformer(SentenceTransformer):
         embeddings = []
         # At its end, in whatever way, the executor waits for the batch in work: no thread is left behind.
         with ThreadPoolExecutor(1) as thread:
-            features = preprocess(batches[0])
-            for number in tqdm(range(1, len(batches) + 1), desc="Batches", disable=not show_progress_bar):
-                ahead = thread.submit(preprocess, batches[number]) if number < len(batches) else None
-                # Features stay on the CPU: `condense` moves what the device needs, once nothing is left to check.
+            # Beside CPU cores that compute there is nothing to win, and much to lose: resizing in another thread opens
+            # a second pool of OpenMP threads, and both wait for the same cores.
+            prepared = map(preprocess, batches) if device.type == "cpu" else _ahead(thread, preprocess, batches)
+            # Features stay on the CPU: `condense` moves what the device needs, once nothing is left to check.
+            for features in tqdm(prepared, "Batches", len(batches), disable=not show_progress_bar):
                 rows = self(features, **kwargs)["sentence_embedding"][:, :truncate_dim]
                 rows = F.normalize(rows, dim=1) if normalize_embeddings else rows
                 embeddings.append(rows.cpu() if save_to_cpu else rows)
-                features = ahead.result() if ahead else None
         order = torch.tensor([index for batch in batches for index in batch])
         embeddings = torch.cat(embeddings)
         return embeddings[order.argsort().to(embeddings.device)]
@@ -398,6 +398,16 @@ class BTokSentenceTransformer(SentenceTransformer):
             raise ValueError("Weights are saved as safetensors only: leave safe_serialization at True.")
         weights = self[0].model if has_adapters(self[0].model) else self[0].merged()
         write_repository(path, weights, self[0].processor, model=self)
+
+
+def _ahead(thread, function, items):
+    """`map(function, items)`; the executor `thread` works on an item while the one before it is used."""
+    ahead = None
+    for item in items:
+        ready, ahead = ahead, thread.submit(function, item)
+        if ready:
+            yield ready.result()
+    yield ahead.result()
 
 
 def _batches(tokens, budget):

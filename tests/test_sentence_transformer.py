@@ -320,9 +320,18 @@ def test_estimated_tokens_of_media_are_those_of_the_processor(repo, tmp_path):
         assert module.estimate_tokens(wrong) == 0
 
 
-def test_next_batch_is_preprocessed_while_one_is_computed(repo, monkeypatch):
+@pytest.fixture
+def beside_gpu(repo, monkeypatch):
+    """A model whose `encode` goes the way it goes beside a GPU, although everything lies on the CPU."""
     model = BTokSentenceTransformer(repo, device="cpu")
-    texts = ["long " * 60, "shorter " * 30, "short"]
+    monkeypatch.setattr(model, "_resolve_inference_device", lambda device: torch.device("cuda"))
+    return model
+
+
+def test_next_batch_is_preprocessed_while_one_is_computed(beside_gpu, monkeypatch):
+    model = beside_gpu
+    texts = ["long " * 350, "shorter " * 200, "short " * 20]  # a batch each
+    expected = np.concatenate([model.encode([text]) for text in texts])
     started, forward, preprocess = threading.Event(), model.forward, model.preprocess
 
     def waits(features, **kwargs):
@@ -336,28 +345,29 @@ def test_next_batch_is_preprocessed_while_one_is_computed(repo, monkeypatch):
             started.set()
         return preprocess(inputs, **kwargs)
 
-    last = [False]
+    last, threads = [False], threading.active_count()
     monkeypatch.setattr(model, "forward", waits)
     monkeypatch.setattr(model, "preprocess", tells)
-    assert model.encode(texts, batch_size=1).shape == (3, 64)
+    assert np.abs(model.encode(texts, batch_size=1) - expected).max() <= TOLERANCE
+    assert threading.active_count() == threads
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_failures_leave_no_thread_behind(repo, monkeypatch, error):
-    model = BTokSentenceTransformer(repo, device="cpu")
+def test_failures_leave_no_thread_behind(beside_gpu, monkeypatch, error):
+    model = beside_gpu
     threads = threading.active_count()
     # In a later batch, which the thread preprocesses: the words are those of the first.
     with pytest.raises(FileNotFoundError, match=r"Input 'missing.png': .*does not exist"):
-        model.encode(["long " * 60, "missing.png"], batch_size=1)
+        model.encode(["long " * 350, "missing.png"], batch_size=1)
     with pytest.raises(ValueError, match=r"Input \{'picture': 'x'\}: unknown keys"):
-        model.encode(["long " * 60, {"picture": "x"}], batch_size=1)
+        model.encode(["long " * 350, {"picture": "x"}], batch_size=1)
 
     def fails(features, **kwargs):
         raise error("stop")
 
     monkeypatch.setattr(model, "forward", fails)
     with pytest.raises(error, match="stop"):
-        model.encode(["long " * 60, "middling " * 20, "short"], batch_size=1)
+        model.encode(["long " * 350, "middling " * 150, "short"], batch_size=1)
     assert threading.active_count() == threads
 
 
