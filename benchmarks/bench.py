@@ -146,7 +146,7 @@ def exact_texts(tokenizer, tokens, count):
     return found
 
 
-def arguments(doc, rounds=7, **more):
+def arguments(doc, rounds=5, **more):
     """The command line that the benchmarks share; `more` are further options by name."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="2b" if DEVICE == "cuda" else "small")

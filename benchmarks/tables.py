@@ -22,6 +22,7 @@ TABLES = {
         {
             "inputs": "{count} {inputs}",
             "tokens": "{tokens:,}",
+            "tokens that stock computes for each": "{stock_padding:.2f}",
             "stock, tokens/s": "{stock_tokens_per_s:,}",
             "btok-hf, tokens/s": "{btok_tokens_per_s:,}",
             "times as fast": "**{speed_ratio:.2f}** ({quartiles[0]:.2f} to {quartiles[1]:.2f})",
