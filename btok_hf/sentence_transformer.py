@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from torch import distributed
@@ -23,14 +23,13 @@ from tqdm import tqdm
 
 from btok_hf.condensation import condense, reconstruct
 from btok_hf.export import stock_model, untied_head, write_repository
-from btok_hf.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_media_path, read_image, read_video
+from btok_hf.media import IMAGE_SUFFIXES, estimate_tokens, is_media_path, read_image, read_video
 from btok_hf.modeling.modeling_btok import bottleneck_token_ids, last_positions, load_stock_model
 
 INPUT_KEYS = {"text", "image", "video"}
 # Tokens that one row of `encode`'s batch_size stands for. The default of 32 rows is 2,048 tokens on a CPU, where more
 # only overrun its caches, and 16,384 elsewhere.
 CPU_ROW_TOKENS, ROW_TOKENS = 64, 512
-VIDEO_FRAMES = 8  # that `read_video` keeps
 
 
 class BottleneckTransformer(Transformer):
@@ -169,40 +168,6 @@ class BottleneckTransformer(Transformer):
             raise ValueError("image array holds NaN or infinite pixels; clean it")
         return image
 
-    def estimate_tokens(self, item):
-        """About how many tokens an input takes, judged by its size: files are looked into but not decoded.
-
-        Text counts three bytes a token, which is seldom too little. What `preprocess` would refuse counts nothing.
-        """
-        if isinstance(item, (str, Path)):
-            text = str(item)
-            if not is_media_path(text):
-                return len(text.encode("utf-8", "replace")) // 3
-            if Path(text).suffix.lower() in VIDEO_SUFFIXES:
-                return VIDEO_FRAMES // 2 * self._pixel_tokens(math.inf, "video_processor")
-            try:
-                with Image.open(text) as image:
-                    return self._pixel_tokens(image.width * image.height)
-            except (UnidentifiedImageError, OSError, ValueError):
-                return self._pixel_tokens(math.inf)  # remote, or not an image
-        if isinstance(item, Image.Image):
-            return self._pixel_tokens(item.width * item.height)
-        if isinstance(item, (np.ndarray, torch.Tensor)):  # an image has three axes, a video four
-            frames = item.shape[0] if item.ndim == 4 else 1
-            pixels = math.prod(item.shape) // 3 // max(frames, 1)
-            kind = "video_processor" if item.ndim == 4 else "image_processor"
-            return -(-frames // 2) * self._pixel_tokens(pixels, kind)
-        if isinstance(item, dict):
-            media = [value for key, value in item.items() if key not in ("role", "type", "video_metadata")]
-            return sum(map(self.estimate_tokens, media))
-        return sum(map(self.estimate_tokens, item)) if isinstance(item, (list, tuple)) else 0
-
-    def _pixel_tokens(self, pixels, kind="image_processor"):
-        """Tokens of an image, or of two frames, of this many pixels, after the processor's bounds."""
-        processor = getattr(self.processor, kind)
-        bounded = min(max(pixels, processor.size["shortest_edge"]), processor.size["longest_edge"])
-        return bounded // (processor.patch_size * processor.merge_size) ** 2
-
     def forward(self, features, **kwargs):
         target_ids, labels = features.get("target_ids"), features.get("target_labels")
         condensed = condense(
@@ -340,9 +305,9 @@ class BTokSentenceTransformer(SentenceTransformer):
         self.eval()
         if not inputs:
             return torch.tensor([], device=device)
-        around = self[0].estimate_tokens(prompt or "") + len(bottleneck_token_ids(self[0].config)) + 4
+        around = estimate_tokens(prompt or "", self.processor) + len(bottleneck_token_ids(self[0].config)) + 4
         longest = self.max_seq_length or math.inf
-        tokens = [min(around + self[0].estimate_tokens(item), longest) for item in inputs]
+        tokens = [min(around + estimate_tokens(item, self.processor), longest) for item in inputs]
         batches = _batches(tokens, batch_size * (CPU_ROW_TOKENS if device.type == "cpu" else ROW_TOKENS))
 
         def preprocess(batch):

@@ -16,6 +16,7 @@ from test_condensation import process
 from transformers import AutoModel, AutoProcessor
 
 from btok_hf import BTokSentenceTransformer, export_model, read_video
+from btok_hf.media import estimate_tokens
 
 TOLERANCE = 1e-6
 
@@ -303,7 +304,7 @@ def test_ragged_mixture_is_batched_by_tokens_and_comes_back_in_order(loaded, mp4
 
 
 def test_estimated_tokens_of_media_are_those_of_the_processor(repo, tmp_path):
-    module = BTokSentenceTransformer(repo, device="cpu")[0]
+    processor = BTokSentenceTransformer(repo, device="cpu").processor
     image(300, 100).save(tmp_path / "wide.png")
     clip = video(6, 64)
     for item, size in (
@@ -314,10 +315,10 @@ def test_estimated_tokens_of_media_are_those_of_the_processor(repo, tmp_path):
         ([{"role": "user", "content": [{"type": "image", "image": image(56, 84)}]}], 6),
         ({"video": clip}, 3 * (64 * 64 // 28**2)),
     ):
-        assert module.estimate_tokens(item) == size
-    assert module.estimate_tokens("missing.png") == module.estimate_tokens(image(1000, 1000)) == 16
+        assert estimate_tokens(item, processor) == size
+    assert estimate_tokens("missing.png", processor) == estimate_tokens(image(1000, 1000), processor) == 16
     for wrong in (None, 3, "", {}):
-        assert module.estimate_tokens(wrong) == 0
+        assert estimate_tokens(wrong, processor) == 0
 
 
 @pytest.fixture

@@ -219,6 +219,27 @@ def test_what_a_batch_holds_twice_is_encoded_once(repo, mini_batch_size):
     assert_same_gradients(found[False][3], found[True][3])
 
 
+@pytest.mark.parametrize("sharded", ["is_fsdp_enabled", "is_deepspeed_enabled", None])
+def test_sharded_processes_encode_every_copy(repo, tmp_path, monkeypatch, sharded):
+    """All processes must have equally many rows to encode, however many copies a batch holds."""
+
+    class Sharded(CondensationTrainer):  # accelerate has both on accelerators only
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            if sharded:
+                setattr(self, sharded, True)
+
+        def _check_deepspeed(self):
+            pass
+
+    rows = Dataset.from_dict({"query": ["one", "two", "three", "four"], "positive": ["cat", "cat", "dog", "cat"]})
+    args = config(tmp_path, per_device_train_batch_size=4)
+    trainer = Sharded(model=BTokSentenceTransformer(repo, device="cpu"), args=args, train_dataset=rows)
+    (batch,) = trainer.get_train_dataloader()
+    assert len(batch["positive_input_ids"]) == (4 if sharded else 2)
+    assert ("positive_rows" in batch) == (sharded is None)
+
+
 def test_a_file_and_its_name_as_a_text_are_not_copies(repo, tmp_path):
     path = str(tmp_path / "photo.png")
     image(60, 40).save(path)

@@ -36,6 +36,7 @@ from btok_hf.evaluation import report
 from btok_hf.evaluation.metrics import check_embeddings, rank, score
 from btok_hf.evaluation.tasks import TASKS, load_task, read_input
 from btok_hf.golden import versions
+from btok_hf.media import estimate_tokens
 from btok_hf.sentence_transformer import BTokSentenceTransformer
 
 ROWS_PER_FILE = 256
@@ -369,13 +370,7 @@ class _Encoder:
         self.model, self.prompt, self.batch_tokens = model, prompt, batch_tokens
         self.store, self.state = store, state
         self.tokenize = getattr(getattr(model, "tokenizer", None), "tokenize", None)
-        images = getattr(getattr(model, "processor", None), "image_processor", None)
-        size = getattr(images, "size", None) or {}
-        # Pixels of a token and of an image; those of Qwen2-VL where the model has no such image processor.
-        self.pixels = (
-            (size["shortest_edge"], size["longest_edge"]) if "longest_edge" in size else (56**2, 28**2 * 1280)
-        )
-        self.patch = (images.patch_size * images.merge_size if hasattr(images, "merge_size") else 28) ** 2
+        self.processor = getattr(model, "processor", None)
 
     def encode(self, task):
         """Encode what is missing of a task. Every process must call it, and then synchronise and refresh the store."""
@@ -440,17 +435,8 @@ class _Encoder:
             raise ValueError(f"{task.name}, {label}: {error}") from error
 
     def _tokens(self, item):
-        """About how many tokens an input takes; without a tokenizer three bytes of text are one."""
-        tokens = 16  # around the text and the media
-        for text in filter(None, (self.prompt, item.get("text"))):
-            tokens += len(self.tokenize(text)) if self.tokenize else len(text.encode()) // 3
-        least, most = self.pixels
-        if "image" in item:
-            tokens += min(max(item["image"].width * item["image"].height, least), most) // self.patch
-        if "video" in item:
-            frames, height, width, _ = item["video"]["array"].shape
-            tokens += (frames + 1) // 2 * min(max(height * width, least), most) // self.patch
-        return tokens
+        """About how many tokens an input takes, with the 16 around the text and the media."""
+        return 16 + estimate_tokens([self.prompt, item], self.processor, self.tokenize)
 
 
 # ---------------------------------------------------------------- results
