@@ -10,6 +10,7 @@ against `SentenceTransformer.encode` on uniform and ragged inputs; and where the
 
 from functools import partial
 
+import torch
 from bench import (
     DEVICE,
     arguments,
@@ -145,7 +146,9 @@ def parts(ours):
         with profile(activities=activities) as found:
             ours.encode(items, show_progress_bar=False)
         key = "self_device_time_total" if DEVICE == "cuda" else "self_cpu_time_total"
-        times = {event.key: getattr(event, key) for event in found.key_averages()}
+        # Operations, which have the time of their kernels, and not these once more.
+        operations = [event for event in found.key_averages() if event.device_type == torch.autograd.DeviceType.CPU]
+        times = {event.key: getattr(event, key) for event in operations}
         total = sum(times.values())
         shares = {
             part: sum(time for name, time in times.items() if name.startswith(starts))

@@ -15,9 +15,23 @@ Without a GPU it runs the same steps at a small size on the CPU and says which f
 import importlib.util
 import subprocess
 import sys
+from functools import partial
 
 import torch
-from bench import DEVICE, ROOT, arguments, compare, matrix_rate, mixture, peak_of, record, repository, show, summary
+from bench import (
+    DEVICE,
+    ROOT,
+    arguments,
+    compare,
+    free,
+    matrix_rate,
+    mixture,
+    peak_of,
+    record,
+    repository,
+    show,
+    summary,
+)
 from torch.nn import functional as F
 from train_step import batch, contender
 
@@ -68,14 +82,11 @@ def ways(lengths):
     wide = [x.repeat_interleave(HEADS // GROUPS, dim=1) for x in (key, value)]
     longest = max(lengths)
 
+    column = torch.arange(longest)
+    places = torch.stack([start + column.clamp(max=n - 1) for start, n in zip(starts, lengths)]).to(DEVICE)
+
     def padded():
-        rows = []
-        for x in (query, *wide):
-            filled = x.new_zeros(len(lengths), longest, HEADS, WIDTH)
-            for index, (start, n) in enumerate(zip(starts, lengths)):
-                filled[index, :n] = x[start : start + n]
-            rows.append(filled.transpose(1, 2))
-        return F.scaled_dot_product_attention(*rows, is_causal=True)
+        return F.scaled_dot_product_attention(*(x[places].transpose(1, 2) for x in (query, *wide)), is_causal=True)
 
     def loop():
         return [
@@ -125,19 +136,18 @@ def largest_batch(size, seconds=120):
     """Rows of the largest batch that takes a step, doubled until memory or patience ends."""
     rows, count = [], 64
     while True:
+        step = None  # the last one's model goes before the next one comes
         step = contender("packed", size, "ragged", count, 16)
         try:
             memory = peak_of(step)
+            (taken,) = compare({"step": step}, rounds=1, warm_up=0)["step"]
         except torch.OutOfMemoryError:
             rows.append(show({"table": "batch", "rows": count, "result": "out of memory"}))
             return rows
-        (taken,) = compare({"step": step}, rounds=1, warm_up=0)["step"]
         rows.append(show({"table": "batch", "rows": count, "seconds": round(taken, 2), "peak_gb": round(memory, 2)}))
         if 2 * taken > seconds or DEVICE == "cpu":
             return rows
         count *= 2
-        del step
-        torch.cuda.empty_cache()
 
 
 def main():
@@ -145,17 +155,20 @@ def main():
     waiting = (
         [] if DEVICE == "cuda" else ["speed and memory at the size of Qwen2-VL-2B", "torch varlen_attn", "flash-attn"]
     )
-    rows = []
-    if "correctness" in options.steps:
-        rows += correctness()
-    if "attention" in options.steps:
-        rows += attention(options.rounds)
-    if "batch" in options.steps:
-        rows += largest_batch(options.size)
     rate = matrix_rate(torch.bfloat16 if DEVICE == "cuda" else torch.float32)
-    record("gpu", rows, size=options.size, matrix_gflop_per_s=round(rate, 1), waiting_for_a_gpu=waiting)
-    if DEVICE == "cuda":
-        torch.cuda.empty_cache()
+    steps = {
+        "correctness": correctness,
+        "attention": partial(attention, options.rounds),
+        "batch": partial(largest_batch, options.size),
+    }
+    rows = []
+    for name, step in steps.items():
+        if name not in options.steps:
+            continue
+        rows += step()
+        # After each: whatever fails later, this is kept.
+        record("gpu", rows, size=options.size, matrix_gflop_per_s=round(rate, 1), waiting_for_a_gpu=waiting)
+        free()
     for script in ("encode", "train_step", "vision"):
         if script in options.steps:
             command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), "--size", options.size]

@@ -27,6 +27,7 @@ from bench import (
     arguments,
     compare,
     exact_texts,
+    free,
     mixture,
     names,
     peak_of,
@@ -141,7 +142,9 @@ def batch(model, kind, rows):
         queries = [names()[2 * i % len(names())] for i in range(rows)]
         positives = targets = [names()[(2 * i + 1) % len(names())] for i in range(rows)]
     args = CondensationConfig(output_dir=str(ROOT / "runs" / "bench" / "args"), report_to="none", condense="positive")
-    collator = CondensationCollator(preprocess_fn=model.preprocess, tokenizer=model.tokenizer, args=args)
+    collator = CondensationCollator(
+        preprocess_fn=model.preprocess, tokenizer=model.tokenizer, args=args, encode_copies=True
+    )
     collated = collator([{"query": q, "positive": p, "target": t} for q, p, t in zip(queries, positives, targets)])
     features = []
     for side in ("query", "positive"):
@@ -170,6 +173,7 @@ def stock_batch(model, kind, rows, tokenizer_model):
 
 def contender(name, size, kind, rows, mini_batch, checkpointing=False):
     """A callable that takes one training step (forward, backward, gradients dropped) and returns the loss."""
+    free()
     four = BTokSentenceTransformer(repository(size, 4))
     if name == "stock":
         model = SentenceTransformer(repository(size, 0), device=four.device)
@@ -269,6 +273,7 @@ def main():
         print(peak_of(contender(*options.one)))
         return
     rows = speed(options.size, options.rounds) if "speed" in options.tables else []
+    free()
     rows += memory(options.size) if "memory" in options.tables else []
     record("train_step" if DEVICE == "cpu" else "train_step-gpu", rows, size=options.size)
 

@@ -23,7 +23,8 @@ def calls(size, pictures):
 
     def forward(attention):
         visual.config._attn_implementation = attention
-        output = visual(inputs["pixel_values"].to(visual.dtype), grid_thw=inputs["image_grid_thw"])
+        layouts = {"vision_layouts": {}} if attention == VISION_ATTENTION else {}  # shared by the layers
+        output = visual(inputs["pixel_values"].to(visual.dtype), grid_thw=inputs["image_grid_thw"], **layouts)
         return output.pooler_output if hasattr(output, "pooler_output") else output
 
     @torch.no_grad()

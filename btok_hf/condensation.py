@@ -42,7 +42,8 @@ ATTENTION = "btok_packed"
 # transformers gives the vision tower's whole batch to an attention function whose name holds "flash", in one call with
 # the bounds of the images; any other it calls once per image, in a Python loop.
 VISION_ATTENTION = "btok_flash_packed"
-MEDIA_KEYS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+PIXEL_KEYS = ("pixel_values", "pixel_values_videos")
+MEDIA_KEYS = (*PIXEL_KEYS, "image_grid_thw", "video_grid_thw")
 GRID_KEYS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
 ROW_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", *GRID_KEYS)
 CROSS_ENTROPY_ROWS = 256  # rows of logits alive at once: 256 x 151,936 x 4 bytes = 156 MB

@@ -86,7 +86,7 @@ def export_adapters(model, output_dir, base_model=None, *, files=None):
         `Path`: `output_dir`.
 
     Raises:
-        ValueError: No adapters, a base that is no Hub id, or a whole model in `output_dir`.
+        ValueError: No adapters, DoRA, a base that is no Hub id, or a whole model in `output_dir`.
         OSError: `output_dir` cannot be written to, or the disk is full.
     """
     from btok_hf.sentence_transformer import has_adapters
@@ -99,6 +99,11 @@ def export_adapters(model, output_dir, base_model=None, *, files=None):
         raise ValueError(
             f"Adapters refer to their base by Hub id, got {base!r}, which nobody else could load. Push the repository "
             "that they were trained on and pass its id as base_model, e.g. 'org/btok-start'."
+        )
+    if backbone.peft_config[backbone.active_adapters()[0]].use_dora:
+        raise ValueError(
+            "Stock loaders leave the magnitudes of DoRA out (transformers 5.23), so the adapters would give other "
+            "vectors. Export the model whole."
         )
     if Path(output_dir, "config.json").exists():
         raise ValueError(f"{output_dir} holds a whole model, which loaders would prefer. Name another output_dir.")
@@ -139,6 +144,9 @@ def write_repository(
         output_dir.mkdir(parents=True, exist_ok=True)
         # Of an earlier export: these vectors belong to other weights.
         (output_dir / golden.FILE_NAME).unlink(missing_ok=True)
+        if is_whole:  # in another number of files, old weights would stay beside the new ones, and be preferred
+            for path in output_dir.glob("model*.safetensors*"):
+                path.unlink()
         weights.save_pretrained(output_dir, max_shard_size=max_shard_size)
         processor.save_pretrained(output_dir)
         if is_whole:

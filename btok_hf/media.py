@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tiff", ".webp")
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".wmv", ".flv", ".mkv", ".webm")
@@ -13,7 +13,7 @@ VIDEO_FRAMES = 8
 
 
 def read_image(path, max_pixels=None):
-    """Read an image file as RGB `PIL.Image.Image`.
+    """Read an image file as RGB `PIL.Image.Image`, upright, as transformers and datasets do.
 
     Args:
         path (`str` or `Path`): The file.
@@ -33,7 +33,7 @@ def read_image(path, max_pixels=None):
             if max_pixels is not None:
                 scale = min(1.0, (4 * max_pixels / (image.width * image.height)) ** 0.5)
                 image.draft("RGB", (math.ceil(image.width * scale), math.ceil(image.height * scale)))
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"Image file {str(path)!r} cannot be decoded ({error}). Replace or remove it.") from error
 
@@ -60,7 +60,7 @@ def read_video(path, num_frames=VIDEO_FRAMES):
     try:
         import av
     except ImportError as error:
-        raise ImportError("Reading video files needs PyAV: pip install 'btok-hf[video]'.") from error
+        raise ImportError("Reading video files needs PyAV: pip install av.") from error
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]

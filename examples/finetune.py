@@ -7,10 +7,11 @@ or video, or (not in CSV) both: `{"image": "page.png", "text": "page 3"}`.
 """
 
 import argparse
+from pathlib import Path
 
 from peft import LoraConfig
 
-from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model
+from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens
 from btok_hf.training import CondensationConfig, CondensationTrainer
 from btok_hf.training.data import load_pairs
 
@@ -19,19 +20,22 @@ parser.add_argument("pairs")
 parser.add_argument("output")
 parser.add_argument("--base", default="Qwen/Qwen2-VL-2B-Instruct")
 parser.add_argument("--steps", type=int, default=1000)
+parser.add_argument("--condense", default="positive", help="side whose text is generated: positive, query, both, none")
 arguments = parser.parse_args()
 
-start = add_bottleneck_tokens(arguments.base, arguments.output + "-start", num_tokens=4, max_pixels=501_760)
+start = f"{arguments.output}-{Path(arguments.base).name}"
+if not Path(start).exists():
+    add_bottleneck_tokens(arguments.base, start, num_tokens=4, max_pixels=501_760)
 model = BTokSentenceTransformer(start)
 args = CondensationConfig(
     output_dir=arguments.output + "-run",
     per_device_train_batch_size=64,
     mini_batch_size=8,  # memory: rows whose activations are alive at once; the loss does not depend on it
-    condense="positive",  # encode the query, generate the positive's text
+    condense=arguments.condense,  # positive: encode the query, generate the positive's text
     max_steps=arguments.steps,
     report_to="none",
 )
 lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0)  # the Bottleneck Tokens' rows are trained along
 trainer = CondensationTrainer(model=model, args=args, train_dataset=load_pairs(arguments.pairs), peft_config=lora)
 trainer.train()
-export_model(model, arguments.output)
+trainer.export(arguments.output)  # merged weights, remote code, card: a Hub repository

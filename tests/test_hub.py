@@ -430,6 +430,21 @@ def test_golden_vectors_come_from_memory_and_stay_small(exported, monkeypatch, t
     assert min(found.values()) > golden.TOLERANCE
 
 
+def test_an_earlier_export_in_other_files_leaves_no_weights_behind(repo, tmp_path):
+    """Loaders would prefer them, and a push would send both."""
+    model = BTokSentenceTransformer(repo, device="cpu")
+    expected = model.encode(["one"])
+    changed = BTokSentenceTransformer(repo, device="cpu")
+    with torch.no_grad():
+        changed[0].model.language_model.norm.weight.mul_(torch.rand(64) + 0.5)
+    for first, then in (("50GB", "100KB"), ("100KB", "50GB")):
+        export_model(changed, tmp_path / first, max_shard_size=first)
+        export_model(model, tmp_path / first, max_shard_size=then)
+        assert (tmp_path / first / "model.safetensors").exists() == (then == "50GB")
+        again = BTokSentenceTransformer(str(tmp_path / first), device="cpu").encode(["one"])
+        np.testing.assert_allclose(again, expected, atol=2e-6)
+
+
 def test_golden_vectors_that_prove_nothing_are_refused(exported, copied, repo, tmp_path):
     (copied / "golden.json").unlink()
     with pytest.raises(ValueError, match=r"has no golden.json.*export_model writes it"):

@@ -16,7 +16,7 @@ from test_condensation import process
 from transformers import AutoModel, AutoProcessor
 
 from btok_hf import BTokSentenceTransformer, export_model, read_video
-from btok_hf.media import estimate_tokens
+from btok_hf.media import estimate_tokens, read_image
 
 TOLERANCE = 1e-6
 
@@ -262,6 +262,20 @@ def test_large_jpegs_are_decoded_at_a_reduced_size(loaded, tmp_path):
     assert model[0]._check_media("image", tmp_path / "large.jpg").size == (400, 300)
     reduced, whole = model.encode([str(tmp_path / "large.jpg"), Image.open(tmp_path / "large.jpg")])
     assert reduced @ whole > 0.999
+
+
+def test_photographs_are_upright(loaded, tmp_path):
+    """As transformers and datasets turn them, by their EXIF tag."""
+    picture = image(112, 56)
+    exif = picture.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    for name in ("photo.jpg", "photo.png"):
+        picture.save(tmp_path / name, exif=exif)
+        vectors = [loaded[kind].encode([{"image": str(tmp_path / name)}]) for kind in ("wrapper", "stock")]
+        assert np.abs(vectors[0] - vectors[1]).max() <= TOLERANCE
+    assert read_image(tmp_path / "photo.png").size == (56, 112)
+    lying = loaded["wrapper"].encode([picture])
+    assert np.abs(vectors[0] - lying).max() > 100 * TOLERANCE
 
 
 # ---------------------------------------------------------------- batches

@@ -24,15 +24,15 @@ from test_condensation import assert_same_gradients
 from torch.nn import functional as F
 from trl import TrlParser, get_peft_config
 
-from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model
+from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_adapters, export_model
 from btok_hf.condensation import condense
 from btok_hf.hub_card import CardArguments
 from btok_hf.training import CondensationConfig, CondensationLoss, CondensationTrainer
-from btok_hf.training.checkpoints import checkpoints, fault
+from btok_hf.training.checkpoints import checkpoints, fault, newest_whole
 from btok_hf.training.condensation_trainer import CondensationCollator, identity, text_of
 from btok_hf.training.data import load_pairs, retrieval_evaluator
 from btok_hf.training.sources import SOURCES
-from btok_hf.training.train import ModelArguments, ScriptArguments, read_mixture
+from btok_hf.training.train import ModelArguments, ScriptArguments, main, read_mixture, starting_point
 
 ROOT = Path(__file__).resolve().parents[1]
 QUERIES = [
@@ -217,6 +217,74 @@ def test_what_a_batch_holds_twice_is_encoded_once(repo, mini_batch_size):
     for actual, expected in zip(found[False][:3], found[True][:3]):
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
     assert_same_gradients(found[False][3], found[True][3])
+
+
+@pytest.mark.parametrize("mini_batch_size", [1, 2])
+def test_intervals_of_frames_stay_with_their_videos(repos, mini_batch_size):
+    """Qwen2.5-VL takes one for each video, and rows have none, one or two of them."""
+    model = BTokSentenceTransformer(repos["qwen2_5_vl"], device="cpu").train()
+    clips = [
+        {"array": video(4, 56, i)["array"], "video_metadata": {**video()["video_metadata"], "fps": 2.0 / (i + 1)}}
+        for i in range(4)
+    ]
+    queries = ["text", {"video": clips[:2]}, {"video": clips[2]}, {"video": clips[3], "text": "see"}]
+    losses = []
+    for size in (mini_batch_size, 8):
+        features = [model.preprocess(queries), model.preprocess(["a", "b", "c", "d"])]
+        assert len(features[0]["second_per_grid_ts"]) == 4 and len(set(features[0]["second_per_grid_ts"].tolist())) > 1
+        loss = CondensationLoss(model, mini_batch_size=size)
+        losses.append(loss(features).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_pixels_wait_on_the_host(repo, tmp_path, monkeypatch):
+    """A large batch of images does not fit on a device; a mini-batch does."""
+    rows = [{"query": {"image": image(56, 84, i), "text": "see"}, "positive": f"{i}"} for i in range(4)]
+    trainer = CondensationTrainer(
+        model=BTokSentenceTransformer(repo, device="cpu"),
+        args=config(tmp_path, per_device_train_batch_size=4),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows),
+    )
+    monkeypatch.setattr(CondensationConfig, "device", torch.device("meta"))
+    for loader in (trainer.get_train_dataloader(), trainer.get_eval_dataloader()):
+        assert loader.device is None  # accelerate moves nothing
+        (batch,) = loader
+        moved = trainer._prepare_inputs(batch)
+        assert moved.keys() == batch.keys()
+        on_host = {key for key, value in moved.items() if torch.is_tensor(value) and value.device.type == "cpu"}
+        assert on_host == {"query_pixel_values"}
+
+
+def test_pixels_in_bf16_are_what_the_vision_tower_sees(repo, tmp_path):
+    """With bf16 they take half the memory, and the loss is the same to the bit."""
+    model = BTokSentenceTransformer(repo, device="cpu").train()
+    features = batch_features(model, bf16=True)
+    assert features[0]["pixel_values"].dtype == torch.bfloat16
+    losses = []
+    for inputs in (features, batch_features(model)):
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(CondensationLoss(model, mini_batch_size=2)(inputs).item())
+    assert losses[0] == losses[1]
+
+
+def test_dicts_are_what_they_were_before_arrow(repo, tmp_path):
+    """Arrow gives all of them the same keys, and `datasets` encodes images in them."""
+    pairs = [
+        {"query": {"text": "a"}, "positive": "x"},
+        {"query": {"image": [image(60, 40), image(56, 84)], "text": "both"}, "positive": "y"},
+        {"query": {"image": [image(60, 40)]}, "positive": "z"},
+    ]
+    dataset = Dataset.from_list(pairs)
+    assert dataset[0]["query"]["image"] is None and dataset[2]["query"]["text"] is None
+    assert set(dataset[2]["query"]["image"][0]) == {"bytes", "path"}
+    collate, _ = collator(repo, tmp_path)
+    actual, expected = collate(list(dataset)), collate(pairs)
+    tensors = {key for key, value in expected.items() if torch.is_tensor(value)}
+    assert actual.keys() == expected.keys() and all(torch.equal(actual[key], expected[key]) for key in tensors)
+    dataset.to_parquet(tmp_path / "pairs.parquet")
+    evaluator = retrieval_evaluator(str(tmp_path / "pairs.parquet"))
+    assert evaluator(BTokSentenceTransformer(repo, device="cpu"))["pairs_cosine_accuracy@10"] == 1.0
 
 
 @pytest.mark.parametrize("sharded", ["is_fsdp_enabled", "is_deepspeed_enabled", None])
@@ -450,14 +518,15 @@ def test_training_lowers_both_losses_and_finds_pairs(repo, tmp_path):
     assert recall() >= 0.9 > before + 0.3
 
 
-def test_lora_trains_exactly_the_token_rows_and_the_adapters(repo, tmp_path):
+@pytest.mark.parametrize("dora", [False, True])
+def test_lora_trains_exactly_the_token_rows_and_the_adapters(repo, tmp_path, dora):
     model = BTokSentenceTransformer(repo, device="cpu")
     untouched = {name: p.detach().clone() for name, p in model[0].model.named_parameters()}
     trainer = CondensationTrainer(
         model=model,
         args=config(tmp_path, per_device_train_batch_size=6, max_steps=4, learning_rate=1e-2),
         train_dataset=text_pairs(6),
-        peft_config=LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0),
+        peft_config=LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, use_dora=dora),
     )
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     assert all("lora_" in name or "trainable_tokens_delta" in name for name in trainable)
@@ -486,11 +555,15 @@ def test_lora_trains_exactly_the_token_rows_and_the_adapters(repo, tmp_path):
 
     model.save_pretrained(str(tmp_path / "adapter"))
     assert not list((tmp_path / "adapter").glob("model*.safetensors"))
-    # Stock loaders go through transformers' load_adapter, which left adapters random at 5.17.
-    stock = [SentenceTransformer] if Version(transformers.__version__) >= Version("5.23") else []
+    # Stock loaders go through transformers' load_adapter, which left adapters random at 5.17, and DoRA's magnitudes
+    # as they were at 5.23.
+    stock = [SentenceTransformer] if Version(transformers.__version__) >= Version("5.23") and not dora else []
     for loader in (BTokSentenceTransformer, *stock):
         again = loader(str(tmp_path / "adapter"), device="cpu")
         np.testing.assert_allclose(again.encode(["find red", "flat thing"]), expected, atol=2e-6)
+    if dora:
+        with pytest.raises(ValueError, match=r"leave the magnitudes of DoRA out .* Export the model whole"):
+            export_adapters(model, tmp_path / "published", "org/start")
 
 
 def test_adapters_of_a_bf16_model_are_trained_in_fp32(repo, tmp_path):
@@ -537,7 +610,7 @@ def test_lora_freezes_an_untied_head_and_exports_it(tmp_path):
     np.testing.assert_allclose(exported.encode(["a b"]), model.encode(["a b"]), atol=2e-6)
 
 
-def checkpointed_trainer(repo, folder, lora=False, evaluator=None, **kwargs):
+def checkpointed_trainer(repo, folder, lora=None, evaluator=None, **kwargs):
     """A trainer of 6 steps in 2 epochs with a checkpoint every 2."""
     args = {"per_device_train_batch_size": 4, "max_steps": 6, "learning_rate": 1e-3, "logging_steps": 1}
     args = {**args, "save_strategy": "steps", "save_steps": 2, **kwargs}
@@ -546,7 +619,7 @@ def checkpointed_trainer(repo, folder, lora=False, evaluator=None, **kwargs):
         args=config(Path(folder), **args),
         train_dataset=text_pairs(),
         evaluator=evaluator,
-        peft_config=LoraConfig(r=4, lora_dropout=0.0) if lora else None,
+        peft_config=LoraConfig(r=4, lora_dropout=0.0, use_dora=lora == "dora") if lora else None,
     )
 
 
@@ -554,7 +627,7 @@ def losses(trainer):
     return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [None, "lora", "dora"])
 def test_resuming_ends_where_an_uninterrupted_run_does(repo, tmp_path, lora):
     whole, resumed = (checkpointed_trainer(repo, tmp_path / name, lora) for name in ("whole", "resumed"))
     whole.train()
@@ -590,7 +663,7 @@ def test_a_killed_run_resumes_from_its_last_whole_checkpoint(repo, tmp_path):
     )
     assert killed.returncode == -9
     run = tmp_path / "killed" / "out"
-    assert [path.name for path in checkpoints(run)] == ["checkpoint-4", "checkpoint-2"]
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-2", "checkpoint-4"]
     assert "not written to its end" in fault(run / "checkpoint-4") and fault(run / "checkpoint-2") is None
     resumed = checkpointed_trainer(repo, tmp_path / "killed")
     with pytest.raises(ValueError, match=r"checkpoint-4' is not whole: .*the newest whole one here is .*checkpoint-2"):
@@ -663,6 +736,15 @@ def test_the_best_checkpoint_is_kept_and_loaded(repo, tmp_path):
     assert scores[16] < scores[best]
     assert evaluator(trainer.model)[metric] == pytest.approx(scores[best])
     assert [path.name for path in checkpoints(tmp_path / "out")] == [f"checkpoint-{best}"]
+
+
+def test_an_earlier_run_that_went_further_leaves_the_new_checkpoints(repo, tmp_path):
+    """What is newest is told by time: by step, the new ones would be deleted, and the old ones resumed from."""
+    checkpointed_trainer(repo, tmp_path, max_steps=8, save_total_limit=2).train()
+    checkpointed_trainer(repo, tmp_path, max_steps=4, save_total_limit=2).train()
+    run = tmp_path / "out"
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-4", "checkpoint-2"]
+    assert newest_whole(run) == run / "checkpoint-4"
 
 
 def test_zero_tokens_train_too(bases, tmp_path):
@@ -764,6 +846,29 @@ def test_bad_datasets_are_refused_before_training(repo, tmp_path):
         )
 
 
+def test_what_would_go_wrong_without_a_word_is_refused(repo, tmp_path, monkeypatch):
+    grouped = text_pairs(4).add_column("group", ["a", None, "b", None])
+    model = BTokSentenceTransformer(repo, device="cpu")
+    trainer = CondensationTrainer(
+        model=model, args=config(tmp_path, batch_sampler="no_duplicates"), train_dataset=grouped
+    )
+    with pytest.raises(ValueError, match="takes rows without a group for rows of one group"):
+        trainer.get_train_dataloader()
+    monkeypatch.setattr(CondensationConfig, "n_gpu", 2)
+    with pytest.raises(ValueError, match=r"One process sees 2 GPUs.*accelerate launch"):
+        CondensationTrainer(model=model, args=config(tmp_path), train_dataset=text_pairs(4))
+
+
+def test_images_in_dicts_are_told_apart_by_their_pixels(tmp_path):
+    """Not by the address of an object, or by the name of the file that they came from."""
+    cells = [{"image": image(40, 40, i % 10), "text": "a"} for i in range(30)]
+    features = Features({"query": Value("string"), "positive": {"image": Image(), "text": Value("string")}})
+    pairs = {"query": [f"q{i}" for i in range(30)], "positive": cells}
+    Dataset.from_dict(pairs, features=features).to_parquet(tmp_path / "pairs.parquet")
+    evaluator = retrieval_evaluator(str(tmp_path / "pairs.parquet"))
+    assert (len(evaluator.queries), len(evaluator.corpus)) == (30, 10)
+
+
 def test_pair_files(tmp_path, repo):
     (tmp_path / "pairs.jsonl").write_text('{"query": "a", "positive": "b"}\n{"query": "a", "positive": "c"}\n')
     (tmp_path / "pairs.csv").write_text("query,positive\nx,y\n")
@@ -796,6 +901,9 @@ def test_recipes_are_read(recipe, tmp_path):
         assert get_peft_config(model_args).target_modules is None
 
 
+BEST = "load_best_model_at_end: true\neval_strategy: steps\neval_steps: 1\nsave_steps: 1\n"
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_script_trains_evaluates_and_exports(repo, tmp_path, lora):
     features = Features({"query": Value("string"), "positive": Image()})
@@ -807,8 +915,8 @@ def test_the_script_trains_evaluates_and_exports(repo, tmp_path, lora):
         f"train_files:\n  pictures: {tmp_path}/pairs.parquet\n"
         f"eval_file: {tmp_path}/eval_pairs.parquet\n"
         f"output_dir: {tmp_path}/unused\n"
-        "metric_for_best_model: eval_pairs_cosine_recall@1\n"
-        "condense:\n  pictures: query\n"
+        + ("metric_for_best_model: eval_pairs_cosine_recall@1\n" if lora else BEST)
+        + "condense:\n  pictures: query\n"
         "per_device_train_batch_size: 4\nmax_steps: 2\nlogging_steps: 1\nreport_to: none\nuse_cpu: true\n"
     )
     output = tmp_path / "model"
@@ -823,6 +931,10 @@ def test_the_script_trains_evaluates_and_exports(repo, tmp_path, lora):
     assert "before" in run.stdout and "Exported to" in run.stdout
     metrics = json.loads((output / "metrics.json").read_text())
     assert set(metrics["eval_pairs_cosine_recall@1"]) == {"before", "after"}
+    if not lora:  # with the evaluator's own metric, of which more is better
+        state = json.loads((output / "checkpoint-2" / "trainer_state.json").read_text())
+        scores = [log[key] for log in state["log_history"] if (key := "eval_pairs_cosine_ndcg@10") in log]
+        assert state["best_metric"] == max(scores[-2:]) and state["best_model_checkpoint"]
     assert not list(output.glob("*.bin")) and not (output / "adapter_config.json").exists()
     card = (output / "README.md").read_text()
     assert (
@@ -833,12 +945,34 @@ def test_the_script_trains_evaluates_and_exports(repo, tmp_path, lora):
     assert SentenceTransformer(str(output), device="cpu").encode(["picture 1"]).shape == (1, 64)
 
 
+@pytest.mark.parametrize("flag", ["--load_in_4bit", "--load_in_8bit", "--attn_implementation=sdpa"])
+def test_flags_that_would_change_nothing_are_refused(repo, tmp_path, monkeypatch, flag):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--model_name_or_path", repo, "--train_files", "none.csv", flag])
+    with pytest.raises(ValueError, match=rf"{flag[2:].partition('=')[0]} is not supported: .* Remove"):
+        main()
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], "--load_best_model_at_end", "--save_strategy", "no"])
+    with pytest.raises(ValueError, match="nothing is evaluated: set eval_file"):
+        main()
+
+
+def test_a_folder_with_another_start_is_refused(bases, tmp_path):
+    args, base = config(tmp_path), ModelArguments(model_name_or_path=bases["qwen2_vl"])
+    start, _ = starting_point(base, 4, {}, args)
+    assert starting_point(base, 4, {}, args) == (start, None)
+    for other in ((base, 2, {}), (base, 4, {"max_pixels": 56 * 56})):
+        with pytest.raises(ValueError, match=r"start was made from .*'num_tokens': 4.*Name another output_dir"):
+            starting_point(*other, args)
+
+
 def test_the_example_fine_tunes_on_a_csv_of_texts_and_image_paths(bases, tmp_path):
     image(60, 50).save(tmp_path / "a.png")
     rows = ["query,positive", "a red cat,yes", f"{tmp_path}/a.png,noise", "one more,no"]
     (tmp_path / "pairs.csv").write_text("\n".join(rows) + "\n")
     command = [sys.executable, "examples/finetune.py", tmp_path / "pairs.csv", tmp_path / "mine"]
     command += ["--base", bases["qwen2_vl"], "--steps", "2"]
-    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
+    for _ in range(2):  # it can be run again
+        subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert "No training is recorded" not in card and "| pairs | training | 3 rows |" in card
     model = SentenceTransformer(str(tmp_path / "mine"), device="cpu")
     assert model.encode(["a red cat", str(tmp_path / "a.png")]).shape == (2, 64)

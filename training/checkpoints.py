@@ -1,4 +1,4 @@
-"""Checkpoints that are either whole or known not to be: each ends with a manifest of its files and their sizes.
+"""Checkpoints that are either whole or known not to be: each ends with a manifest of its files, their sizes, the time.
 
 The Trainer writes a checkpoint file by file, and would resume from the newest folder even if it was killed in the
 middle of writing it, with a fresh optimizer where that file is missing.
@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 MANIFEST = "manifest.json"
@@ -18,7 +19,7 @@ def mark_whole(folder):
     folder = Path(folder)
     sizes = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
     unfinished = folder / (MANIFEST + ".tmp")
-    unfinished.write_text(json.dumps(sizes, indent=2) + "\n", "utf-8")
+    unfinished.write_text(json.dumps({"written": time.time(), "sizes": sizes}, indent=2) + "\n", "utf-8")
     os.replace(unfinished, folder / MANIFEST)
 
 
@@ -27,7 +28,7 @@ def fault(folder):
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
         return f"it has no {MANIFEST}, so it was not written to its end"
-    for name, size in json.loads((folder / MANIFEST).read_text("utf-8")).items():
+    for name, size in json.loads((folder / MANIFEST).read_text("utf-8"))["sizes"].items():
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
@@ -37,9 +38,18 @@ def fault(folder):
 
 
 def checkpoints(output_dir):
-    """Checkpoint folders of a run, whole or not, the newest first."""
-    steps = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(output_dir).glob("checkpoint-*")}
-    return sorted((path for path in steps if steps[path]), key=lambda path: int(steps[path][1]), reverse=True)
+    """Checkpoint folders, the last written first, then those that are not whole.
+
+    By time and not by step: an earlier run may have gone further in the same folder.
+    """
+
+    def order(path):
+        manifest = path / MANIFEST
+        written = json.loads(manifest.read_text("utf-8"))["written"] if manifest.is_file() else 0
+        return written, int(path.name.removeprefix("checkpoint-"))
+
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=order, reverse=True)
 
 
 def newest_whole(output_dir):

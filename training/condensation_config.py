@@ -21,8 +21,9 @@ class CondensationConfig(SentenceTransformerTrainingArguments):
     """`SentenceTransformerTrainingArguments` plus what Generative Information Condensation adds.
 
     Defaults are the setting of arXiv 2604.11095 where one exists. Memory is set by `mini_batch_size` or
-    `mini_batch_num_tokens`, the length of rows (`max_pixels` of the processor, `max_length`) and
-    `gradient_checkpointing`, not by the batch size.
+    `mini_batch_num_tokens`, the length of rows (`max_pixels` of the processor, `max_seq_length` of the model) and
+    `gradient_checkpointing`, not by the batch size: of a batch, the device holds token ids and embeddings, and the
+    host the pixels, 24 bytes each (12 with `bf16`).
 
     Args:
         mini_batch_size (`int`): Rows whose activations are alive at once (GradCache). It changes memory and speed,
@@ -83,7 +84,8 @@ class CondensationConfig(SentenceTransformerTrainingArguments):
         default="positive",
         metadata={
             "help": "Side whose text is generated: positive, query, both or none. One value, or a mapping (in JSON) "
-            "from dataset name to value. The sources of training/sources.py bring their own where it names none."
+            "from dataset name to value. The sources of training/sources.py bring their own where it is positive or "
+            "a mapping that does not name them."
         },
     )
     condensation_weight: float = field(default=5.0, metadata={"help": "Weight λ of the condensation loss; 0: off."})

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from btok_hf.condensation import IGNORED, backbone_and_head, remembered_vision
+from btok_hf.condensation import IGNORED, PIXEL_KEYS, backbone_and_head, remembered_vision
 
 SCORE_ROWS = 1024  # queries whose scores against all candidates are alive at once
 
@@ -168,6 +168,12 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
         padded = {key: value for key, value in sentence_feature.items() if key != "cu_seq_lens_q"}
         minibatch = _create_minibatch(padded, begin, end)
         copies, vision = minibatch.pop("copies", None), minibatch.pop("vision", None)
+        if "second_per_grid_ts" in minibatch and "num_videos_per_sample" in padded:
+            # One for each video, which the engine takes for one for each row.
+            videos = F.pad(padded["num_videos_per_sample"].cumsum(0), (1, 0))
+            minibatch["second_per_grid_ts"] = padded["second_per_grid_ts"][videos[begin] : videos[end]]
+            if not len(minibatch["second_per_grid_ts"]):
+                del minibatch["second_per_grid_ts"]
         # True in the second pass, for a batch that fits one mini-batch, and in evaluation.
         if with_grad or not torch.is_grad_enabled():
             minibatch["condensation_mask"] = self.condensation_mask
@@ -179,6 +185,8 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
                 output = self.model(minibatch)
             else:
                 memory = vision.pop(begin) if begin in vision else vision.setdefault(begin, [])
+                for key in minibatch.keys() & PIXEL_KEYS if memory else ():
+                    minibatch[key] = minibatch[key][:0]  # nobody looks at them again
                 with remembered_vision(self._backbone(), memory):
                     output = self.model(minibatch)
         embeddings = output["sentence_embedding"]

@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
 from PIL import Image
@@ -16,8 +17,8 @@ from sentence_transformers.sentence_transformer.data_collator import SentenceTra
 from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
-from btok_hf.condensation import IGNORED
-from btok_hf.export import check_writable, export_model, nearest_existing
+from btok_hf.condensation import IGNORED, PIXEL_KEYS
+from btok_hf.export import check_writable, export_model, nearest_existing, write_files
 from btok_hf.media import is_media_path
 from btok_hf.modeling.modeling_btok import bottleneck_token_ids
 from btok_hf.sentence_transformer import BTokSentenceTransformer, add_adapters_in_fp32, has_adapters
@@ -44,6 +45,18 @@ def text_of(value):
         texts = [text_of(part) for part in value if not isinstance(part, dict) or part.get("type", "text") == "text"]
         return " ".join(text for text in texts if text) or None
     return text_of(value) if isinstance(value, str) else None
+
+
+def as_input(cell):
+    """A cell of a dataset as an input: Arrow gives the dicts of a column the same keys, `None` where there is nothing,
+    and images inside dicts come encoded, as `bytes` and `path`."""
+    if isinstance(cell, (list, tuple)):
+        return [as_input(part) for part in cell]
+    if not isinstance(cell, dict):
+        return cell
+    if set(cell) == {"bytes", "path"}:
+        return datasets.Image().decode_example(cell)
+    return {key: part if key == "video" else as_input(part) for key, part in cell.items() if part is not None}
 
 
 def identity(value):
@@ -123,8 +136,8 @@ class CondensationCollator(SentenceTransformerDataCollator):
         for column in columns[2:]:
             for row in features:
                 cell = row[column] if column == "negatives" else [row[column]]
-                negatives += [value for value in cell or () if value is not None]
-        sides = {"query": [row["query"] for row in features], "positive": [row["positive"] for row in features]}
+                negatives += [as_input(value) for value in cell or () if value is not None]
+        sides = {side: [as_input(row[side]) for row in features] for side in ("query", "positive")}
         if negatives:
             sides["negative"] = negatives
         targets = {}
@@ -145,6 +158,9 @@ class CondensationCollator(SentenceTransformerDataCollator):
                     place = {keys[index]: number for number, index in enumerate(kept)}
                     batch[f"{side}_rows"] = torch.tensor([place[key] for key in keys])
             batch.update(super().__call__([{side: values[index], **name} for index in kept]))
+            for key in (f"{side}_{pixels}" for pixels in PIXEL_KEYS):
+                if self.args.bf16 and key in batch:  # which is what the vision tower would make of them
+                    batch[key] = batch[key].to(torch.bfloat16)
             if texts:
                 texts = [texts[index] for index in kept]
                 batch[f"{side}_target_ids"], batch[f"{side}_target_labels"] = self._tokenize(texts)
@@ -226,6 +242,11 @@ class CondensationTrainer(SentenceTransformerTrainer):
             )
         self._tokens, self._samples, self._since = 0, 0, None
         super().__init__(model=model, args=args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"One process sees {self.args.n_gpu} GPUs, which would split rows apart from their images. Start a "
+                "process for each with `accelerate launch`, or show it one with CUDA_VISIBLE_DEVICES=0."
+            )
         self.data_collator.tokenizer = model.tokenizer
         self.data_collator.args = self.args
         self.data_collator.encode_copies = self.is_deepspeed_enabled or self.is_fsdp_enabled
@@ -253,6 +274,22 @@ class CondensationTrainer(SentenceTransformerTrainer):
                 f"{self.args.mini_batch_size}. Set mini_batch_size={rows} and no mini_batch_num_tokens, or train with "
                 "FSDP2 (training/accelerate/fsdp2.yaml) or DDP."
             )
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        loader.device = None  # the next method moves what should be moved
+        return loader
+
+    def get_eval_dataloader(self, *args, **kwargs):
+        loader = super().get_eval_dataloader(*args, **kwargs)
+        loader.device = None
+        return loader
+
+    def _prepare_inputs(self, inputs):
+        """Move a batch to the device, but not its pixels, up to 24 bytes each: `condense` moves a mini-batch's."""
+        pixels = {key: value for key, value in inputs.items() if key.endswith(PIXEL_KEYS)}
+        rest = {key: value for key, value in inputs.items() if key not in pixels}
+        return {**super()._prepare_inputs(rest), **pixels}
 
     def get_default_loss(self, model):
         return CondensationLoss(
@@ -283,6 +320,11 @@ class CondensationTrainer(SentenceTransformerTrainer):
                     f"only {dataset.column_names}. Add group (rows of one group answer each other's queries), or "
                     "leave batch_sampler out: mask_false_negatives already keeps copies of an answer from being "
                     "negatives."
+                )
+            if None in dataset["group"]:
+                raise ValueError(
+                    f"batch_sampler={self.args.batch_sampler.value} takes rows without a group for rows of one group: "
+                    "a batch would hold one of them. Give each row a group, or leave batch_sampler out."
                 )
             dataset = dataset.select_columns(["group"])
         return super().get_batch_sampler(dataset, *args, **kwargs)
@@ -406,17 +448,28 @@ class CondensationTrainer(SentenceTransformerTrainer):
         metrics = {k if k.startswith(own) else k.removeprefix("eval_"): v for k, v in self.evaluate().items()}
         return {key: value for key, value in metrics.items() if key.startswith(own)}
 
-    def export(self, output_dir):
-        """Write the repository to publish, as `btok_hf.export_model` does. All processes must call it.
+    def export(self, output_dir, card=None, **details):
+        """Write the repository to publish, as `btok_hf.export_model` does, with a card that describes this training.
+
+        All processes must call it.
 
         Args:
             output_dir (`str`): Folder to write.
+            card (`CardArguments`, *optional*): Licences and languages, which the card calls unknown otherwise.
+            details: What else the card can tell: see `btok_hf.hub_card.run.card_files`.
         """
+        from btok_hf.hub_card.run import card_files
+
         sharded = any(isinstance(p, DTensor) for p in self.model.parameters())
         state_dict = self.accelerator.get_state_dict(self.model) if sharded else None
         if self.is_world_process_zero():
             with whole_parameters(self.model, state_dict) if sharded else nullcontext():
                 export_model(self.model, output_dir)
+        # After the model, so that nothing can keep it from being written; by all processes, because of sharded ones
+        # none can encode the card's examples alone.
+        files = card_files(self, card, **details)
+        if self.is_world_process_zero():
+            write_files(output_dir, files)
         self.accelerator.wait_for_everyone()
 
     def get_multi_dataset_batch_sampler(self, dataset, batch_samplers, generator=None, seed=0):

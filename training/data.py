@@ -1,13 +1,11 @@
 """Pair files: what `train.py` trains and evaluates on."""
 
-import hashlib
-import json
 from pathlib import Path
 
-from datasets import Image, load_dataset
+from datasets import load_dataset
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
-from btok_hf.training.condensation_trainer import check_columns
+from btok_hf.training.condensation_trainer import as_input, check_columns, identity
 
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
@@ -41,7 +39,7 @@ def load_pairs(source):
 def retrieval_evaluator(source, batch_size=64):
     """An `InformationRetrievalEvaluator` over a pair file: every distinct query against every distinct positive.
 
-    Equal queries are one query with several right answers; equal positives (images: equal bytes) are one candidate.
+    Equal queries are one query with several right answers; equal positives (images: equal pixels) are one candidate.
 
     Args:
         source (`str`): As in `load_pairs`. Further positives without a query (rows whose `query` is null) are
@@ -51,22 +49,15 @@ def retrieval_evaluator(source, batch_size=64):
     Returns:
         The evaluator; its metrics are accuracy, recall (at 1 and 10) and mrr (over all candidates).
     """
-    dataset = load_pairs(source)
-    raw = dataset
-    for column in ("query", "positive"):
-        if isinstance(dataset.features[column], Image):
-            raw = raw.cast_column(column, Image(decode=False))
     queries, corpus, relevant = {}, {}, {}
-    for index, row in enumerate(raw):
-        candidate = _identity(row["positive"])
-        if candidate not in corpus:
-            corpus[candidate] = dataset[index]["positive"]
-        if row["query"] is None:
-            continue
-        query = _identity(row["query"])
-        if query not in queries:
-            queries[query] = dataset[index]["query"]
-        relevant.setdefault(query, set()).add(candidate)
+    for row in load_pairs(source):
+        query, positive = as_input(row["query"]), as_input(row["positive"])
+        candidate = str(identity(positive))
+        corpus.setdefault(candidate, positive)
+        if query is not None:
+            asked = str(identity(query))
+            queries.setdefault(asked, query)
+            relevant.setdefault(asked, set()).add(candidate)
     return InformationRetrievalEvaluator(
         queries,
         corpus,
@@ -80,12 +71,3 @@ def retrieval_evaluator(source, batch_size=64):
         batch_size=batch_size,
         write_csv=False,
     )
-
-
-def _identity(value):
-    """A stable id of a text, an undecoded image or a dict of them."""
-
-    def readable(part):
-        return hashlib.sha256(part).hexdigest() if isinstance(part, bytes) else str(part)
-
-    return hashlib.sha256(json.dumps(value, default=readable, sort_keys=True).encode()).hexdigest()[:16]

@@ -4,12 +4,15 @@
     accelerate launch --config_file training/accelerate/ddp.yaml training/train.py \\
         --config training/recipes/btok_qwen2vl_2b.yaml --push_to_hub --hub_model_id org/btok-2b
 
-Memory is set by four arguments, the strongest first; the batch size is not one of them:
+Memory on the device is set by four arguments, the strongest first; the batch size is not one of them:
 
     --max_pixels              pixels of an image or frame: a token is 28 x 28 of them (32 x 32 for Qwen3-VL)
     --mini_batch_num_tokens   tokens whose activations are alive at once, or
     --mini_batch_size         rows whose activations are alive at once
     --gradient_checkpointing  recomputes the activations of every layer but one, which takes time
+
+The host holds the pixels of whole batches, 24 bytes each (12 with --bf16), times 1 + dataloader_num_workers x
+dataloader_prefetch_factor, in every process.
 
 Every field of the arguments below is a flag, and a key of the YAML file. A killed run goes on with
 `--resume_from_checkpoint true`.
@@ -33,9 +36,8 @@ from transformers.utils import logging
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, push
-from btok_hf.export import check_writable, write_files
+from btok_hf.export import check_writable
 from btok_hf.hub_card import CardArguments
-from btok_hf.hub_card.run import card_files
 from btok_hf.training import CondensationConfig, CondensationTrainer
 from btok_hf.training.data import retrieval_evaluator
 from btok_hf.training.sources import SOURCES, load_mixture
@@ -92,17 +94,25 @@ def main():
     # What can be wrong shows before the model is loaded.
     if model_args.model_name_or_path is None or script.train_files is None:
         raise ValueError("Set model_name_or_path (a Qwen-VL model, with Bottleneck Tokens or not) and train_files.")
+    for name in ("load_in_8bit", "load_in_4bit", "attn_implementation"):
+        if getattr(model_args, name):
+            raise ValueError(
+                f"{name} is not supported: weights are trained unquantised, in dtype, with adapters if use_peft is "
+                f"set, and the packed forward brings its own attention. Remove {name}."
+            )
     check_writable(args.output_dir)
     check_push(args)
     evaluator = retrieval_evaluator(script.eval_file) if script.eval_file else None
     if evaluator is None and args.eval_strategy != "no":
         raise ValueError("eval_strategy asks for evaluation during training: set eval_file.")
+    if evaluator is None and args.metric_for_best_model:
+        raise ValueError("The best checkpoint is asked for, but nothing is evaluated: set eval_file.")
     files = read_mixture(script.train_files)
     train_dataset, weights, condense = load_mixture(files, script.sources_root)
     args.dataset_weights = args.dataset_weights or weights
-    if isinstance(args.condense, str):
+    if args.condense == "positive":  # the default: sources know better
         args.condense = dict.fromkeys(train_dataset, args.condense) | condense
-    else:
+    elif isinstance(args.condense, dict):
         args.condense = condense | args.condense
     card_args.check([*train_dataset, *([evaluator.name] if evaluator else [])], script.eval_file)
 
@@ -124,14 +134,15 @@ def main():
         evaluator=evaluator,
     )
     if to_push and args.hub_strategy == HubStrategy.EVERY_SAVE:
-        trainer.add_callback(PushEverySave(trainer))
+        trainer.add_callback(PushEverySave(trainer, card_args))
     before = trainer.evaluate_retrieval()
     best = args.metric_for_best_model
-    if best and not {best, best.removeprefix("eval_")} & set(before):
+    if best == "loss":  # what the Trainer sets where load_best_model_at_end is given without a metric
+        args.metric_for_best_model = next(name for name in before if name.endswith("ndcg@10"))
+        args.greater_is_better = True
+    elif best and not {best, best.removeprefix("eval_")} & set(before):
         raise ValueError(
             f"metric_for_best_model must be one of {', '.join(before)}, got {best!r}. Set it to one of them."
-            if before
-            else f"metric_for_best_model is {best!r}, but nothing is evaluated: set eval_file."
         )
 
     resume = args.resume_from_checkpoint
@@ -140,10 +151,8 @@ def main():
 
     measured = {"evaluator": evaluator, "eval_source": script.eval_file, "before": before, "after": after}
     sources = {name: source_of(name, entry) for name, entry in files.items()}
-    trainer.export(args.output_dir)  # before the card: whatever happens to that, the model is written
+    trainer.export(args.output_dir, card_args, sources=sources, command=sys.argv, **(measured if evaluator else {}))
     if trainer.is_world_process_zero():
-        card = card_files(trainer, card_args, sources=sources, command=sys.argv, **(measured if evaluator else {}))
-        write_files(args.output_dir, card)
         metrics = {name: {"before": before[name], "after": after[name]} for name in after}
         Path(args.output_dir, "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", "utf-8")
         print(f"Exported to {args.output_dir}")
@@ -205,8 +214,8 @@ def push_export(args):
 class PushEverySave(TrainerCallback):
     """Exports the model after every checkpoint and pushes it in the background; skipped while the last push runs."""
 
-    def __init__(self, trainer):
-        self.trainer = trainer
+    def __init__(self, trainer, card):
+        self.trainer, self.card = trainer, card
         self.executor = ThreadPoolExecutor(1)
         self.running = None
 
@@ -214,7 +223,7 @@ class PushEverySave(TrainerCallback):
         # All processes export together, or none.
         if broadcast_object_list([self.running is not None and not self.running.done()])[0]:
             return
-        self.trainer.export(args.output_dir)
+        self.trainer.export(args.output_dir, self.card)
         if state.is_world_process_zero:
             self.running = self.executor.submit(self._push, args)
 
@@ -234,12 +243,18 @@ def starting_point(model_args, num_tokens, pixels, args):
     if hasattr(AutoConfig.from_pretrained(name, revision=revision), "btok_token_ids"):
         return name, revision
     start = Path(args.output_dir, "start")
+    origin = {"base": name, "revision": revision, "num_tokens": num_tokens, **pixels}
+    record = start / "made_from.json"
     with args.main_process_first(local=False):
         if not start.exists():
             unfinished = start.with_name("start.unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)
             add_bottleneck_tokens(name, unfinished, num_tokens, revision=revision, **pixels)
+            Path(unfinished, record.name).write_text(json.dumps(origin), "utf-8")
             unfinished.rename(start)
+    found = json.loads(record.read_text("utf-8")) if record.is_file() else "something else"
+    if found != origin:
+        raise ValueError(f"{start} was made from {found}, but this run starts from {origin}. Name another output_dir.")
     return start, None
 
 
