@@ -39,6 +39,14 @@ from btok_hf import BTokSentenceTransformer
 from btok_hf.condensation import PackedLayout, condense
 
 STEPS = ("correctness", "attention", "batch", "encode", "train_step", "vision")
+WAITING = [
+    "embeddings, token losses and gradients of the GPU against the CPU's",
+    "tokens/s, share of the bf16 matrix rate and peak memory of encoding and training at the size of Qwen2-VL-2B",
+    "the largest batch that trains on the card",
+    "torch varlen_attn and flash-attn against grouped SDPA",
+    "one call of vision attention against many",
+    "torch.compile",
+]
 # Heads, key/value heads and their width in Qwen2-VL-2B.
 HEADS, GROUPS, WIDTH = 12, 2, 128
 
@@ -152,9 +160,7 @@ def largest_batch(size, seconds=120):
 
 def main():
     options = arguments(__doc__, steps={"nargs": "+", "choices": STEPS, "default": STEPS})
-    waiting = (
-        [] if DEVICE == "cuda" else ["speed and memory at the size of Qwen2-VL-2B", "torch varlen_attn", "flash-attn"]
-    )
+    waiting = [] if DEVICE == "cuda" else WAITING
     rate = matrix_rate(torch.bfloat16 if DEVICE == "cuda" else torch.float32)
     steps = {
         "correctness": correctness,
