@@ -24,7 +24,7 @@ test-floor: .venv-floor/.installed
 bench: $(SETUP)
 	for script in encode train_step train_savings vision data_path growth startup; do \
 		$(BIN)/python benchmarks/$$script.py || exit 1; done
-	$(BIN)/python benchmarks/gpu.py --steps correctness attention batch
+	$(BIN)/python benchmarks/gpu.py --steps correctness attention compile batch
 	$(BIN)/python benchmarks/tables.py
 
 lint: $(SETUP)

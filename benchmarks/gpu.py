@@ -8,6 +8,7 @@ Without a GPU it runs the same steps at a small size on the CPU and says which f
 - correctness: embeddings, token losses and gradients of the packed forward on the GPU against the CPU, in fp32, with
   targets that see fewer queries than keys; and how far bf16 moves the vectors.
 - attention: ways to compute the attention of a packed ragged batch.
+- compile: encoding with the MLPs compiled. (Whole layers would be compiled anew for every packed layout.)
 - batch: the largest batch of texts that trains on the card, doubled until memory ends.
 - encode, train_step, vision: those scripts.
 """
@@ -38,14 +39,14 @@ from train_step import batch, contender
 from btok_hf import BTokSentenceTransformer
 from btok_hf.condensation import PackedLayout, condense
 
-STEPS = ("correctness", "attention", "batch", "encode", "train_step", "vision")
+STEPS = ("correctness", "attention", "compile", "batch", "encode", "train_step", "vision")
 WAITING = [
     "embeddings, token losses and gradients of the GPU against the CPU's",
     "tokens/s, share of the bf16 matrix rate and peak memory of encoding and training at the size of Qwen2-VL-2B",
     "the largest batch that trains on the card",
     "torch varlen_attn and flash-attn against grouped SDPA",
     "one call of vision attention against many",
-    "torch.compile",
+    "torch.compile on it",
 ]
 # Heads, key/value heads and their width in Qwen2-VL-2B.
 HEADS, GROUPS, WIDTH = 12, 2, 128
@@ -140,6 +141,19 @@ def attention(rounds):
     return rows
 
 
+def compiled(size, rounds):
+    eager, other = (BTokSentenceTransformer(repository(size, 4)) for _ in range(2))
+    for layer in other[0].model.language_model.layers:
+        layer.mlp.compile(dynamic=True)
+    items = mixture("texts", 512 if DEVICE == "cuda" else 96)
+    times = summary(
+        compare({"eager": partial(eager.encode, items), "compiled": partial(other.encode, items)}, rounds), "eager"
+    )
+    return [
+        show({"table": "compile", "inputs": f"{len(items)} texts", "mlp": how, **part}) for how, part in times.items()
+    ]
+
+
 def largest_batch(size, seconds=120):
     """Rows of the largest batch that takes a step, doubled until memory or patience ends."""
     rows, count = [], 64
@@ -165,6 +179,7 @@ def main():
     steps = {
         "correctness": correctness,
         "attention": partial(attention, options.rounds),
+        "compile": partial(compiled, options.size, options.rounds),
         "batch": partial(largest_batch, options.size),
     }
     rows = []

@@ -652,6 +652,7 @@ def test_training_in_two_processes_equals_one_whole_and_resumed(repo, tmp_path):
         if not name.endswith("k_proj.bias"):
             torch.testing.assert_close(tensor, one.model.state_dict()[name], atol=2e-5, rtol=0, msg=name)
     assert all(fault(path) is None for path in checkpoints(tmp_path / "resumed" / "out"))
+    assert "| pairs | training | 12 rows |" in (tmp_path / "exported" / "README.md").read_text()
 
 
 def test_a_killed_run_resumes_from_its_last_whole_checkpoint(repo, tmp_path):

@@ -13,6 +13,7 @@ def main(repo, folder):
     whole.train()
     resumed = checkpointed_trainer(repo, f"{folder}/resumed", per_device_train_batch_size=2)
     resumed.train(resume_from_checkpoint=f"{folder}/whole/out/checkpoint-2")
+    whole.export(f"{folder}/exported")
     if whole.is_world_process_zero():
         torch.save(whole.model.state_dict(), f"{folder}/weights.pt")
         Path(folder, "losses.json").write_text(json.dumps([losses(whole), losses(resumed)]))

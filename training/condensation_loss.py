@@ -172,8 +172,6 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
             # One for each video, which the engine takes for one for each row.
             videos = F.pad(padded["num_videos_per_sample"].cumsum(0), (1, 0))
             minibatch["second_per_grid_ts"] = padded["second_per_grid_ts"][videos[begin] : videos[end]]
-            if not len(minibatch["second_per_grid_ts"]):
-                del minibatch["second_per_grid_ts"]
         # True in the second pass, for a batch that fits one mini-batch, and in evaluation.
         if with_grad or not torch.is_grad_enabled():
             minibatch["condensation_mask"] = self.condensation_mask
