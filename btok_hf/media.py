@@ -13,7 +13,7 @@ VIDEO_FRAMES = 8
 
 
 def read_image(path, max_pixels=None):
-    """Read an image file as RGB `PIL.Image.Image`, upright, as transformers and datasets do.
+    """Read an image file as RGB `PIL.Image.Image`, upright, as datasets and transformers (5.23) do.
 
     Args:
         path (`str` or `Path`): The file.

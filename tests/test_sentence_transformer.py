@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import transformers
 from conftest import image, video
+from packaging.version import Version
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from test_condensation import process
 from transformers import AutoModel, AutoProcessor
 
 from btok_hf import BTokSentenceTransformer, export_model, read_video
-from btok_hf.media import estimate_tokens, read_image
+from btok_hf.media import estimate_tokens
 
 TOLERANCE = 1e-6
 
@@ -271,11 +273,12 @@ def test_photographs_are_upright(loaded, tmp_path):
     exif[0x0112] = 6  # to be turned by 90 degrees
     for name in ("photo.jpg", "photo.png"):
         picture.save(tmp_path / name, exif=exif)
-        vectors = [loaded[kind].encode([{"image": str(tmp_path / name)}]) for kind in ("wrapper", "stock")]
-        assert np.abs(vectors[0] - vectors[1]).max() <= TOLERANCE
-    assert read_image(tmp_path / "photo.png").size == (56, 112)
-    lying = loaded["wrapper"].encode([picture])
-    assert np.abs(vectors[0] - lying).max() > 100 * TOLERANCE
+        upright = loaded["wrapper"].encode([{"image": str(tmp_path / name)}])
+        if Version(transformers.__version__) >= Version("5.23"):  # stock 5.17 leaves them lying
+            stock = loaded["stock"].encode([{"image": str(tmp_path / name)}])
+            assert np.abs(stock - upright).max() <= TOLERANCE
+    turned = picture.transpose(Image.Transpose.ROTATE_270)
+    assert np.abs(loaded["wrapper"].encode([turned]) - upright).max() <= TOLERANCE
 
 
 # ---------------------------------------------------------------- batches
