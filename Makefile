@@ -20,7 +20,7 @@ test: $(SETUP)
 test-floor: .venv-floor/.installed
 	.venv-floor/bin/python -m pytest --ignore tests/test_hub.py
 
-# An hour or more on CPU cores. On a GPU: benchmarks/gpu.py.
+# Up to two hours on two CPU cores. On a GPU: benchmarks/gpu.py.
 bench: $(SETUP)
 	for script in encode train_step train_savings vision data_path growth startup; do \
 		$(BIN)/python benchmarks/$$script.py || exit 1; done

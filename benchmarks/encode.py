@@ -1,6 +1,6 @@
 """Speed of encoding: what Bottleneck Tokens cost, and this library against stock Sentence-Transformers.
 
-    python benchmarks/encode.py    # 17 minutes on one CPU core with --rounds 5
+    python benchmarks/encode.py    # three quarters of an hour on two CPU cores
 
 It writes benchmarks/results/encode.json.
 
