@@ -142,6 +142,7 @@ def attention(rounds):
 
 
 def compiled(size, rounds):
+    """Encoding with compiled MLPs; the first, untimed round compiles."""
     eager, other = (BTokSentenceTransformer(repository(size, 4)) for _ in range(2))
     for layer in other[0].model.language_model.layers:
         layer.mlp.compile(dynamic=True)

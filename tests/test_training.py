@@ -32,7 +32,7 @@ from btok_hf.training.checkpoints import checkpoints, fault, newest_whole
 from btok_hf.training.condensation_trainer import CondensationCollator, identity, text_of
 from btok_hf.training.data import load_pairs, retrieval_evaluator
 from btok_hf.training.sources import SOURCES
-from btok_hf.training.train import ModelArguments, ScriptArguments, main, read_mixture, starting_point
+from btok_hf.training.train import ModelArguments, ScriptArguments, condense_of, main, read_mixture, starting_point
 
 ROOT = Path(__file__).resolve().parents[1]
 QUERIES = [
@@ -956,12 +956,21 @@ def test_flags_that_would_change_nothing_are_refused(repo, tmp_path, monkeypatch
         main()
 
 
+def test_a_condense_that_was_chosen_is_not_overridden_by_sources():
+    own = {"a": "query"}
+    assert condense_of(["a", "b"], "positive", own) == {"a": "query", "b": "positive"}
+    assert condense_of(["a", "b"], "none", own) == {"a": "none", "b": "none"}
+    assert condense_of(["a", "b"], {"a": "both", "b": "none"}, own) == {"a": "both", "b": "none"}
+
+
 def test_a_folder_with_another_start_is_refused(bases, tmp_path):
     args, base = config(tmp_path), ModelArguments(model_name_or_path=bases["qwen2_vl"])
     start, _ = starting_point(base, 4, {}, args)
     assert starting_point(base, 4, {}, args) == (start, None)
     for other in ((base, 2, {}), (base, 4, {"max_pixels": 56 * 56})):
-        with pytest.raises(ValueError, match=r"start was made from .*'num_tokens': 4.*Name another output_dir"):
+        with pytest.raises(
+            ValueError, match=r"start was made from .*'num_tokens': 4.*Remove it, or name another output_dir"
+        ):
             starting_point(*other, args)
 
 

@@ -110,10 +110,7 @@ def main():
     files = read_mixture(script.train_files)
     train_dataset, weights, condense = load_mixture(files, script.sources_root)
     args.dataset_weights = args.dataset_weights or weights
-    if args.condense == "positive":  # the default: sources know better
-        args.condense = dict.fromkeys(train_dataset, args.condense) | condense
-    elif isinstance(args.condense, dict):
-        args.condense = condense | args.condense
+    args.condense = condense_of(train_dataset, args.condense, condense)
     card_args.check([*train_dataset, *([evaluator.name] if evaluator else [])], script.eval_file)
 
     pixels = {name: getattr(script, name) for name in ("min_pixels", "max_pixels") if getattr(script, name)}
@@ -172,6 +169,14 @@ def read_mixture(files):
         own = Path(__file__).parent / "recipes" / files  # a mixture of this library, wherever it is installed
         return yaml.safe_load((Path(files) if Path(files).exists() else own).read_text("utf-8"))
     return {Path(files).stem: files}
+
+
+def condense_of(datasets, chosen, own):
+    """What is generated for each dataset: what the user chose, or else what its source or mixture says."""
+    if isinstance(chosen, dict):
+        return own | chosen
+    default = chosen == CondensationConfig.condense
+    return dict.fromkeys(datasets, chosen) | (own if default else {})
 
 
 def source_of(name, entry):
@@ -254,7 +259,9 @@ def starting_point(model_args, num_tokens, pixels, args):
             unfinished.rename(start)
     found = json.loads(record.read_text("utf-8")) if record.is_file() else "something else"
     if found != origin:
-        raise ValueError(f"{start} was made from {found}, but this run starts from {origin}. Name another output_dir.")
+        raise ValueError(
+            f"{start} was made from {found}, but this run starts from {origin}. Remove it, or name another output_dir."
+        )
     return start, None
 
 
