@@ -37,7 +37,8 @@ from torch.nn import functional as F
 from train_step import batch, contender
 
 from btok_hf import BTokSentenceTransformer
-from btok_hf.condensation import PackedLayout, condense
+from btok_hf.condensation import condense
+from btok_hf.packed_attention import PackedLayout
 
 STEPS = ("correctness", "attention", "compile", "batch", "encode", "train_step", "vision")
 WAITING = [

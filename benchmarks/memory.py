@@ -23,8 +23,8 @@ import transformers
 from transformers import Qwen2VLConfig, Qwen2VLModel
 from transformers.initialization import no_init_weights
 
+from btok_hf.adapters import LORA_TARGETS
 from btok_hf.condensation import condense
-from btok_hf.training.condensation_trainer import LORA_TARGETS
 
 VOCABULARY, IMAGE, START, END = 151_936, 151_655, 151_652, 151_653
 TEXT_TOKENS, TARGET_TOKENS = 32, 64

@@ -16,14 +16,14 @@ from bench import DEVICE, arguments, compare, images, names, record, repository,
 
 from btok_hf import BTokSentenceTransformer
 from btok_hf.training import CondensationConfig, CondensationLoss
-from btok_hf.training.condensation_trainer import CondensationCollator
+from btok_hf.training.condensation_collator import CondensationCollator
 
 
-def step(model, rows, mini_batch, encode_copies=False):
+def step(model, rows, mini_batch, deduplicate=True):
     """A callable that takes a training step over rows of query and positive and returns loss and gradients."""
     args = CondensationConfig(output_dir="unused", report_to="none", condense="positive", use_cpu=DEVICE == "cpu")
     collate = CondensationCollator(
-        preprocess_fn=model.preprocess, tokenizer=model.tokenizer, args=args, encode_copies=encode_copies
+        preprocess_fn=model.preprocess, tokenizer=model.tokenizer, args=args, deduplicate=deduplicate
     )
     batch = collate([dict(zip(("query", "positive"), row)) for row in rows])
     features = [
@@ -53,7 +53,7 @@ def contenders(size):
     yield "one pass", step(model, short, 32), step(model, short, 16)
     labels = texts()[1][:4]
     labelled = [(text, labels[i % 4]) for i, text in enumerate(names()[:32])]
-    yield "copies", step(model, labelled, 8), step(model, labelled, 8, encode_copies=True)
+    yield "copies", step(model, labelled, 8), step(model, labelled, 8, deduplicate=False)
     model[0].model.visual.requires_grad_(False)
     pictures = [({"image": picture}, f"figure {i}") for i, picture in enumerate(images()[1][:16])]
     kept = step(model, pictures, 4)

@@ -44,16 +44,16 @@ from transformers import DynamicCache
 
 from btok_hf import BTokSentenceTransformer
 from btok_hf.condensation import (
-    IGNORED,
     Condensed,
     backbone_and_head,
     condense,
     dense_condensation_mask,
     linear_cross_entropy,
 )
+from btok_hf.features import IGNORED
 from btok_hf.modeling.modeling_btok import bottleneck_token_ids, last_positions
 from btok_hf.training import CondensationConfig, CondensationLoss
-from btok_hf.training.condensation_trainer import CondensationCollator
+from btok_hf.training.condensation_collator import CondensationCollator
 
 TEMPERATURE = 0.05
 MEMORY_BATCHES = (64, 256, 1024, 4096)
@@ -143,7 +143,7 @@ def batch(model, kind, rows):
         positives = targets = [names()[(2 * i + 1) % len(names())] for i in range(rows)]
     args = CondensationConfig(output_dir=str(ROOT / "runs" / "bench" / "args"), report_to="none", condense="positive")
     collator = CondensationCollator(
-        preprocess_fn=model.preprocess, tokenizer=model.tokenizer, args=args, encode_copies=True
+        preprocess_fn=model.preprocess, tokenizer=model.tokenizer, args=args, deduplicate=False
     )
     collated = collator([{"query": q, "positive": p, "target": t} for q, p, t in zip(queries, positives, targets)])
     features = []

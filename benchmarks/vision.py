@@ -11,7 +11,7 @@ import torch
 from bench import DEVICE, arguments, compare, images, record, repository, show, summary
 from transformers import AutoModel, AutoProcessor
 
-from btok_hf.condensation import VISION_ATTENTION
+from btok_hf.packed_attention import VISION_ATTENTION
 
 
 def calls(size, pictures):

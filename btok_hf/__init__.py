@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr_
     from btok_hf.modeling import BTokForEmbedding, BTokOutput
     from btok_hf.sentence_transformer import BottleneckTransformer, BTokSentenceTransformer
 
-_HOMES = {
+_LAZY_IMPORTS = {
     "BTokForEmbedding": "btok_hf.modeling",
     "BTokOutput": "btok_hf.modeling",
     "BTokSentenceTransformer": "btok_hf.sentence_transformer",
@@ -46,9 +46,9 @@ __all__ = [  # written out: editors read it too
 
 
 def __getattr__(name):
-    if name not in _HOMES:
+    if name not in _LAZY_IMPORTS:
         raise AttributeError(f"module 'btok_hf' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_LAZY_IMPORTS[name]), name)
 
 
 def __dir__():

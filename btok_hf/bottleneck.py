@@ -24,33 +24,7 @@ REQUIRED_TOKENS = (
 
 # Rendered when no generation prompt is asked for: media, instruction (system message), text, Bottleneck Tokens,
 # separated by one space. `<|` in anything the user wrote is broken up, so that no text can become a special token.
-EMBEDDING_TEMPLATE = """\
-{%- set row = namespace(media='', instruction='', text='') -%}
-{%- for message in messages -%}
-{%- set content = message['content'] -%}
-{%- if content is string -%}{%- set content = [{'type': 'text', 'text': content}] -%}{%- endif -%}
-{%- for part in content -%}
-{%- if part['type'] == 'image' -%}
-{%- set row.media = row.media + '<|vision_start|><|image_pad|><|vision_end|>' -%}
-{%- elif part['type'] == 'video' -%}
-{%- set row.media = row.media + '<|vision_start|><|video_pad|><|vision_end|>' -%}
-{%- elif part['type'] == 'text' -%}
-{%- set text = part['text'] | replace('<|', '< |') -%}
-{%- if message['role'] == 'system' -%}
-{%- set row.instruction = row.instruction + (' ' if row.instruction else '') + text -%}
-{%- else -%}
-{%- set row.text = row.text + (' ' if row.text else '') + text -%}
-{%- endif -%}
-{%- else -%}
-{{- raise_exception('Message content must be of type text, image or video, got ' + part['type'] + '.') -}}
-{%- endif -%}
-{%- endfor -%}
-{%- endfor -%}
-{%- if not row.media and not row.text.strip() -%}
-{{- raise_exception('An input is empty: no media and no text but white space. Remove it or give it content.') -}}
-{%- endif -%}
-{{- [row.media, row.instruction, row.text] | select | join(' ') -}}
-"""
+EMBEDDING_TEMPLATE = Path(__file__).with_name("embedding_template.jinja").read_text("utf-8")
 
 
 def bottleneck_token(index):

@@ -1,29 +1,24 @@
 """The one place that writes a Hub repository: weights, remote code, processor, Sentence-Transformers files, card.
 
-    python -m btok_hf.export runs/btok-run/checkpoint-1000 btok-mine
-    python -m btok_hf.export runs/btok-run/checkpoint-1000 btok-lora --adapter_only --base_model org/btok-start
-
 Golden vectors are written last: a folder without them was not finished.
 """
 
-import argparse
-import contextlib
-import errno
 import json
 import re
 import shutil
-import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from btok_hf import golden
+from btok_hf.adapters import has_adapters
+from btok_hf.condensation import condense
+from btok_hf.files import check_writable, explain_full_disk, write_files, write_json
+from btok_hf.hub_card.card import render_card
 from btok_hf.modeling import modeling_btok
 
 logger = logging.get_logger(__name__)
@@ -89,11 +84,10 @@ def export_adapters(model, output_dir, base_model=None, *, files=None):
         ValueError: No adapters, DoRA, a base that is no Hub id, or a whole model in `output_dir`.
         OSError: `output_dir` cannot be written to, or the disk is full.
     """
-    from btok_hf.sentence_transformer import has_adapters
 
     backbone = model[0].model
     if not has_adapters(backbone):
-        raise ValueError("The model has no adapters to write. Export it whole: leave adapter_only out.")
+        raise ValueError("The model has no adapters to write. Export it whole: use export_model.")
     base = str(base_model or backbone.peft_config[backbone.active_adapters()[0]].base_model_name_or_path)
     if Path(base).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
         raise ValueError(
@@ -109,7 +103,7 @@ def export_adapters(model, output_dir, base_model=None, *, files=None):
         raise ValueError(f"{output_dir} holds a whole model, which loaders would prefer. Name another output_dir.")
     output_dir = write_repository(output_dir, backbone, model[0].processor, model=model, files=files)
     path = output_dir / "adapter_config.json"
-    _write_json(path, {**json.loads(path.read_text("utf-8")), "base_model_name_or_path": base})
+    write_json(path, {**json.loads(path.read_text("utf-8")), "base_model_name_or_path": base})
     return output_dir
 
 
@@ -131,7 +125,6 @@ def write_repository(
     Raises:
         OSError: `output_dir` cannot be written to, or the disk is full.
     """
-    from btok_hf.hub_card import render_card
 
     check_writable(output_dir)
     output_dir = Path(output_dir)
@@ -140,7 +133,7 @@ def write_repository(
     needed = sum(p.numel() * p.element_size() for p in weights.parameters()) if is_whole else None
     if files is None:
         files = {"README.md": render_card(config, processor, model.prompts if model is not None else prompts or {})}
-    with _disk_full_explained(output_dir, needed):
+    with explain_full_disk(output_dir, needed):
         output_dir.mkdir(parents=True, exist_ok=True)
         # Of an earlier export: these vectors belong to other weights.
         (output_dir / golden.FILE_NAME).unlink(missing_ok=True)
@@ -154,61 +147,11 @@ def write_repository(
             for name in ("adapter_config.json", "adapter_model.safetensors"):
                 (output_dir / name).unlink(missing_ok=True)
             path = output_dir / "config.json"
-            _write_json(path, modeling_btok.with_auto_map(json.loads(path.read_text("utf-8"))))
+            write_json(path, modeling_btok.with_auto_map(json.loads(path.read_text("utf-8"))))
             shutil.copyfile(modeling_btok.__file__, output_dir / "modeling_btok.py")
         _write_sentence_transformers_files(output_dir, config, model, prompts)
         write_files(output_dir, files)
     return output_dir
-
-
-def write_files(output_dir, files):
-    """Write files of a repository: a mapping from relative path to text or bytes."""
-    for name, content in files.items():
-        path = Path(output_dir, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-
-
-def nearest_existing(folder):
-    """`folder`, or the nearest one above it that exists."""
-    folder = Path(folder).absolute()
-    return next(path for path in (folder, *folder.parents) if path.exists())
-
-
-def check_writable(output_dir):
-    """Raise an `OSError` with a way out if `output_dir` cannot be written to. Leaves nothing behind.
-
-    A file is really made and removed, in the folder or, where it does not exist yet, in the nearest one above it:
-    permission bits do not tell about read-only mounts.
-    """
-    existing = nearest_existing(output_dir)
-    try:
-        with tempfile.NamedTemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"The output folder {output_dir} cannot be written to: no file can be made in {existing} "
-            f"({error.strerror}). Name another folder, or make that one writable",
-        ) from error
-
-
-@contextlib.contextmanager
-def _disk_full_explained(output_dir, needed=None):
-    """Turn a full disk, as Python and safetensors report it, into an error that says where and how much is missing."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        full = (errno.ENOSPC, errno.EDQUOT)
-        if getattr(error, "errno", None) not in full and not re.search(r"os error (28|122)\b", str(error)):
-            raise
-        size = "" if needed is None else f" The weights need {needed:,} bytes."
-        free = shutil.disk_usage(output_dir).free
-        raise OSError(
-            errno.ENOSPC,
-            f"The disk is full: {output_dir} is incomplete.{size} There are {free:,} bytes free. "
-            "Make room, or export to another disk",
-        ) from error
 
 
 def _write_golden(output_dir, weights, model):
@@ -218,8 +161,6 @@ def _write_golden(output_dir, weights, model):
     a copy of the weights; casting a copy of the module instead would keep the rounded rotary frequencies of one that
     was cast to bf16, which no loader has.
     """
-    from btok_hf.condensation import condense
-
     backbone = type(weights.model)(weights.config).float().eval()
     backbone.load_state_dict(weights.model.state_dict())
     inputs = golden.golden_inputs(model.prompts)
@@ -229,12 +170,12 @@ def _write_golden(output_dir, weights, model):
             prompt = None if prompt_name is None else model.prompts[prompt_name]
             features = model[0].preprocess([item], prompt=prompt)
             embeddings.append(condense(backbone, {k: _to_cpu(v) for k, v in features.items()}).embeddings[0].numpy())
-    with _disk_full_explained(output_dir):
+    with explain_full_disk(output_dir):
         closest = golden.write_golden(output_dir / golden.FILE_NAME, inputs, model.prompts, np.stack(embeddings))
     if not closest > golden.DISTINCT * golden.TOLERANCE:
         logger.warning(
             f"The model gives nearly the same vector to different inputs (largest difference {closest:.1e}): it is "
-            f"collapsed or untrained. {output_dir} is written, but btok_hf.verify will refuse its golden vectors."
+            f"collapsed or untrained. {output_dir} is written, but btok verify will refuse its golden vectors."
         )
 
 
@@ -245,7 +186,7 @@ def _to_cpu(value):
 def _write_sentence_transformers_files(output_dir, config, model, prompts):
     """A pipeline of stock modules: the weights 1 for Bottleneck Tokens and 0 elsewhere make their mean the output."""
     text_config = config.get_text_config()
-    _write_json(
+    write_json(
         output_dir / "modules.json",
         [
             {"idx": index, "name": str(index), "path": path, "type": type_name}
@@ -254,7 +195,7 @@ def _write_sentence_transformers_files(output_dir, config, model, prompts):
     )
     forward = {"method": "forward", "method_output_name": "last_hidden_state"}
     modalities = ("text", "image", "video", "message")
-    _write_json(
+    write_json(
         output_dir / "sentence_bert_config.json",
         {
             "transformer_task": "feature-extraction",
@@ -265,7 +206,7 @@ def _write_sentence_transformers_files(output_dir, config, model, prompts):
             "unpad_inputs": False,
         },
     )
-    _write_json(
+    write_json(
         output_dir / "config_sentence_transformers.json",
         {
             "model_type": "SentenceTransformer",
@@ -288,7 +229,7 @@ def _write_sentence_transformers_files(output_dir, config, model, prompts):
     )
     for (folder, _), module_config in zip(STOCK_MODULES[1:], module_configs):
         (output_dir / folder).mkdir(exist_ok=True)
-        _write_json(output_dir / folder / "config.json", module_config)
+        write_json(output_dir / folder / "config.json", module_config)
 
 
 def untied_head(model):
@@ -315,45 +256,3 @@ def stock_model(backbone, lm_head=None, generation_config=None) -> PreTrainedMod
     if generation_config is not None:
         model.generation_config = generation_config
     return model
-
-
-def _write_json(path, content):
-    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-
-
-def main():
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m btok_hf.export",
-        description="Export a training checkpoint (whole, or adapters) as a Hub repository.",
-        epilog="example: python -m btok_hf.export runs/btok-run/checkpoint-1000 btok-mine",
-    )
-    parser.add_argument("checkpoint", help="folder or Hub id: a checkpoint of CondensationTrainer, or a repository")
-    parser.add_argument("output_dir", help="folder to write")
-    parser.add_argument("--adapter_only", action="store_true", help="write only the adapters; the base stays apart")
-    parser.add_argument("--base_model", help="with --adapter_only: Hub id of what the adapters were trained on")
-    parser.add_argument("--max_shard_size", default="50GB", help="largest weight file (default: %(default)s)")
-    arguments = parser.parse_args()
-    if arguments.base_model and not arguments.adapter_only:
-        parser.error("--base_model goes with --adapter_only: merged weights have no base")
-    if Path(arguments.output_dir).resolve() == Path(arguments.checkpoint).resolve():
-        parser.error("output_dir is the checkpoint itself, which could not be trained on afterwards; name another")
-    from btok_hf.sentence_transformer import BTokSentenceTransformer
-
-    try:
-        check_writable(arguments.output_dir)
-        model = BTokSentenceTransformer(arguments.checkpoint, device="cpu")
-        if arguments.adapter_only:
-            export_adapters(model, arguments.output_dir, arguments.base_model)
-        else:
-            export_model(model, arguments.output_dir, max_shard_size=arguments.max_shard_size)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    print(f"Exported to {arguments.output_dir}")
-
-
-if __name__ == "__main__":
-    # The package's copy of this module, not the one that runs as __main__, is what everything else refers to.
-    from btok_hf.export import main
-
-    main()

@@ -1,7 +1,7 @@
 """Golden vectors: a few inputs and the embeddings that a model gave for them in memory, when it was exported.
 
 `golden.json` carries them with the repository, so that anyone can tell whether what was loaded is what was exported.
-Run as a script, in a fresh process, this file checks a repository with stock loaders (`btok_hf.verify` does so). It
+Run as a script, in a fresh process, this file checks a repository with stock loaders (`btok verify` does so). It
 imports nothing of btok_hf: what passes is the repository alone.
 """
 
@@ -87,7 +87,7 @@ def write_golden(path, inputs, prompts, embeddings):
         rows.append({**row, "embedding": base64.b64encode(embedding.astype("<f4").tobytes()).decode()})
     content = {
         "about": "Inputs and their embeddings, computed at export in fp32 on the CPU from the weights in memory. "
-        "Check them with: python -m btok_hf.verify PATH_OR_REPO. Images and frames are PNG, embeddings little-endian "
+        "Check them with: btok verify PATH_OR_REPO. Images and frames are PNG, embeddings little-endian "
         "float32, in base64. tolerance: largest allowed difference of a component; closest: that of the two most "
         "similar embeddings.",
         "tolerance": TOLERANCE,

@@ -96,11 +96,11 @@ def push(
         return commit.pr_url or commit.commit_url
     except Exception as error:
         cause = _without_secrets(error, token)
-    command = ["python", "-m", "btok_hf.push", str(path), repo_id]
+    command = ["btok", "push", str(path), repo_id]
     command += ["--private"] if private else []
     command += ["--revision", revision] if revision is not None else []
-    command += ["--create_pr"] if create_pr else []
-    command += ["--commit_message", commit_message] if commit_message != MESSAGE else []
+    command += ["--create-pr"] if create_pr else []
+    command += ["--commit-message", commit_message] if commit_message != MESSAGE else []
     # Raised out here: as the context of an exception raised above, the original with its token would come along.
     raise RuntimeError(
         f"The upload to {repo_id} failed ({type(cause).__name__}: {cause}). The repository in {path} is whole and "
@@ -127,14 +127,14 @@ def _files_to_publish(path, secrets):
     if missing:
         raise ValueError(
             f"{path} is no exported repository: {', '.join(missing)} missing. Write one with btok_hf.export_model, or "
-            "from a training checkpoint with: python -m btok_hf.export CHECKPOINT FOLDER"
+            "from a training checkpoint with: btok export CHECKPOINT FOLDER"
         )
     if is_adapter:
         base = json.loads(adapter.read_text("utf-8"))["base_model_name_or_path"]
         if Path(base).exists() or base.count("/") != 1:
             raise ValueError(
                 f"The adapters in {path} name a local folder as their base ({base}), which nobody else can load. "
-                "Export them with: python -m btok_hf.export CHECKPOINT FOLDER --adapter_only --base_model HUB_ID"
+                "Export them with: btok export CHECKPOINT FOLDER --adapter-only --base-model HUB_ID"
             )
     everything = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
     files = list(filter_repo_objects(everything, ignore_patterns=NOT_PUBLISHED))

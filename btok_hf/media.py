@@ -75,16 +75,7 @@ def read_video(path, num_frames=VIDEO_FRAMES):
         raise ValueError(f"Video file {str(path)!r} cannot be decoded ({error}). Replace or remove it.") from error
     if not frames or not fps:
         raise ValueError(f"Video file {str(path)!r} holds no frames or no frame rate. Replace or remove it.")
-    # The metadata describe the kept frames: processors that sample again do so among these.
-    return {
-        "array": np.stack(frames),
-        "video_metadata": {
-            "fps": fps * len(frames) / total,
-            "total_num_frames": len(frames),
-            "duration": total / fps,
-            "frames_indices": list(range(len(frames))),
-        },
-    }
+    return video_input(np.stack(frames), fps * len(frames) / total)
 
 
 def read_frames(folder, num_frames=VIDEO_FRAMES):
@@ -113,60 +104,27 @@ def read_frames(folder, num_frames=VIDEO_FRAMES):
     kept = len(names) if num_frames is None else min(num_frames, len(names))
     wanted = np.linspace(0, len(names) - 1, max(2, kept)).astype(int)
     frames = np.stack([np.asarray(read_image(folder / names[index])) for index in wanted])
+    return video_input(frames, fps=2.0)
+
+
+def video_input(frames, fps):
+    """Frames as a video that every loader of a BTok model takes: `{"video": video_input(frames, fps)}`.
+
+    The metadata describe these frames and no others: processors that sample again do so among them.
+
+    Args:
+        frames (`numpy.ndarray` of shape `(frames, height, width, 3)`): uint8.
+        fps (`float`): Frames per second.
+
+    Returns:
+        `dict`: `array` and `video_metadata` (`fps`, `total_num_frames`, `duration` in seconds, `frames_indices`).
+    """
     return {
         "array": frames,
         "video_metadata": {
-            "fps": 2.0,
+            "fps": fps,
             "total_num_frames": len(frames),
-            "duration": len(frames) / 2,
+            "duration": len(frames) / fps,
             "frames_indices": list(range(len(frames))),
         },
     }
-
-
-def is_media_path(text):
-    """Whether a text looks like the name of an image or video file: one word with such a suffix."""
-    return Path(text).suffix.lower() in IMAGE_SUFFIXES + VIDEO_SUFFIXES and not any(map(str.isspace, text))
-
-
-def estimate_tokens(item, processor=None, tokenize=None):
-    """About how many tokens an input takes, judged by its size: files are looked into but not decoded.
-
-    Args:
-        item: What `encode` takes. Anything else counts nothing.
-        processor (*optional*): With the `image_processor` and `video_processor` of a Qwen-VL model; for others, images
-            count as in Qwen2-VL.
-        tokenize (`Callable`, *optional*): From a text to its tokens. Default: three bytes are one, which is seldom too
-            little.
-    """
-    if isinstance(item, (str, Path)):
-        text = str(item)
-        if not is_media_path(text):
-            return len(tokenize(text)) if tokenize else len(text.encode("utf-8", "replace")) // 3
-        if Path(text).suffix.lower() in VIDEO_SUFFIXES:
-            return VIDEO_FRAMES // 2 * _pixel_tokens(math.inf, processor, "video_processor")
-        try:
-            with Image.open(text) as image:
-                return _pixel_tokens(image.width * image.height, processor)
-        except (UnidentifiedImageError, OSError, ValueError):
-            return _pixel_tokens(math.inf, processor)  # remote, or not an image
-    if isinstance(item, Image.Image):
-        return _pixel_tokens(item.width * item.height, processor)
-    if hasattr(item, "ndim"):  # an array: an image has three axes, a video four
-        if item.ndim < 4:
-            return _pixel_tokens(math.prod(item.shape) // 3, processor)
-        pixels = math.prod(item.shape[1:]) // 3
-        return -(-item.shape[0] // 2) * _pixel_tokens(pixels, processor, "video_processor")
-    if isinstance(item, dict):
-        item = [value for key, value in item.items() if key not in ("role", "type", "video_metadata")]
-    return sum(estimate_tokens(part, processor, tokenize) for part in item) if isinstance(item, (list, tuple)) else 0
-
-
-def _pixel_tokens(pixels, processor, kind="image_processor"):
-    """Tokens of an image, or of two frames of a video, of this many pixels, within the processor's bounds."""
-    processor = getattr(processor, kind, None)
-    least, most, side = 56**2, 28**2 * 1280, 28
-    if hasattr(processor, "merge_size"):
-        least, most = processor.size["shortest_edge"], processor.size["longest_edge"]
-        side = processor.patch_size * processor.merge_size
-    return min(max(pixels, least), most) // side**2

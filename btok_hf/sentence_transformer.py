@@ -5,28 +5,22 @@ returns the same vectors. The wrapper adds what stock modules cannot do: packed 
 condensation loss in the same forward, and errors instead of wrong vectors.
 """
 
-import copy
 import math
-import os
-import reprlib
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from torch import distributed
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from btok_hf.adapters import has_adapters, load_adapters, merge_adapters
 from btok_hf.condensation import condense, reconstruct
 from btok_hf.export import stock_model, untied_head, write_repository
-from btok_hf.media import IMAGE_SUFFIXES, estimate_tokens, is_media_path, read_image, read_video
+from btok_hf.inputs import ImageLimits, check_input, estimate_tokens, is_messages
 from btok_hf.modeling.modeling_btok import bottleneck_token_ids, last_positions, load_stock_model
 
-INPUT_KEYS = {"text", "image", "video"}
 # Tokens that one row of `encode`'s batch_size stands for. The default of 32 rows is 2,048 tokens on a CPU, where more
 # only overrun its caches, and 16,384 elsewhere.
 CPU_ROW_TOKENS, ROW_TOKENS = 64, 512
@@ -89,8 +83,9 @@ class BottleneckTransformer(Transformer):
         Raises:
             FileNotFoundError, ValueError: An input that cannot be embedded faithfully, shown in short.
         """
-        inputs = [self._check_input(item) for item in inputs]
-        if 0 < sum(map(_is_messages, inputs)) < len(inputs):
+        limits = ImageLimits(self.processor.image_processor.size["longest_edge"], self.config.vision_config.patch_size)
+        inputs = [check_input(item, limits) for item in inputs]
+        if 0 < sum(map(is_messages, inputs)) < len(inputs):
             raise ValueError(
                 "Some inputs are chat messages and others are not, which Sentence-Transformers cannot put in one "
                 "batch. Encode them in two calls."
@@ -115,58 +110,6 @@ class BottleneckTransformer(Transformer):
                 "leaves no room for them, or the processor's chat template was changed."
             )
         return features
-
-    def _check_input(self, item):
-        """`item` with its files read; raises, showing it (`encode` sorts, an index would mislead), if it is bad."""
-        try:
-            if isinstance(item, (str, Path)):
-                return self._read_path(str(item))
-            if isinstance(item, dict) and "role" not in item and "array" not in item:
-                unknown = set(item) - INPUT_KEYS
-                if unknown or not item:
-                    raise ValueError(f"unknown keys {sorted(unknown)}; an input dict has keys of {sorted(INPUT_KEYS)}")
-                return {key: self._check_media(key, item[key]) for key in sorted(item, key=_media_first)}
-            if isinstance(item, Image.Image):
-                return self._check_image(item)
-            return item
-        except (ValueError, FileNotFoundError) as error:
-            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-            raise kind(f"Input {reprlib.repr(item)}: {error}") from error
-
-    def _read_path(self, text):
-        """Read the media file that a string names. One that looks like a file name but names none is refused."""
-        remote = text.startswith(("http://", "https://", "data:"))
-        if remote or not (is_media_path(text) or (is_media_path(text.replace(" ", "")) and os.path.isfile(text))):
-            return text
-        is_image = Path(text).suffix.lower() in IMAGE_SUFFIXES
-        return self._check_image(self._read_image(text)) if is_image else {"video": read_video(text)}
-
-    def _read_image(self, path):
-        return read_image(path, self.processor.image_processor.size["longest_edge"])
-
-    def _check_media(self, key, value):
-        if key == "text":
-            if not (isinstance(value, str) or (isinstance(value, (list, tuple)) and all(map(_is_text, value)))):
-                raise ValueError(f"'text' must be a string or a list of strings, got {type(value).__name__}")
-            return value
-        if isinstance(value, (list, tuple)) and not (key == "video" and all(map(_is_frame, value))):
-            return [self._check_media(key, part) for part in value]
-        if isinstance(value, (str, Path)) and not str(value).startswith(("http://", "https://", "data:")):
-            value = self._read_image(value) if key == "image" else read_video(value)
-        if value is None:
-            raise ValueError(f"'{key}' is None; leave the key out or give it media")
-        return self._check_image(value) if key == "image" else value
-
-    def _check_image(self, image):
-        """Images smaller than one patch hold nothing to embed; the processor would blow them up silently."""
-        if isinstance(image, Image.Image) and min(image.size) < self.config.vision_config.patch_size:
-            raise ValueError(
-                f"image of {image.width} x {image.height} pixels is smaller than one patch of "
-                f"{self.config.vision_config.patch_size} pixels; enlarge it or remove it"
-            )
-        if isinstance(image, (np.ndarray, torch.Tensor)) and not np.isfinite(np.asarray(image)).all():
-            raise ValueError("image array holds NaN or infinite pixels; clean it")
-        return image
 
     def forward(self, features, **kwargs):
         target_ids, labels = features.get("target_ids"), features.get("target_labels")
@@ -198,26 +141,7 @@ class BottleneckTransformer(Transformer):
 
     def merged(self):
         """The stock model to publish: adapters, if any, merged into a copy of the weights."""
-        backbone = self.model
-        if has_adapters(backbone):
-            from peft.tuners.tuners_utils import BaseTunerLayer
-            from peft.utils.other import AuxiliaryTrainingWrapper
-
-            backbone = copy.deepcopy(backbone)
-            # The wrapper of the trained token rows holds a tuner layer of its own: outermost layers only.
-            layers = [(n, x) for n, x in backbone.named_modules() if isinstance(x, AuxiliaryTrainingWrapper)]
-            inside = tuple(name + "." for name, _ in layers)
-            layers += [
-                (name, layer)
-                for name, layer in backbone.named_modules()
-                if isinstance(layer, BaseTunerLayer) and not name.startswith(inside)
-            ]
-            for name, layer in layers:
-                tuner = layer.token_adapter if isinstance(layer, AuxiliaryTrainingWrapper) else layer
-                tuner.merge(safe_merge=True)
-                parent, _, attribute = name.rpartition(".")
-                setattr(backbone.get_submodule(parent), attribute, tuner.get_base_layer())
-            backbone._hf_peft_config_loaded = False
+        backbone = merge_adapters(self.model) if has_adapters(self.model) else self.model
         return stock_model(backbone, self.lm_head, self.generation_config)
 
 
@@ -385,69 +309,3 @@ def _batches(tokens, budget):
         batches[-1].append(index)
         room -= tokens[index]
     return batches
-
-
-def add_adapters_in_fp32(backbone, peft_config):
-    """Add fresh PEFT adapters to a transformers model, freezing the rest.
-
-    Beside bf16 weights PEFT makes adapters bf16 too, which rounds most steps of the usual learning rates away, and the
-    values of a checkpoint when it is resumed from.
-    """
-    backbone.add_adapter(peft_config)
-    for parameter in backbone.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-
-
-def load_adapters(backbone, path, **hub_kwargs):
-    """Add the PEFT adapters of a checkpoint to a transformers model, and check that they arrived.
-
-    Not through `backbone.load_adapter`: with transformers 5.17 it leaves them random, with a warning.
-
-    Args:
-        backbone (`PreTrainedModel`): The model that they were trained on.
-        path (`str`): Folder or Hub id of the checkpoint.
-        hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`.
-
-    Raises:
-        ValueError: A tensor of the checkpoint has no place in the model, or the reverse.
-    """
-    from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
-    from peft.utils.save_and_load import load_peft_weights
-
-    saved = load_peft_weights(path, device="cpu", **hub_kwargs)
-    saved = {name.removeprefix("base_model.model."): tensor for name, tensor in saved.items()}
-    add_adapters_in_fp32(backbone, PeftConfig.from_pretrained(path, **hub_kwargs))
-    set_peft_model_state_dict(backbone, saved, backbone.active_adapters()[0])
-    loaded = get_peft_model_state_dict(backbone, adapter_name=backbone.active_adapters()[0])
-    loaded = {name.removeprefix("base_model.model."): tensor.cpu() for name, tensor in loaded.items()}
-    wrong = sorted(saved.keys() ^ loaded.keys())
-    wrong += [name for name in saved.keys() & loaded.keys() if not torch.equal(saved[name].float(), loaded[name])]
-    if wrong:
-        raise ValueError(
-            f"{len(wrong)} adapter tensors of {path} do not fit the model, e.g. {wrong[0]}. Load them with the base "
-            "that they were trained on, and with the PEFT release that saved them."
-        )
-
-
-def has_adapters(backbone):
-    """Whether PEFT adapters were added to this transformers model."""
-    return bool(getattr(backbone, "_hf_peft_config_loaded", False))
-
-
-def _media_first(key):
-    return ("image", "video", "text").index(key)
-
-
-def _is_messages(value):
-    """Chat messages: one dict with a role, or a list of them."""
-    first = value[0] if isinstance(value, (list, tuple)) and value else value
-    return isinstance(first, dict) and "role" in first
-
-
-def _is_text(value):
-    return isinstance(value, str)
-
-
-def _is_frame(value):
-    return isinstance(value, (Image.Image, np.ndarray, torch.Tensor))

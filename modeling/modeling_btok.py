@@ -110,7 +110,7 @@ def last_positions(attention_mask, count):
     return last[:, None] - torch.arange(count - 1, -1, -1, device=attention_mask.device)
 
 
-def end_in_bottleneck(input_ids, attention_mask, token_ids, mm_token_type_ids=None):
+def append_bottleneck_tokens(input_ids, attention_mask, token_ids, mm_token_type_ids=None):
     """Make every row end in the Bottleneck Tokens.
 
     Rows that already end in them are left alone. If any row does not, all rows come back right-padded, the tokens
@@ -283,7 +283,7 @@ class BTokForEmbedding(PreTrainedModel):
             raise ValueError(f"truncate_dim must be between 1 and the hidden size {hidden_size}, got {truncate_dim}.")
         token_ids = bottleneck_token_ids(self.config)
         check_media(self.config, input_ids, kwargs)
-        input_ids, attention_mask, mm_token_type_ids = end_in_bottleneck(
+        input_ids, attention_mask, mm_token_type_ids = append_bottleneck_tokens(
             input_ids, attention_mask, token_ids, mm_token_type_ids
         )
         if mm_token_type_ids is not None:

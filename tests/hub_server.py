@@ -1,7 +1,7 @@
 """A Hub on this machine: the protocol for model repositories, as far as huggingface_hub depends on what it answers.
 
     with HubServer() as hub:
-        hub.run("-m", "btok_hf.push", "folder", "org/name", home=tmp_path)
+        hub.run("-m", "btok_hf", "push", "folder", "org/name", home=tmp_path)
 
 Two ports, as on the real Hub: one for the API and small files, one for storage, which takes no tokens. Repositories
 live in memory, with the object ids that git and git-lfs give. Every answer and every stored file is searched for the

@@ -21,8 +21,9 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 from trl import TrlParser
 
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model
-from btok_hf.hub_card import PLACEHOLDER, CardArguments, render_card
-from btok_hf.hub_card.run import _command, card_files, loss_curves, measured_examples
+from btok_hf.hub_card.card import PLACEHOLDER, CardArguments, render_card
+from btok_hf.hub_card.examples import measured_examples
+from btok_hf.hub_card.training_run import _command, card_files, loss_curves
 from btok_hf.training import CondensationConfig, CondensationTrainer
 from btok_hf.training.data import retrieval_evaluator
 

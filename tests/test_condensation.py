@@ -10,15 +10,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-from btok_hf.condensation import (
-    PackedLayout,
-    _forward,
-    condense,
-    dense_condensation_mask,
-    linear_cross_entropy,
-    reconstruct,
-)
+from btok_hf.condensation import _forward, condense, dense_condensation_mask, linear_cross_entropy, reconstruct
 from btok_hf.modeling.modeling_btok import last_positions
+from btok_hf.packed_attention import PackedLayout
 
 TARGETS = ["a cat", "", "two dogs and a tree", "x"]
 
@@ -255,9 +249,13 @@ def test_layers_of_the_vision_tower_share_their_layouts(repos):
     for backbone, kinds in (("qwen2_vl", 1), ("qwen2_5_vl", 2), ("qwen3_vl", 1)):
         processor, model = AutoProcessor.from_pretrained(repos[backbone]), AutoModel.from_pretrained(repos[backbone])
         inputs = process(processor, rows("image"))
-        with torch.no_grad(), patch("btok_hf.condensation.PackedLayout", wraps=PackedLayout) as made:
+        with (
+            torch.no_grad(),
+            patch("btok_hf.condensation.PackedLayout", wraps=PackedLayout) as language,
+            patch("btok_hf.packed_attention.PackedLayout", wraps=PackedLayout) as vision,
+        ):
             condense(model, inputs)
-        assert made.call_count == 1 + kinds, backbone
+        assert (language.call_count, vision.call_count) == (1, kinds), backbone
 
 
 def test_ordinary_calls_are_unchanged_after_condense(repo):

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 import btok_hf
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_adapters, export_model, golden
-from btok_hf.export import check_writable
+from btok_hf.files import check_writable
 
 TRAIN = Path(__file__).resolve().parents[1] / "training" / "train.py"
 TEXTS = ["a red car", "Находка"]
@@ -63,7 +63,7 @@ def endless_resets(exported, tmp_path_factory):
     with HubServer() as server, ThreadPoolExecutor(1) as pool:
         server.faults["reset_upload"] = 10**6
         home, before = tmp_path_factory.mktemp("home"), contents(exported)
-        command = ("-m", "btok_hf.push", exported, "org/broken")
+        command = ("-m", "btok_hf", "push", exported, "org/broken")
         future = pool.submit(server.run, *command, home=home, check=False)
         yield server, home, before, future
 
@@ -137,8 +137,9 @@ def add_noise(folder, size):
 
 def retry_command(stderr):
     """Arguments of the interpreter in the command that an error names."""
-    python, *arguments = shlex.split(stderr.rsplit("Retry with: ", 1)[1].splitlines()[0])
-    assert python == "python"
+    command, *arguments = shlex.split(stderr.rsplit("Retry with: ", 1)[1].splitlines()[0])
+    assert command == "btok"
+    arguments = ["-m", "btok_hf", *arguments]
     return arguments
 
 
@@ -184,7 +185,7 @@ def test_a_pushed_repository_loads_everywhere_pinned_and_offline(hub, exported, 
     (copied / "1_WordWeights" / "__pycache__").mkdir()
     (copied / "1_WordWeights" / "__pycache__" / "x.pyc").write_bytes(b"")
     (copied / "model-00001-of-00002.safetensors").write_bytes((copied / "model.safetensors").read_bytes())
-    command = ("-m", "btok_hf.push", copied, "org/btok-tiny")
+    command = ("-m", "btok_hf", "push", copied, "org/btok-tiny")
     url = hub.run(*command, home=tmp_path / "home").stdout.split()[-1]
     first = head(hub, "org/btok-tiny")
     assert url == f"{hub.endpoint}/org/btok-tiny/commit/{first}"
@@ -227,7 +228,7 @@ def test_a_pushed_repository_loads_everywhere_pinned_and_offline(hub, exported, 
 
 def test_branches_pull_requests_and_private_repositories(hub, exported, tmp_path):
     home = tmp_path / "home"
-    command = ("-m", "btok_hf.push", exported, "org/secret")
+    command = ("-m", "btok_hf", "push", exported, "org/secret")
     hub.run(*command, "--private", "--revision", "feat/x", home=home)
     repository = hub.repositories["org/secret"]
     assert repository.private and served(hub, "org/secret") == {}
@@ -247,7 +248,7 @@ def test_branches_pull_requests_and_private_repositories(hub, exported, tmp_path
     assert "SentenceTransformer  video" in run.stdout and "DIFFERS" not in run.stdout
     assert "org/secret exists and is private, not public" in run.stdout
     for token in (None, STRANGER_TOKEN):
-        arguments = ("-m", "btok_hf.verify", "org/secret", "--revision", "feat/x")
+        arguments = ("-m", "btok_hf", "verify", "org/secret", "--revision", "feat/x")
         run = hub.run(*arguments, home=tmp_path / f"empty {token is None}", token=token, check=False)
         assert run.returncode == 1 and "neither a folder here nor a repository that can be read" in run.stderr
         run = hub.run(*command, home=tmp_path / "other", token=token, check=False)
@@ -261,7 +262,7 @@ def test_branches_pull_requests_and_private_repositories(hub, exported, tmp_path
 def test_a_failed_push_says_how_to_go_on(hub, exported, tmp_path, fault):
     repo_id, home = f"org/{fault.replace('_', '-')}", tmp_path / "home"
     before, hub.faults = contents(exported), {fault: 1}
-    command = ("-m", "btok_hf.push", exported, repo_id, "--revision", "a b")
+    command = ("-m", "btok_hf", "push", exported, repo_id, "--revision", "a b")
     run = hub.run(*command, home=home, check=False)
     assert run.returncode == 1 and "Traceback" not in run.stderr
     assert f"The upload to {repo_id} failed" in run.stderr and "whole and unchanged" in run.stderr
@@ -279,7 +280,7 @@ def test_a_failed_push_says_how_to_go_on(hub, exported, tmp_path, fault):
 
 def test_one_reset_is_survived(hub, exported, tmp_path):
     hub.faults = {"reset_upload": 1}
-    hub.run("-m", "btok_hf.push", exported, "org/reset", home=tmp_path)
+    hub.run("-m", "btok_hf", "push", exported, "org/reset", home=tmp_path)
     assert [status for method, path, status in hub.requests if method == "PUT" and "org/reset" in path] == [None, 200]
     assert served(hub, "org/reset") == contents(exported)
 
@@ -346,7 +347,7 @@ def test_verify_in_fresh_processes(exported, tmp_path, capsys):
     edit(other, "config.json", lambda config: config["btok_token_ids"].pop())
     edit(other, "config_sentence_transformers.json", lambda config: config["prompts"].update(query="Find this."))
     edit(other, "golden.json", lambda content: content["versions"].update(torch="2.0"))
-    command = [sys.executable, "-m", "btok_hf.verify", str(exported)]
+    command = [sys.executable, "-m", "btok_hf", "verify", str(exported)]
     with ThreadPoolExecutor(3) as pool:  # at the same time: most of it is imports
         same = pool.submit(subprocess.run, command, capture_output=True, text=True)
         noisy, other = [pool.submit(btok_hf.verify, folder) for folder in (noisy, other)]
@@ -483,14 +484,23 @@ def test_adapters_with_a_base_on_the_hub(hub, exported, with_adapters, tmp_path)
         btok_hf.push(tmp_path / "checkpoint", "org/lora")
 
     home, lora = tmp_path / "home", tmp_path / "lora"
-    hub.run("-m", "btok_hf.push", exported, "org/start", home=home)
-    arguments = ("-m", "btok_hf.export", tmp_path / "checkpoint", lora, "--adapter_only", "--base_model", "org/start")
+    hub.run("-m", "btok_hf", "push", exported, "org/start", home=home)
+    arguments = (
+        "-m",
+        "btok_hf",
+        "export",
+        tmp_path / "checkpoint",
+        lora,
+        "--adapter_only",
+        "--base_model",
+        "org/start",
+    )
     hub.run(*arguments, home=home)
     assert json.loads((lora / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/start"
     assert not (lora / "config.json").exists() and not list(lora.glob("model*")) and not list(lora.glob("golden*"))
-    hub.run("-m", "btok_hf.push", lora, "org/lora", home=home)
+    hub.run("-m", "btok_hf", "push", lora, "org/lora", home=home)
     add_noise(lora, 0.3)
-    hub.run("-m", "btok_hf.push", lora, "org/lora", "--revision", "v2", home=home)
+    hub.run("-m", "btok_hf", "push", lora, "org/lora", "--revision", "v2", home=home)
     code = (
         "import json, sys\n"
         "from sentence_transformers import SentenceTransformer\n"
@@ -536,7 +546,7 @@ def test_training_pushes_what_everybody_loads(hub, bases, tmp_path):
     hub.faults["fail_commit"] = 1
     run = hub.run(*command, home=tmp_path / "home")
     assert hub.faults.pop("fail_commit") <= 0  # it was met
-    assert "The upload to org/trained failed" in run.stderr and "Retry with: python -m btok_hf.push" in run.stderr
+    assert "The upload to org/trained failed" in run.stderr and "Retry with: btok push" in run.stderr
     url = run.stdout.split("Pushed to ")[-1].split()[0]
     assert url == f"{hub.endpoint}/org/trained/commit/{head(hub, 'org/trained')}"
     pushed = served(hub, "org/trained")
@@ -547,7 +557,7 @@ def test_training_pushes_what_everybody_loads(hub, bases, tmp_path):
     expected = BTokSentenceTransformer(out, device="cpu").encode(TEXTS)
     online = json.loads(hub.run("-c", LOAD, "org/trained", home=tmp_path / "empty").stdout.splitlines()[-1])
     assert all(np.abs(np.array(array) - expected).max() <= 1e-6 for *_, array in online)
-    hub.run("-m", "btok_hf.verify", "org/trained", home=tmp_path / "empty")
+    hub.run("-m", "btok_hf", "verify", "org/trained", home=tmp_path / "empty")
 
 
 # ---------------------------------------------------------------- command lines and writing
@@ -561,27 +571,23 @@ def test_command_lines_from_a_base_on_the_hub_to_a_repository(hub, bases, tmp_pa
     )
     hub.run("-c", code, bases["qwen2_vl"], home=home)
     flags = ("--num_tokens", 2, "--noise_std", 1, "--query_prompt", "Find it.", "--max_pixels", 28 * 28 * 8)
-    hub.run("-m", "btok_hf.add_tokens", "org/base", start, *flags, home=home)
+    hub.run("-m", "btok_hf", "add-tokens", "org/base", start, *flags, home=home)
     config = json.loads((start / "config.json").read_text())
     assert config["btok_base_model"] == "org/base" and config["btok_base_revision"] == head(hub, "org/base")
     assert config["btok_num_tokens"] == 2
-    hub.run("-m", "btok_hf.export", start, model, home=home)
+    hub.run("-m", "btok_hf", "export", start, model, home=home)
     config = json.loads((model / "config.json").read_text())
     assert config["btok_base_revision"] == head(hub, "org/base")  # the export knows it still
-    hub.run("-m", "btok_hf.push", model, "org/small", home=home)
+    hub.run("-m", "btok_hf", "push", model, "org/small", home=home)
     assert served(hub, "org/small") == contents(model) and "golden.json" in contents(model)
 
 
 def test_command_lines_explain_themselves(hub, tmp_path):
-    commands = ("add_tokens", "export", "verify", "push")
+    commands = ("add-tokens", "export", "verify", "push")
     with ThreadPoolExecutor(2) as pool:
-        runs = pool.map(lambda name: hub.run("-m", f"btok_hf.{name}", "--help", home=tmp_path), commands)
+        runs = pool.map(lambda name: hub.run("-m", "btok_hf", name, "--help", home=tmp_path), commands)
         for name, run in zip(commands, runs):
-            assert f"example: python -m btok_hf.{name} " in " ".join(run.stdout.split())
-    import btok_hf.push
-    import btok_hf.verify
-
-    assert btok_hf.push.__module__ == btok_hf.verify.__module__ == "btok_hf.hub"  # the functions, not the files
+            assert f"example: btok {name} " in " ".join(run.stdout.split())
 
 
 def test_the_base_of_a_local_folder_is_what_its_config_says(repo, tmp_path):
@@ -628,7 +634,7 @@ def test_weights_on_a_full_disk(repo, tmp_path):
     mount = f"mount -t tmpfs -o size=256k none {tmp_path}"
     if shutil.which("unshare") is None or subprocess.run([*namespace, mount], capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
-    export = shlex.join([sys.executable, "-m", "btok_hf.export", repo, str(tmp_path / "model")])
+    export = shlex.join([sys.executable, "-m", "btok_hf", "export", repo, str(tmp_path / "model")])
     run = subprocess.run([*namespace, f"{mount} && {export}"], capture_output=True, text=True)
     assert run.returncode == 1
     assert re.search(r"error: .*The disk is full: .*/model is incomplete. The weights need 681,472 bytes", run.stderr)

@@ -26,12 +26,14 @@ from sentence_transformers import SentenceTransformer
 from test_metrics import LETTERS
 from tokenizers.normalizers import Lowercase
 
-from btok_hf import BTokSentenceTransformer
+from btok_hf import BTokSentenceTransformer, cli
 from btok_hf.evaluation import mmeb
+from btok_hf.evaluation.embeddings import EmbeddingStore, fingerprint
+from btok_hf.evaluation.loading import load_task, read_input
 from btok_hf.evaluation.metrics import score
-from btok_hf.evaluation.mmeb import EmbeddingStore, evaluate, fingerprint
+from btok_hf.evaluation.mmeb import evaluate
 from btok_hf.evaluation.mteb import mteb_meta
-from btok_hf.evaluation.tasks import TASKS, Query, Task, load_task, read_input
+from btok_hf.evaluation.tasks import TASKS, Query, Task
 
 TESTS = Path(__file__).parent
 # Local texts, a global pool of videos, local videos with a folder of clips, pages; queries with and without images.
@@ -210,7 +212,7 @@ def test_batches_stay_within_their_tokens(root, tmp_path, repo):
 
 
 def test_tokens_of_an_input(model):
-    estimate, prompted = (mmeb._Encoder(model, prompt, 1, None, None)._tokens for prompt in (None, "Find it."))
+    estimate, prompted = (mmeb.Encoder(model, prompt, 1, None, None)._tokens for prompt in (None, "Find it."))
     assert prompted({"text": "a"}) == estimate({"text": "a"}) + len("Find it.")  # bytes are tokens here
     pictures = [{"image": image(side, side)} for side in (56, 90, 400)]
     for item in [{}, *pictures, *({"video": video(count)} for count in (2, 8))]:
@@ -248,10 +250,12 @@ def test_limit(root, tmp_path, capsys):
 RUN = """
 import json, os, signal, sys, torch
 sys.path.insert(0, {tests!r})
+from btok_hf import cli
 from btok_hf.evaluation import mmeb
 from mmeb_tree import looks
 if {kill}:
-    mmeb.ROWS_PER_FILE = 2
+    from btok_hf.evaluation import embeddings
+    embeddings.ROWS_PER_FILE = 2
     replace, count = os.replace, 0
     def half(draft, path):
         global count
@@ -266,7 +270,7 @@ def counted(inputs):
     seen.extend(inputs)
     return looks(inputs)
 mmeb.load_model = lambda *arguments, **options: counted
-status = mmeb.main(["--model", "looks", "--data", {root!r}, "--output", {out!r}, "--datasets", {datasets!r}])
+status = cli.main(["mmeb", "--model", "looks", "--data", {root!r}, "--output", {out!r}, "--datasets", {datasets!r}])
 with open({out!r} + f".{{os.environ.get('RANK', 0)}}.json", "w") as file:
     json.dump([len(seen), status, torch.distributed.is_initialized()], file)
 """
@@ -434,7 +438,7 @@ def test_what_an_input_is_known_by(tmp_path):
     task, frame = load_task("MSVD", tmp_path), next(tmp_path.glob("video-tasks/frames/*/MSVD/v_1/*1.jpg"))
 
     def keys(task):
-        return {label: key for key, label, _ in mmeb._inputs(task)}
+        return {label: key for key, label, _ in mmeb.task_inputs(task)}
 
     def differing(changed):
         found = keys(changed)
@@ -485,11 +489,11 @@ def test_a_replaced_frame_is_encoded_anew(tmp_path):
 
 def test_two_runs_may_write_one_file(tmp_path, monkeypatch):
     path = tmp_path / "a.embeddings"
-    with mmeb._replacing(path) as first:
+    with mmeb.replacing(path) as first:
         first.write(b"first")
         with monkeypatch.context() as patch:
             patch.setattr(os, "getpid", lambda: 0)
-            with mmeb._replacing(path) as second:
+            with mmeb.replacing(path) as second:
                 second.write(b"2nd")
         assert path.read_bytes() == b"2nd"
     assert path.read_bytes() == b"first"
@@ -624,7 +628,7 @@ def test_refused_arguments(root, tmp_path):
 
 def test_command_line(root, tmp_path, repo, capsys):
     arguments = ["--model", repo, "--data", str(root), "--output", str(tmp_path / "out")]
-    assert mmeb.main([*arguments, "--datasets", "OK-VQA, MSVD", "--max-pixels", str(28 * 28 * 4)]) == 0
+    assert cli.main(["mmeb", *arguments, "--datasets", "OK-VQA, MSVD", "--max-pixels", str(28 * 28 * 4)]) == 0
     assert json.loads((tmp_path / "out" / "run.json").read_text())["model"] == Path(repo).name
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "image",
@@ -633,18 +637,18 @@ def test_command_line(root, tmp_path, repo, capsys):
         "run.json",
         "report.md",
     }
-    assert mmeb.main([*arguments, "--datasets", "CIRR", "--max-pixels", str(28 * 28 * 4)]) == 0
+    assert cli.main(["mmeb", *arguments, "--datasets", "CIRR", "--max-pixels", str(28 * 28 * 4)]) == 0
     report = (tmp_path / "out" / "report.md").read_text("utf-8")
     assert all(re.search(rf"^\| {name} +\|", report, re.M) for name in ("OK-VQA", "CIRR", "MSVD"))
     arguments[3] = str(tmp_path)
-    assert mmeb.main([*arguments, "--datasets", "K700", "--max-pixels", str(28 * 28 * 4)]) == 1
+    assert cli.main(["mmeb", *arguments, "--datasets", "K700", "--max-pixels", str(28 * 28 * 4)]) == 1
     with pytest.raises(SystemExit, match=r"error: .* holds results of another run: fingerprint"):
-        mmeb.main([*arguments, "--datasets", "OK-VQA"])
+        cli.main(["mmeb", *arguments, "--datasets", "OK-VQA"])
     with pytest.raises(SystemExit, match="error: Unknown 'audio'"):
-        mmeb.main([*arguments, "--modality", "audio"])
+        cli.main(["mmeb", *arguments, "--modality", "audio"])
     with pytest.raises(SystemExit):
-        mmeb.main(["--help"])
-    assert "example: python -m btok_hf.evaluation.mmeb --model" in capsys.readouterr().out
+        cli.main(["mmeb", "--help"])
+    assert "example: btok mmeb --model" in capsys.readouterr().out
 
 
 def test_options_of_the_command_line(tmp_path, repo, bases, monkeypatch):
@@ -658,13 +662,13 @@ def test_options_of_the_command_line(tmp_path, repo, bases, monkeypatch):
         monkeypatch.setattr(mmeb, name, load)
     monkeypatch.setattr(mmeb, "evaluate", lambda *given, **options: evaluated.append((given, options)) or ({}, {}))
     base, fixed = bases["qwen2_vl"], ["--data", "in", "--output", "out"]
-    assert mmeb.main(["--model", repo, *fixed]) == 0
+    assert cli.main(["mmeb", "--model", repo, *fixed]) == 0
     given = (
         "--revision v1 --dtype bfloat16 --max-pixels 3136 --modality image,visdoc --datasets MSVD,OK-VQA --limit 7 "
     )
     given += "--batch-tokens 99 --prompt Find. --cache kept --eval-task overall"
-    assert mmeb.main(["--model", base, *fixed, *given.split()]) == 0
-    loads = {"revision": None, "device": str(mmeb._processes().device)}
+    assert cli.main(["mmeb", "--model", base, *fixed, *given.split()]) == 0
+    loads = {"revision": None, "device": str(mmeb.processes().device)}
     loads |= {"model_kwargs": {"dtype": "auto"}, "processor_kwargs": {}}
     chosen = {"revision": "v1", "model_kwargs": {"dtype": "bfloat16"}, "processor_kwargs": {"max_pixels": 3136}}
     assert loaded == [("BTokSentenceTransformer", repo, loads), ("SentenceTransformer", base, loads | chosen)]

@@ -18,7 +18,7 @@ from test_condensation import process
 from transformers import AutoModel, AutoProcessor
 
 from btok_hf import BTokSentenceTransformer, export_model, read_video
-from btok_hf.media import estimate_tokens
+from btok_hf.inputs import ImageLimits, check_input, estimate_tokens
 
 TOLERANCE = 1e-6
 
@@ -258,7 +258,9 @@ def test_large_jpegs_are_decoded_at_a_reduced_size(loaded, tmp_path):
     page.save(tmp_path / "large.jpg", quality=95)
     page.save(tmp_path / "large.png")
     page.resize((170, 128)).save(tmp_path / "small.jpg")
-    sizes = {name: model[0]._read_path(str(tmp_path / name)).size for name in ("large.jpg", "large.png", "small.jpg")}
+    image_processor = model.processor.image_processor
+    limits = ImageLimits(image_processor.size["longest_edge"], image_processor.patch_size)
+    sizes = {name: check_input(str(tmp_path / name), limits).size for name in ("large.jpg", "large.png", "small.jpg")}
     assert sizes == {"large.jpg": (400, 300), "large.png": (1600, 1200), "small.jpg": (170, 128)}
     assert 400 * 300 >= 4 * limit > 200 * 150
     assert model[0]._check_media("image", tmp_path / "large.jpg").size == (400, 300)

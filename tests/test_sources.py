@@ -23,9 +23,10 @@ from torch.utils.data import ConcatDataset, RandomSampler
 from btok_hf import BTokSentenceTransformer
 from btok_hf.media import read_frames
 from btok_hf.training import CondensationConfig, CondensationTrainer
-from btok_hf.training.condensation_trainer import CondensationCollator
-from btok_hf.training.mixture import MixtureBatchSampler
-from btok_hf.training.sources import PAGE_INSTRUCTIONS, SOURCES, load_mixture, load_source
+from btok_hf.training.condensation_collator import CondensationCollator
+from btok_hf.training.mixture import load_mixture
+from btok_hf.training.sampler import MixtureBatchSampler
+from btok_hf.training.sources import PAGE_INSTRUCTIONS, SOURCES, load_source
 
 RECIPE = Path(__file__).resolve().parents[1] / "training" / "recipes" / "mixture_paper.yaml"
 OPTIONS = "['A. It falls.', 'B. It rises.', 'C) It stays.', '-']"

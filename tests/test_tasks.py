@@ -16,8 +16,9 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from mmeb_tree import frames, image_rows, json_rows, page_rows, parquet, picture, write_dataset
 from PIL import Image
 
+from btok_hf.evaluation.loading import load_task, read_input
 from btok_hf.evaluation.readers import READERS
-from btok_hf.evaluation.tasks import TASKS, load_task, read_input
+from btok_hf.evaluation.tasks import TASKS
 
 ANSWER = (
     "Given a video and a question, select the most accurate answer from the provided candidates. Return only the "

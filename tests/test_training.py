@@ -26,13 +26,15 @@ from trl import TrlParser, get_peft_config
 
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_adapters, export_model
 from btok_hf.condensation import condense
-from btok_hf.hub_card import CardArguments
+from btok_hf.hub_card.card import CardArguments
+from btok_hf.inputs import content_hash, text_of
 from btok_hf.training import CondensationConfig, CondensationLoss, CondensationTrainer
-from btok_hf.training.checkpoints import checkpoints, fault, newest_whole
-from btok_hf.training.condensation_trainer import CondensationCollator, identity, text_of
+from btok_hf.training.checkpoints import checkpoints, incomplete_reason, newest_complete
+from btok_hf.training.condensation_collator import CondensationCollator
 from btok_hf.training.data import load_pairs, retrieval_evaluator
+from btok_hf.training.mixture import condense_of, read_mixture
 from btok_hf.training.sources import SOURCES
-from btok_hf.training.train import ModelArguments, ScriptArguments, condense_of, main, read_mixture, starting_point
+from btok_hf.training.train import ModelArguments, ScriptArguments, main, starting_point
 
 ROOT = Path(__file__).resolve().parents[1]
 QUERIES = [
@@ -204,7 +206,7 @@ def test_what_a_batch_holds_twice_is_encoded_once(repo, mini_batch_size):
     for copies in (False, True):
         model = BTokSentenceTransformer(repo, device="cpu").train()
         collator = CondensationCollator(
-            preprocess_fn=model.preprocess, tokenizer=model.tokenizer, args=args, encode_copies=copies
+            preprocess_fn=model.preprocess, tokenizer=model.tokenizer, args=args, deduplicate=not copies
         )
         batch = collator(rows)
         prefixes = ("query_", "positive_", "negative_")
@@ -325,7 +327,7 @@ def test_pictures_that_differ_by_their_palette_are_not_copies():
     blue = red.copy()
     blue.putpalette([0, 0, 0, 0, 0, 255])
     assert red.tobytes() == blue.tobytes()
-    assert identity(red) != identity(blue) and identity(red) == identity(red.copy())
+    assert content_hash(red) != content_hash(blue) and content_hash(red) == content_hash(red.copy())
 
 
 def test_samples_of_a_step_are_counted_before_copies_are_left_out(repo, tmp_path):
@@ -651,7 +653,7 @@ def test_training_in_two_processes_equals_one_whole_and_resumed(repo, tmp_path):
         # A key's bias does not change attention: its gradient is rounding, which AdamW blows up.
         if not name.endswith("k_proj.bias"):
             torch.testing.assert_close(tensor, one.model.state_dict()[name], atol=2e-5, rtol=0, msg=name)
-    assert all(fault(path) is None for path in checkpoints(tmp_path / "resumed" / "out"))
+    assert all(incomplete_reason(path) is None for path in checkpoints(tmp_path / "resumed" / "out"))
     assert "| pairs | training | 12 rows |" in (tmp_path / "exported" / "README.md").read_text()
 
 
@@ -665,13 +667,18 @@ def test_a_killed_run_resumes_from_its_last_whole_checkpoint(repo, tmp_path):
     assert killed.returncode == -9
     run = tmp_path / "killed" / "out"
     assert [path.name for path in checkpoints(run)] == ["checkpoint-2", "checkpoint-4"]
-    assert "not written to its end" in fault(run / "checkpoint-4") and fault(run / "checkpoint-2") is None
+    assert (
+        "not written to its end" in incomplete_reason(run / "checkpoint-4")
+        and incomplete_reason(run / "checkpoint-2") is None
+    )
     resumed = checkpointed_trainer(repo, tmp_path / "killed")
-    with pytest.raises(ValueError, match=r"checkpoint-4' is not whole: .*the newest whole one here is .*checkpoint-2"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint-4' is not complete: .*the newest complete one here is .*checkpoint-2"
+    ):
         resumed.train(resume_from_checkpoint=str(run / "checkpoint-4"))
     resumed.train(resume_from_checkpoint=True)
     assert losses(resumed) == losses(whole)
-    assert fault(run / "checkpoint-4") is None  # written anew
+    assert incomplete_reason(run / "checkpoint-4") is None  # written anew
     for name, tensor in whole.model.state_dict().items():
         torch.testing.assert_close(resumed.model.state_dict()[name], tensor, atol=1e-6, rtol=0, msg=name)
 
@@ -685,7 +692,7 @@ def test_checkpoints_are_rotated_and_damage_is_noticed(repo, tmp_path):
     (run / "checkpoint-6" / "scheduler.pt").write_bytes(b"short")
     (run / "checkpoint-4" / "optimizer.pt").unlink()
     with pytest.raises(
-        ValueError, match=r"no whole checkpoint in .*scheduler.pt has 5 bytes instead.*optimizer.pt is"
+        ValueError, match=r"no complete checkpoint in .*scheduler.pt has 5 bytes instead.*optimizer.pt is"
     ):
         trainer.train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="there is none at all"):
@@ -706,7 +713,7 @@ def test_a_full_disk_stops_with_a_way_on(repo, tmp_path, monkeypatch):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # less than the weights need
     try:
         with pytest.raises(
-            RuntimeError, match=r"checkpoint-2 could not be written .* newest whole checkpoint is None"
+            RuntimeError, match=r"checkpoint-2 could not be written .* newest complete checkpoint is None"
         ):
             trainer.train()
     finally:
@@ -745,7 +752,7 @@ def test_an_earlier_run_that_went_further_leaves_the_new_checkpoints(repo, tmp_p
     checkpointed_trainer(repo, tmp_path, max_steps=4, save_total_limit=2).train()
     run = tmp_path / "out"
     assert [path.name for path in checkpoints(run)] == ["checkpoint-4", "checkpoint-2"]
-    assert newest_whole(run) == run / "checkpoint-4"
+    assert newest_complete(run) == run / "checkpoint-4"
 
 
 def test_zero_tokens_train_too(bases, tmp_path):

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from btok_hf import BTokSentenceTransformer
 from btok_hf.training import CondensationLoss
-from btok_hf.training.condensation_trainer import whole_parameters
+from btok_hf.training.checkpoints import full_parameters
 
 
 def main(repo, output, how):
@@ -46,7 +46,7 @@ def main(repo, output, how):
     if how == "fsdp2":
         whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if rank == 0:
-            with whole_parameters(model, whole):
+            with full_parameters(model, whole):
                 model.save_pretrained(output + ".model")
         loss(features).backward()  # still sharded, and still works
     if rank == 0:

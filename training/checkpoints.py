@@ -9,12 +9,15 @@ import os
 import re
 import shutil
 import time
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 MANIFEST = "manifest.json"
 
 
-def mark_whole(folder):
+def mark_complete(folder):
     """Write the manifest of a checkpoint, the last of its files."""
     folder = Path(folder)
     sizes = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
@@ -23,7 +26,7 @@ def mark_whole(folder):
     os.replace(unfinished, folder / MANIFEST)
 
 
-def fault(folder):
+def incomplete_reason(folder):
     """What keeps a checkpoint from being resumed from; `None` if it is whole."""
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
@@ -52,9 +55,9 @@ def checkpoints(output_dir):
     return sorted(found, key=order, reverse=True)
 
 
-def newest_whole(output_dir):
+def newest_complete(output_dir):
     """The newest whole checkpoint of a run, a `Path`; `None` without any."""
-    return next((path for path in checkpoints(output_dir) if fault(path) is None), None)
+    return next((path for path in checkpoints(output_dir) if incomplete_reason(path) is None), None)
 
 
 def delete(folder):
@@ -73,3 +76,51 @@ def rotate(output_dir, limit, best=None):
         if path not in protected:
             delete(path)
             kept.remove(path)
+
+
+@contextmanager
+def full_parameters(model, state_dict):
+    """A model sharded by FSDP2 with whole tensors in place of its shards, so that it can be saved.
+
+    Args:
+        model (`torch.nn.Module`): The sharded model.
+        state_dict (`dict[str, torch.Tensor]`): Its whole tensors, as `Accelerator.get_state_dict` gathers them.
+    """
+    shards = dict(model.named_parameters())
+    for name in shards:
+        owner, _, attribute = name.rpartition(".")
+        whole = torch.nn.Parameter(state_dict[name], requires_grad=False)
+        model.get_submodule(owner)._parameters[attribute] = whole
+    try:
+        yield
+    finally:
+        for name, shard in shards.items():
+            owner, _, attribute = name.rpartition(".")
+            model.get_submodule(owner)._parameters[attribute] = shard
+
+
+def checkpoint_to_resume(chosen, output_dir):
+    """The checkpoint that training goes on from, as a `str`; `None` to start anew.
+
+    Args:
+        chosen (`bool` or `str`, *optional*): A checkpoint, or `True` for the newest complete one in `output_dir`.
+        output_dir (`str`): Folder of the run.
+
+    Raises:
+        ValueError: No complete checkpoint to go on from.
+    """
+    if chosen is True:
+        newest = newest_complete(output_dir)
+        if newest is None:
+            found = [f"{path.name}: {incomplete_reason(path)}" for path in checkpoints(output_dir)]
+            raise ValueError(
+                f"There is no complete checkpoint in {output_dir!r} to resume from "
+                f"({'; '.join(found) or 'there is none at all'}). Train without resume_from_checkpoint."
+            )
+        return str(newest)
+    if chosen and (reason := incomplete_reason(chosen)):
+        raise ValueError(
+            f"Checkpoint {str(chosen)!r} is not complete: {reason}. Resume from another one: the newest complete one "
+            f"here is {newest_complete(Path(chosen).parent)}."
+        )
+    return str(chosen) if chosen else None

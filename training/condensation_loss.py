@@ -6,12 +6,12 @@ along: each embedding gets one more column that holds the summed token losses of
 column, so its cached gradient (λ / number of target tokens) is right whatever its value. The first pass therefore
 leaves it 0 and runs no target tokens; the second computes embedding and token losses in one forward.
 
-InfoNCE is this file's own because candidates are masked by identity: where a batch holds the right answer of a query
+InfoNCE is this file's own because candidates are masked by content: where a batch holds the right answer of a query
 more than once, as label datasets do, the copies would be negatives of themselves.
 """
 
-from contextlib import nullcontext
-from functools import partial
+from contextlib import contextmanager, nullcontext
+from functools import partial, wraps
 
 import torch
 from sentence_transformers.base.losses.gradcache import (
@@ -23,9 +23,11 @@ from sentence_transformers.base.losses.gradcache import (
 from torch import distributed
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
-from btok_hf.condensation import IGNORED, PIXEL_KEYS, backbone_and_head, remembered_vision
+from btok_hf.condensation import backbone_and_head
+from btok_hf.features import IGNORED, PIXEL_KEYS
 
 SCORE_ROWS = 1024  # queries whose scores against all candidates are alive at once
 
@@ -54,7 +56,7 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
     `condensation` (unweighted; `None` without targets) hold the loss values of this process's batch, so that
     `infonce + condensation_weight * condensation` is the loss that was trained.
 
-    Features may hold what `CondensationCollator` makes: `identity`, int64 of shape `(batch, 2)`, without which no
+    Features may hold what `CondensationCollator` makes: `hashes`, int64 of shape `(batch, 2)`, without which no
     candidate is masked, and `rows`, int64 of shape `(batch,)`, where fewer rows are encoded than the batch has.
 
     Where nothing in the vision tower is trained, its outputs of GradCache's first pass are kept in CPU memory and used
@@ -92,12 +94,12 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
         self.condensation_weight = condensation_weight
         self.condensation_mask = condensation_mask
         self.infonce = self.condensation = self.cached = None
-        self._identities = self._rows = None
+        self._hashes = self._rows = None
         self._per_token = 0.0
 
     def forward(self, sentence_features, labels=None):
         features = [dict(feature) for feature in sentence_features]
-        self._identities = [feature.pop("identity", None) for feature in features]
+        self._hashes = [feature.pop("hashes", None) for feature in features]
         self._rows = [feature.pop("rows", None) for feature in features]
         for feature, rows in zip(features, self._rows):
             if rows is not None:
@@ -185,7 +187,7 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
                 memory = vision.pop(begin) if begin in vision else vision.setdefault(begin, [])
                 for key in minibatch.keys() & PIXEL_KEYS if memory else ():
                     minibatch[key] = minibatch[key][:0]  # nobody looks at them again
-                with remembered_vision(self._backbone(), memory):
+                with cached_vision(self._backbone(), memory):
                     output = self.model(minibatch)
         embeddings = output["sentence_embedding"]
         losses = output.get("condensation_loss")
@@ -211,14 +213,14 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
 
     def _infonce(self, columns):
         """InfoNCE of this process's queries against the candidates of all processes, a scalar."""
-        identities = self._identities
-        if any(identity is None for identity in identities):
-            identities = [columns[0].new_empty(len(column), 0, dtype=torch.long) for column in columns]
+        hashes = self._hashes
+        if any(hash is None for hash in hashes):
+            hashes = [columns[0].new_empty(len(column), 0, dtype=torch.long) for column in columns]
         # Negatives are one block, which may be empty: processes need not have equally many.
         parts = [
-            (columns[0], identities[0]),
-            (columns[1], identities[1]),
-            (torch.cat([columns[0][:0], *columns[2:]]), torch.cat([identities[0][:0], *identities[2:]])),
+            (columns[0], hashes[0]),
+            (columns[1], hashes[1]),
+            (torch.cat([columns[0][:0], *columns[2:]]), torch.cat([hashes[0][:0], *hashes[2:]])),
         ]
         rows, first = len(columns[0]), 0
         if self.gather_across_devices:
@@ -239,11 +241,11 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
 
     def _block_loss(self, queries, positives, negatives, query_ids, positive_ids, negative_ids, block):
         """Summed InfoNCE of the queries with indices `block`, without candidates that would be false negatives."""
-        false = _share(positive_ids[block], positive_ids) | _share(query_ids[block], query_ids)
+        false = _any_equal(positive_ids[block], positive_ids) | _any_equal(query_ids[block], query_ids)
         false.scatter_(1, block[:, None], False)  # a query's own positive stays
         to_positives = (queries[block] @ positives.T / self.temperature).masked_fill(false, -torch.inf)
         to_negatives = (queries[block] @ negatives.T / self.temperature).masked_fill(
-            _share(positive_ids[block], negative_ids), -torch.inf
+            _any_equal(positive_ids[block], negative_ids), -torch.inf
         )
         right = to_positives.gather(1, block[:, None])[:, 0]
         normaliser = torch.cat([to_positives, to_negatives], 1).logsumexp(1)
@@ -253,9 +255,9 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
         return (normaliser - right).sum()
 
 
-def _share(identities, others):
-    """Which pairs agree in a column, shape (len(identities), len(others))."""
-    return (identities[:, None] == others).any(-1)
+def _any_equal(hashes, others):
+    """Which pairs agree in a column, shape (len(hashes), len(others))."""
+    return (hashes[:, None] == others).any(-1)
 
 
 def _gather_sizes(sizes, device):
@@ -286,3 +288,40 @@ def _gather(tensor, sizes):
     """The rows of all processes, which have `sizes` of them, in the order of processes."""
     padded = F.pad(tensor, (0, 0, 0, max(sizes) - len(tensor)))
     return torch.cat([part[:size] for part, size in zip(_AllGather.apply(padded), sizes)])
+
+
+@contextmanager
+def cached_vision(backbone, memory):
+    """Inside, what the vision tower gives is taken from `memory`; if that is empty, it is computed and put there.
+
+    For a frozen tower that sees the same images twice, as in GradCache's two passes.
+
+    Args:
+        backbone (`PreTrainedModel`): The stock backbone.
+        memory (`list`): Outputs in the order of the tower's calls, on the CPU: embeddings and, of Qwen3-VL, the
+            features that go into the first layers.
+    """
+    earlier = iter(list(memory))
+    filling = not memory
+
+    def remember(method):
+        @wraps(method)
+        def call(pixels, *args, **kwargs):
+            if not filling:
+                return tree_map(lambda x: x.to(pixels.device), next(earlier))
+            output = method(pixels, *args, **kwargs)
+            # What comes before merging is four times as large, and nobody reads it.
+            output["last_hidden_state"] = output["pooler_output"]
+            memory.append(tree_map(lambda x: x.cpu(), output))
+            return output
+
+        return call
+
+    names = ("get_image_features", "get_video_features")
+    for name in names:
+        setattr(backbone, name, remember(getattr(backbone, name)))
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(backbone, name)

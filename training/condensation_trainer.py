@@ -1,209 +1,36 @@
 """`SentenceTransformerTrainer` with condensation: collator, loss, adapters, logging."""
 
-import hashlib
 import shutil
 import time
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
 
-import datasets
-import numpy as np
 import torch
-from PIL import Image
 from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.base.sampler import BatchSamplers
-from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
-from btok_hf.condensation import IGNORED, PIXEL_KEYS
-from btok_hf.export import check_writable, export_model, nearest_existing, write_files
-from btok_hf.media import is_media_path
-from btok_hf.modeling.modeling_btok import bottleneck_token_ids
-from btok_hf.sentence_transformer import BTokSentenceTransformer, add_adapters_in_fp32, has_adapters
-from btok_hf.training.checkpoints import checkpoints, delete, fault, mark_whole, newest_whole, rotate
-from btok_hf.training.condensation_config import CONDENSE, CondensationConfig
+from btok_hf.adapters import add_adapters, has_adapters
+from btok_hf.export import export_model
+from btok_hf.features import IGNORED, PIXEL_KEYS
+from btok_hf.files import check_writable, nearest_existing, write_files
+from btok_hf.sentence_transformer import BTokSentenceTransformer
+from btok_hf.training.checkpoints import (
+    checkpoint_to_resume,
+    delete,
+    full_parameters,
+    mark_complete,
+    newest_complete,
+    rotate,
+)
+from btok_hf.training.condensation_collator import CondensationCollator
+from btok_hf.training.condensation_config import CondensationConfig
 from btok_hf.training.condensation_loss import CondensationLoss
-from btok_hf.training.mixture import MixtureBatchSampler
+from btok_hf.training.data import check_columns
+from btok_hf.training.sampler import MixtureBatchSampler
 
 logger = logging.get_logger(__name__)
-
-# The language model's projections: what LoRA adapts unless the user names modules.
-LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-
-
-def text_of(value):
-    """The text of one side of a pair: a string, or the text in an input dict or chat messages; `None` without any."""
-    if isinstance(value, str):
-        return None if is_media_path(value) else value.strip() or None
-    if isinstance(value, dict):
-        value = value.get("content", value.get("text"))
-        if isinstance(value, str):  # never the name of a file
-            return value.strip() or None
-    if isinstance(value, (list, tuple)):
-        texts = [text_of(part) for part in value if not isinstance(part, dict) or part.get("type", "text") == "text"]
-        return " ".join(text for text in texts if text) or None
-    return text_of(value) if isinstance(value, str) else None
-
-
-def as_input(cell):
-    """A cell of a dataset as an input: Arrow gives the dicts of a column the same keys, `None` where there is nothing,
-    and images inside dicts come encoded, as `bytes` and `path`."""
-    if isinstance(cell, (list, tuple)):
-        return [as_input(part) for part in cell]
-    if not isinstance(cell, dict):
-        return cell
-    if set(cell) == {"bytes", "path"}:
-        return datasets.Image().decode_example(cell)
-    return {key: part if key == "video" else as_input(part) for key, part in cell.items() if part is not None}
-
-
-def identity(value):
-    """A stable 63-bit id of what a side of a pair holds: equal content, equal id.
-
-    Args:
-        value: A text, image, array, bytes, or a dict or list of them. `{"text": …}` alone is its text.
-
-    Returns:
-        `int`: At least 0.
-    """
-    digest = hashlib.blake2b(digest_size=8)
-
-    def add(part):
-        if isinstance(part, Image.Image):
-            # The bytes of a palette image are numbers of colours: with another palette it is another image.
-            part = part.convert("RGBA") if part.mode in ("P", "PA") else part
-            part = (part.mode, part.size, part.tobytes())
-        elif isinstance(part, (np.ndarray, torch.Tensor)):
-            part = np.ascontiguousarray(part)
-            part = (str(part.dtype), part.shape, part.tobytes())
-        if isinstance(part, dict):
-            part = part["text"] if set(part) == {"text"} else sorted(part.items())
-        if isinstance(part, (list, tuple)):
-            digest.update(f"[{len(part)}".encode())
-            for item in part:
-                add(item)
-        else:
-            part = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass")
-            digest.update(f"{len(part)}:".encode() + part)
-
-    add(value)
-    return int.from_bytes(digest.digest(), "big") >> 1
-
-
-def check_columns(columns, dataset_name=None):
-    """Refuse columns that training would not know how to use; returns those to embed, in their order."""
-    where = "The dataset" if dataset_name is None else f"Dataset {dataset_name!r}"
-    embedded = [column for column in columns if column not in ("target", "group", "dataset_name")]
-    negatives = [name for name in embedded if name in ("negative", "negatives") or name.startswith("negative_")]
-    unknown = sorted(set(embedded) - {"query", "positive", *negatives})
-    missing = sorted({"query", "positive"} - set(embedded))
-    if unknown or missing:
-        raise ValueError(
-            f"{where} has the columns {sorted(columns)}: "
-            + "; ".join(filter(None, [missing and f"missing {missing}", unknown and f"unknown {unknown}"]))
-            + ". Training takes query, positive, negative or negative_1, negative_2, … (each a text, an image, or a "
-            "dict with image, video and text), negatives (a list of them), target (a text to generate instead of the "
-            "other side's own) and group (rows of one group answer each other's queries). "
-            "Rename the columns with dataset.rename_column and drop the rest with dataset.remove_columns."
-        )
-    return ["query", "positive", *negatives]
-
-
-@dataclass
-class CondensationCollator(SentenceTransformerDataCollator):
-    """Batches rows with `query`, `positive`, negatives and, for the side to generate, target tokens.
-
-    A target is `<|im_start|>assistant\\n` (unsupervised) + text + `<|im_end|>` (supervised), as in arXiv 2604.11095.
-
-    What a batch holds more than once (the labels of label datasets, with the same target) is preprocessed and encoded
-    once; `…_rows`, int64 of shape `(batch,)`, then says which encoded row each row of the batch is. With sharded
-    parameters that is off: processes must have equally many rows to encode.
-    """
-
-    tokenizer: object = None
-    args: CondensationConfig = None
-    encode_copies: bool = False
-    prompt = "<|im_start|>assistant\n"
-
-    def __call__(self, features):
-        dataset_name = features[0].get("dataset_name")
-        columns = check_columns(features[0], dataset_name)
-        name = {} if dataset_name is None else {"dataset_name": dataset_name}
-        # Every query is compared with every negative, so they need no columns, and a row may lack some.
-        negatives = []
-        for column in columns[2:]:
-            for row in features:
-                cell = row[column] if column == "negatives" else [row[column]]
-                negatives += [as_input(value) for value in cell or () if value is not None]
-        sides = {side: [as_input(row[side]) for row in features] for side in ("query", "positive")}
-        if negatives:
-            sides["negative"] = negatives
-        targets = {}
-        if self.args.condensation_weight:
-            for encoded, generated in CONDENSE[self.args.condense_for(dataset_name)]:
-                targets[encoded] = [self._target_text(row, generated, dataset_name) for row in features]
-        batch = {}
-        for side, values in sides.items():
-            identities = [identity(value) for value in values]
-            texts = targets.get(side)
-            kept = list(range(len(values)))
-            if not self.encode_copies:
-                first = {}
-                # By type too: "photo.png" is read as a file, {"text": "photo.png"} is a text.
-                keys = list(zip(identities, map(type, values), texts or identities))
-                kept = [index for index, key in enumerate(keys) if first.setdefault(key, index) == index]
-                if len(kept) < len(values):
-                    place = {keys[index]: number for number, index in enumerate(kept)}
-                    batch[f"{side}_rows"] = torch.tensor([place[key] for key in keys])
-            batch.update(super().__call__([{side: values[index], **name} for index in kept]))
-            for key in (f"{side}_{pixels}" for pixels in PIXEL_KEYS):
-                if self.args.bf16 and key in batch:  # which is what the vision tower would make of them
-                    batch[key] = batch[key].to(torch.bfloat16)
-            if texts:
-                texts = [texts[index] for index in kept]
-                batch[f"{side}_target_ids"], batch[f"{side}_target_labels"] = self._tokenize(texts)
-            if self.args.mask_false_negatives:
-                batch[f"{side}_identity"] = torch.tensor([[value] * 2 for value in identities])
-        if self.args.mask_false_negatives:
-            for row, positive in zip(features, batch["positive_identity"]):
-                if row.get("group") is not None:
-                    positive[1] = identity({"group": row["group"]})
-        return batch
-
-    def maybe_warn_about_column_order(self, column_names):
-        """Nothing: the order is this class's own."""
-
-    def _target_text(self, row, generated, dataset_name):
-        text = text_of(row["target"] if row.get("target") is not None else row[generated])
-        if text is None:
-            raise ValueError(
-                f"Condensation generates the text of {generated!r}, but a row of "
-                f"{'the dataset' if dataset_name is None else repr(dataset_name)} has none there (it holds "
-                f"{type(row[generated]).__name__}). Set condense to the other side or to 'none' for this dataset, or "
-                "add a text column 'target'."
-            )
-        return text
-
-    def _tokenize(self, texts):
-        """Target ids and labels, each (batch, 1, length).
-
-        The middle axis is there because GradCache cuts the padding off every tensor whose second axis is as long as
-        the rows of the encoded side, and target lengths have nothing to do with those.
-        """
-        # As in the embedding chat template: no text may become a special token.
-        texts = [text.replace("<|", "< |") for text in texts]
-        prompt = self.tokenizer(self.prompt, add_special_tokens=False)["input_ids"]
-        end = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
-        limit = self.args.max_target_length
-        bodies = [[*self.tokenizer(text, add_special_tokens=False)["input_ids"][:limit], end] for text in texts]
-        pad = {"batch_first": True, "padding_side": "right"}
-        ids = [torch.tensor(prompt + body) for body in bodies]
-        labels = [torch.tensor([IGNORED] * len(prompt) + body) for body in bodies]
-        ids = torch.nn.utils.rnn.pad_sequence(ids, padding_value=end, **pad)
-        labels = torch.nn.utils.rnn.pad_sequence(labels, padding_value=IGNORED, **pad)
-        return ids[:, None], labels[:, None]
 
 
 class CondensationTrainer(SentenceTransformerTrainer):
@@ -249,7 +76,7 @@ class CondensationTrainer(SentenceTransformerTrainer):
             )
         self.data_collator.tokenizer = model.tokenizer
         self.data_collator.args = self.args
-        self.data_collator.encode_copies = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        self.data_collator.deduplicate = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
         self._check_datasets()
         if self.is_deepspeed_enabled:
             self._check_deepspeed()
@@ -381,23 +208,12 @@ class CondensationTrainer(SentenceTransformerTrainer):
         Raises:
             ValueError: No whole checkpoint to go on from, or too little disk space to save.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = newest_whole(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                found = [f"{path.name}: {fault(path)}" for path in checkpoints(self.args.output_dir)]
-                raise ValueError(
-                    f"There is no whole checkpoint in {self.args.output_dir!r} to resume from "
-                    f"({'; '.join(found) or 'there is none at all'}). Train without resume_from_checkpoint."
-                )
+        resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        if resume_from_checkpoint:
             logger.info(f"Resuming from {resume_from_checkpoint}")
-        elif resume_from_checkpoint and fault(resume_from_checkpoint):
-            raise ValueError(
-                f"Checkpoint {str(resume_from_checkpoint)!r} is not whole: {fault(resume_from_checkpoint)}. Resume "
-                f"from another one: the newest whole one here is {newest_whole(Path(resume_from_checkpoint).parent)}."
-            )
         check_writable(self.args.output_dir)
         self._check_disk_space()
-        return super().train(resume_from_checkpoint and str(resume_from_checkpoint), **kwargs)
+        return super().train(resume_from_checkpoint, **kwargs)
 
     def _check_disk_space(self):
         """Refuse to start what could not be saved: one checkpoint with AdamW's two fp32 moments."""
@@ -428,14 +244,14 @@ class CondensationTrainer(SentenceTransformerTrainer):
             free = shutil.disk_usage(nearest_existing(folder)).free / 1e9
             raise RuntimeError(
                 f"{folder} could not be written ({type(error).__name__}: {error}; {free:.1f} GB are free there). The "
-                f"newest whole checkpoint is {newest_whole(folder.parent)}. Free space or name another output_dir, "
+                f"newest complete checkpoint is {newest_complete(folder.parent)}. Free space or name another output_dir, "
                 "then go on with resume_from_checkpoint."
             ) from error
         finally:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            mark_whole(folder)
+            mark_complete(folder)
             if limit is not None and limit > 0:
                 rotate(folder.parent, limit, self.state.best_model_checkpoint)
 
@@ -456,14 +272,14 @@ class CondensationTrainer(SentenceTransformerTrainer):
         Args:
             output_dir (`str`): Folder to write.
             card (`CardArguments`, *optional*): Licences and languages, which the card calls unknown otherwise.
-            details: What else the card can tell: see `btok_hf.hub_card.run.card_files`.
+            details: What else the card can tell: see `btok_hf.hub_card.training_run.card_files`.
         """
-        from btok_hf.hub_card.run import card_files
+        from btok_hf.hub_card.training_run import card_files
 
         sharded = any(isinstance(p, DTensor) for p in self.model.parameters())
         state_dict = self.accelerator.get_state_dict(self.model) if sharded else None
         if self.is_world_process_zero():
-            with whole_parameters(self.model, state_dict) if sharded else nullcontext():
+            with full_parameters(self.model, state_dict) if sharded else nullcontext():
                 export_model(self.model, output_dir)
         # After the model, so that nothing can keep it from being written; by all processes, because of sharded ones
         # none can encode the card's examples alone.
@@ -494,7 +310,7 @@ class CondensationTrainer(SentenceTransformerTrainer):
         # The Trainer calls this in every process, and Sentence-Transformers writes in every process.
         if self.args.should_save:
             sharded = any(isinstance(p, DTensor) for p in self.model.parameters())
-            with whole_parameters(self.model, state_dict) if sharded else nullcontext():
+            with full_parameters(self.model, state_dict) if sharded else nullcontext():
                 super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, checkpoint_path):
@@ -512,47 +328,3 @@ def _first_rows(datasets):
             raise ValueError(f"{'The dataset' if name is None else f'Dataset {name!r}'} has no rows.")
         rows.append({**({} if name is None else {"dataset_name": name}), **dataset[0]})
     return rows
-
-
-@contextmanager
-def whole_parameters(model, state_dict):
-    """A model sharded by FSDP2 with whole tensors in place of its shards, so that it can be saved.
-
-    Args:
-        model (`torch.nn.Module`): The sharded model.
-        state_dict (`dict[str, torch.Tensor]`): Its whole tensors, as `Accelerator.get_state_dict` gathers them.
-    """
-    shards = dict(model.named_parameters())
-    for name in shards:
-        owner, _, attribute = name.rpartition(".")
-        whole = torch.nn.Parameter(state_dict[name], requires_grad=False)
-        model.get_submodule(owner)._parameters[attribute] = whole
-    try:
-        yield
-    finally:
-        for name, shard in shards.items():
-            owner, _, attribute = name.rpartition(".")
-            model.get_submodule(owner)._parameters[attribute] = shard
-
-
-def add_adapters(model, peft_config):
-    """Add LoRA adapters to the language model, the Bottleneck Tokens' embedding rows trained along with them.
-
-    Raises:
-        ValueError: Dropout above 0, or token rows already named in `peft_config`.
-    """
-    dropout = getattr(peft_config, "lora_dropout", 0.0)
-    if dropout > 0:
-        raise ValueError(
-            f"lora_dropout must be 0, got {dropout}: GradCache embeds each row twice, and with dropout the cached "
-            "gradients would belong to other embeddings than those of the second pass. Set lora_dropout=0.0."
-        )
-    if peft_config.target_modules is None:
-        peft_config.target_modules = LORA_TARGETS
-    if peft_config.trainable_token_indices is not None:
-        raise ValueError("Leave trainable_token_indices unset: the Bottleneck Tokens' rows are added to it.")
-    if model.config.btok_num_tokens:
-        peft_config.trainable_token_indices = {"embed_tokens": list(bottleneck_token_ids(model.config))}
-    add_adapters_in_fp32(model[0].model, peft_config)
-    if model[0].lm_head is not None:  # an untied head, outside the backbone that PEFT froze
-        model[0].lm_head.requires_grad_(False)

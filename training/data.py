@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+import datasets
 from datasets import load_dataset
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
-from btok_hf.training.condensation_trainer import as_input, check_columns, identity
+from btok_hf.inputs import content_hash
 
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
@@ -51,11 +52,11 @@ def retrieval_evaluator(source, batch_size=64):
     """
     queries, corpus, relevant = {}, {}, {}
     for row in load_pairs(source):
-        query, positive = as_input(row["query"]), as_input(row["positive"])
-        candidate = str(identity(positive))
+        query, positive = decode_cell(row["query"]), decode_cell(row["positive"])
+        candidate = str(content_hash(positive))
         corpus.setdefault(candidate, positive)
         if query is not None:
-            asked = str(identity(query))
+            asked = str(content_hash(query))
             queries.setdefault(asked, query)
             relevant.setdefault(asked, set()).add(candidate)
     return InformationRetrievalEvaluator(
@@ -71,3 +72,34 @@ def retrieval_evaluator(source, batch_size=64):
         batch_size=batch_size,
         write_csv=False,
     )
+
+
+def decode_cell(cell):
+    """A cell of a dataset as an input: Arrow gives the dicts of a column the same keys, `None` where there is nothing,
+    and images inside dicts come encoded, as `bytes` and `path`."""
+    if isinstance(cell, (list, tuple)):
+        return [decode_cell(part) for part in cell]
+    if not isinstance(cell, dict):
+        return cell
+    if set(cell) == {"bytes", "path"}:
+        return datasets.Image().decode_example(cell)
+    return {key: part if key == "video" else decode_cell(part) for key, part in cell.items() if part is not None}
+
+
+def check_columns(columns, dataset_name=None):
+    """Refuse columns that training would not know how to use; returns those to embed, in their order."""
+    where = "The dataset" if dataset_name is None else f"Dataset {dataset_name!r}"
+    embedded = [column for column in columns if column not in ("target", "group", "dataset_name")]
+    negatives = [name for name in embedded if name in ("negative", "negatives") or name.startswith("negative_")]
+    unknown = sorted(set(embedded) - {"query", "positive", *negatives})
+    missing = sorted({"query", "positive"} - set(embedded))
+    if unknown or missing:
+        raise ValueError(
+            f"{where} has the columns {sorted(columns)}: "
+            + "; ".join(filter(None, [missing and f"missing {missing}", unknown and f"unknown {unknown}"]))
+            + ". Training takes query, positive, negative or negative_1, negative_2, … (each a text, an image, or a "
+            "dict with image, video and text), negatives (a list of them), target (a text to generate instead of the "
+            "other side's own) and group (rows of one group answer each other's queries). "
+            "Rename the columns with dataset.rename_column and drop the rest with dataset.remove_columns."
+        )
+    return ["query", "positive", *negatives]

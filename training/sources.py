@@ -20,6 +20,7 @@ Formats are those of the repositories; instructions and the sides to generate th
 
 import ast
 import io
+import json
 import logging
 import re
 from collections.abc import Callable
@@ -35,8 +36,7 @@ from datasets import load_dataset
 from PIL import Image
 
 from btok_hf.media import read_frames
-from btok_hf.training.condensation_config import CONDENSE
-from btok_hf.training.data import FORMATS, load_pairs
+from btok_hf.training.data import FORMATS
 
 logger = logging.getLogger(__name__)
 
@@ -91,9 +91,11 @@ def _page_question(row, folder):
 
 def _page_search(row, folder):
     """A row of VisRAG in-domain: a query and the page that answers it, with instructions by the page's origin."""
-    query, page = PAGE_INSTRUCTIONS.get(row["source"], ("", ""))
-    positive = {"image": _page(row), "text": page} if page else {"image": _page(row)}
-    return {"query": {"text": query + row["query"]}, "positive": positive}
+    instruction = PAGE_INSTRUCTIONS.get(row["source"])
+    if instruction is None:
+        return {"query": {"text": row["query"]}, "positive": {"image": _page(row)}}
+    positive = {"image": _page(row), "text": instruction["page"]}
+    return {"query": {"text": instruction["query"] + row["query"]}, "positive": positive}
 
 
 def _words(text):
@@ -221,67 +223,8 @@ SOURCES = {
     ),
 }
 
-# VisRAG: origin of a page -> (instruction before the query, text beside the page)
-PAGE_INSTRUCTIONS = {
-    "NeurIPS Papers": (
-        "This query is about a research paper from NeurIPS, a leading AI/ML conference. The document contains "
-        "technical discussions, methodologies, and findings. Identify relevant papers and sections that address the "
-        "query: ",
-        "A research paper from NeurIPS on AI and ML topics.",
-    ),
-    "Textbooks": (
-        "This query is related to a college-level textbook, which provides structured explanations, definitions, and "
-        "examples. Find the most relevant concepts or explanations that address the query: ",
-        "A textbook page with structured educational content and explanations.",
-    ),
-    "ICML Papers": (
-        "This query is about a research paper from ICML, a leading AI/ML conference. The document contains "
-        "theoretical insights, experiments, and applications. Identify relevant papers and sections that best answer "
-        "the query: ",
-        "A research paper from ICML, covering machine learning topics.",
-    ),
-    "Manuallib": (
-        "This query pertains to a product manual, which contains detailed technical specifications, usage "
-        "instructions, and troubleshooting steps. Find the most relevant section that answers the query: ",
-        "A product manual page with technical specifications and instructions.",
-    ),
-    "ArxivQA": (
-        "This query is related to retrieving a relevant figure from an ArXiv research paper. The retrieved figure "
-        "should contain scientific plots, mathematical visualizations, or experimental results that best address the "
-        "query: ",
-        "A figure from a research paper, including plots or experimental results.",
-    ),
-    "ChartQA": (
-        "This query is related to retrieving a relevant chart that visually represents numerical or categorical data. "
-        "The retrieved chart should contain bar graphs, line charts, or other visual elements necessary to analyze "
-        "trends, compare values, or extract insights related to the query: ",
-        "A statistical chart comparing values or analyzing trends.",
-    ),
-    "MP-DocVQA": (
-        "This query is related to retrieving a relevant page from a multi-page document, such as reports, invoices, "
-        "or research papers. The retrieved document should contain text, tables, or structured information necessary "
-        "to answer the query: ",
-        "A page from a multi-page document with text or tables.",
-    ),
-    "InfoVQA": (
-        "This query is related to retrieving an infographic that visually presents statistical or factual "
-        "information using charts, icons, and structured layouts. The retrieved image should contain the necessary "
-        "visual elements to provide the best context for answering the query: ",
-        "An infographic with structured data, charts, and annotations.",
-    ),
-    "PlotQA": (
-        "This query relates to retrieving a relevant plot or chart that visually represents numerical data. The "
-        "retrieved figure should contain the necessary information to analyze trends, compare values, or extract key "
-        "insights related to the query: ",
-        "A numerical data visualization, such as bar charts or line graphs.",
-    ),
-    "SlideVQA": (
-        "This query is related to retrieving a relevant presentation slide that visually presents structured "
-        "information. The retrieved slide should contain the necessary text, charts, or graphics to provide the best "
-        "answer to the query: ",
-        "A presentation slide with text, bullet points, and diagrams.",
-    ),
-}
+# VisRAG: origin of a page → instruction before the query, text beside the page
+PAGE_INSTRUCTIONS = json.loads(Path(__file__).with_name("page_instructions.json").read_text("utf-8"))
 
 
 # --------------------------------------------------------------------------------------------------------- loading
@@ -397,46 +340,3 @@ def _without_empty_sides(dataset, name):
 
 def _filled(texts):
     return pc.invert(pc.match_substring_regex(texts.cast(pa.string()).fill_null(""), NOTHING))
-
-
-def load_mixture(entries, root=None):
-    """Load the datasets of a training run.
-
-    Args:
-        entries (`str` or `dict`): A pair file or Hub id as in `load_pairs`, or a name in `SOURCES`; or several, as a
-            mapping from the dataset's name to one of them or to `{"file": …, "weight": …, "condense": …}`. `file` may
-            be left out where the dataset's name is a source's.
-        root (`str`, *optional*): As in `load_source`.
-
-    Returns:
-        `tuple`: The datasets by name; their weights by name, `None` if none is given; and by name the sides to
-        generate, of the sources and of the entries that name one.
-
-    Raises:
-        FileNotFoundError, ValueError: As in `load_source` and `load_pairs`; a malformed entry; weights for some
-            entries only.
-    """
-    if isinstance(entries, str):
-        entries = {Path(entries).stem: entries}
-    files, weights, condense = {}, {}, {}
-    for name, entry in entries.items():
-        entry = dict(entry) if isinstance(entry, dict) else {"file": entry}
-        files[name] = file = entry.pop("file", None) or name
-        if file in SOURCES:
-            condense[name] = SOURCES[file].condense
-        elif Path(file).suffix.lower() not in FORMATS and "/" not in file and not Path(file).exists():
-            raise ValueError(
-                f"Dataset {name!r}: {file!r} is no pair file, Hub id or known source. Known are {', '.join(SOURCES)}."
-            )
-        if (weight := entry.pop("weight", None)) is not None:
-            weights[name] = weight
-        if (side := entry.pop("condense", None)) is not None:
-            if side not in CONDENSE:
-                raise ValueError(f"Dataset {name!r}: condense must be one of {', '.join(CONDENSE)}, got {side!r}.")
-            condense[name] = side
-        if entry:
-            raise ValueError(f"Dataset {name!r} has unknown keys {sorted(entry)}. Known are file, weight, condense.")
-    if weights and (missing := sorted(set(files) - set(weights))):
-        raise ValueError(f"Give every dataset a weight, or none: {', '.join(missing)} lack one.")
-    datasets = {name: load_source(file, root) if file in SOURCES else load_pairs(file) for name, file in files.items()}
-    return datasets, weights or None, condense

@@ -1,7 +1,7 @@
 """Train an embedding model with Bottleneck Tokens and condensation, and write the repository to publish.
 
-    python training/train.py --config training/recipes/emoji.yaml
-    accelerate launch --config_file training/accelerate/ddp.yaml training/train.py \\
+    btok train --config training/recipes/emoji.yaml        (or: python training/train.py --config …)
+    accelerate launch --config_file training/accelerate/ddp.yaml -m btok_hf train \\
         --config training/recipes/btok_qwen2vl_2b.yaml --push_to_hub --hub_model_id org/btok-2b
 
 Memory on the device is set by four arguments, the strongest first; the batch size is not one of them:
@@ -27,7 +27,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Union
 
-import yaml
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
 from transformers import AutoConfig, TrainerCallback
@@ -36,11 +35,12 @@ from transformers.utils import logging
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, push
-from btok_hf.export import check_writable
-from btok_hf.hub_card import CardArguments
+from btok_hf.errors import one_line_errors
+from btok_hf.files import check_writable
+from btok_hf.hub_card.card import CardArguments
 from btok_hf.training import CondensationConfig, CondensationTrainer
 from btok_hf.training.data import retrieval_evaluator
-from btok_hf.training.sources import SOURCES, load_mixture
+from btok_hf.training.mixture import condense_of, load_mixture, read_mixture, source_of
 
 logger = logging.get_logger("btok_hf.train")
 
@@ -82,16 +82,32 @@ class ModelArguments(ModelConfig):
     lora_task_type: str = field(default="FEATURE_EXTRACTION", metadata={"help": "Task type passed to PEFT."})
 
 
-def main():
+def main(arguments=None):
+    """Train, export and, if asked, push.
+
+    Args:
+        arguments (`list[str]`, *optional*): Flags. Default: those of the process.
+    """
+    set_up(arguments).run()
+
+
+def set_up(arguments=None):
+    """Everything before the first step: read the flags, check what can be wrong, load data and model.
+
+    Returns:
+        `TrainingJob`
+
+    Raises:
+        OSError, ValueError: Arguments or data that cannot work.
+    """
     parser = TrlParser(
         (ScriptArguments, CondensationConfig, ModelArguments, CardArguments),
         description=__doc__,
-        usage="python training/train.py --config RECIPE.yaml [--FIELD VALUE …]",
+        usage="btok train --config RECIPE.yaml [--FIELD VALUE …]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    script, args, model_args, card_args = parser.parse_args_and_config()
+    script, args, model_args, card_args = parser.parse_args_and_config(arguments)
 
-    # What can be wrong shows before the model is loaded.
     if model_args.model_name_or_path is None or script.train_files is None:
         raise ValueError("Set model_name_or_path (a Qwen-VL model, with Bottleneck Tokens or not) and train_files.")
     for name in ("load_in_8bit", "load_in_4bit", "attn_implementation"):
@@ -132,57 +148,66 @@ def main():
     )
     if to_push and args.hub_strategy == HubStrategy.EVERY_SAVE:
         trainer.add_callback(PushEverySave(trainer, card_args))
-    before = trainer.evaluate_retrieval()
-    best = args.metric_for_best_model
-    if best == "loss":  # what the Trainer sets where load_best_model_at_end is given without a metric
-        args.metric_for_best_model = next(name for name in before if name.endswith("ndcg@10"))
-        args.greater_is_better = True
-    elif best and not {best, best.removeprefix("eval_")} & set(before):
-        raise ValueError(
-            f"metric_for_best_model must be one of {', '.join(before)}, got {best!r}. Set it to one of them."
-        )
-
-    resume = args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
-    after = trainer.evaluate_retrieval()
-
-    measured = {"evaluator": evaluator, "eval_source": script.eval_file, "before": before, "after": after}
     sources = {name: source_of(name, entry) for name, entry in files.items()}
-    trainer.export(args.output_dir, card_args, sources=sources, command=sys.argv, **(measured if evaluator else {}))
-    if trainer.is_world_process_zero():
+    return TrainingJob(trainer, card_args, sources, script.eval_file, to_push)
+
+
+@dataclass
+class TrainingJob:
+    """A run that is set up.
+
+    Args:
+        trainer (`CondensationTrainer`): With its datasets and, perhaps, evaluator.
+        card (`CardArguments`): For the model card.
+        sources (`dict[str, str]`): Where each dataset comes from, by name.
+        eval_source (`str`, *optional*): Where the evaluator's data comes from.
+        to_push (`bool`): Whether to push the export to `args.hub_model_id`.
+    """
+
+    trainer: CondensationTrainer
+    card: CardArguments
+    sources: dict[str, str]
+    eval_source: str | None
+    to_push: bool
+
+    def run(self):
+        """Evaluate, train, evaluate again, export, push."""
+        trainer, args = self.trainer, self.trainer.args
+        before = trainer.evaluate_retrieval()
+        self._choose_best_metric(before)
+        resume = args.resume_from_checkpoint
+        trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
+        after = trainer.evaluate_retrieval()
+
+        measured = {"evaluator": trainer.evaluator, "eval_source": self.eval_source, "before": before, "after": after}
+        trainer.export(
+            args.output_dir,
+            self.card,
+            sources=self.sources,
+            command=sys.argv,
+            **(measured if trainer.evaluator is not None else {}),
+        )
+        if not trainer.is_world_process_zero():
+            return
         metrics = {name: {"before": before[name], "after": after[name]} for name in after}
         Path(args.output_dir, "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", "utf-8")
         print(f"Exported to {args.output_dir}")
         for name, values in metrics.items():
             print(f"  {name}: {values['before']:.4f} before, {values['after']:.4f} after training")
-        if to_push:
+        if self.to_push:
             print(f"Pushed to {push_export(args)}")
 
-
-def read_mixture(files):
-    """`train_files` as a mapping from dataset name to entry."""
-    if isinstance(files, dict):
-        return files
-    if files.lstrip().startswith("{"):
-        return json.loads(files)
-    if Path(files).suffix in (".yaml", ".yml"):
-        own = Path(__file__).parent / "recipes" / files  # a mixture of this library, wherever it is installed
-        return yaml.safe_load((Path(files) if Path(files).exists() else own).read_text("utf-8"))
-    return {Path(files).stem: files}
-
-
-def condense_of(datasets, chosen, own):
-    """What is generated for each dataset: what the user chose, or else what its source or mixture says."""
-    if isinstance(chosen, dict):
-        return own | chosen
-    default = chosen == CondensationConfig.condense
-    return dict.fromkeys(datasets, chosen) | (own if default else {})
-
-
-def source_of(name, entry):
-    """Where a dataset comes from, for the card: a file, or a Hub id."""
-    file = (entry if isinstance(entry, str) else entry.get("file")) or name
-    return SOURCES[file].repo if file in SOURCES else file
+    def _choose_best_metric(self, metrics):
+        """The evaluator's nDCG@10 where `load_best_model_at_end` names no metric; refuse one that is not measured."""
+        args = self.trainer.args
+        best = args.metric_for_best_model
+        if best == "loss":  # what the Trainer sets where load_best_model_at_end is given without a metric
+            args.metric_for_best_model = next(name for name in metrics if name.endswith("ndcg@10"))
+            args.greater_is_better = True
+        elif best and not {best, best.removeprefix("eval_")} & set(metrics):
+            raise ValueError(
+                f"metric_for_best_model must be one of {', '.join(metrics)}, got {best!r}. Set it to one of them."
+            )
 
 
 def check_push(args):
@@ -266,4 +291,6 @@ def starting_point(model_args, num_tokens, pixels, args):
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():  # an error of a long run keeps its traceback
+        job = set_up()
+    job.run()

@@ -20,7 +20,7 @@ from tasks import CONDENSE, ROOT, books, build_base, prepare, training_sets
 
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens
 from btok_hf.training import CondensationConfig, CondensationLoss, CondensationTrainer
-from btok_hf.training.condensation_trainer import CondensationCollator
+from btok_hf.training.condensation_collator import CondensationCollator
 
 # name: size of the backbone, steps and peak learning rate of the base, of each arm and of the model of the examples.
 # Arms condense for the first 40 % of their steps (2,000 of 5,000 in the paper's first preset).

@@ -29,8 +29,8 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 from tasks import CONDENSE, LANGUAGES, ROOT, WEIGHTS, chance, prepare, score, tasks, training_sets
 
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model
-from btok_hf.hub_card import CardArguments
-from btok_hf.hub_card.run import card_files
+from btok_hf.hub_card.card import CardArguments
+from btok_hf.hub_card.training_run import card_files
 from btok_hf.training import CondensationTrainer
 
 RESULTS = ROOT / "benchmarks" / "results" / "unified"

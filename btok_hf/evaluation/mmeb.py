@@ -7,24 +7,15 @@
 - Started with `accelerate launch`, every process encodes its share. All must see the same `output_dir`.
 - Candidates are read back in blocks: memory does not grow with a corpus.
 
-The command line is `python -m btok_hf.evaluation.mmeb`.
+The command line is `btok mmeb`.
 """
 
-import argparse
 import json
-import os
 import re
-import sys
 import traceback
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from datetime import timedelta
-from hashlib import blake2b
-from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -33,19 +24,17 @@ from tqdm import tqdm
 from transformers.utils import cached_file
 
 from btok_hf.evaluation import report
-from btok_hf.evaluation.metrics import check_embeddings, rank, score
-from btok_hf.evaluation.tasks import TASKS, load_task, read_input
-from btok_hf.golden import versions
-from btok_hf.media import estimate_tokens
+from btok_hf.evaluation.embeddings import EmbeddingStore, Encoder, fingerprint, hash_of, task_inputs
+from btok_hf.evaluation.loading import load_task
+from btok_hf.evaluation.metrics import rank, score
+from btok_hf.evaluation.tasks import TASKS
+from btok_hf.files import replacing
 from btok_hf.sentence_transformer import BTokSentenceTransformer
 
-ROWS_PER_FILE = 256
 # Whole rankings are kept up to so many candidates, beyond that the first 100: metrics look at 10, and whole ones of
 # 10⁵ pages for thousands of queries are gigabytes.
 WHOLE_RANKING, RANKING_DEPTH = 2000, 100
 BLOCK = 2048
-# Media that are decoded ahead of the model.
-DECODED_AHEAD = 8
 
 
 def evaluate(
@@ -105,16 +94,16 @@ def evaluate(
     if is_function and not name:
         raise ValueError("A function cannot be told from another one: pass name, and change it with the function.")
     name = name or _name(model)
-    state = _processes()
+    state = processes()
     output_dir, root = Path(output_dir), Path(root)
     if not is_function and prompt is None:
         prompt = model.prompts.get(model.default_prompt_name)
-    key = _hash("function", name, prompt) if is_function else fingerprint(model, prompt)
+    key = hash_of("function", name, prompt) if is_function else fingerprint(model, prompt)
     if state.is_main_process:
         _claim(output_dir / "run.json", {"model": name, "fingerprint": key, "prompt": prompt, "limit": limit})
     state.wait_for_everyone()
     store = EmbeddingStore(Path(cache_dir or output_dir / "embeddings") / key)
-    encoder = _Encoder(model, prompt, batch_tokens, store, state)
+    encoder = Encoder(model, prompt, batch_tokens, store, state)
 
     scores, errors = {}, {}
     for number, dataset in enumerate(names, 1):
@@ -155,7 +144,7 @@ def evaluate(
     return scores, errors
 
 
-def _processes():
+def processes():
     """The processes that share the work. They wait for each other as long as it takes."""
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
 
@@ -187,7 +176,7 @@ def _claim(path, run):
                 f"{path.parent} holds results of another run: {', '.join(differing)}. The fingerprint stands for "
                 "weights, settings and library versions. Name another output folder."
             )
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.write(json.dumps(run, indent=2).encode())
 
 
@@ -219,232 +208,12 @@ def _check(task):
             raise ValueError(f"{where} refers to {absent[0]!r}, which is not among its {len(own)} candidates.")
 
 
-# ---------------------------------------------------------------- embeddings
-
-
-def fingerprint(model, prompt=None):
-    """What embeddings depend on besides the input, as a short text: never the same for two models.
-
-    It covers weights, modules, configuration, tokenizer, chat template, pixel settings, prompt, and the versions of
-    torch, torchvision, transformers and sentence-transformers. Hashing takes about a second per gigabyte.
-
-    Args:
-        model (`SentenceTransformer`): The model.
-        prompt (`str`, *optional*): Put before every input.
-
-    Returns:
-        `str`: 32 hexadecimal digits.
-    """
-    digest = blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    first = model[0]
-    processor, tokenizer = getattr(first, "processor", None), getattr(first, "tokenizer", None)
-    config = getattr(model, "config", None)
-    config = config.to_dict() if config is not None else {}
-    settings = {
-        "versions": versions(),
-        "modules": [(type(module).__module__, type(module).__qualname__, _options(module)) for module in model],
-        "config": {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version")},
-        "max_seq_length": model.max_seq_length,
-        "truncate_dim": model.truncate_dim,
-        "prompt": prompt,
-        "template": [getattr(part, "chat_template", None) for part in (processor, tokenizer)],
-        "pixels": [
-            part.to_dict()
-            for part in (getattr(processor, kind, None) for kind in ("image_processor", "video_processor"))
-            if part is not None
-        ],
-    }
-    if hasattr(tokenizer, "backend_tokenizer"):
-        settings["tokenizer"] = json.loads(tokenizer.backend_tokenizer.to_str())
-        # Set anew by every call.
-        settings["tokenizer"] |= {"padding": None, "truncation": tokenizer.truncation_side}
-    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
-
-
-def _options(module):
-    return module.get_config_dict() if hasattr(module, "get_config_dict") else None
-
-
-def _hash(*parts):
-    return blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _inputs(task):
-    """Everything that is encoded for a task, queries first, as (key, what it is, input)."""
-    rows = ((f"query {row} ({query.id!r})", query.input) for row, query in enumerate(task.queries))
-    for label, item in chain(rows, ((f"candidate {name!r}", item) for name, item in task.candidates.items())):
-        try:
-            yield _key(item, task.num_frames), label, item
-        except OSError as error:  # it was there when the task was loaded
-            raise OSError(f"{task.name}, {label}: {error}. Put it back and start again.") from error
-
-
-def _key(item, num_frames):
-    """What an input is known by: text, and where its files are, how large and how old."""
-    parts = {"text": item.get("text")}
-    if "image" in item:
-        parts["image"] = _known_by(item["image"])
-    if "video" in item:
-        frames = sorted(entry.path for entry in os.scandir(item["video"]))
-        parts |= {"video": [_known_by(path) for path in frames], "num_frames": num_frames}
-    return bytes.fromhex(_hash(parts))
-
-
-def _known_by(path):
-    stat = os.stat(path)
-    return [os.path.abspath(path), stat.st_size, stat.st_mtime_ns]
-
-
-@contextmanager
-def _replacing(path):
-    """A file to write that takes its place at once when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # of its own: two runs may share a cache
-    with open(draft, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
-
-
-class EmbeddingStore:
-    """Embeddings of one model on disk, by the key of their input.
-
-    Args:
-        folder (`Path`): One per model.
-    """
-
-    def __init__(self, folder):
-        self.folder, self.dimension = folder, None
-        self._files, self._places = [], {}
-        folder.mkdir(parents=True, exist_ok=True)
-        self.refresh()
-
-    def __contains__(self, key):
-        return key in self._places
-
-    def refresh(self):
-        """Take in what other processes wrote."""
-        for path in sorted(set(self.folder.glob("*.embeddings")) - set(self._files)):
-            with self._open(path) as (keys, vectors):
-                self.dimension = self.dimension or vectors().shape[1]
-            self._places |= {key.tobytes(): (len(self._files), row) for row, key in enumerate(keys)}
-            self._files.append(path)
-
-    def add(self, keys, vectors):
-        """Write the embeddings, an array of shape `(keys, dimension)`, as one file."""
-        keys = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1)
-        with _replacing(self.folder / f"{blake2b(keys.tobytes(), digest_size=16).hexdigest()}.embeddings") as file:
-            np.save(file, keys)
-            np.save(file, vectors)
-
-    def vectors(self, keys):
-        """The embeddings as an array of shape `(keys, dimension)`; each file is read once."""
-        places = np.array([self._places[key] for key in keys])
-        result = np.empty((len(keys), self.dimension), np.float32)
-        for number in np.unique(places[:, 0]):
-            chosen = np.flatnonzero(places[:, 0] == number)
-            with self._open(self._files[number]) as (_, vectors):
-                result[chosen] = vectors()[places[chosen, 1]]
-        return result
-
-    @contextmanager
-    def _open(self, path):
-        try:
-            with open(path, "rb") as file:
-                yield np.load(file), lambda: np.load(file)
-        except (ValueError, EOFError) as error:
-            raise ValueError(
-                f"The file of embeddings {path} is damaged ({error}). Delete it and start again."
-            ) from error
-
-
-class _Encoder:
-    """Fills the store with the inputs of a task: those that it lacks, and this process's share of them."""
-
-    def __init__(self, model, prompt, batch_tokens, store, state):
-        self.model, self.prompt, self.batch_tokens = model, prompt, batch_tokens
-        self.store, self.state = store, state
-        self.tokenize = getattr(getattr(model, "tokenizer", None), "tokenize", None)
-        self.processor = getattr(model, "processor", None)
-
-    def encode(self, task):
-        """Encode what is missing of a task. Every process must call it, and then synchronise and refresh the store."""
-        missing = {}
-        for key, label, item in _inputs(task):
-            if key not in self.store:
-                missing.setdefault(key, (key, label, item))
-        # Every other row, so that each process gets equally many images, videos and texts.
-        share = [*missing.values()][self.state.process_index :: self.state.num_processes]
-        bar = tqdm(total=len(share), desc=task.name, unit="row", disable=not (share and self.state.is_main_process))
-        with bar, ThreadPoolExecutor(DECODED_AHEAD) as pool:
-            for start in range(0, len(share), ROWS_PER_FILE):
-                part = share[start : start + ROWS_PER_FILE]
-                # Like inputs together: less padding, and many models take no batch of several kinds.
-                part.sort(key=lambda row: (sorted(row[2]), len(row[2].get("text") or "")))
-                vectors = []
-                for batch in self._batches(part, task, pool):
-                    labels, items = zip(*batch)
-                    try:
-                        vectors.append(check_embeddings(self._call(list(items)), labels, self.store.dimension))
-                    except ValueError as error:
-                        raise ValueError(f"{task.name}, {labels[0]} to {labels[-1]}: {error}") from error
-                    self.store.dimension = vectors[-1].shape[1]
-                    bar.update(len(batch))
-                self.store.add([key for key, *_ in part], np.concatenate(vectors))
-
-    def _call(self, items):
-        if not hasattr(self.model, "encode"):
-            return self.model(items)
-        # Never below encode's own 32: stock models take the rows as one batch either way, and BTokSentenceTransformer,
-        # which counts tokens by batch_size, would cut a batch of few long rows in parts.
-        return self.model.encode(items, batch_size=max(len(items), 32), prompt=self.prompt, show_progress_bar=False)
-
-    def _batches(self, part, task, pool):
-        """Lists of (label, decoded input) of one kind within the budget of tokens."""
-        batch, longest = [], 0
-        for label, item in self._decoded(part, task, pool):
-            tokens = self._tokens(item)
-            if batch and (
-                item.keys() != batch[0][1].keys() or max(longest, tokens) * (len(batch) + 1) > self.batch_tokens
-            ):
-                yield batch
-                batch, longest = [], 0
-            batch.append((label, item))
-            longest = max(longest, tokens)
-        yield batch
-
-    def _decoded(self, part, task, pool):
-        """Labels and inputs, with media decoded by threads a little ahead of the model."""
-        ahead = deque()
-        for _, label, item in part:
-            ahead.append((label, pool.submit(read_input, item, task.num_frames)))
-            if len(ahead) > DECODED_AHEAD:
-                yield self._result(task, *ahead.popleft())
-        while ahead:
-            yield self._result(task, *ahead.popleft())
-
-    def _result(self, task, label, future):
-        try:
-            return label, future.result()
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{task.name}, {label}: {error}") from error
-
-    def _tokens(self, item):
-        """About how many tokens an input takes, with the 16 around the text and the media."""
-        return 16 + estimate_tokens([self.prompt, item], self.processor, self.tokenize)
-
-
 # ---------------------------------------------------------------- results
 
 
 def _score(task, store, folder):
     """Rank the candidates of each query, and write rankings and scores."""
-    keys = [key for key, *_ in _inputs(task)]
+    keys = [key for key, *_ in task_inputs(task)]
     queries, keys = store.vectors(keys[: len(task.queries)]), keys[len(task.queries) :]
     names = list(task.candidates)
     if all(query.candidates is None for query in task.queries):
@@ -458,13 +227,13 @@ def _score(task, store, folder):
             best = rank(vector[None], [vectors[[places[name] for name in own]]], _depth(own))[0]
             rankings.append([own[position] for position in best])
     scores = score(rankings, [query.relevance for query in task.queries])
-    with _replacing(folder / f"{task.name}_pred.jsonl") as file:
+    with replacing(folder / f"{task.name}_pred.jsonl") as file:
         for ranking, query in zip(rankings, task.queries):
             graded = sorted(query.relevance.items(), key=lambda pair: -pair[1])
             line = {"prediction": ranking, "label": [n for n, _ in graded], "rel_scores": [g for _, g in graded]}
             file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
     # Last: a dataset with a score is done.
-    with _replacing(folder / f"{task.name}_score.json") as file:
+    with replacing(folder / f"{task.name}_score.json") as file:
         file.write(json.dumps(scores, indent=4).encode())
 
 
@@ -491,23 +260,20 @@ def _report(output_dir, errors, metadata, limit, eval_task):
     files = {dataset: output_dir / task.modality / f"{dataset}_score.json" for dataset, task in TASKS.items()}
     scores = {dataset: json.loads(file.read_text("utf-8")) for dataset, file in files.items() if file.is_file()}
     text = report.markdown(scores, name=name, errors=errors, limit=limit)
-    with _replacing(output_dir / "report.md") as file:
+    with replacing(output_dir / "report.md") as file:
         file.write(text.encode())
     print(f"\n{text}")
     if limit is not None:
         return  # nothing of this compares with published scores
     summary = report.summarise(scores)
     if any(average is not None for average in summary.modalities.values()):
-        with _replacing(output_dir / "leaderboard" / f"{name}.json") as file:
+        with replacing(output_dir / "leaderboard" / f"{name}.json") as file:
             file.write(json.dumps(report.leaderboard(scores, metadata), indent=4).encode())
-        with _replacing(output_dir / "report.png") as file:
+        with replacing(output_dir / "report.png") as file:
             file.write(report.picture(scores, name=name))
     if eval_task and summary.overall is not None:
-        with _replacing(output_dir / ".eval_results" / "mmeb-v2.yaml") as file:
+        with replacing(output_dir / ".eval_results" / "mmeb-v2.yaml") as file:
             file.write(report.eval_results(scores, task_id=eval_task).encode())
-
-
-# ---------------------------------------------------------------- command line
 
 
 def load_model(repo, *, revision=None, dtype="auto", max_pixels=None, device=None):
@@ -533,60 +299,3 @@ def load_model(repo, *, revision=None, dtype="auto", max_pixels=None, device=Non
         model_kwargs={"dtype": dtype},
         processor_kwargs={} if max_pixels is None else {"max_pixels": max_pixels},
     )
-
-
-def main(arguments=None):
-    """The command line; returns the exit status: 1 if a dataset failed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m btok_hf.evaluation.mmeb",
-        description="Evaluate a Sentence-Transformers model on MMEB-V2. After a kill the same command goes on. "
-        "Several processes share the work: accelerate launch -m btok_hf.evaluation.mmeb …",
-        epilog="example: python -m btok_hf.evaluation.mmeb --model org/btok-2b --data MMEB-V2 --modality image,visdoc "
-        "--output results/btok-2b",
-    )
-    names = {"type": lambda text: [name.strip() for name in text.split(",") if name.strip()]}
-    parser.add_argument("--model", required=True, help="folder or Hub id")
-    parser.add_argument("--data", required=True, help="folder of the benchmark (see btok_hf/evaluation/tasks.py)")
-    parser.add_argument("--output", required=True, help="folder for scores, rankings and report")
-    parser.add_argument("--modality", **names, help="image, video, visdoc, separated by commas (default: all)")
-    parser.add_argument("--datasets", **names, help="names of datasets, separated by commas (default: all)")
-    parser.add_argument("--limit", type=int, help="only the first queries of each dataset, to try things out")
-    parser.add_argument(
-        "--batch-tokens", type=int, default=16384, help="tokens of a forward pass, about (default: %(default)s)"
-    )
-    parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
-    parser.add_argument("--dtype", default="auto", help="precision to load in (default: the checkpoint's)")
-    parser.add_argument("--max-pixels", type=int, help="reduce larger images and frames to this many pixels")
-    parser.add_argument("--prompt", help="instruction for every input (default: the model's default)")
-    parser.add_argument("--eval-task", help="id in eval.yaml of the benchmark on the Hub: writes .eval_results")
-    parser.add_argument("--cache", help="folder for embeddings (default: embeddings in the output folder)")
-    args = parser.parse_args(arguments)
-    try:
-        model = load_model(
-            args.model,
-            revision=args.revision,
-            dtype=args.dtype,
-            max_pixels=args.max_pixels,
-            device=str(_processes().device),
-        )
-        _, errors = evaluate(
-            model,
-            args.data,
-            args.output,
-            datasets=args.datasets,
-            modalities=args.modality,
-            limit=args.limit,
-            batch_tokens=args.batch_tokens,
-            prompt=args.prompt,
-            name=Path(args.model).name,
-            cache_dir=args.cache,
-            eval_task=args.eval_task,
-        )
-        PartialState().destroy_process_group()  # torch aborts some processes at their exit otherwise
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    return bool(errors)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

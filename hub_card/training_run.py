@@ -5,11 +5,9 @@ import datetime
 import io
 import json
 import os
-import platform
 import re
 import shlex
 from importlib import metadata
-from itertools import islice
 from pathlib import Path
 from statistics import median
 
@@ -18,14 +16,10 @@ import transformers
 import yaml
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 from matplotlib.figure import Figure
-from PIL import Image
 
-from btok_hf.hub_card import EXAMPLES, CardArguments, hub_id, render_card
-from btok_hf.media import IMAGE_SUFFIXES, is_media_path, read_image
+from btok_hf.hub_card.card import CardArguments, hub_id, render_card
+from btok_hf.hub_card.examples import evaluation_name, hardware, measured_examples, precision
 
-# Inputs of the snippets: texts are cut, images reduced, before they are embedded for the printed numbers.
-EXAMPLE_CHARACTERS = 120
-EXAMPLE_PIXELS = 512
 LOSSES = ("loss", "infonce", "condensation")
 PACKAGES = ("btok-hf", "torch", "transformers", "sentence-transformers", "datasets", "peft")
 # Arguments of `Trainer` that are shown even at their defaults. Those that this library or Sentence-Transformers adds
@@ -140,7 +134,7 @@ def _data(train_dataset, sources, evaluator, eval_source, arguments):
     parts = train_dataset if isinstance(train_dataset, dict) else {"pairs": train_dataset}
     rows = [(name, f"{dataset.num_rows:,} rows", sources.get(name), True) for name, dataset in parts.items()]
     if evaluator is not None:
-        rows.append((_name(evaluator), _size(evaluator), eval_source, False))
+        rows.append((evaluation_name(evaluator), _size(evaluator), eval_source, False))
     arguments.check([name for name, *_ in rows], eval_source)
     return [
         {
@@ -158,10 +152,6 @@ def _data(train_dataset, sources, evaluator, eval_source, arguments):
 # ---------------------------------------------------------------- evaluation
 
 
-def _name(evaluator):
-    return evaluator.name or "evaluation"
-
-
 def _metric(evaluator, key):
     return key.removeprefix(f"{evaluator.name}_")
 
@@ -174,7 +164,7 @@ def _evaluation(evaluator, source, before, after):
     rows = [(_metric(evaluator, key), before[key], after[key]) for key in after]
     k = max((k for k in evaluator.accuracy_at_k if k < len(evaluator.corpus)), default=min(evaluator.accuracy_at_k))
     return {
-        "name": _name(evaluator),
+        "name": evaluation_name(evaluator),
         "source": source and Path(source).name,
         "hub_id": hub_id(source),
         "argument": source and repr(hub_id(source) or Path(source).name),
@@ -198,94 +188,6 @@ def _eval_results(evaluator, source, after, arguments):
 
 
 # ---------------------------------------------------------------- snippets
-
-
-def measured_examples(model, evaluator, files):
-    """Inputs of the snippets and the similarities that the model computes for them.
-
-    Args:
-        model (`BTokSentenceTransformer`): The trained model.
-        evaluator (`InformationRetrievalEvaluator` or `None`): Where the inputs come from. Fixed texts where it is
-            `None`, or has no query and answer made of texts and images.
-        files (`dict[str, bytes]`): Receives the images, PNG files by their path in the repository.
-
-    Returns:
-        `dict`: `queries` and `documents`, each a list of (paths of images, text or `None`), and `similarities`.
-    """
-    chosen = None if evaluator is None else _choose(evaluator)
-    rows = {side: [_shown(*row, files) for row in chosen[side]] for side in chosen} if chosen else EXAMPLES
-    queries, documents = ([_read(*row, files) for row in rows[side]] for side in ("queries", "documents"))
-    scores = model.similarity(model.encode_query(queries), model.encode_document(documents)).float().cpu()
-    similarities = {
-        "table": str(scores).splitlines(),
-        "first": f"{scores[0, 0].item():.4f}",
-        "source": chosen and _name(evaluator),
-        "where": f"{_precision(model)} on {_hardware(model.device)}",
-    }
-    return {**rows, "similarities": similarities}
-
-
-def _choose(evaluator):
-    """The first two queries with an answer each, these answers, and the first other candidate; `None` without any."""
-    corpus = dict(zip(evaluator.corpus_ids, evaluator.corpus))
-    queries, documents = [], {}
-    for query_id, query in zip(evaluator.queries_ids, map(_parts, evaluator.queries)):
-        answer = min(evaluator.relevant_docs[query_id])
-        if query and answer not in documents and _parts(corpus[answer]):
-            queries.append(query)
-            documents[answer] = _parts(corpus[answer])
-        if len(queries) == 2:
-            break
-    if not queries:
-        return None
-    others = (
-        parts for document, parts in zip(corpus, map(_parts, corpus.values())) if parts and document not in documents
-    )
-    return {"queries": queries, "documents": [*documents.values(), *islice(others, 1)]}
-
-
-def _parts(value):
-    """The images and the text of an input; `None` if a snippet cannot show it (video, messages, addresses)."""
-    if isinstance(value, str):
-        value = {"image" if is_media_path(value) else "text": value}
-    elif not isinstance(value, dict):
-        value = {"image": value}
-    if not value.keys() <= {"image", "text"}:
-        return None
-    images, texts = (
-        part if isinstance(part, (list, tuple)) else [part] for part in (value.get("image", []), value.get("text", []))
-    )
-    text = " ".join(texts).strip()[:EXAMPLE_CHARACTERS]
-    # Alone, a text that names a file or an address would be taken for it.
-    named = not images and (is_media_path(text) or text.startswith(("http://", "https://", "data:")))
-    shown = all(isinstance(image, Image.Image) or _is_image_path(image) for image in images)
-    return (images, text or None) if shown and not named and (images or text) else None
-
-
-def _is_image_path(value):
-    return isinstance(value, str) and Path(value).suffix.lower() in IMAGE_SUFFIXES and Path(value).is_file()
-
-
-def _shown(images, text, files):
-    """An input as the snippets name it; its images go to `files`."""
-    paths = []
-    for image in images:
-        image = (image if isinstance(image, Image.Image) else read_image(image)).convert("RGB")
-        if min(image.size) * EXAMPLE_PIXELS > 64 * max(image.size):  # thin ones would end below one patch
-            image.thumbnail((EXAMPLE_PIXELS, EXAMPLE_PIXELS))
-        paths.append(f"assets/example_{sum(path.startswith('assets/example_') for path in files) + 1}.png")
-        content = io.BytesIO()
-        image.save(content, format="PNG")
-        files[paths[-1]] = content.getvalue()
-    return paths, text
-
-
-def _read(paths, text, files):
-    """The same input as the snippets embed it."""
-    if not paths:
-        return text
-    images = [Image.open(io.BytesIO(files[path])) for path in paths]
-    return {"image": images, "text": text} if text else {"image": images}
 
 
 # ---------------------------------------------------------------- training
@@ -333,30 +235,18 @@ def _measured(trainer):
         rows.append(("median speed", f"{speed[0]:,.1f} rows, {speed[1]:,.0f} tokens per second"))
     runtimes = [log["train_runtime"] for log in state.log_history if "train_runtime" in log]
     rows += [("minutes", f"{seconds / 60:.1f}") for seconds in runtimes[-1:]]
-    rows.append(("hardware", f"{args.world_size} x {_hardware(args.device)}"))
+    rows.append(("hardware", f"{args.world_size} x {hardware(args.device)}"))
     if args.device.type == "cuda":
         rows.append(("peak GPU memory", f"{torch.cuda.max_memory_allocated(args.device) / 2**30:.1f} GiB"))
     autocast = ", bf16 autocast" if args.bf16 else ", fp16 autocast" if args.fp16 else ""
     rows += [
-        ("precision", f"{_precision(model)} weights{autocast}"),
+        ("precision", f"{precision(model)} weights{autocast}"),
         ("trained parameters", f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,}"),
     ]
     for adapter in getattr(model[0].model, "peft_config", {}).values():
         rows.append(("LoRA", f"rank {adapter.r}, alpha {adapter.lora_alpha}, modules {adapter.target_modules}"))
     rows.append(("versions", ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)))
     return rows
-
-
-def _precision(model):
-    return str(model.dtype).removeprefix("torch.")
-
-
-def _hardware(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    return f"{(names or [platform.machine()])[0]} ({device.type}, {torch.get_num_threads()} threads)"
 
 
 def _arguments(args):
@@ -378,6 +268,9 @@ def _command(words, args):
     launcher = (
         ["python"] if args.world_size == 1 else ["accelerate", "launch", "--num_processes", str(args.world_size)]
     )
+    if Path(words[0]).name in ("btok", "__main__.py"):
+        launcher = ["btok"] if args.world_size == 1 else [*launcher, "-m", "btok_hf"]
+        words = words[1:]
     home = os.path.expanduser("~")
     shown = []
     for word in [*launcher, *words]:

@@ -1,0 +1,251 @@
+"""The command `btok`: everything of this library that runs from a shell.
+
+Exit status: 0 done · 1 an error, said in one line (`--debug` shows its traceback), or, of `btok mmeb`, a dataset that
+failed · 2 arguments that make no sense · 130 interrupted.
+
+What a command needs is imported when it runs, so that `--help` costs next to nothing.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from btok_hf.errors import one_line_errors
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments (`Sequence[str]`, *optional*): The words behind `btok`. Default: those of the process.
+
+    Returns:
+        `int`: The exit status (see the module's top).
+    """
+    parser = argparse.ArgumentParser(
+        prog="btok",
+        description="Embedding models with Bottleneck Tokens: make, train, publish, check and evaluate them.",
+        epilog="`btok COMMAND --help` shows a command's flags, which may be written with - or _, and an example.",
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--version", action="version", version=f"btok-hf {version('btok-hf')}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for add_command in (_add_tokens, _train, _export, _verify, _push, _mmeb):
+        add_command(commands)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    # `--num_tokens`, as in Python and in recipes, is `--num-tokens`.
+    words = [re.sub(r"^--[\w-]+", lambda flag: flag[0].replace("_", "-"), word) for word in words]
+    options, rest = parser.parse_known_args(words)
+    given = vars(options)
+    run, debug = given.pop("run"), given.pop("debug")
+    if run is _run_train:
+        given["words"] = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        with one_line_errors(debug):
+            outcome = run(**given)
+        # Training comes back set up and not yet run: an error of a long run keeps its traceback.
+        return (outcome() if callable(outcome) else outcome) or 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def _command(commands: Any, name: str, run: Any, description: str, example: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=description[0].lower() + description.partition(".")[0][1:],
+        description=description,
+        epilog=f"example: {example}",
+    )
+    # Without a default, which would overwrite `btok --debug COMMAND`.
+    parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show an error's traceback")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_tokens(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "add-tokens",
+        _run_add_tokens,
+        "Turn a base checkpoint into a repository with Bottleneck Tokens, ready to train.",
+        "btok add-tokens Qwen/Qwen2-VL-2B-Instruct btok-start --max-pixels 501760",
+    )
+    parser.add_argument("base", help="folder or Hub id of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint")
+    parser.add_argument("output_dir", help="folder to write")
+    parser.add_argument("--num-tokens", type=int, default=4, help="K; 0 is last-token pooling (default: %(default)s)")
+    parser.add_argument(
+        "--noise-std", type=float, default=0.0, help="noise on the rows, relative to the EOS row's std"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
+    parser.add_argument("--min-pixels", type=int, help="enlarge smaller images to this many pixels")
+    parser.add_argument("--max-pixels", type=int, help="reduce larger images and frames to this many pixels")
+    parser.add_argument("--query-prompt", help="instruction for queries")
+    parser.add_argument("--document-prompt", help="instruction for documents")
+    parser.add_argument("--dtype", default="auto", help="precision to load and save in (default: the checkpoint's)")
+    parser.add_argument("--revision", help="branch, tag or commit of the base on the Hub")
+
+
+def _run_add_tokens(query_prompt: str | None, document_prompt: str | None, output_dir: str, **options: Any) -> None:
+    from btok_hf.bottleneck import add_bottleneck_tokens
+    from btok_hf.files import check_writable
+
+    check_writable(output_dir)
+    prompts = {"query": query_prompt, "document": document_prompt}
+    add_bottleneck_tokens(
+        output_dir=output_dir, prompts={name: text for name, text in prompts.items() if text}, **options
+    )
+    print(f"Written to {output_dir}")
+
+
+def _train(commands: Any) -> None:
+    parser = commands.add_parser(
+        "train", help="train with condensation and write the repository to publish", add_help=False
+    )
+    parser.set_defaults(run=_run_train)
+
+
+def _run_train(words: list[str]) -> Callable[[], None]:
+    """`training/train.py`, whose own parser reads the flags: as many as the Trainer has, and a YAML file."""
+    from btok_hf.training.train import set_up
+
+    return set_up(words).run
+
+
+def _export(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "export",
+        _run_export,
+        "Export a training checkpoint (complete, or adapters) as a Hub repository.",
+        "btok export btok-run/checkpoint-1000 btok-mine",
+    )
+    parser.add_argument("checkpoint", help="folder or Hub id: a checkpoint of CondensationTrainer, or a repository")
+    parser.add_argument("output_dir", help="folder to write")
+    parser.add_argument("--adapter-only", action="store_true", help="write only the adapters; the base stays apart")
+    parser.add_argument("--base-model", help="with --adapter-only: Hub id of what the adapters were trained on")
+    parser.add_argument("--max-shard-size", default="50GB", help="largest weight file (default: %(default)s)")
+
+
+def _run_export(
+    checkpoint: str, output_dir: str, adapter_only: bool, base_model: str | None, max_shard_size: str
+) -> None:
+    from btok_hf.export import export_adapters, export_model
+    from btok_hf.files import check_writable
+    from btok_hf.sentence_transformer import BTokSentenceTransformer
+
+    if base_model and not adapter_only:
+        raise ValueError("--base-model goes with --adapter-only: merged weights have no base.")
+    if Path(output_dir).resolve() == Path(checkpoint).resolve():
+        raise ValueError(
+            "output_dir is the checkpoint itself, which could not be trained on afterwards; name another."
+        )
+    check_writable(output_dir)
+    model = BTokSentenceTransformer(checkpoint, device="cpu")
+    if adapter_only:
+        export_adapters(model, output_dir, base_model)
+    else:
+        export_model(model, output_dir, max_shard_size=max_shard_size)
+    print(f"Exported to {output_dir}")
+
+
+def _verify(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "verify",
+        _run_verify,
+        "Load a repository in a fresh process with stock loaders and compare it with its golden vectors.",
+        "btok verify org/btok-2b --revision main",
+    )
+    parser.add_argument("path_or_repo", help="folder or Hub id of an exported repository")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--device", default="cpu", help="where to embed (default: %(default)s)")
+
+
+def _run_verify(**options: Any) -> None:
+    from btok_hf.hub import verify
+
+    print(f"verified: largest difference {verify(**options):.1e}")
+
+
+def _push(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "push",
+        _run_push,
+        "Upload an exported repository to the Hub in one commit. The token comes from HF_TOKEN or `hf auth login`; it "
+        "is no flag, because other users of the machine can see flags.",
+        "btok push btok-mine org/btok-2b --private",
+    )
+    parser.add_argument("path", help="folder written by `btok export` or `btok add-tokens`")
+    parser.add_argument("repo_id", help="where to; created if there is none")
+    parser.add_argument("--private", action="store_true", default=None, help="create, or expect, a private repository")
+    parser.add_argument("--revision", help="branch to commit to; made from the main branch if there is none")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
+    parser.add_argument("--commit-message", default=argparse.SUPPRESS, help="first line of the commit's message")
+
+
+def _run_push(**options: Any) -> None:
+    from btok_hf.hub import push
+
+    print(push(**options))
+
+
+def _mmeb(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "mmeb",
+        _run_mmeb,
+        "Evaluate a Sentence-Transformers model on MMEB-V2. After a kill the same command goes on. Several processes "
+        "share the work: accelerate launch -m btok_hf mmeb …",
+        "btok mmeb --model org/btok-2b --data MMEB-V2 --modality image,visdoc --output results/btok-2b",
+    )
+    parser.add_argument("--model", required=True, help="folder or Hub id")
+    parser.add_argument("--data", required=True, help="folder of the benchmark (see docs/evaluation.md)")
+    parser.add_argument("--output", required=True, help="folder for scores, rankings and report")
+    parser.add_argument("--modality", type=_names, help="image, video, visdoc, separated by commas (default: all)")
+    parser.add_argument("--datasets", type=_names, help="names of datasets, separated by commas (default: all)")
+    parser.add_argument("--limit", type=int, help="only the first queries of each dataset, to try things out")
+    parser.add_argument(
+        "--batch-tokens", type=int, default=16384, help="tokens of a forward pass, about (default: %(default)s)"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
+    parser.add_argument("--dtype", default="auto", help="precision to load in (default: the checkpoint's)")
+    parser.add_argument("--max-pixels", type=int, help="reduce larger images and frames to this many pixels")
+    parser.add_argument("--prompt", help="instruction for every input (default: the model's default)")
+    parser.add_argument("--eval-task", help="id in eval.yaml of the benchmark on the Hub: writes .eval_results")
+    parser.add_argument("--cache", help="folder for embeddings (default: embeddings in the output folder)")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _run_mmeb(
+    model: str,
+    data: str,
+    output: str,
+    revision: str | None,
+    dtype: str,
+    max_pixels: int | None,
+    modality: list[str] | None,
+    cache: str | None,
+    **options: Any,
+) -> int:
+    from accelerate import PartialState
+
+    from btok_hf.evaluation import mmeb
+
+    loaded = mmeb.load_model(
+        model, revision=revision, dtype=dtype, max_pixels=max_pixels, device=str(mmeb.processes().device)
+    )
+    _, errors = mmeb.evaluate(
+        loaded, data, output, modalities=modality, name=Path(model).name, cache_dir=cache, **options
+    )
+    PartialState().destroy_process_group()  # torch aborts some processes at their exit otherwise
+    return int(bool(errors))

@@ -1,0 +1,106 @@
+"""Rows of pairs → a batch of features: sides, negatives, target tokens, hashes of content."""
+
+from dataclasses import dataclass
+
+import torch
+from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+
+from btok_hf.features import IGNORED, PIXEL_KEYS
+from btok_hf.inputs import content_hash, text_of
+from btok_hf.training.condensation_config import CONDENSE, CondensationConfig
+from btok_hf.training.data import check_columns, decode_cell
+
+
+@dataclass
+class CondensationCollator(SentenceTransformerDataCollator):
+    """Batches rows with `query`, `positive`, negatives and, for the side to generate, target tokens.
+
+    A target is `<|im_start|>assistant\\n` (unsupervised) + text + `<|im_end|>` (supervised), as in arXiv 2604.11095.
+
+    What a batch holds more than once (the labels of label datasets, with the same target) is preprocessed and encoded
+    once; `…_rows`, int64 of shape `(batch,)`, then says which encoded row each row of the batch is. With sharded
+    parameters that is off: processes must have equally many rows to encode.
+    """
+
+    tokenizer: object = None
+    args: CondensationConfig = None
+    deduplicate: bool = True
+    prompt = "<|im_start|>assistant\n"
+
+    def __call__(self, features):
+        dataset_name = features[0].get("dataset_name")
+        columns = check_columns(features[0], dataset_name)
+        name = {} if dataset_name is None else {"dataset_name": dataset_name}
+        # Every query is compared with every negative, so they need no columns, and a row may lack some.
+        negatives = []
+        for column in columns[2:]:
+            for row in features:
+                cell = row[column] if column == "negatives" else [row[column]]
+                negatives += [decode_cell(value) for value in cell or () if value is not None]
+        sides = {side: [decode_cell(row[side]) for row in features] for side in ("query", "positive")}
+        if negatives:
+            sides["negative"] = negatives
+        targets = {}
+        if self.args.condensation_weight:
+            for encoded, generated in CONDENSE[self.args.condense_for(dataset_name)]:
+                targets[encoded] = [self._target_text(row, generated, dataset_name) for row in features]
+        batch = {}
+        for side, values in sides.items():
+            hashes = [content_hash(value) for value in values]
+            texts = targets.get(side)
+            kept = list(range(len(values)))
+            if self.deduplicate:
+                first = {}
+                # By type too: "photo.png" is read as a file, {"text": "photo.png"} is a text.
+                keys = list(zip(hashes, map(type, values), texts or hashes))
+                kept = [index for index, key in enumerate(keys) if first.setdefault(key, index) == index]
+                if len(kept) < len(values):
+                    place = {keys[index]: number for number, index in enumerate(kept)}
+                    batch[f"{side}_rows"] = torch.tensor([place[key] for key in keys])
+            batch.update(super().__call__([{side: values[index], **name} for index in kept]))
+            for key in (f"{side}_{pixels}" for pixels in PIXEL_KEYS):
+                if self.args.bf16 and key in batch:  # which is what the vision tower would make of them
+                    batch[key] = batch[key].to(torch.bfloat16)
+            if texts:
+                texts = [texts[index] for index in kept]
+                batch[f"{side}_target_ids"], batch[f"{side}_target_labels"] = self._tokenize(texts)
+            if self.args.mask_false_negatives:
+                batch[f"{side}_hashes"] = torch.tensor([[value] * 2 for value in hashes])
+        if self.args.mask_false_negatives:
+            for row, positive in zip(features, batch["positive_hashes"]):
+                if row.get("group") is not None:
+                    positive[1] = content_hash({"group": row["group"]})
+        return batch
+
+    def maybe_warn_about_column_order(self, column_names):
+        """Nothing: the order is this class's own."""
+
+    def _target_text(self, row, generated, dataset_name):
+        text = text_of(row["target"] if row.get("target") is not None else row[generated])
+        if text is None:
+            raise ValueError(
+                f"Condensation generates the text of {generated!r}, but a row of "
+                f"{'the dataset' if dataset_name is None else repr(dataset_name)} has none there (it holds "
+                f"{type(row[generated]).__name__}). Set condense to the other side or to 'none' for this dataset, or "
+                "add a text column 'target'."
+            )
+        return text
+
+    def _tokenize(self, texts):
+        """Target ids and labels, each (batch, 1, length).
+
+        The middle axis is there because GradCache cuts the padding off every tensor whose second axis is as long as
+        the rows of the encoded side, and target lengths have nothing to do with those.
+        """
+        # As in the embedding chat template: no text may become a special token.
+        texts = [text.replace("<|", "< |") for text in texts]
+        prompt = self.tokenizer(self.prompt, add_special_tokens=False)["input_ids"]
+        end = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        limit = self.args.max_target_length
+        bodies = [[*self.tokenizer(text, add_special_tokens=False)["input_ids"][:limit], end] for text in texts]
+        pad = {"batch_first": True, "padding_side": "right"}
+        ids = [torch.tensor(prompt + body) for body in bodies]
+        labels = [torch.tensor([IGNORED] * len(prompt) + body) for body in bodies]
+        ids = torch.nn.utils.rnn.pad_sequence(ids, padding_value=end, **pad)
+        labels = torch.nn.utils.rnn.pad_sequence(labels, padding_value=IGNORED, **pad)
+        return ids[:, None], labels[:, None]
