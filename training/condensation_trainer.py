@@ -244,8 +244,8 @@ class CondensationTrainer(SentenceTransformerTrainer):
             free = shutil.disk_usage(nearest_existing(folder)).free / 1e9
             raise RuntimeError(
                 f"{folder} could not be written ({type(error).__name__}: {error}; {free:.1f} GB are free there). The "
-                f"newest complete checkpoint is {newest_complete(folder.parent)}. Free space or name another output_dir, "
-                "then go on with resume_from_checkpoint."
+                f"newest complete checkpoint is {newest_complete(folder.parent)}. Free space or name another "
+                "output_dir, then go on with resume_from_checkpoint."
             ) from error
         finally:
             self.args.save_total_limit = limit
