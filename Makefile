@@ -8,7 +8,7 @@ SETUP := $(VENV)/.installed
 FLOOR := torch==2.11.0 torchvision==0.26.0 transformers==5.17.0 sentence-transformers==6.2.0 \
 	peft==0.21.0 trl==1.8.0 datasets==4.8.0 accelerate==1.12.0
 
-.PHONY: demo test test-floor bench lint clean
+.PHONY: demo test test-floor bench lint types clean
 
 demo: $(SETUP)
 	$(BIN)/python examples/demo.py
@@ -27,12 +27,18 @@ bench: $(SETUP)
 	$(BIN)/python benchmarks/gpu.py --steps correctness attention compile batch
 	$(BIN)/python benchmarks/tables.py
 
-lint: $(SETUP)
+lint: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# mypy follows no import hooks: it reads the packages from a tree of links that looks like the installed one.
+types: $(SETUP)
+	rm -rf build/types && mkdir -p build/types/btok_hf
+	ln -s $(CURDIR)/btok_hf/* $(CURDIR)/modeling $(CURDIR)/training $(CURDIR)/hub_card build/types/btok_hf
+	cd build/types && $(abspath $(BIN))/python -m mypy --config-file $(CURDIR)/pyproject.toml -p btok_hf
+
 clean:
-	rm -rf $(VENV) .venv-floor runs build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-floor runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 # torch and torchvision come from the registry in one command, so that their builds match.
 $(SETUP): pyproject.toml

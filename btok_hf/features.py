@@ -3,6 +3,7 @@
 Everything lies on the host until `condense` packs a mini-batch and copies to the device what its forward needs.
 """
 
+from collections import UserDict
 from typing import TypedDict
 
 from torch import Tensor
@@ -43,3 +44,11 @@ class BatchFeatures(TypedDict, total=False):
     condensation_mask: bool
     sentence_embedding: Tensor
     condensation_loss: Tensor
+
+
+class HostFeatures(UserDict):
+    """Features that a wrapped model gets as they are.
+
+    DDP and FSDP copy the tensors of a dict to the device before the module sees it; `condense` would have to fetch
+    them back. They leave alone what is no dict.
+    """

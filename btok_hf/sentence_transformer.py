@@ -18,6 +18,7 @@ from tqdm import tqdm
 from btok_hf.adapters import has_adapters, load_adapters, merge_adapters
 from btok_hf.condensation import condense, reconstruct
 from btok_hf.export import stock_model, untied_head, write_repository
+from btok_hf.features import IGNORED, PIXEL_KEYS
 from btok_hf.inputs import ImageLimits, check_input, estimate_tokens, is_messages
 from btok_hf.modeling.modeling_btok import bottleneck_token_ids, last_positions, load_stock_model
 
@@ -112,6 +113,7 @@ class BottleneckTransformer(Transformer):
         return features
 
     def forward(self, features, **kwargs):
+        """Embed a mini-batch, and predict its targets if it has any. Features stay where they are, on the host."""
         target_ids, labels = features.get("target_ids"), features.get("target_labels")
         condensed = condense(
             self.model,
@@ -121,21 +123,22 @@ class BottleneckTransformer(Transformer):
             condensation_mask=features.get("condensation_mask", True),
             lm_head=None if self.lm_head is None else self.lm_head.weight,
         )
-        features["sentence_embedding"] = condensed.embeddings + self._tie_in_vision(features)
+        # A dict, because DDP and FSDP look for the outputs' tensors in it.
+        outputs = {**features, "sentence_embedding": condensed.embeddings + self._tie_in_vision(features)}
         if target_ids is not None:
-            rows = (labels[:, 0] != -100).nonzero()[:, 0]
+            rows = (labels[:, 0] != IGNORED).nonzero()[:, 0].to(condensed.token_losses.device)
             losses = condensed.token_losses.new_zeros(len(target_ids))
-            features["condensation_loss"] = losses.index_add(0, rows, condensed.token_losses)
-        return features
+            outputs["condensation_loss"] = losses.index_add(0, rows, condensed.token_losses)
+        return outputs
 
     def _tie_in_vision(self, features):
         """0, with zero gradients for the vision tower of a batch without media.
 
         Processes that shard or average gradients must all have the same ones, and another's batch may hold media.
         """
-        zero = features["input_ids"].new_zeros((), dtype=torch.float32)
+        zero = torch.zeros((), device=self.model.device)
         shared = distributed.is_available() and distributed.is_initialized()
-        if not shared or any(features.get(key) is not None for key in ("pixel_values", "pixel_values_videos")):
+        if not shared or any(features.get(key) is not None for key in PIXEL_KEYS):
             return zero
         return sum((p.flatten()[:0].sum() for p in self.model.visual.parameters() if p.requires_grad), zero)
 
@@ -263,13 +266,9 @@ class BTokSentenceTransformer(SentenceTransformer):
             `list[str]`
         """
         module, tokenizer = self[0], self.tokenizer
-        features = {
-            key: value.to(self.device) if torch.is_tensor(value) else value
-            for key, value in module.preprocess(inputs, prompt=prompt).items()
-        }
         ids = reconstruct(
             module.model,
-            features,
+            module.preprocess(inputs, prompt=prompt),
             tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"],
             tokenizer.convert_tokens_to_ids("<|im_end|>"),
             max_new_tokens=max_new_tokens,

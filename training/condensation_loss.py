@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from btok_hf.condensation import backbone_and_head
-from btok_hf.features import IGNORED, PIXEL_KEYS
+from btok_hf.features import IGNORED, PIXEL_KEYS, HostFeatures
 
 SCORE_ROWS = 1024  # queries whose scores against all candidates are alive at once
 
@@ -94,7 +94,8 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
         self.condensation_weight = condensation_weight
         self.condensation_mask = condensation_mask
         self.infonce = self.condensation = self.cached = None
-        self._hashes = self._rows = None
+        # Of the batch in work: hashes and encoded rows of each side, queries, positives and negatives of each process.
+        self._hashes = self._rows = self._sizes = None
         self._per_token = 0.0
 
     def forward(self, sentence_features, labels=None):
@@ -118,11 +119,13 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
             feature["cu_seq_lens_q"] = F.pad(lengths.cumsum(0), (1, 0))
         ranges = [_minibatch_ranges(x, self.mini_batch_size, self.mini_batch_num_tokens) for x in features]
         self.cached = any(len(column) > 1 for column in ranges)
-        self._check_equal_work(sum(map(len, ranges)), features[0]["input_ids"].device)
+        self._check_equal_work(sum(map(len, ranges)))
+        # Before the first kernel is queued, for which reading the answer would have to wait.
+        self._sizes = self._gather_batch_sizes(features) if self.gather_across_devices else None
         if torch.is_grad_enabled() and not self.cached:
             # One forward with gradients instead of two.
-            whole = [(feature, *column[0]) for feature, column in zip(features, ranges)]
-            return self.calculate_loss([[self.embed_minibatch(*column, True, False)[0]] for column in whole])
+            sides = [(feature, *column[0]) for feature, column in zip(features, ranges)]
+            return self.calculate_loss([[self.embed_minibatch(*side, True, False)[0]] for side in sides])
         if torch.is_grad_enabled() and self._vision_is_frozen():
             for feature in features:
                 feature["vision"] = {}
@@ -135,11 +138,20 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
         (model,) = self._inner
         return backbone_and_head(model[0].model)[0]
 
-    def _check_equal_work(self, mini_batches, device):
+    @property
+    def _device(self):
+        return self._backbone().device
+
+    def _gather_batch_sizes(self, features):
+        """Numbers of queries, positives and negatives of each process, `list[list[int]]`."""
+        sizes = [len(x["input_ids"] if rows is None else rows) for x, rows in zip(features, self._rows)]
+        return _gather_sizes([*sizes[:2], sum(sizes[2:])], self._device).tolist()
+
+    def _check_equal_work(self, mini_batches):
         """With sharded parameters every forward takes all processes: unequally many would hang."""
         if not any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in self.model.parameters()):
             return
-        work = _gather_sizes([mini_batches, self.cached], device)
+        work = _gather_sizes([mini_batches, self.cached], self._device)
         if (work != work[:, :1]).any():
             raise ValueError(
                 f"The processes have {work[0].tolist()} mini-batches in this step. With sharded parameters (FSDP, "
@@ -155,14 +167,15 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
             if "target_ids" in feature
         ]
         count = sum(part.sum() for part in counts)
-        count = torch.as_tensor(count, device=features[0]["input_ids"].device, dtype=torch.float32)
         world_size = 1
         if distributed.is_available() and distributed.is_initialized():
             # Every process takes part, targets or not. The gradients are averaged over processes afterwards.
+            count = torch.as_tensor(count, device=self._device, dtype=torch.float32)
             distributed.all_reduce(count)
             world_size = distributed.get_world_size()
-        self._per_token = world_size / max(count.item(), 1)
-        return torch.zeros_like(count) if count.item() else None
+        count = int(count)
+        self._per_token = world_size / max(count, 1)
+        return torch.zeros((), device=self._device) if count else None
 
     def embed_minibatch(self, sentence_feature, begin, end, with_grad, copy_random_state, random_state=None):
         """Embeddings of rows `begin` to `end` with the condensation column, shape (rows, hidden + 1)."""
@@ -180,28 +193,29 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
         else:
             minibatch.pop("target_ids", None), minibatch.pop("target_labels", None)
         with random_state or nullcontext(), nullcontext() if with_grad else torch.no_grad():
-            random_state = RandContext(*minibatch.values()) if copy_random_state else None
+            # Any tensor on the device tells which random states to keep.
+            random_state = RandContext(torch.empty(0, device=self._device)) if copy_random_state else None
             if vision is None:
-                output = self.model(minibatch)
+                output = self.model(HostFeatures(minibatch))
             else:
                 memory = vision.pop(begin) if begin in vision else vision.setdefault(begin, [])
                 for key in minibatch.keys() & PIXEL_KEYS if memory else ():
                     minibatch[key] = minibatch[key][:0]  # nobody looks at them again
                 with cached_vision(self._backbone(), memory):
-                    output = self.model(minibatch)
+                    output = self.model(HostFeatures(minibatch))
         embeddings = output["sentence_embedding"]
         losses = output.get("condensation_loss")
         if losses is None:
             losses = embeddings.new_zeros(len(embeddings))
         elif self.condensation is not None:
-            shown = losses.detach() if copies is None else losses.detach() * copies
+            shown = losses.detach() if copies is None else losses.detach() * copies.to(losses.device)
             self.condensation += shown.sum() * self._per_token
         return torch.cat([embeddings, losses[:, None]], 1), random_state
 
     def calculate_loss(self, reps, labels=None, *, with_backward=False):
         """InfoNCE of the embedding columns plus λ times the condensation column."""
         columns = [torch.cat(column) for column in reps]
-        columns = [x if rows is None else x[rows] for x, rows in zip(columns, self._rows)]
+        columns = [x if rows is None else x[rows.to(x.device)] for x, rows in zip(columns, self._rows)]
         infonce = self._infonce([column[:, :-1] for column in columns])
         self.infonce = infonce.detach()
         condensation = torch.cat([column[:, -1] for column in columns]).sum() * self._per_token
@@ -213,9 +227,9 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
 
     def _infonce(self, columns):
         """InfoNCE of this process's queries against the candidates of all processes, a scalar."""
-        hashes = self._hashes
-        if any(hash is None for hash in hashes):
-            hashes = [columns[0].new_empty(len(column), 0, dtype=torch.long) for column in columns]
+        hashes = [x.new_empty(len(x), 0, dtype=torch.long) for x in columns]
+        if all(given is not None for given in self._hashes):
+            hashes = [given.to(x.device) for x, given in zip(columns, self._hashes)]
         # Negatives are one block, which may be empty: processes need not have equally many.
         parts = [
             (columns[0], hashes[0]),
@@ -224,9 +238,8 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
         ]
         rows, first = len(columns[0]), 0
         if self.gather_across_devices:
-            sizes = _gather_sizes([len(part) for part, _ in parts], columns[0].device)
-            parts = [tuple(_gather(tensor, n) for tensor in part) for part, n in zip(parts, sizes.tolist())]
-            first = int(sizes[0, : distributed.get_rank()].sum())
+            parts = [tuple(_gather(tensor, n) for tensor in part) for part, n in zip(parts, self._sizes)]
+            first = sum(self._sizes[0][: distributed.get_rank()])
         (queries, query_ids), (positives, positive_ids), (negatives, negative_ids) = parts
 
         own = torch.arange(first, first + rows, device=queries.device)

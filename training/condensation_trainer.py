@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from btok_hf.adapters import add_adapters, has_adapters
 from btok_hf.export import export_model
-from btok_hf.features import IGNORED, PIXEL_KEYS
+from btok_hf.features import IGNORED
 from btok_hf.files import check_writable, nearest_existing, write_files
 from btok_hf.sentence_transformer import BTokSentenceTransformer
 from btok_hf.training.checkpoints import (
@@ -104,7 +104,7 @@ class CondensationTrainer(SentenceTransformerTrainer):
 
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
-        loader.device = None  # the next method moves what should be moved
+        loader.device = None  # a batch stays on the host
         return loader
 
     def get_eval_dataloader(self, *args, **kwargs):
@@ -113,10 +113,8 @@ class CondensationTrainer(SentenceTransformerTrainer):
         return loader
 
     def _prepare_inputs(self, inputs):
-        """Move a batch to the device, but not its pixels, up to 24 bytes each: `condense` moves a mini-batch's."""
-        pixels = {key: value for key, value in inputs.items() if key.endswith(PIXEL_KEYS)}
-        rest = {key: value for key, value in inputs.items() if key not in pixels}
-        return {**super()._prepare_inputs(rest), **pixels}
+        """Nothing is moved: a batch stays on the host, and `condense` copies what a mini-batch needs to the device."""
+        return inputs
 
     def get_default_loss(self, model):
         return CondensationLoss(
@@ -164,7 +162,7 @@ class CondensationTrainer(SentenceTransformerTrainer):
         masks = [value for key, value in inputs.items() if key.endswith("_attention_mask")]
         targets = [value != IGNORED for key, value in inputs.items() if key.endswith("_target_labels")]
         self._samples += len(inputs.get("query_rows", masks[0])) * self.args.world_size
-        self._tokens += sum(counted.sum() for counted in masks + targets) * self.args.world_size
+        self._tokens += sum(int(counted.sum()) for counted in masks + targets) * self.args.world_size
         loss = super().training_step(model, inputs, num_items_in_batch)
         # The second GradCache pass, in which the condensation loss is computed, happened in the backward pass.
         self._track()
@@ -192,7 +190,7 @@ class CondensationTrainer(SentenceTransformerTrainer):
             logs = {
                 **logs,
                 "samples_per_second": round(self._samples / seconds, 1),
-                "tokens_per_second": round(int(self._tokens) / seconds),
+                "tokens_per_second": round(self._tokens / seconds),
             }
             self._tokens, self._samples, self._since = 0, 0, None
         super().log(logs, start_time)
