@@ -8,7 +8,7 @@ SETUP := $(VENV)/.installed
 FLOOR := torch==2.11.0 torchvision==0.26.0 transformers==5.17.0 sentence-transformers==6.2.0 \
 	peft==0.21.0 trl==1.8.0 datasets==4.8.0 accelerate==1.12.0
 
-.PHONY: demo test test-floor bench lint types clean
+.PHONY: demo test test-floor bench lint types format docs clean
 
 demo: $(SETUP)
 	$(BIN)/python examples/demo.py
@@ -37,8 +37,16 @@ types: $(SETUP)
 	ln -s $(CURDIR)/btok_hf/* $(CURDIR)/modeling $(CURDIR)/training $(CURDIR)/hub_card build/types/btok_hf
 	cd build/types && $(abspath $(BIN))/python -m mypy --config-file $(CURDIR)/pyproject.toml -p btok_hf
 
+format: $(SETUP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Strict: a broken link or an unknown name is an error. The variable silences an advertisement.
+docs: $(SETUP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
 clean:
-	rm -rf $(VENV) .venv-floor runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-floor runs build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 # torch and torchvision come from the registry in one command, so that their builds match.
 $(SETUP): pyproject.toml
