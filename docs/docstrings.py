@@ -10,6 +10,7 @@ from typing import Any
 import griffe
 
 ARGUMENT = re.compile(r"^( *[*\w, ]+) \((`.*?|\*optional\*)\):", flags=re.M)
+REFERENCE = re.compile(r"\[(`[\w.]+`)\](?![\[(])")  # [`name`]
 RETURN = re.compile(r"(?<=\nReturns:\n)( +)(`[^`]+`(?: of shapes? `[^`]+`)?):?", flags=re.M)
 SUBPACKAGES = ("modeling", "training", "hub_card")
 
@@ -18,7 +19,8 @@ class TransformersDocstrings(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring:
             text = ARGUMENT.sub(lambda m: f"{m[1]} ({re.sub('[`*]', '', m[2])}):", obj.docstring.value)
-            obj.docstring.value = RETURN.sub(lambda m: f"{m[1]}{m[2].replace('`', '')}:", text)
+            text = RETURN.sub(lambda m: f"{m[1]}{m[2].replace('`', '')}:", REFERENCE.sub(r"\1", text))
+            obj.docstring.value = text
 
     def on_package(self, *, pkg: griffe.Module, loader: griffe.GriffeLoader, **kwargs: Any) -> None:
         """Top-level folders that are subpackages once installed (`package-dir` in pyproject.toml)."""

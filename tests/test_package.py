@@ -1,4 +1,4 @@
-"""What a user meets first: installation, imports, the README."""
+"""What a user meets first: installation and imports."""
 
 import ast
 import re
@@ -9,7 +9,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import image
 
 import btok_hf
 
@@ -100,21 +99,3 @@ def test_training_script_shows_its_flags():
         "--eval_file",
     ):
         assert flag in run.stdout
-
-
-def test_readme_snippets_run(repo, bases, tmp_path, monkeypatch):
-    """Every Python block, in order, in one folder; only the names of models and the number of steps are ours."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("photo.png", "page1.png", "page2.png"):
-        image(60, 60).save(name)
-    Path("pairs.jsonl").write_text("".join(f'{{"query": "q {i}", "positive": "p {i}"}}\n' for i in range(8)))
-    readme = (ROOT / "README.md").read_text("utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.S)
-    assert len(blocks) == 4
-    names = {}
-    for block in blocks:
-        block = block.replace("org/btok-2b", repo).replace("Qwen/Qwen2-VL-2B-Instruct", bases["qwen2_vl"])
-        block = block.replace("max_steps=1000", "max_steps=1, use_cpu=True")
-        block = block.replace('push("btok-mine", "org/btok-mine", private=True)', "")  # tests/test_hub.py does
-        exec(compile(block, "README.md", "exec"), names)
-    assert Path("btok-mine", "modules.json").is_file() and Path("btok-mine", "model.safetensors").is_file()
