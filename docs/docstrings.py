@@ -11,6 +11,7 @@ import griffe
 
 ARGUMENT = re.compile(r"^( *[*\w, ]+) \((`.*?|\*optional\*)\):", flags=re.M)
 REFERENCE = re.compile(r"\[(`[\w.]+`)\](?![\[(])")  # [`name`]
+RAISED = re.compile(r"^( +\w+Error)((?:, \w+Error)+):", flags=re.M)
 RETURN = re.compile(r"(?<=\nReturns:\n)( +)(`[^`]+`(?: of shapes? `[^`]+`)?):?", flags=re.M)
 SUBPACKAGES = ("modeling", "training", "hub_card")
 
@@ -19,6 +20,7 @@ class TransformersDocstrings(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring:
             text = ARGUMENT.sub(lambda m: f"{m[1]} ({re.sub('[`*]', '', m[2])}):", obj.docstring.value)
+            text = RAISED.sub(lambda m: f"{m[1]}{m[2].replace(',', ' |')}:", text)
             text = RETURN.sub(lambda m: f"{m[1]}{m[2].replace('`', '')}:", REFERENCE.sub(r"\1", text))
             obj.docstring.value = text
 
