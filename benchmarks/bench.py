@@ -22,10 +22,9 @@ import transformers
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-sys.path.insert(0, str(ROOT / "benchmarks" / "unified"))
-from tasks import books, build_base, draw, emoji, page  # noqa: E402
+from benchmarks.unified.tasks import books, build_base, draw, emoji, page
 
-from btok_hf import add_bottleneck_tokens  # noqa: E402
+from btok_hf import add_bottleneck_tokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Qwen2-VL-2B, and a model of a sixth of its width and less than half of its depth, which two CPU cores can run.

@@ -4,7 +4,7 @@ The whole path is run, from files to scores: a dataset of pages in its published
 1,000 queries, with a function that returns a random vector of 1,536 numbers (the size of Qwen2-VL-2B) for each input.
 Every size runs in a process of its own, whose peak holds Python and its libraries too.
 
-    python benchmarks/corpus_memory.py            # about 10 minutes on one CPU core, 4 GB of disk
+    python -m benchmarks.corpus_memory            # about 10 minutes on one CPU core, 4 GB of disk
 """
 
 import argparse
@@ -88,14 +88,14 @@ def main():
     rows = []
     for pages in SIZES:
         # Nothing large is imported here: a process's peak counts what it was forked from.
-        command = [sys.executable, __file__, "--one", str(pages)]
+        command = [sys.executable, "-m", __spec__.name, "--one", str(pages)]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         rows.append(json.loads(output.splitlines()[-1]))
         print(rows[-1], flush=True)
     from importlib.metadata import version
 
     report = {
-        "command": "python benchmarks/corpus_memory.py",
+        "command": "python -m benchmarks.corpus_memory",
         "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), no GPU",
         "versions": {name: version(name) for name in ("torch", "numpy", "pyarrow")},
         "rows": rows,

@@ -1,6 +1,6 @@
 """The way of the data: decoding, and whether training waits for it.
 
-    python benchmarks/data_path.py    # 3 minutes on one CPU core with --rounds 5
+    python -m benchmarks.data_path    # 3 minutes on one CPU core with --rounds 5
 
 It writes benchmarks/results/data_path.json.
 
@@ -10,7 +10,7 @@ worker processes. On CPUs, workers and model share the cores; on a GPU they do n
 
 import time
 
-from bench import DEVICE, ROOT, arguments, compare, images, record, repository, show, summary
+from benchmarks.bench import DEVICE, ROOT, arguments, compare, images, record, repository, show, summary
 from datasets import Dataset
 from PIL import Image
 

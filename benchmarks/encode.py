@@ -1,6 +1,6 @@
 """Speed of encoding: what Bottleneck Tokens cost, and this library against stock Sentence-Transformers.
 
-    python benchmarks/encode.py    # three quarters of an hour on two CPU cores
+    python -m benchmarks.encode    # three quarters of an hour on two CPU cores
 
 It writes benchmarks/results/encode.json.
 
@@ -11,7 +11,7 @@ against `SentenceTransformer.encode` on uniform and ragged inputs; and where the
 from functools import partial
 
 import torch
-from bench import (
+from benchmarks.bench import (
     DEVICE,
     arguments,
     compare,

@@ -4,7 +4,7 @@ A batch of 128 holds each of the few categories many times, so without the mask 
 right answer. Trains the same small model from scratch with the mask and without, and classifies drawings that neither
 saw.
 
-    python benchmarks/false_negatives.py        # minutes on 2 CPU cores
+    python -m benchmarks.false_negatives        # minutes on 2 CPU cores
 """
 
 import argparse
@@ -21,8 +21,7 @@ from btok_hf.training import CondensationConfig, CondensationTrainer
 from btok_hf.training.data import retrieval_evaluator
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-from prepare_emoji import build_base, draw  # noqa: E402
+from examples.prepare_emoji import build_base, draw
 
 
 def pairs(rows, seed=None, copies=1):

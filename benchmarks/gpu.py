@@ -1,7 +1,7 @@
 """Everything that needs a GPU, in one call: correctness first, then speed and memory at the size of Qwen2-VL-2B.
 
-    python benchmarks/gpu.py                    # writes benchmarks/results/gpu.json and, on a GPU, *-gpu.json
-    python benchmarks/gpu.py --steps correctness attention
+    python -m benchmarks.gpu                    # writes benchmarks/results/gpu.json and, on a GPU, *-gpu.json
+    python -m benchmarks.gpu --steps correctness attention
 
 Without a GPU it runs the same steps at a small size on the CPU and says which figures wait for one.
 
@@ -19,7 +19,7 @@ import sys
 from functools import partial
 
 import torch
-from bench import (
+from benchmarks.bench import (
     DEVICE,
     ROOT,
     arguments,
@@ -34,7 +34,7 @@ from bench import (
     summary,
 )
 from torch.nn import functional as F
-from train_step import batch, contender
+from benchmarks.train_step import batch, contender
 
 from btok_hf import BTokSentenceTransformer
 from btok_hf.condensation import condense

@@ -1,6 +1,6 @@
 """How cost grows: encoding against length, batch and K; search against the size of the corpus.
 
-    python benchmarks/growth.py    # 9 minutes on one CPU core
+    python -m benchmarks.growth    # 9 minutes on one CPU core
 
 It writes benchmarks/results/growth.json and docs/results/growth.png.
 
@@ -16,7 +16,7 @@ import time
 import matplotlib
 import numpy as np
 import torch
-from bench import DEVICE, ROOT, arguments, exact_texts, names, peak_of, record, repository, show
+from benchmarks.bench import DEVICE, ROOT, arguments, exact_texts, names, peak_of, record, repository, show
 from sentence_transformers.util import semantic_search
 
 from btok_hf import BTokSentenceTransformer
@@ -76,7 +76,7 @@ def search(size, library):
 
 def alone(kind, threads, *values):
     """Measure in a process of its own."""
-    command = [sys.executable, __file__, "--one", json.dumps([kind, *values]), "--threads", str(threads)]
+    command = [sys.executable, "-m", __spec__.name, "--one", json.dumps([kind, *values]), "--threads", str(threads)]
     run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(run.stdout.splitlines()[-1])
 

@@ -5,7 +5,7 @@ adapters (rank 16, fp32) come on top with 0.15 GB. Weights are bf16 and hold con
 their values. Every setting runs in a process of its own. On a GPU the allocator's peak is measured, on a CPU the
 process's, Python and its libraries (0.6 to 0.8 GB) included.
 
-    python benchmarks/memory.py            # about 10 minutes on 2 CPU cores, 16 GB
+    python -m benchmarks.memory            # about 10 minutes on 2 CPU cores, 16 GB
 """
 
 import argparse
@@ -124,13 +124,13 @@ def main():
         return
     rows = []
     for setting in SETTINGS:
-        command = [sys.executable, __file__, "--one", json.dumps(setting)]
+        command = [sys.executable, "-m", __spec__.name, "--one", json.dumps(setting)]
         rows.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1]))
         print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.processor()} CPU"
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    result = {"command": "python benchmarks/memory.py", "machine": machine, "versions": versions, "rows": rows}
+    result = {"command": "python -m benchmarks.memory", "machine": machine, "versions": versions, "rows": rows}
     arguments.output.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
 
 

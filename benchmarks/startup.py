@@ -1,6 +1,6 @@
 """Start-up times: imports, and loading an exported repository against the stock load of the same files.
 
-    python benchmarks/startup.py    # 5 minutes on one CPU core with --rounds 3
+    python -m benchmarks.startup    # 5 minutes on one CPU core with --rounds 3
 
 It writes benchmarks/results/startup.json.
 
@@ -10,7 +10,7 @@ Every time is that of a fresh process, measured inside it; the processes alterna
 import subprocess
 import sys
 
-from bench import ROOT, arguments, record, repository, show, summary
+from benchmarks.bench import ROOT, arguments, record, repository, show, summary
 
 from btok_hf import BTokSentenceTransformer, export_model
 

@@ -1,6 +1,6 @@
 """Tables of docs/performance.md, from what the benchmarks wrote to benchmarks/results.
 
-python benchmarks/tables.py
+python -m benchmarks.tables
 """
 
 import json

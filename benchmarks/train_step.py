@@ -1,6 +1,6 @@
 """Speed and memory of a training step: packed condensation against what else one could do.
 
-    python benchmarks/train_step.py    # 16 minutes on one CPU core with --rounds 3
+    python -m benchmarks.train_step    # 16 minutes on one CPU core with --rounds 3
 
 It writes benchmarks/results/train_step.json.
 
@@ -21,7 +21,7 @@ import sys
 from unittest.mock import patch
 
 import torch
-from bench import (
+from benchmarks.bench import (
     DEVICE,
     ROOT,
     arguments,
@@ -255,7 +255,7 @@ def memory(size):
     settings += [("packed", size, "names", count, 32, False) for count in MEMORY_BATCHES]
     rows = []
     for setting in settings:
-        command = [sys.executable, __file__, "--one", json.dumps(setting), "--threads", str(torch.get_num_threads())]
+        command = [sys.executable, "-m", __spec__.name, "--one", json.dumps(setting), "--threads", str(torch.get_num_threads())]
         value = float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
         keys = ("contender", "size", "batch", "rows", "mini_batch", "checkpointing")
         rows.append(show({"table": "memory", **dict(zip(keys, setting)), "peak_gb": round(value, 3)}))

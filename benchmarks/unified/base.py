@@ -1,6 +1,6 @@
 """The base model of the unified benchmark: a small Qwen2-VL trained to generate, as the method's base models are.
 
-    python benchmarks/unified/base.py --size small        # minutes on 2 CPU cores
+    python -m benchmarks.unified.base --size small        # minutes on 2 CPU cores
 
 It starts from random weights and learns from the training rows alone to describe drawings, clips and figures, to read
 pages, to define terms and name what is defined, and to go on with textbook text: next-token prediction that sees the
@@ -15,8 +15,7 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import AutoProcessor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from tasks import CONDENSE, ROOT, books, build_base, prepare, training_sets
+from benchmarks.unified.tasks import CONDENSE, ROOT, books, build_base, prepare, training_sets
 
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens
 from btok_hf.training import CondensationConfig, CondensationLoss, CondensationTrainer
@@ -55,7 +54,7 @@ tags: [qwen2_vl]
 # Generative base of the unified benchmark ({size})
 
 A Qwen2-VL of {parameters:,} parameters, trained from random weights by
-`python benchmarks/unified/base.py --size {size}` to describe drawings, clips and figures, read pages, define terms and
+`python -m benchmarks.unified.base --size {size}` to describe drawings, clips and figures, read pages, define terms and
 go on with textbook text: {steps:,} steps of {batch} rows, {loss:.2f} nats a token at the end (mean over the last 200
 steps). All arms of the benchmark start from it. It is far too small to be of use for anything else.
 

@@ -1,6 +1,6 @@
 """What the Bottleneck Tokens keep: text decoded greedily from their keys and values alone, beside the input.
 
-    python benchmarks/unified/decode.py --size small --seed 0      # writes docs/results/small-decoded.png
+    python -m benchmarks.unified.decode --size small --seed 0      # writes docs/results/small-decoded.png
 
 The decoder does not see the input (`BTokSentenceTransformer.reconstruct`). Shown are inputs that no arm was trained
 on, for the arms that condensed in all steps. The printed table says how often the text begins with the right name,
@@ -15,10 +15,9 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from report import LABELS
-from run import model_folder
-from tasks import DRAWING, ROOT, books, clip, describe, draw, emoji, page, pages, square, strip
+from benchmarks.unified.report import LABELS
+from benchmarks.unified.run import model_folder
+from benchmarks.unified.tasks import DRAWING, ROOT, books, clip, describe, draw, emoji, page, pages, square, strip
 
 from btok_hf import BTokSentenceTransformer
 

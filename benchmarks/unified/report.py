@@ -1,6 +1,6 @@
 """Tables and pictures of the unified benchmark, from the ranks that `run.py` wrote.
 
-    python benchmarks/unified/report.py --size small      # fills the tables of docs/results.md; docs/results/*.png
+    python -m benchmarks.unified.report --size small      # fills the tables of docs/results.md; docs/results/*.png
 
 A task's score is its mean reciprocal rank in percent (the share of right choices for the motion task), an arm's score
 the mean over tasks. Two intervals, both at 95 %:
@@ -20,11 +20,9 @@ import matplotlib
 import numpy as np
 from scipy.stats import t as student
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from run import ARMS, RESULTS, TABLES
-from tables import insert
-from tasks import MOTION, ROOT, chance, score, tasks
+from benchmarks.unified.run import ARMS, RESULTS, TABLES
+from benchmarks.tables import insert
+from benchmarks.unified.tasks import MOTION, ROOT, chance, score, tasks
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -1,10 +1,10 @@
 """Train and score the arms of the unified benchmark: what the Bottleneck Tokens, condensation and its mask are worth.
 
-    python benchmarks/unified/run.py --table arms       # last token, tokens, condensation without and with mask
-    python benchmarks/unified/run.py --table tokens     # K = 1, 4, 8, 16
-    python benchmarks/unified/run.py --table weights    # condensation weight 0, 1, 5
-    python benchmarks/unified/run.py --table throughout # condensation in all steps, without and with mask
-    python benchmarks/unified/run.py --table model --seeds 0    # the method trained longer: the model of the examples
+    python -m benchmarks.unified.run --table arms       # last token, tokens, condensation without and with mask
+    python -m benchmarks.unified.run --table tokens     # K = 1, 4, 8, 16
+    python -m benchmarks.unified.run --table weights    # condensation weight 0, 1, 5
+    python -m benchmarks.unified.run --table throughout # condensation in all steps, without and with mask
+    python -m benchmarks.unified.run --table model --seeds 0    # the method trained longer: the model of the examples
 
 All arms start from one generative base (`base.py`) and see the same rows in the same order, seed by seed. A run that
 is done is not repeated, so a command that was killed goes on when it is given again. Each writes one JSON file with
@@ -23,10 +23,9 @@ from typing import NamedTuple
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from base import MODELS, SIZES, arguments_for, make
+from benchmarks.unified.base import MODELS, SIZES, arguments_for, make
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
-from tasks import CONDENSE, LANGUAGES, ROOT, WEIGHTS, chance, prepare, score, tasks, training_sets
+from benchmarks.unified.tasks import CONDENSE, LANGUAGES, ROOT, WEIGHTS, chance, prepare, score, tasks, training_sets
 
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model
 from btok_hf.hub_card.card import CardArguments
@@ -127,7 +126,7 @@ def card_section(ranks):
         )
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(
-        [*lines, "", "Made by `python benchmarks/unified/run.py`; docs/results.md compares the arms.", "", ""]
+        [*lines, "", "Made by `python -m benchmarks.unified.run`; docs/results.md compares the arms.", "", ""]
     )
 
 

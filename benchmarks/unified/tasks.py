@@ -1,6 +1,6 @@
 """What the unified benchmark trains on and asks: texts, images, videos and document pages, in one vector space.
 
-    python benchmarks/unified/tasks.py        # lists the sources and the tasks with their sizes
+    python -m benchmarks.unified.tasks        # lists the sources and the tasks with their sizes
 
 The data are `data/emoji` and `benchmarks/unified/data`. Pages are typeset and motion clips made here, from the text of
 textbook modules and from emoji drawings, so that nothing large is stored. Everything follows from the seed.
@@ -22,8 +22,7 @@ from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont, ImageOps
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
-from prepare_emoji import build_base, draw, png  # noqa: E402, F401
+from examples.prepare_emoji import build_base, draw, png
 
 CATEGORIES = ("Animals & Nature", "Food & Drink", "Smileys & Emotion")
 LANGUAGES = ("en", "de", "fr", "es")

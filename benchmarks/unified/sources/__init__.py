@@ -1,0 +1,1 @@
+"""What the unified benchmark's data are built from: one module for each config, and what they share."""
