@@ -20,11 +20,10 @@ import numpy as np
 import torch
 import transformers
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-from benchmarks.unified.tasks import books, build_base, draw, emoji, page
-
+from benchmarks import RESULTS, ROOT
+from benchmarks.unified.inputs import books, emoji, page
 from btok_hf import add_bottleneck_tokens
+from examples.prepare_emoji import build_base, draw
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Qwen2-VL-2B, and a model of a sixth of its width and less than half of its depth, which two CPU cores can run.
@@ -254,7 +253,7 @@ def record(name, rows, **more):
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
     result = {
-        "command": f"python {Path(sys.argv[0]).resolve().relative_to(ROOT)} {' '.join(sys.argv[1:])}".strip(),
+        "command": " ".join([f"python -m benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit.stdout.strip(),
         "machine": machine(),

@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks import RESULTS
+
 DATASET, DIMENSION, QUERIES = "ViDoRe_arxivqa", 1536, 1000
 SIZES = (1_000, 10_000, 100_000, 200_000)
 
@@ -88,7 +90,7 @@ def main():
     rows = []
     for pages in SIZES:
         # Nothing large is imported here: a process's peak counts what it was forked from.
-        command = [sys.executable, "-m", __spec__.name, "--one", str(pages)]
+        command = [sys.executable, "-m", "benchmarks.corpus_memory", "--one", str(pages)]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         rows.append(json.loads(output.splitlines()[-1]))
         print(rows[-1], flush=True)
@@ -100,7 +102,7 @@ def main():
         "versions": {name: version(name) for name in ("torch", "numpy", "pyarrow")},
         "rows": rows,
     }
-    path = Path(__file__).parent / "results" / "corpus_memory.json"
+    path = RESULTS / "corpus_memory.json"
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 

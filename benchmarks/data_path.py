@@ -10,10 +10,11 @@ worker processes. On CPUs, workers and model share the cores; on a GPU they do n
 
 import time
 
-from benchmarks.bench import DEVICE, ROOT, arguments, compare, images, record, repository, show, summary
 from datasets import Dataset
 from PIL import Image
 
+from benchmarks import ROOT
+from benchmarks.bench import DEVICE, arguments, compare, images, record, repository, show, summary
 from btok_hf import BTokSentenceTransformer
 from btok_hf.media import read_image
 from btok_hf.training import CondensationConfig, CondensationTrainer

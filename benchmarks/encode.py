@@ -11,6 +11,10 @@ against `SentenceTransformer.encode` on uniform and ragged inputs; and where the
 from functools import partial
 
 import torch
+from sentence_transformers import SentenceTransformer
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
 from benchmarks.bench import (
     DEVICE,
     arguments,
@@ -24,10 +28,6 @@ from benchmarks.bench import (
     show,
     summary,
 )
-from sentence_transformers import SentenceTransformer
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
-
 from btok_hf import BTokSentenceTransformer
 
 # Stock Sentence-Transformers sorts inputs by length before it pads them: the more there are, the less it pads.

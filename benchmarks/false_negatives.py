@@ -10,17 +10,15 @@ saw.
 import argparse
 import json
 import random
-import sys
 import tempfile
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
 
+from benchmarks import ROOT
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens
 from btok_hf.training import CondensationConfig, CondensationTrainer
 from btok_hf.training.data import retrieval_evaluator
-
-ROOT = Path(__file__).resolve().parents[1]
 from examples.prepare_emoji import build_base, draw
 
 

@@ -10,7 +10,7 @@ Without a GPU it runs the same steps at a small size on the CPU and says which f
 - attention: ways to compute the attention of a packed ragged batch.
 - compile: encoding with the MLPs compiled. (Whole layers would be compiled anew for every packed layout.)
 - batch: the largest batch of texts that trains on the card, doubled until memory ends.
-- encode, train_step, vision: those scripts.
+- encode, train_step, vision: those benchmarks.
 """
 
 import importlib.util
@@ -19,9 +19,10 @@ import sys
 from functools import partial
 
 import torch
+from torch.nn import functional as F
+
 from benchmarks.bench import (
     DEVICE,
-    ROOT,
     arguments,
     compare,
     free,
@@ -33,9 +34,7 @@ from benchmarks.bench import (
     show,
     summary,
 )
-from torch.nn import functional as F
 from benchmarks.train_step import batch, contender
-
 from btok_hf import BTokSentenceTransformer
 from btok_hf.condensation import condense
 from btok_hf.packed_attention import PackedLayout
@@ -194,7 +193,7 @@ def main():
         free()
     for script in ("encode", "train_step", "vision"):
         if script in options.steps:
-            command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), "--size", options.size]
+            command = [sys.executable, "-m", f"benchmarks.{script}", "--size", options.size]
             subprocess.run([*command, "--rounds", str(options.rounds)], check=True)
     if waiting:
         print("No GPU here. These figures wait for one:", "; ".join(waiting))

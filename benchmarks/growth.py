@@ -16,9 +16,10 @@ import time
 import matplotlib
 import numpy as np
 import torch
-from benchmarks.bench import DEVICE, ROOT, arguments, exact_texts, names, peak_of, record, repository, show
 from sentence_transformers.util import semantic_search
 
+from benchmarks import ROOT
+from benchmarks.bench import DEVICE, arguments, exact_texts, names, peak_of, record, repository, show
 from btok_hf import BTokSentenceTransformer
 
 matplotlib.use("Agg")
@@ -76,7 +77,15 @@ def search(size, library):
 
 def alone(kind, threads, *values):
     """Measure in a process of its own."""
-    command = [sys.executable, "-m", __spec__.name, "--one", json.dumps([kind, *values]), "--threads", str(threads)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.growth",
+        "--one",
+        json.dumps([kind, *values]),
+        "--threads",
+        str(threads),
+    ]
     run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(run.stdout.splitlines()[-1])
 

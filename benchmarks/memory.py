@@ -124,7 +124,7 @@ def main():
         return
     rows = []
     for setting in SETTINGS:
-        command = [sys.executable, "-m", __spec__.name, "--one", json.dumps(setting)]
+        command = [sys.executable, "-m", "benchmarks.memory", "--one", json.dumps(setting)]
         rows.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1]))
         print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.processor()} CPU"

@@ -10,8 +10,8 @@ Every time is that of a fresh process, measured inside it; the processes alterna
 import subprocess
 import sys
 
-from benchmarks.bench import ROOT, arguments, record, repository, show, summary
-
+from benchmarks import ROOT
+from benchmarks.bench import arguments, record, repository, show, summary
 from btok_hf import BTokSentenceTransformer, export_model
 
 IMPORTS = {

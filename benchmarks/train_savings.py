@@ -12,8 +12,8 @@ It writes benchmarks/results/train_savings.json.
 from unittest.mock import patch
 
 import torch
-from benchmarks.bench import DEVICE, arguments, compare, images, names, record, repository, show, summary, texts
 
+from benchmarks.bench import DEVICE, arguments, compare, images, names, record, repository, show, summary, texts
 from btok_hf import BTokSentenceTransformer
 from btok_hf.training import CondensationConfig, CondensationLoss
 from btok_hf.training.condensation_collator import CondensationCollator

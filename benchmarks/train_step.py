@@ -21,9 +21,14 @@ import sys
 from unittest.mock import patch
 
 import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+from torch.nn import functional as F
+from transformers import DynamicCache
+
+from benchmarks import ROOT
 from benchmarks.bench import (
     DEVICE,
-    ROOT,
     arguments,
     compare,
     exact_texts,
@@ -37,11 +42,6 @@ from benchmarks.bench import (
     summary,
     texts,
 )
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
-from torch.nn import functional as F
-from transformers import DynamicCache
-
 from btok_hf import BTokSentenceTransformer
 from btok_hf.condensation import (
     Condensed,
@@ -255,7 +255,15 @@ def memory(size):
     settings += [("packed", size, "names", count, 32, False) for count in MEMORY_BATCHES]
     rows = []
     for setting in settings:
-        command = [sys.executable, "-m", __spec__.name, "--one", json.dumps(setting), "--threads", str(torch.get_num_threads())]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.train_step",
+            "--one",
+            json.dumps(setting),
+            "--threads",
+            str(torch.get_num_threads()),
+        ]
         value = float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
         keys = ("contender", "size", "batch", "rows", "mini_batch", "checkpointing")
         rows.append(show({"table": "memory", **dict(zip(keys, setting)), "peak_gb": round(value, 3)}))

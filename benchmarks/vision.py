@@ -8,9 +8,9 @@ Outputs and gradients of both are compared before anything is timed.
 """
 
 import torch
-from benchmarks.bench import DEVICE, arguments, compare, images, record, repository, show, summary
 from transformers import AutoModel, AutoProcessor
 
+from benchmarks.bench import DEVICE, arguments, compare, images, record, repository, show, summary
 from btok_hf.packed_attention import VISION_ATTENTION
 
 

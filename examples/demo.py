@@ -1,10 +1,12 @@
-"""The whole way on real data: base model → Bottleneck Tokens → training → repository → stock loaders → search.
+"""All steps on real data: base model → Bottleneck Tokens → training → repository → stock loaders → search.
 
     make demo        (or: python examples/demo.py)
 
-It prepares the emoji data and a small random Qwen2-VL (`prepare_emoji.py`), trains it with condensation through
-`training/train.py`, then, in a fresh process, loads the exported repository with stock transformers and stock
-Sentence-Transformers, checks that they agree, and prints retrieval metrics on drawings that training never saw.
+1. `prepare_emoji.py` prepares the emoji data and a small random Qwen2-VL.
+2. `training/train.py` trains it with condensation and exports it.
+3. A fresh process loads the export with stock transformers and stock Sentence-Transformers and checks that they agree.
+   It prints retrieval metrics on drawings that training never saw.
+
 Everything is written under runs/emoji.
 """
 
@@ -42,7 +44,7 @@ def main():
         print(f"\n=== {title} ({(time.time() - started) / 60:.1f} min so far)", flush=True)
         subprocess.run([sys.executable, *command], check=True, env=environment)
     print(f"\nDone in {(time.time() - started) / 60:.1f} minutes. Search with:")
-    print('  .venv/bin/python examples/search.py "polar bear" --model runs/emoji/model')
+    print('  .venv/bin/python examples/search.py runs/emoji/drawings "polar bear" --model runs/emoji/model')
 
 
 def check():

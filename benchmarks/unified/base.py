@@ -9,17 +9,19 @@ whole input. No contrastive loss is involved. A killed run goes on where its las
 
 import argparse
 import shutil
-import sys
 from pathlib import Path
 
+import jinja2
 from datasets import Dataset
 from transformers import AutoProcessor
 
-from benchmarks.unified.tasks import CONDENSE, ROOT, books, build_base, prepare, training_sets
-
+from benchmarks import ROOT
+from benchmarks.unified.inputs import books
+from benchmarks.unified.training_rows import CONDENSE, prepare, training_sets
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens
 from btok_hf.training import CondensationConfig, CondensationLoss, CondensationTrainer
 from btok_hf.training.condensation_collator import CondensationCollator
+from examples.prepare_emoji import build_base
 
 # name: size of the backbone, steps and peak learning rate of the base, of each arm and of the model of the examples.
 # Arms condense for the first 40 % of their steps (2,000 of 5,000 in the paper's first preset).
@@ -41,26 +43,8 @@ BATCH = 128  # of the arms
 BASE_BATCH = 32  # no row is another's negative: smaller batches, more steps
 BASE_WEIGHTS = {"names": 5, "clips": 2, "motion": 2, "pages": 1, "glossary": 2, "figures": 1, "texts": 1}
 
-MODELS = Path(__file__).resolve().parent / "models"
-CARD = """\
----
-library_name: transformers
-pipeline_tag: image-text-to-text
-license: cc-by-4.0
-language: [en, de, fr, es]
-tags: [qwen2_vl]
----
-
-# Generative base of the unified benchmark ({size})
-
-A Qwen2-VL of {parameters:,} parameters, trained from random weights by
-`python -m benchmarks.unified.base --size {size}` to describe drawings, clips and figures, read pages, define terms and
-go on with textbook text: {steps:,} steps of {batch} rows, {loss:.2f} nats a token at the end (mean over the last 200
-steps). All arms of the benchmark start from it. It is far too small to be of use for anything else.
-
-Trained on `data/emoji` (Apache-2.0, Unicode License V3, MIT) and the training split of `benchmarks/unified/data`
-(CC BY 4.0); the attributions are in their `LICENSES.md`.
-"""
+MODELS = ROOT / "benchmarks" / "unified" / "models"
+CARD = Path(__file__).with_name("base_card.md.jinja")
 
 
 class Plain(CondensationCollator):
@@ -153,7 +137,8 @@ def make(size, output):
     AutoProcessor.from_pretrained(start / "random").save_pretrained(folder)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-8:]
     parameters = sum(p.numel() for p in model.parameters())
-    card = CARD.format(
+    template = jinja2.Template(CARD.read_text("utf-8"), keep_trailing_newline=True)
+    card = template.render(
         size=size, parameters=parameters, steps=args.max_steps, batch=BASE_BATCH, loss=sum(losses) / len(losses)
     )
     (folder / "README.md").write_text(card, "utf-8")

@@ -9,17 +9,17 @@ what share of its words are in the input's name and keywords, what share in anot
 
 import argparse
 import re
-import sys
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 
+from benchmarks import ROOT
+from benchmarks.unified.inputs import DRAWING, books, clip, describe, emoji, page, pages, square, strip
 from benchmarks.unified.report import LABELS
 from benchmarks.unified.run import model_folder
-from benchmarks.unified.tasks import DRAWING, ROOT, books, clip, describe, draw, emoji, page, pages, square, strip
-
 from btok_hf import BTokSentenceTransformer
+from examples.prepare_emoji import draw
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -89,7 +89,9 @@ def main():
     models = {arm: model_folder(arm, options.seed, options.size, options.runs) for arm in ARMS}
     missing = [str(path) for path in models.values() if not (path / "golden.json").exists()]
     if missing:
-        raise SystemExit(f"No models in {', '.join(missing)}: run run.py --table throughout first.")
+        raise SystemExit(
+            f"No models in {', '.join(missing)}: run `python -m benchmarks.unified.run --table throughout` first."
+        )
     models = {arm: BTokSentenceTransformer(str(path)) for arm, path in models.items()}
 
     found = examples()

@@ -13,16 +13,15 @@ the mean over tasks. Two intervals, both at 95 %:
 
 import argparse
 import json
-import sys
-from pathlib import Path
 
 import matplotlib
 import numpy as np
 from scipy.stats import t as student
 
-from benchmarks.unified.run import ARMS, RESULTS, TABLES
+from benchmarks import ROOT
 from benchmarks.tables import insert
-from benchmarks.unified.tasks import MOTION, ROOT, chance, score, tasks
+from benchmarks.unified.run import ARMS, TABLES, UNIFIED
+from benchmarks.unified.tasks import MOTION, chance, score, tasks
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -64,7 +63,7 @@ def baseline(task):
 def load(size):
     """All results by arm and seed."""
     found = {}
-    for path in sorted((RESULTS / size).glob("*.json")):
+    for path in sorted((UNIFIED / size).glob("*.json")):
         result = json.loads(path.read_text())
         found.setdefault(result["arm"], {})[result["seed"]] = result
     return found
@@ -189,7 +188,8 @@ def main():
     results = load(options.size)
     unknown = set(results) - set(ARMS)
     if unknown or not results:
-        raise SystemExit(f"{RESULTS / options.size} holds {sorted(unknown) or 'no results'}. Run run.py first.")
+        held = sorted(unknown) or "no results"
+        raise SystemExit(f"{UNIFIED / options.size} holds {held}. Run `python -m benchmarks.unified.run` first.")
     document = ROOT / "docs" / "results.md"
     page = document.read_text("utf-8")
     for table, arms in TABLES.items():

@@ -15,24 +15,24 @@ import argparse
 import json
 import platform
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import transformers
-
-from benchmarks.unified.base import MODELS, SIZES, arguments_for, make
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
-from benchmarks.unified.tasks import CONDENSE, LANGUAGES, ROOT, WEIGHTS, chance, prepare, score, tasks, training_sets
 
+from benchmarks import RESULTS, ROOT
+from benchmarks.unified.base import MODELS, SIZES, arguments_for, make
+from benchmarks.unified.tasks import chance, score, tasks
+from benchmarks.unified.training_rows import CONDENSE, LANGUAGES, WEIGHTS, prepare, training_sets
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model
 from btok_hf.hub_card.card import CardArguments
 from btok_hf.hub_card.training_run import card_files
 from btok_hf.training import CondensationTrainer
 
-RESULTS = ROOT / "benchmarks" / "results" / "unified"
+UNIFIED = RESULTS / "unified"
 WEIGHT = 5.0  # of condensation, as in the paper
 
 
@@ -150,7 +150,7 @@ def evaluator():
 
 def run(arm, seed, size, output, steps_between=None):
     """Train one arm with one seed and write its result, unless that is there."""
-    target = RESULTS / size / f"{arm}-s{seed}.json"
+    target = UNIFIED / size / f"{arm}-s{seed}.json"
     if target.exists():
         return
     num_tokens, weight, mask, throughout = ARMS[arm]
@@ -183,7 +183,7 @@ def run(arm, seed, size, output, steps_between=None):
     trained = time.perf_counter() - trained
     curve[args.max_steps] = ranks(model)
     table = next(name for name, arms in TABLES.items() if arm in arms)
-    command = f"benchmarks/unified/run.py --table {table} --size {size} --seeds {seed}"
+    command = f"-m benchmarks.unified.run --table {table} --size {size} --seeds {seed}"
     card = card_files(
         trainer,
         CardArguments(

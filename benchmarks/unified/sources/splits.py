@@ -6,8 +6,6 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
-
 SPLITS = ("train", "test")
 TEST_BOOKS = ("physics", "introduction-sociology", "american-government")
 
