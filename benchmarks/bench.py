@@ -1,7 +1,7 @@
-"""What the speed benchmarks share: models, inputs drawn from real data, timing side by side, and where results go.
+"""What the speed benchmarks share: models, inputs from real data, timing and recording.
 
-Models have random weights: time and memory do not depend on their values. Contenders are timed in turn, round by
-round, so that a slow minute of the machine meets all of them; what is compared is the ratio within a round.
+Models have random weights, because time and memory do not depend on their values. Contenders are timed in turns. A
+slow minute of the machine then affects all of them, and the ratios within a round are compared.
 """
 
 import argparse
@@ -164,7 +164,7 @@ def synchronise():
 
 
 def free():
-    """Give the memory of models that nobody holds any more back: they hold themselves, in cycles."""
+    """Free the memory of unused models. They are in reference cycles, so the garbage collector must run."""
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
@@ -174,7 +174,7 @@ def compare(contenders, rounds=7, warm_up=1):
     """Seconds of each contender (a callable) in each round, alternating; `{name: [seconds, …]}`."""
     seconds = {name: [] for name in contenders}
     for turn in range(warm_up + rounds):
-        # Every other round backwards: nobody always runs after the same one.
+        # Every other round runs backwards, so that no contender always runs after the same other one.
         for name in list(contenders)[:: 1 if turn % 2 else -1]:
             synchronise()
             start = time.perf_counter()
@@ -243,7 +243,7 @@ def machine():
 
 
 def show(row):
-    """Print a row when it is there, and return it."""
+    """Print a row as soon as it is measured, and return it."""
     print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     return row
 

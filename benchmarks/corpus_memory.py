@@ -1,8 +1,8 @@
 """Peak memory of an evaluation over a corpus of pages, by the number of pages.
 
-The whole path is run, from files to scores: a dataset of pages in its published layout, one small image per page and
-1,000 queries, with a function that returns a random vector of 1,536 numbers (the size of Qwen2-VL-2B) for each input.
-Every size runs in a process of its own, whose peak holds Python and its libraries too.
+The evaluation runs from files to scores, on a dataset of pages in its published layout with one small image per page
+and 1,000 queries. The model is a function that returns a random vector of 1,536 numbers (the size of Qwen2-VL-2B) for
+each input. Every size runs in a fresh process, and its peak includes Python and its libraries.
 
     python -m benchmarks.corpus_memory            # about 10 minutes on one CPU core, 4 GB of disk
 """

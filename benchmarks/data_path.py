@@ -1,11 +1,11 @@
-"""The way of the data: decoding, and whether training waits for it.
+"""The data path: the time of decoding, and whether training waits for data.
 
     python -m benchmarks.data_path    # 3 minutes on one CPU core with --rounds 5
 
 It writes benchmarks/results/data_path.json.
 
-Waiting is the share of a run that the training loop spends asking the loader for its next batch, by the number of
-worker processes. On CPUs, workers and model share the cores; on a GPU they do not.
+Waiting is the share of a run in which the training loop waits for its next batch, by the number of worker processes.
+On a CPU, workers and model share the cores. On a GPU they do not.
 """
 
 import time

@@ -1,8 +1,7 @@
-"""What masking false negatives changes on a label dataset: emoji drawings and the names of their categories.
+"""The effect of masking false negatives on a label dataset: emoji drawings and the names of their categories.
 
-A batch of 128 holds each of the few categories many times, so without the mask most of a query's "negatives" are its
-right answer. Trains the same small model from scratch with the mask and without, and classifies drawings that neither
-saw.
+A batch of 128 holds each of the few categories many times. Without the mask many of a query's "negatives" are its
+right answer. The same small model is trained from scratch with and without the mask, and classifies held-out drawings.
 
     python -m benchmarks.false_negatives        # minutes on 2 CPU cores
 """

@@ -4,8 +4,8 @@
 
 It writes benchmarks/results/growth.json and docs/results/growth.png.
 
-Memory is the peak above what was held before, in processes of their own on a CPU. Search is exact, by
-`sentence_transformers.util.semantic_search` and by faiss (`pip install faiss-cpu`), over random unit vectors.
+Memory is the peak above what was held before. Each setting runs in a fresh process. Search is exact, over random unit
+vectors, with `sentence_transformers.util.semantic_search` and with faiss (`pip install faiss-cpu`).
 """
 
 import json
@@ -42,7 +42,7 @@ def encode(size, length, rows, num_tokens):
         model(model.preprocess(batch))
 
     model.eval()
-    # What a first call sets up is left out; a call of the same size would already hold the memory to be measured.
+    # A small first call does the set-up. A call of the full size would already allocate the memory to be measured.
     call(names()[:1])
     memory, seconds = peak_of(call), []
     while len(seconds) < 3 or (sum(seconds) < 3 and len(seconds) < 15):
@@ -76,7 +76,7 @@ def search(size, library):
 
 
 def alone(kind, threads, *values):
-    """Measure in a process of its own."""
+    """Measure in a fresh process."""
     command = [
         sys.executable,
         "-m",

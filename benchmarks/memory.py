@@ -1,9 +1,9 @@
 """Peak memory of a training mini-batch at the size of Qwen2-VL-2B, by pixels, rows and checkpointing.
 
-A mini-batch is what GradCache keeps alive, so its peak is the run's, whatever the batch size; AdamW's moments of the
-adapters (rank 16, fp32) come on top with 0.15 GB. Weights are bf16 and hold constants: memory does not depend on
-their values. Every setting runs in a process of its own. On a GPU the allocator's peak is measured, on a CPU the
-process's, Python and its libraries (0.6 to 0.8 GB) included.
+GradCache keeps one mini-batch alive, so its peak is the peak of the run for any batch size. AdamW's moments of the
+adapters (rank 16, fp32) add 0.15 GB. Weights are bf16 and hold constants, because memory does not depend on their
+values. Every setting runs in a fresh process. On a GPU the allocator's peak is measured. On a CPU it is the process's
+peak, which includes Python and its libraries (0.6 to 0.8 GB).
 
     python -m benchmarks.memory            # about 10 minutes on 2 CPU cores, 16 GB
 """

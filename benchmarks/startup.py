@@ -4,7 +4,7 @@
 
 It writes benchmarks/results/startup.json.
 
-Every time is that of a fresh process, measured inside it; the processes alternate. Files are in the page cache.
+Every time is measured inside a fresh process. The processes alternate. Files are in the page cache.
 """
 
 import subprocess

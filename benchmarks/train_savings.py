@@ -1,4 +1,4 @@
-"""What training does not compute twice, each against computing it: time, and that loss and gradients are the same.
+"""What training saves by not computing things twice. Times are compared, and loss and gradients must be equal.
 
     python -m benchmarks.train_savings    # 3 minutes on one CPU core with --rounds 5
 

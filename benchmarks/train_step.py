@@ -1,4 +1,4 @@
-"""Speed and memory of a training step: packed condensation against what else one could do.
+"""Speed and memory of a training step: packed condensation against alternatives.
 
     python -m benchmarks.train_step    # 16 minutes on one CPU core with --rounds 3
 
@@ -11,8 +11,9 @@ Contenders, all with GradCache over the same mini-batches, InfoNCE and (but the 
 - split: the encoded side in one forward, the target in a second over the Bottleneck Tokens' cached keys and values.
 - stock: CachedMultipleNegativesRankingLoss of Sentence-Transformers with last-token pooling, no condensation.
 
-Loss and gradients of the first three are compared before anything is timed. Peak memory is measured in processes of
-their own: of the allocator on a GPU, of the process above what it held before the step on a CPU.
+Loss and gradients of the first three are compared before anything is timed. Peak memory is measured in a fresh process
+for each setting. On a GPU it is the allocator's peak. On a CPU it is the process's peak above what it held before the
+step.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Speed of the vision tower: one call of attention for images of a size, against transformers' loop over images.
+"""Speed of the vision tower: one attention call for all images of a size, against transformers' loop over images.
 
     python -m benchmarks.vision    # 5 minutes on one CPU core with --rounds 5
 

@@ -1,4 +1,4 @@
-"""Train and score the arms of the unified benchmark: what the Bottleneck Tokens, condensation and its mask are worth.
+"""Train and score the arms of the unified benchmark, with and without Bottleneck Tokens, condensation and its mask.
 
     python -m benchmarks.unified.run --table arms       # last token, tokens, condensation without and with mask
     python -m benchmarks.unified.run --table tokens     # K = 1, 4, 8, 16
@@ -6,9 +6,9 @@
     python -m benchmarks.unified.run --table throughout # condensation in all steps, without and with mask
     python -m benchmarks.unified.run --table model --seeds 0    # the method trained longer: the model of the examples
 
-All arms start from one generative base (`base.py`) and see the same rows in the same order, seed by seed. A run that
-is done is not repeated, so a command that was killed goes on when it is given again. Each writes one JSON file with
-the rank of the right answer for every query; `report.py` makes the tables.
+All arms start from one generative base (`base.py`). With the same seed they see the same rows in the same order. Each
+run writes one JSON file with the rank of the right answer for every query, and `report.py` makes the tables. A
+finished run is not repeated, so a killed command can be given again.
 """
 
 import argparse
@@ -67,7 +67,7 @@ TABLES = {
 }
 EMOJI, BOOKS = "Apache-2.0, Unicode-3.0, MIT: data/emoji/LICENSES.md", "CC-BY-4.0: benchmarks/unified/data/LICENSES.md"
 LICENSES = dict.fromkeys(CONDENSE, BOOKS) | dict.fromkeys(("names", "drawings", "motion", "name-to-drawing"), EMOJI)
-NOISE = 0.5  # of the tokens' first rows, relative to the EOS row: copies would differ by their position alone
+NOISE = 0.5  # of the new token rows, relative to the EOS row; without noise they would be equal
 
 
 def ranks(model, batch_size=256):
@@ -89,7 +89,7 @@ def ranks(model, batch_size=256):
 
 
 def positions(scores, right, choices=None):
-    """Rank of candidate `right[i]` in row i of `scores`, among all or among `choices[i]`; in a tie the worst one."""
+    """Rank of candidate `right[i]` in row i of `scores`, among all or among `choices[i]`. Ties count as the worst."""
     at_least = scores >= scores.gather(1, torch.tensor(right)[:, None])
     if choices is not None:
         at_least = at_least.gather(1, torch.tensor(choices))
@@ -101,7 +101,7 @@ def _key(item):
 
 
 def model_folder(arm, seed, size, output):
-    """Where the model of a run is; the one of the examples is kept in the repository."""
+    """The folder of a run's model. The one that the examples use is in the repository."""
     kept = (arm, seed) == ("btok-long", 0)  # another seed must not overwrite it
     return MODELS / f"btok-{size}" if kept else output / size / f"{arm}-s{seed}" / "model"
 
@@ -149,7 +149,7 @@ def evaluator():
 
 
 def run(arm, seed, size, output, steps_between=None):
-    """Train one arm with one seed and write its result, unless that is there."""
+    """Train one arm with one seed and write its result, unless the result exists."""
     target = UNIFIED / size / f"{arm}-s{seed}.json"
     if target.exists():
         return
@@ -226,7 +226,7 @@ def run(arm, seed, size, output, steps_between=None):
 
 
 class Curve(transformers.TrainerCallback):
-    """Ranks every so many steps of training."""
+    """Computes the ranks at regular steps of training."""
 
     def __init__(self, model, curve, every):
         self.model, self.curve, self.every = model, curve, every

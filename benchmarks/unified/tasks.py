@@ -17,7 +17,7 @@ MOTION = "motion → video or its reversal"
 
 @dataclass
 class Task:
-    """Queries with one right answer each, among candidates that all queries share (or, per query, a few of them)."""
+    """Queries, each with one right answer among all candidates, or among a few of them (`choices`)."""
 
     name: str
     queries: list

@@ -1,4 +1,4 @@
-"""What the unified benchmark's models train on: the rows of each source. Everything follows from the seed."""
+"""The training rows of the unified benchmark, by source. They depend on nothing but the data and the seed."""
 
 import random
 
@@ -99,7 +99,7 @@ def training_rows(seed=0):
 
 
 def prepare(folder, seed=0):
-    """Write the sources to `folder` as parquet files, unless they are there."""
+    """Write the sources to `folder` as parquet files, unless they exist."""
     if (folder / "done").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,1 +1,1 @@
-"""What the unified benchmark's data are built from: one module for each config, and what they share."""
+"""The sources of the unified benchmark's data: one module for each config, and what they share."""

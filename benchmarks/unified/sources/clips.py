@@ -30,7 +30,7 @@ VARIANT_WORDS = re.compile(
 
 
 def build(source: Path) -> tuple[list[dict], Counter]:
-    """Four frames of each animated emoji, and the number of concepts by the size of their group."""
+    """The rows, each with its `split`, and the number of clips of each group."""
     archive = zipfile.ZipFile(source / "frames.zip")
     rows, signatures = [], []
     for line in (source / "animations.jsonl").read_text(encoding="utf-8").splitlines():
@@ -55,7 +55,7 @@ def build(source: Path) -> tuple[list[dict], Counter]:
 
 
 def encode_frame(frame: PILImage.Image) -> bytes:
-    """The frame as a small palette PNG file, which is smaller than a JPEG file without artefacts."""
+    """The frame as a palette PNG file, which is smaller than a JPEG file without artefacts."""
     frame = frame.resize((FRAME_SIZE, FRAME_SIZE), PILImage.Resampling.LANCZOS)
     file = io.BytesIO()
     frame.quantize(FRAME_COLOURS, dither=PILImage.Dither.NONE).save(file, "PNG", optimize=True)
@@ -63,7 +63,7 @@ def encode_frame(frame: PILImage.Image) -> bytes:
 
 
 def clip_groups(rows: list[dict], near: np.ndarray) -> list[str]:
-    """For each clip the first emoji of its group: clips of one family, by emoji or name, or near-identical ones."""
+    """For each clip the first emoji of its group. A group holds clips of one family and near-identical clips."""
     parent = list(range(len(rows)))
 
     def root(i: int) -> int:
@@ -96,7 +96,7 @@ def name_family(name: str) -> str:
 
 
 def clip_signature(frames: list[PILImage.Image]) -> np.ndarray:
-    """The frames at 32 x 32."""
+    """The frames at 32 x 32 pixels."""
     frames = [frame.convert("RGB").resize((32, 32), PILImage.Resampling.BOX) for frame in frames]
     return np.stack([np.asarray(frame, dtype=np.float64) for frame in frames])
 

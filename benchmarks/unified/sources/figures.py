@@ -90,7 +90,10 @@ def build(source: Path, dropped: Counter) -> list[dict]:
 
 
 def split_credit(caption: str) -> tuple[str, str]:
-    """The caption without credit lines, and these: bracketed groups and a last sentence that names the source."""
+    """The caption without its credit lines, and the credit lines.
+
+    Credit lines are groups in brackets, and a last sentence that names the source.
+    """
     kept, credits, start = "", [], 0
     for opening in re.finditer(r"\(", caption):
         if opening.start() < start:
@@ -127,15 +130,15 @@ def encode_figure(picture: bytes) -> bytes:
 
 
 def near_figures(train: list[dict], test: list[dict]) -> np.ndarray:
-    """Which figures of train show the artwork of one of test."""
+    """Which train figures show the artwork of which test figure, a boolean matrix."""
     left, right = (np.stack([row["thumbnail"] for row in rows]) for rows in (train, test))
     return correlations(left, right) >= FIGURE_CORRELATION
 
 
 def thumbnail(image: PILImage.Image) -> np.ndarray:
-    """32 x 32 pixels of the part that is not white, stretched, as a vector of mean 0 per colour and of length 1.
+    """The part that is not white, stretched to 32 x 32 pixels, as a vector of mean 0 per colour and of length 1.
 
-    Plain differences, as in `data/emoji/build.py`, would find all line drawings alike, which are white for the most.
+    By plain differences, as in `data/emoji/build.py`, all line drawings look alike, because most pixels are white.
     """
     image = image.convert("RGB")
     drawn = image.convert("L").point(lambda grey: 255 if grey < 240 else 0).getbbox()

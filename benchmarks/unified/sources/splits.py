@@ -17,7 +17,7 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def numbered(rows: list[dict], letter: str) -> list[dict]:
-    """The rows with an `id`, made of the module and the number within it, and with a `book`."""
+    """The rows with an `id` (the module and a number within it) and a `book`."""
     count = Counter()
     result = []
     for row in rows:
@@ -38,19 +38,19 @@ def is_test(row: dict) -> bool:
 
 
 def fraction(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone: choices made with it survive additions to the data."""
+    """A hash of the text in [0, 1). Choices made with it stay the same when data are added."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def keep(rows: list[dict], flags, dropped: Counter, rule: str) -> list[dict]:
-    """The rows with a true flag; the others are counted."""
+    """The rows with a true flag. The number of the others is added to `dropped`."""
     flags = list(flags)
     dropped[rule] += len(flags) - sum(map(bool, flags))
     return [row for row, flag in zip(rows, flags, strict=True) if flag]
 
 
 def keep_once(rows: list[dict], key, dropped: Counter, rule: str) -> list[dict]:
-    """The first row of every key; rows of the test books come first, so that theirs are kept."""
+    """One row for every key: the first, with test rows before train rows."""
     seen = {}
     for row in sorted(rows, key=is_test, reverse=True):
         seen.setdefault(key(row), row["id"])
@@ -59,7 +59,7 @@ def keep_once(rows: list[dict], key, dropped: Counter, rule: str) -> list[dict]:
 
 
 def keep_far(rows: list[dict], near, dropped: Counter, rule: str) -> list[dict]:
-    """All rows of test and those rows of train that `near(train, test)`, a boolean matrix, does not connect to any."""
+    """All test rows, and the train rows that are near to none of them by `near(train, test)`, a boolean matrix."""
     train, test = [row for row in rows if not is_test(row)], [row for row in rows if is_test(row)]
     far = {row["id"] for row, given_away in zip(train, near(train, test).any(1), strict=True) if not given_away}
     return keep(rows, [is_test(row) or row["id"] in far for row in rows], dropped, rule)
