@@ -20,8 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = Path("runs/emoji")
-# One query a line, in the trained languages; names of concepts whose held-out drawings are among the candidates.
-SHOWN = 8
+SHOWN = 8  # queries on the contact sheet
 
 
 def main():
@@ -33,7 +32,7 @@ def main():
     if arguments.step == "check":
         return check()
     started = time.time()
-    # Nothing is downloaded; a silent attempt would only cost time where there is no network.
+    # Nothing needs the Hub. Without a network, asking it would only cost time.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     steps = [] if arguments.max_steps is None else ["--max_steps", str(arguments.max_steps)]
     for title, command in (
@@ -48,7 +47,7 @@ def main():
 
 
 def check():
-    """In a fresh process: do the loaders agree, and how well does the model find unseen drawings?"""
+    """Step 3, in a fresh process: check that the loaders agree, and measure how well unseen drawings are found."""
     import numpy as np
     import torch
     from sentence_transformers import SentenceTransformer
@@ -107,7 +106,7 @@ def measure(model, evaluator):
 
 
 def contact_sheet(model, evaluator, path, top=8):
-    """A picture: a query a line, its top hits beside it, right ones framed."""
+    """A picture with one query per line and its top hits, with a frame around the right ones."""
     import matplotlib
 
     matplotlib.use("Agg")

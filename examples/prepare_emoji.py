@@ -58,9 +58,10 @@ def build_base(
     dtype=torch.float32,
     seed=0,
 ):
-    """Write a random Qwen2-VL with a tokenizer trained on `texts`, for images between the numbers of `pixels`.
+    """Write a random Qwen2-VL with a tokenizer trained on `texts`.
 
-    `text_config` and `vision_config` change or add entries of the two configurations.
+    `pixels` are the least and most pixels of an image. `text_config` and `vision_config` change or add entries of the
+    two configurations.
     """
     bpe = ByteLevelBPETokenizer(add_prefix_space=False)
     # Room for the special tokens and spare rows, as in the real checkpoints.
@@ -86,7 +87,7 @@ def build_base(
             "eos_token_id": ids["<|im_end|>"],
             "pad_token_id": ids["<|endoftext|>"],
             "tie_word_embeddings": True,
-            # 1 / sqrt(fan-in): at 0.02 a model this narrow stays on the plateau for long.
+            # 1 / sqrt(fan-in): with 0.02 a model this narrow learns nothing for many steps.
             "initializer_range": hidden_size**-0.5,
             **(text_config or {}),
         },
