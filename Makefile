@@ -20,12 +20,12 @@ test: $(SETUP)
 test-floor: .venv-floor/.installed
 	.venv-floor/bin/python -m pytest --ignore tests/test_hub.py
 
-# Up to two hours on two CPU cores. On a GPU: benchmarks/gpu.py.
+# Up to two hours on two CPU cores. On a GPU: python -m benchmarks.gpu.
 bench: $(SETUP)
-	for script in encode train_step train_savings vision data_path growth startup; do \
-		$(BIN)/python benchmarks/$$script.py || exit 1; done
-	$(BIN)/python benchmarks/gpu.py --steps correctness attention compile batch
-	$(BIN)/python benchmarks/tables.py
+	for name in encode train_step train_savings vision data_path growth startup; do \
+		$(BIN)/python -m benchmarks.$$name || exit 1; done
+	$(BIN)/python -m benchmarks.gpu --steps correctness attention compile batch
+	$(BIN)/python -m benchmarks.tables
 
 lint: types
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
-"""What the speed benchmarks share: models, inputs drawn from real data, timing side by side, and where results go.
+"""What the speed benchmarks share: models, inputs from real data, timing and recording.
 
-Models have random weights: time and memory do not depend on their values. Contenders are timed in turn, round by
-round, so that a slow minute of the machine meets all of them; what is compared is the ratio within a round.
+Models have random weights, because time and memory do not depend on their values. Contenders are timed in turns. A
+slow minute of the machine then affects all of them, and the ratios within a round are compared.
 """
 
 import argparse
@@ -20,12 +20,10 @@ import numpy as np
 import torch
 import transformers
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-sys.path.insert(0, str(ROOT / "benchmarks" / "unified"))
-from tasks import books, build_base, draw, emoji, page  # noqa: E402
-
-from btok_hf import add_bottleneck_tokens  # noqa: E402
+from benchmarks import RESULTS, ROOT
+from benchmarks.unified.inputs import books, emoji, page
+from btok_hf import add_bottleneck_tokens
+from examples.prepare_emoji import build_base, draw
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Qwen2-VL-2B, and a model of a sixth of its width and less than half of its depth, which two CPU cores can run.
@@ -166,7 +164,7 @@ def synchronise():
 
 
 def free():
-    """Give the memory of models that nobody holds any more back: they hold themselves, in cycles."""
+    """Free the memory of unused models. They are in reference cycles, so the garbage collector must run."""
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
@@ -176,7 +174,7 @@ def compare(contenders, rounds=7, warm_up=1):
     """Seconds of each contender (a callable) in each round, alternating; `{name: [seconds, …]}`."""
     seconds = {name: [] for name in contenders}
     for turn in range(warm_up + rounds):
-        # Every other round backwards: nobody always runs after the same one.
+        # Every other round runs backwards, so that no contender always runs after the same other one.
         for name in list(contenders)[:: 1 if turn % 2 else -1]:
             synchronise()
             start = time.perf_counter()
@@ -245,7 +243,7 @@ def machine():
 
 
 def show(row):
-    """Print a row when it is there, and return it."""
+    """Print a row as soon as it is measured, and return it."""
     print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     return row
 
@@ -255,7 +253,7 @@ def record(name, rows, **more):
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
     result = {
-        "command": f"python {Path(sys.argv[0]).resolve().relative_to(ROOT)} {' '.join(sys.argv[1:])}".strip(),
+        "command": " ".join([f"python -m benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit.stdout.strip(),
         "machine": machine(),

@@ -1,10 +1,10 @@
 """Peak memory of an evaluation over a corpus of pages, by the number of pages.
 
-The whole path is run, from files to scores: a dataset of pages in its published layout, one small image per page and
-1,000 queries, with a function that returns a random vector of 1,536 numbers (the size of Qwen2-VL-2B) for each input.
-Every size runs in a process of its own, whose peak holds Python and its libraries too.
+The evaluation runs from files to scores, on a dataset of pages in its published layout with one small image per page
+and 1,000 queries. The model is a function that returns a random vector of 1,536 numbers (the size of Qwen2-VL-2B) for
+each input. Every size runs in a fresh process, and its peak includes Python and its libraries.
 
-    python benchmarks/corpus_memory.py            # about 10 minutes on one CPU core, 4 GB of disk
+    python -m benchmarks.corpus_memory            # about 10 minutes on one CPU core, 4 GB of disk
 """
 
 import argparse
@@ -17,6 +17,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from benchmarks import RESULTS
 
 DATASET, DIMENSION, QUERIES = "ViDoRe_arxivqa", 1536, 1000
 SIZES = (1_000, 10_000, 100_000, 200_000)
@@ -88,19 +90,19 @@ def main():
     rows = []
     for pages in SIZES:
         # Nothing large is imported here: a process's peak counts what it was forked from.
-        command = [sys.executable, __file__, "--one", str(pages)]
+        command = [sys.executable, "-m", "benchmarks.corpus_memory", "--one", str(pages)]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         rows.append(json.loads(output.splitlines()[-1]))
         print(rows[-1], flush=True)
     from importlib.metadata import version
 
     report = {
-        "command": "python benchmarks/corpus_memory.py",
+        "command": "python -m benchmarks.corpus_memory",
         "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), no GPU",
         "versions": {name: version(name) for name in ("torch", "numpy", "pyarrow")},
         "rows": rows,
     }
-    path = Path(__file__).parent / "results" / "corpus_memory.json"
+    path = RESULTS / "corpus_memory.json"
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,19 +1,20 @@
-"""The way of the data: decoding, and whether training waits for it.
+"""The data path: the time of decoding, and whether training waits for data.
 
-    python benchmarks/data_path.py    # 3 minutes on one CPU core with --rounds 5
+    python -m benchmarks.data_path    # 3 minutes on one CPU core with --rounds 5
 
 It writes benchmarks/results/data_path.json.
 
-Waiting is the share of a run that the training loop spends asking the loader for its next batch, by the number of
-worker processes. On CPUs, workers and model share the cores; on a GPU they do not.
+Waiting is the share of a run in which the training loop waits for its next batch, by the number of worker processes.
+On a CPU, workers and model share the cores. On a GPU they do not.
 """
 
 import time
 
-from bench import DEVICE, ROOT, arguments, compare, images, record, repository, show, summary
 from datasets import Dataset
 from PIL import Image
 
+from benchmarks import ROOT
+from benchmarks.bench import DEVICE, arguments, compare, images, record, repository, show, summary
 from btok_hf import BTokSentenceTransformer
 from btok_hf.media import read_image
 from btok_hf.training import CondensationConfig, CondensationTrainer

@@ -1,17 +1,24 @@
 """Speed of encoding: what Bottleneck Tokens cost, and this library against stock Sentence-Transformers.
 
-    python benchmarks/encode.py    # three quarters of an hour on two CPU cores
+    python -m benchmarks.encode    # three quarters of an hour on two CPU cores
 
 It writes benchmarks/results/encode.json.
 
-Three tables: the cost of K = 4 tokens against last-token pooling on the same path; `BTokSentenceTransformer.encode`
-against `SentenceTransformer.encode` on uniform and ragged inputs; and where the time of the former goes.
+Three tables:
+
+- overhead: the cost of K = 4 tokens against last-token pooling on the same path.
+- throughput: `BTokSentenceTransformer.encode` against `SentenceTransformer.encode` on uniform and ragged inputs.
+- profile: where the time of `BTokSentenceTransformer.encode` goes.
 """
 
 from functools import partial
 
 import torch
-from bench import (
+from sentence_transformers import SentenceTransformer
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.bench import (
     DEVICE,
     arguments,
     compare,
@@ -24,10 +31,6 @@ from bench import (
     show,
     summary,
 )
-from sentence_transformers import SentenceTransformer
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
-
 from btok_hf import BTokSentenceTransformer
 
 # Stock Sentence-Transformers sorts inputs by length before it pads them: the more there are, the less it pads.
@@ -58,7 +61,7 @@ def overhead(models, rounds):
     rows = []
     for kind, items in inputs.items():
         alone = kind.endswith("alone")
-        # A row of the former ends in one end token, of the latter in four Bottleneck Tokens.
+        # Rows end in one end token without Bottleneck Tokens, and in four Bottleneck Tokens with them.
         lengths = [model.preprocess(items)["attention_mask"].sum().item() / len(items) for model in models["packed"]]
         for path, (without, with_tokens) in models.items():
             calls = {
@@ -88,7 +91,7 @@ def _one_by_one(model, items):
 
 
 def padding(model, items):
-    """Tokens that a padded pipeline computes, for each real one: the most that doing without padding can win."""
+    """Computed tokens for each real token in a padded pipeline: the largest possible gain of packing."""
     forward, computed, real = model.forward, 0, 0
 
     def count(features, **kwargs):

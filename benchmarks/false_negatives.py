@@ -1,28 +1,24 @@
-"""What masking false negatives changes on a label dataset: emoji drawings and the names of their categories.
+"""The effect of masking false negatives on a label dataset: emoji drawings and the names of their categories.
 
-A batch of 128 holds each of the few categories many times, so without the mask most of a query's "negatives" are its
-right answer. Trains the same small model from scratch with the mask and without, and classifies drawings that neither
-saw.
+A batch of 128 holds each of the few categories many times. Without the mask many of a query's "negatives" are its
+right answer. The same small model is trained from scratch with and without the mask, and classifies held-out drawings.
 
-    python benchmarks/false_negatives.py        # minutes on 2 CPU cores
+    python -m benchmarks.false_negatives        # minutes on 2 CPU cores
 """
 
 import argparse
 import json
 import random
-import sys
 import tempfile
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
 
+from benchmarks import ROOT
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens
 from btok_hf.training import CondensationConfig, CondensationTrainer
 from btok_hf.training.data import retrieval_evaluator
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-from prepare_emoji import build_base, draw  # noqa: E402
+from examples.prepare_emoji import build_base, draw
 
 
 def pairs(rows, seed=None, copies=1):

@@ -1,16 +1,16 @@
-"""Everything that needs a GPU, in one call: correctness first, then speed and memory at the size of Qwen2-VL-2B.
+"""Run everything that needs a GPU: correctness first, then speed and memory at the size of Qwen2-VL-2B.
 
-    python benchmarks/gpu.py                    # writes benchmarks/results/gpu.json and, on a GPU, *-gpu.json
-    python benchmarks/gpu.py --steps correctness attention
+    python -m benchmarks.gpu                    # writes benchmarks/results/gpu.json and, on a GPU, *-gpu.json
+    python -m benchmarks.gpu --steps correctness attention
 
-Without a GPU it runs the same steps at a small size on the CPU and says which figures wait for one.
+Without a GPU the same steps run on the CPU at a small size. The output then lists the figures that need a GPU.
 
 - correctness: embeddings, token losses and gradients of the packed forward on the GPU against the CPU, in fp32, with
   targets that see fewer queries than keys; and how far bf16 moves the vectors.
 - attention: ways to compute the attention of a packed ragged batch.
 - compile: encoding with the MLPs compiled. (Whole layers would be compiled anew for every packed layout.)
-- batch: the largest batch of texts that trains on the card, doubled until memory ends.
-- encode, train_step, vision: those scripts.
+- batch: the largest batch of texts that trains on the GPU, doubled until memory runs out.
+- encode, train_step, vision: those benchmarks.
 """
 
 import importlib.util
@@ -19,9 +19,10 @@ import sys
 from functools import partial
 
 import torch
-from bench import (
+from torch.nn import functional as F
+
+from benchmarks.bench import (
     DEVICE,
-    ROOT,
     arguments,
     compare,
     free,
@@ -33,9 +34,7 @@ from bench import (
     show,
     summary,
 )
-from torch.nn import functional as F
-from train_step import batch, contender
-
+from benchmarks.train_step import batch, contender
 from btok_hf import BTokSentenceTransformer
 from btok_hf.condensation import condense
 from btok_hf.packed_attention import PackedLayout
@@ -160,7 +159,7 @@ def largest_batch(size, seconds=120):
     """Rows of the largest batch that takes a step, doubled until memory or patience ends."""
     rows, count = [], 64
     while True:
-        step = None  # the last one's model goes before the next one comes
+        step = None  # frees the last model before the next one is built
         step = contender("packed", size, "ragged", count, 16)
         try:
             memory = peak_of(step)
@@ -189,12 +188,12 @@ def main():
         if name not in options.steps:
             continue
         rows += step()
-        # After each: whatever fails later, this is kept.
+        # Saved after each step, so that a later failure does not lose it.
         record("gpu", rows, size=options.size, matrix_gflop_per_s=round(rate, 1), waiting_for_a_gpu=waiting)
         free()
     for script in ("encode", "train_step", "vision"):
         if script in options.steps:
-            command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), "--size", options.size]
+            command = [sys.executable, "-m", f"benchmarks.{script}", "--size", options.size]
             subprocess.run([*command, "--rounds", str(options.rounds)], check=True)
     if waiting:
         print("No GPU here. These figures wait for one:", "; ".join(waiting))

@@ -1,11 +1,11 @@
 """How cost grows: encoding against length, batch and K; search against the size of the corpus.
 
-    python benchmarks/growth.py    # 9 minutes on one CPU core
+    python -m benchmarks.growth    # 9 minutes on one CPU core
 
 It writes benchmarks/results/growth.json and docs/results/growth.png.
 
-Memory is the peak above what was held before, in processes of their own on a CPU. Search is exact, by
-`sentence_transformers.util.semantic_search` and by faiss (`pip install faiss-cpu`), over random unit vectors.
+Memory is the peak above what was held before. Each setting runs in a fresh process. Search is exact, over random unit
+vectors, with `sentence_transformers.util.semantic_search` and with faiss (`pip install faiss-cpu`).
 """
 
 import json
@@ -16,9 +16,10 @@ import time
 import matplotlib
 import numpy as np
 import torch
-from bench import DEVICE, ROOT, arguments, exact_texts, names, peak_of, record, repository, show
 from sentence_transformers.util import semantic_search
 
+from benchmarks import ROOT
+from benchmarks.bench import DEVICE, arguments, exact_texts, names, peak_of, record, repository, show
 from btok_hf import BTokSentenceTransformer
 
 matplotlib.use("Agg")
@@ -41,7 +42,7 @@ def encode(size, length, rows, num_tokens):
         model(model.preprocess(batch))
 
     model.eval()
-    # What a first call sets up is left out; a call of the same size would already hold the memory to be measured.
+    # A small first call does the set-up. A call of the full size would already allocate the memory to be measured.
     call(names()[:1])
     memory, seconds = peak_of(call), []
     while len(seconds) < 3 or (sum(seconds) < 3 and len(seconds) < 15):
@@ -75,8 +76,16 @@ def search(size, library):
 
 
 def alone(kind, threads, *values):
-    """Measure in a process of its own."""
-    command = [sys.executable, __file__, "--one", json.dumps([kind, *values]), "--threads", str(threads)]
+    """Measure in a fresh process."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.growth",
+        "--one",
+        json.dumps([kind, *values]),
+        "--threads",
+        str(threads),
+    ]
     run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(run.stdout.splitlines()[-1])
 

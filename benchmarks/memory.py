@@ -1,11 +1,11 @@
 """Peak memory of a training mini-batch at the size of Qwen2-VL-2B, by pixels, rows and checkpointing.
 
-A mini-batch is what GradCache keeps alive, so its peak is the run's, whatever the batch size; AdamW's moments of the
-adapters (rank 16, fp32) come on top with 0.15 GB. Weights are bf16 and hold constants: memory does not depend on
-their values. Every setting runs in a process of its own. On a GPU the allocator's peak is measured, on a CPU the
-process's, Python and its libraries (0.6 to 0.8 GB) included.
+GradCache keeps one mini-batch alive, so its peak is the peak of the run for any batch size. AdamW's moments of the
+adapters (rank 16, fp32) add 0.15 GB. Weights are bf16 and hold constants, because memory does not depend on their
+values. Every setting runs in a fresh process. On a GPU the allocator's peak is measured. On a CPU it is the process's
+peak, which includes Python and its libraries (0.6 to 0.8 GB).
 
-    python benchmarks/memory.py            # about 10 minutes on 2 CPU cores, 16 GB
+    python -m benchmarks.memory            # about 10 minutes on 2 CPU cores, 16 GB
 """
 
 import argparse
@@ -124,13 +124,13 @@ def main():
         return
     rows = []
     for setting in SETTINGS:
-        command = [sys.executable, __file__, "--one", json.dumps(setting)]
+        command = [sys.executable, "-m", "benchmarks.memory", "--one", json.dumps(setting)]
         rows.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1]))
         print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.processor()} CPU"
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    result = {"command": "python benchmarks/memory.py", "machine": machine, "versions": versions, "rows": rows}
+    result = {"command": "python -m benchmarks.memory", "machine": machine, "versions": versions, "rows": rows}
     arguments.output.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
 
 

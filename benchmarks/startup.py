@@ -1,17 +1,17 @@
 """Start-up times: imports, and loading an exported repository against the stock load of the same files.
 
-    python benchmarks/startup.py    # 5 minutes on one CPU core with --rounds 3
+    python -m benchmarks.startup    # 5 minutes on one CPU core with --rounds 3
 
 It writes benchmarks/results/startup.json.
 
-Every time is that of a fresh process, measured inside it; the processes alternate. Files are in the page cache.
+Every time is measured inside a fresh process. The processes alternate. Files are in the page cache.
 """
 
 import subprocess
 import sys
 
-from bench import ROOT, arguments, record, repository, show, summary
-
+from benchmarks import ROOT
+from benchmarks.bench import arguments, record, repository, show, summary
 from btok_hf import BTokSentenceTransformer, export_model
 
 IMPORTS = {

@@ -1,19 +1,19 @@
 """Tables of docs/performance.md, from what the benchmarks wrote to benchmarks/results.
 
-python benchmarks/tables.py
+python -m benchmarks.tables
 """
 
 import json
+import re
 import sys
-from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+from benchmarks import RESULTS, ROOT
+
 # mark in the page: (file, table or None, {heading: how a row is shown})
 TABLES = {
     "throughput": (
@@ -178,8 +178,10 @@ def main():
         if name == "memory":
             memory_curve(rows, ROOT / "docs" / "results" / "train_memory.png")
         limit = result.get("matrix_gflop_per_s")
+        # Older records name the script that the benchmark was before it became a module.
+        command = re.sub(r"benchmarks/(\w+)\.py", r"-m benchmarks.\1", result["command"])
         machines.append(
-            f"- `{result['command']}`, {result['date']}: {result['machine']}, torch {result['versions']['torch']}, "
+            f"- `{command}`, {result['date']}: {result['machine']}, torch {result['versions']['torch']}, "
             f"transformers {result['versions']['transformers']}"
             + (f"; large matrices multiply at {limit} GFLOP/s" if limit else "")
         )

@@ -1,6 +1,6 @@
-"""What training does not compute twice, each against computing it: time, and that loss and gradients are the same.
+"""What training saves by not computing things twice. Times are compared, and loss and gradients must be equal.
 
-    python benchmarks/train_savings.py    # 3 minutes on one CPU core with --rounds 5
+    python -m benchmarks.train_savings    # 3 minutes on one CPU core with --rounds 5
 
 It writes benchmarks/results/train_savings.json.
 
@@ -12,8 +12,8 @@ It writes benchmarks/results/train_savings.json.
 from unittest.mock import patch
 
 import torch
-from bench import DEVICE, arguments, compare, images, names, record, repository, show, summary, texts
 
+from benchmarks.bench import DEVICE, arguments, compare, images, names, record, repository, show, summary, texts
 from btok_hf import BTokSentenceTransformer
 from btok_hf.training import CondensationConfig, CondensationLoss
 from btok_hf.training.condensation_collator import CondensationCollator

@@ -1,6 +1,6 @@
-"""Speed and memory of a training step: packed condensation against what else one could do.
+"""Speed and memory of a training step: packed condensation against alternatives.
 
-    python benchmarks/train_step.py    # 16 minutes on one CPU core with --rounds 3
+    python -m benchmarks.train_step    # 16 minutes on one CPU core with --rounds 3
 
 It writes benchmarks/results/train_step.json.
 
@@ -11,8 +11,9 @@ Contenders, all with GradCache over the same mini-batches, InfoNCE and (but the 
 - split: the encoded side in one forward, the target in a second over the Bottleneck Tokens' cached keys and values.
 - stock: CachedMultipleNegativesRankingLoss of Sentence-Transformers with last-token pooling, no condensation.
 
-Loss and gradients of the first three are compared before anything is timed. Peak memory is measured in processes of
-their own: of the allocator on a GPU, of the process above what it held before the step on a CPU.
+Loss and gradients of the first three are compared before anything is timed. Peak memory is measured in a fresh process
+for each setting. On a GPU it is the allocator's peak. On a CPU it is the process's peak above what it held before the
+step.
 """
 
 import json
@@ -21,9 +22,14 @@ import sys
 from unittest.mock import patch
 
 import torch
-from bench import (
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+from torch.nn import functional as F
+from transformers import DynamicCache
+
+from benchmarks import ROOT
+from benchmarks.bench import (
     DEVICE,
-    ROOT,
     arguments,
     compare,
     exact_texts,
@@ -37,11 +43,6 @@ from bench import (
     summary,
     texts,
 )
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
-from torch.nn import functional as F
-from transformers import DynamicCache
-
 from btok_hf import BTokSentenceTransformer
 from btok_hf.condensation import (
     Condensed,
@@ -255,7 +256,15 @@ def memory(size):
     settings += [("packed", size, "names", count, 32, False) for count in MEMORY_BATCHES]
     rows = []
     for setting in settings:
-        command = [sys.executable, __file__, "--one", json.dumps(setting), "--threads", str(torch.get_num_threads())]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.train_step",
+            "--one",
+            json.dumps(setting),
+            "--threads",
+            str(torch.get_num_threads()),
+        ]
         value = float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
         keys = ("contender", "size", "batch", "rows", "mini_batch", "checkpointing")
         rows.append(show({"table": "memory", **dict(zip(keys, setting)), "peak_gb": round(value, 3)}))

@@ -1,6 +1,6 @@
-"""Speed of the vision tower: one call of attention for images of a size, against transformers' loop over images.
+"""Speed of the vision tower: one attention call for all images of a size, against transformers' loop over images.
 
-    python benchmarks/vision.py    # 5 minutes on one CPU core with --rounds 5
+    python -m benchmarks.vision    # 5 minutes on one CPU core with --rounds 5
 
 It writes benchmarks/results/vision.json.
 
@@ -8,9 +8,9 @@ Outputs and gradients of both are compared before anything is timed.
 """
 
 import torch
-from bench import DEVICE, arguments, compare, images, record, repository, show, summary
 from transformers import AutoModel, AutoProcessor
 
+from benchmarks.bench import DEVICE, arguments, compare, images, record, repository, show, summary
 from btok_hf.packed_attention import VISION_ATTENTION
 
 

@@ -1,10 +1,12 @@
-"""The whole way on real data: base model → Bottleneck Tokens → training → repository → stock loaders → search.
+"""All steps on real data: base model → Bottleneck Tokens → training → repository → stock loaders → search.
 
     make demo        (or: python examples/demo.py)
 
-It prepares the emoji data and a small random Qwen2-VL (`prepare_emoji.py`), trains it with condensation through
-`training/train.py`, then, in a fresh process, loads the exported repository with stock transformers and stock
-Sentence-Transformers, checks that they agree, and prints retrieval metrics on drawings that training never saw.
+1. `prepare_emoji.py` prepares the emoji data and a small random Qwen2-VL.
+2. `training/train.py` trains it with condensation and exports it.
+3. A fresh process loads the export with stock transformers and stock Sentence-Transformers and checks that they agree.
+   It prints retrieval metrics on drawings that training never saw.
+
 Everything is written under runs/emoji.
 """
 
@@ -18,8 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = Path("runs/emoji")
-# One query a line, in the trained languages; names of concepts whose held-out drawings are among the candidates.
-SHOWN = 8
+SHOWN = 8  # queries on the contact sheet
 
 
 def main():
@@ -31,7 +32,7 @@ def main():
     if arguments.step == "check":
         return check()
     started = time.time()
-    # Nothing is downloaded; a silent attempt would only cost time where there is no network.
+    # Nothing needs the Hub. Without a network, asking it would only cost time.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     steps = [] if arguments.max_steps is None else ["--max_steps", str(arguments.max_steps)]
     for title, command in (
@@ -42,11 +43,11 @@ def main():
         print(f"\n=== {title} ({(time.time() - started) / 60:.1f} min so far)", flush=True)
         subprocess.run([sys.executable, *command], check=True, env=environment)
     print(f"\nDone in {(time.time() - started) / 60:.1f} minutes. Search with:")
-    print('  .venv/bin/python examples/search.py "polar bear" --model runs/emoji/model')
+    print('  .venv/bin/python examples/search.py runs/emoji/drawings "polar bear" --model runs/emoji/model')
 
 
 def check():
-    """In a fresh process: do the loaders agree, and how well does the model find unseen drawings?"""
+    """Step 3, in a fresh process: check that the loaders agree, and measure how well unseen drawings are found."""
     import numpy as np
     import torch
     from sentence_transformers import SentenceTransformer
@@ -105,7 +106,7 @@ def measure(model, evaluator):
 
 
 def contact_sheet(model, evaluator, path, top=8):
-    """A picture: a query a line, its top hits beside it, right ones framed."""
+    """A picture with one query per line and its top hits, with a frame around the right ones."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -30,12 +30,12 @@ model = BTokSentenceTransformer(start)
 args = CondensationConfig(
     output_dir=arguments.output + "-run",
     per_device_train_batch_size=64,
-    mini_batch_size=8,  # memory: rows whose activations are alive at once; the loss does not depend on it
+    mini_batch_size=8,  # rows whose activations are in memory at once; the loss does not depend on it
     condense=arguments.condense,  # positive: encode the query, generate the positive's text
     max_steps=arguments.steps,
     report_to="none",
 )
-lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0)  # the Bottleneck Tokens' rows are trained along
+lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0)  # the Bottleneck Tokens' rows are trained too
 trainer = CondensationTrainer(model=model, args=args, train_dataset=load_pairs(arguments.pairs), peft_config=lora)
 trainer.train()
 trainer.export(arguments.output)  # merged weights, remote code, card: a Hub repository

@@ -1,17 +1,19 @@
-"""Everything the emoji recipe needs, made from `data/emoji` in under a minute: a base model and pair files.
+"""Make what the emoji recipe needs from `data/emoji`: a base model and pair files. It takes less than a minute.
 
     python examples/prepare_emoji.py --output_dir runs/emoji
 
-Writes, under the output folder:
-- `base/`: a Qwen2-VL of 1.6 million random parameters with a tokenizer of its own, trained on the data's words;
-- `untrained/`: the same with K Bottleneck Tokens, which `training/train.py` starts from;
+It writes under the output folder:
+- `base/`: a Qwen2-VL with 1.6 million random parameters and a tokenizer trained on the data's words.
+- `untrained/`: the same with K Bottleneck Tokens. Training starts from it.
 - `pairs/`: `text_to_image`, `image_to_image` (training drawings only) and `eval_unseen_drawings` (parquet).
+- `drawings/`: the candidates of `eval_unseen_drawings` as PNG files, for `search.py`.
 """
 
 import argparse
 import io
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -38,22 +40,7 @@ CATEGORIES = ("Animals & Nature", "Food & Drink")
 LANGUAGES = ("en", "de", "fr")
 SIZE = 48  # pixels a side: 4 x 4 patches of 12 pixels, merged to 4 tokens
 SPECIAL_TOKENS = ["<|endoftext|>", *REQUIRED_TOKENS, "<|vision_pad|>"]
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{{- '<|im_start|>' + message['role'] + '\\n' -}}
-{%- if message['content'] is string -%}
-{{- message['content'] -}}
-{%- else -%}
-{%- for part in message['content'] -%}
-{%- if part['type'] == 'image' -%}{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
-{%- elif part['type'] == 'video' -%}{{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
-{%- else -%}{{- part['text'] -}}{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{{- '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
-"""
+CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text("utf-8")
 
 
 def build_base(
@@ -71,9 +58,10 @@ def build_base(
     dtype=torch.float32,
     seed=0,
 ):
-    """Write a random Qwen2-VL with a tokenizer trained on `texts`, for images between the numbers of `pixels`.
+    """Write a random Qwen2-VL with a tokenizer trained on `texts`.
 
-    `text_config` and `vision_config` change or add entries of the two configurations.
+    `pixels` are the least and most pixels of an image. `text_config` and `vision_config` change or add entries of the
+    two configurations.
     """
     bpe = ByteLevelBPETokenizer(add_prefix_space=False)
     # Room for the special tokens and spare rows, as in the real checkpoints.
@@ -99,7 +87,7 @@ def build_base(
             "eos_token_id": ids["<|im_end|>"],
             "pad_token_id": ids["<|endoftext|>"],
             "tie_word_embeddings": True,
-            # 1 / sqrt(fan-in): at 0.02 a model this narrow stays on the plateau for long.
+            # 1 / sqrt(fan-in): with 0.02 a model this narrow learns nothing for many steps.
             "initializer_range": hidden_size**-0.5,
             **(text_config or {}),
         },
@@ -168,13 +156,14 @@ def draw(image, rng=None, size=SIZE):
 
 
 def png(image):
+    """The image as `datasets` stores it."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return {"bytes": buffer.getvalue(), "path": None}
 
 
 def write_pairs(folder, emoji, variants, seed):
-    """Write the pair files; returns the number of rows of each."""
+    """Write `pairs/` and `drawings/` to the folder. Returns the number of rows of each pair file."""
     rng = random.Random(seed)
     rows = {"text_to_image": [], "image_to_image": [], "eval_unseen_drawings": []}
     seen = [row for row in emoji["train"] if row["category"] in CATEGORIES]
@@ -194,6 +183,7 @@ def write_pairs(folder, emoji, variants, seed):
             rows["image_to_image"].append({"query": query, "positive": positive, "group": first["emoji"]})
     # Candidates: one drawing of every concept. The held-out ones have queries, the others are distractors.
     unseen = [row for row in emoji["unseen_drawings"] if row["category"] in CATEGORIES]
+    candidates = list(unseen)
     for row in unseen:
         for language in LANGUAGES:
             rows["eval_unseen_drawings"].append(
@@ -202,13 +192,18 @@ def write_pairs(folder, emoji, variants, seed):
     held_out = {row["emoji"] for row in unseen}
     for concept, drawings in by_concept.items():
         if concept not in held_out:
-            positive = png(draw(rng.choice(drawings)["image"]))
+            candidates.append(rng.choice(drawings))
+            positive = png(draw(candidates[-1]["image"]))
             rows["eval_unseen_drawings"].append({"query": None, "positive": positive, "group": concept})
-    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("pairs", "drawings"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for row in candidates:
+        name = re.sub(r"\W+", "-", row["names"]["en"])
+        draw(row["image"]).save(folder / "drawings" / f"{name}.png")
     for name, part in rows.items():
         query = Image() if name == "image_to_image" else Value("string")
         features = Features({"query": query, "positive": Image(), "group": Value("string")})
-        Dataset.from_list(part, features=features).to_parquet(folder / f"{name}.parquet")
+        Dataset.from_list(part, features=features).to_parquet(folder / "pairs" / f"{name}.parquet")
     return {name: len(part) for name, part in rows.items()}
 
 
@@ -228,7 +223,7 @@ def main():
         for language in LANGUAGES
         for text in [row["names"][language], *row["keywords"][language]]
     ]
-    for name in ("base", "untrained"):
+    for name in ("base", "untrained", "drawings"):
         shutil.rmtree(arguments.output_dir / name, ignore_errors=True)
     parameters = build_base(arguments.output_dir / "base", texts, seed=arguments.seed)
     print(f"base: a random Qwen2-VL with {parameters:,} parameters")
@@ -239,7 +234,7 @@ def main():
         noise_std=0.5,
         seed=arguments.seed,
     )
-    counts = write_pairs(arguments.output_dir / "pairs", emoji, arguments.variants, arguments.seed)
+    counts = write_pairs(arguments.output_dir, emoji, arguments.variants, arguments.seed)
     print("pairs:", ", ".join(f"{name} {count:,}" for name, count in counts.items()))
 
 

@@ -1,61 +1,81 @@
-"""Search drawings, videos, textbook pages, definitions and figures with a text or a picture: one model, one space.
+"""Search a folder of images, texts and videos with a text, an image or a video.
 
-    python examples/search.py "polar bear"
-    python examples/search.py drawing.png --among videos --top 3
-    python examples/search.py "polar bear" --model runs/emoji/model    # after `make demo`; trained on drawings alone
+    python examples/search.py examples/files "tiger face"
+    python examples/search.py FOLDER --image query.png --top 3
+    python examples/search.py FOLDER "a chart of sales" --model path/or/name/of/a/model
 
-Searched are all drawings, and the clips and textbooks that the unified benchmark's models do not train on. The default
-model is that benchmark's, of 1.6 million parameters, which is in the repository; stock Sentence-Transformers loads it.
-It knows animals, food and faces. How well it does on each kind is in docs/results.md: pages it cannot read.
+All files of the folder and its subfolders are searched. Texts are .txt and .md files. Videos need PyAV
+(`pip install av`). Files that cannot be read are named and skipped.
+
+The default model is the small one in this repository. It knows drawings of 56 x 56 pixels of animals, food and faces,
+and terms of textbooks. For photographs and documents use a large model.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from PIL import Image
-from sentence_transformers import SentenceTransformer, util
+import torch
+from sentence_transformers.util import semantic_search
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks" / "unified"))
-from tasks import DRAWING, ROOT, books, clip, cut, draw, emoji, page, pages, square
+from btok_hf import BTokSentenceTransformer
+from btok_hf.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
-MODEL = ROOT / "benchmarks" / "unified" / "models" / "btok-small"
+MODEL = Path(__file__).resolve().parents[1] / "benchmarks" / "unified" / "models" / "btok-small"
+TEXT_SUFFIXES = (".txt", ".md")
+UNREADABLE = (OSError, ValueError, ImportError)  # no such file, broken content, PyAV is not installed
 
-# kind: (label, input) of each thing to find
-COLLECTIONS = {
-    "drawings": lambda: [
-        (f"{row['emoji']} {row['names']['en']}", draw(row["image"], size=DRAWING))
-        for part in emoji().values()
-        for row in part
-    ],
-    "videos": lambda: [(f"{row['emoji']} {row['name']}", clip(row["frames"])) for row in books("clips", "test")],
-    "pages": lambda: [(part["title"], page(part["title"], part["text"])) for part in pages("test")],
-    "definitions": lambda: [(row["term"], cut(row["definition"])) for row in books("glossary", "test")],
-    "figures": lambda: [(row["caption"][:80], square(row["image"])) for row in books("figures", "test")],
-}
+
+def read(path):
+    """A file as an input of the model, which opens images and videos itself."""
+    suffix = path.suffix.lower()
+    if suffix in IMAGE_SUFFIXES:
+        return {"image": str(path)}
+    if suffix in VIDEO_SUFFIXES:
+        return {"video": str(path)}
+    if suffix not in TEXT_SUFFIXES:
+        raise ValueError("not an image, a text (.txt, .md) or a video")
+    text = path.read_text("utf-8").strip()
+    if not text:
+        raise ValueError("holds no text")
+    return {"text": text}
+
+
+def encode(model, paths):
+    """The files that can be read and their vectors. A batch that fails is halved until the bad file is alone."""
+    try:
+        return paths, list(model.encode_document([read(path) for path in paths], convert_to_tensor=True))
+    except UNREADABLE as error:
+        if len(paths) == 1:
+            print(f"skipped {paths[0]}: {error}")
+            return [], []
+        middle = len(paths) // 2
+        (first, some), (second, others) = encode(model, paths[:middle]), encode(model, paths[middle:])
+        return first + second, some + others
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("query", help="a text, or the path of an image")
-    parser.add_argument("--among", choices=COLLECTIONS, default="drawings", help="what to search")
+    parser.add_argument("folder", type=Path, help="folder to search")
+    parser.add_argument("query", nargs="?", help="text to search for")
+    parser.add_argument("--image", type=Path, help="image or video to search for, instead of a text")
+    parser.add_argument("--model", default=MODEL, help="folder or Hub name of a model (default: the one in here)")
     parser.add_argument("--top", type=int, default=5, help="number of hits")
-    parser.add_argument("--model", default=MODEL, help="exported repository (default: the one of docs/results.md)")
     arguments = parser.parse_args()
-    if not Path(arguments.model, "modules.json").is_file():
-        raise SystemExit(f"{arguments.model} is not the folder of an exported model. Make one with: make demo")
-    if arguments.top < 1:
-        raise SystemExit(f"--top must be at least 1, got {arguments.top}.")
+    if not arguments.folder.is_dir():
+        parser.error(f"{arguments.folder} is not a folder. Give the folder to search first, then the query.")
+    if (arguments.query is None) == (arguments.image is None):
+        parser.error("give a text or --image, and not both")
 
-    model = SentenceTransformer(str(arguments.model))
-    labels, things = zip(*COLLECTIONS[arguments.among]())
-    candidates = model.encode_document(list(things), batch_size=128)
-    # A file is drawn like the training pictures: on white, small.
-    is_file = Path(arguments.query).is_file()
-    query = draw(Image.open(arguments.query), size=DRAWING) if is_file else arguments.query
-    hits = util.semantic_search(model.encode_query([query]), candidates, top_k=arguments.top)[0]
-    for hit in hits:
-        print(f"{hit['score']:.3f}  {labels[hit['corpus_id']]}")
+    model = BTokSentenceTransformer(arguments.model)
+    try:
+        query = model.encode_query([arguments.query or read(arguments.image)], convert_to_tensor=True)
+    except UNREADABLE as error:
+        parser.error(f"cannot read the query {arguments.image}: {error}")
+    paths, vectors = encode(model, sorted(path for path in arguments.folder.rglob("*") if path.is_file()))
+    if not paths:
+        parser.error(f"{arguments.folder} holds no file that can be read")
+    for hit in semantic_search(query, torch.stack(vectors), top_k=arguments.top)[0]:
+        print(f"{hit['score']:.3f}  {paths[hit['corpus_id']]}")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,12 @@
 """The unified benchmark: what its tasks ask, how ranks become tables. The data have a test of their own."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks" / "unified"))
-import base
-import decode
-import report
-import run
-import tasks
+from benchmarks.unified import base, decode, inputs, report, run, tasks
 
 
 @pytest.fixture(scope="module")
@@ -45,25 +38,25 @@ def test_the_motion_task_differs_by_the_order_of_frames_alone(found):
 def test_a_page_shows_its_title_and_text_on_the_grid(found):
     page = found["title → page"].candidates[0]
     assert page.size == (196, 224)
-    assert tasks.wrap("a bb ccc " * 20 + "d" * 60, 99)[-1] == "d" * (60 - 2 * tasks.COLUMNS)
-    assert max(map(len, tasks.wrap("word " * 100 + "x" * 70, 99))) <= tasks.COLUMNS
-    ink = np.asarray(tasks.page("Ab", "cd")) < 128
-    rows = [bool(ink[row * 14 : (row + 1) * 14].any()) for row in range(2 * tasks.LINES)]
+    assert inputs.wrap("a bb ccc " * 20 + "d" * 60, 99)[-1] == "d" * (60 - 2 * inputs.COLUMNS)
+    assert max(map(len, inputs.wrap("word " * 100 + "x" * 70, 99))) <= inputs.COLUMNS
+    ink = np.asarray(inputs.page("Ab", "cd")) < 128
+    rows = [bool(ink[row * 14 : (row + 1) * 14].any()) for row in range(2 * inputs.LINES)]
     assert rows == [True, False, True] + [False] * 13
     assert not ink[:, 2 * 7 :].any()  # two characters wide
 
 
 def test_nothing_of_a_task_is_trained_on(found):
     """Drawings, clips, modules, definitions and captions of the tasks are in no training row."""
-    drawings = {(row["emoji"], row["artist"]) for row in tasks.emoji()["train"]}
-    assert not drawings & {(row["emoji"], row["artist"]) for row in tasks.emoji()["unseen_drawings"]}
+    drawings = {(row["emoji"], row["artist"]) for row in inputs.emoji()["train"]}
+    assert not drawings & {(row["emoji"], row["artist"]) for row in inputs.emoji()["unseen_drawings"]}
     concepts = {emoji for emoji, _ in drawings}
-    assert not concepts & {row["emoji"] for row in tasks.emoji()["unseen_concepts"]}
-    assert {row["emoji"] for row in tasks.emoji()["unseen_drawings"]} <= concepts
+    assert not concepts & {row["emoji"] for row in inputs.emoji()["unseen_concepts"]}
+    assert {row["emoji"] for row in inputs.emoji()["unseen_drawings"]} <= concepts
     for config in ("modules", "glossary", "figures", "questions"):
-        train, test = (tasks.books(config, split) for split in ("train", "test"))
+        train, test = (inputs.books(config, split) for split in ("train", "test"))
         assert not set(train["book"]) & set(test["book"])
-    assert not set(tasks.books("clips", "train")["emoji"]) & set(tasks.books("clips", "test")["emoji"])
+    assert not set(inputs.books("clips", "train")["emoji"]) & set(inputs.books("clips", "test")["emoji"])
 
 
 def test_ranks_are_pessimistic_in_ties_and_keep_to_the_choices():
@@ -95,7 +88,7 @@ def test_the_base_is_trained_on_target_tokens_alone(tmp_path):
 
 def test_tables_report_means_and_paired_differences(found, tmp_path, monkeypatch):
     """Two arms whose ranks differ in a known way, in two seeds."""
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "UNIFIED", tmp_path)
     rng = np.random.default_rng(0)
     for arm in ("last-token", "btok"):
         for seed in (0, 1):
@@ -139,22 +132,10 @@ def test_chance_and_baselines(found):
     assert tasks.score(artists.name, report.baseline(artists)).mean() > 3 * tasks.chance(artists)
 
 
-def test_the_model_of_the_examples_is_what_was_exported_and_finds_things(capsys, monkeypatch):
+def test_the_model_of_the_examples_is_what_was_exported():
     from btok_hf import verify
 
-    monkeypatch.syspath_prepend(str(tasks.ROOT / "examples"))
-    import search
-
-    assert verify(search.MODEL) < 1e-4
-    capsys.readouterr()
-    for query, among in (("pizza", "drawings"), ("hedgehog", "videos"), ("energy", "definitions")):
-        monkeypatch.setattr(sys, "argv", ["search.py", query, "--among", among, "--top", "3"])
-        search.main()
-        hits = capsys.readouterr().out.splitlines()
-        scores = [float(hit.split()[0]) for hit in hits]
-        assert len(hits) == 3 and scores == sorted(scores, reverse=True)
-        if query == "pizza":
-            assert hits[0].endswith("pizza")
+    assert verify(run.MODELS / "btok-small") < 1e-4
 
 
 def test_decoded_texts_are_measured_by_their_words():

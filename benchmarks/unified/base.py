@@ -1,28 +1,29 @@
-"""The base model of the unified benchmark: a small Qwen2-VL trained to generate, as the method's base models are.
+"""Train the base model of the unified benchmark: a small Qwen2-VL that generates text, like the method's base models.
 
-    python benchmarks/unified/base.py --size small        # minutes on 2 CPU cores
+    python -m benchmarks.unified.base --size small        # minutes on 2 CPU cores
 
-It starts from random weights and learns from the training rows alone to describe drawings, clips and figures, to read
-pages, to define terms and name what is defined, and to go on with textbook text: next-token prediction that sees the
-whole input. No contrastive loss is involved. A killed run goes on where its last checkpoint was written.
+It starts from random weights and uses the training rows only. It learns to describe drawings, clips and figures, to
+read pages, to define terms, to name what is defined, and to continue textbook text. The loss is next-token prediction
+that sees the full input, without a contrastive loss. A killed run resumes from its last checkpoint.
 """
 
 import argparse
 import shutil
-import sys
 from pathlib import Path
 
+import jinja2
 from datasets import Dataset
 from transformers import AutoProcessor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from tasks import CONDENSE, ROOT, books, build_base, prepare, training_sets
-
+from benchmarks import ROOT
+from benchmarks.unified.inputs import books
+from benchmarks.unified.training_rows import CONDENSE, prepare, training_sets
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens
 from btok_hf.training import CondensationConfig, CondensationLoss, CondensationTrainer
 from btok_hf.training.condensation_collator import CondensationCollator
+from examples.prepare_emoji import build_base
 
-# name: size of the backbone, steps and peak learning rate of the base, of each arm and of the model of the examples.
+# For each size: the backbone, then steps and peak learning rate of the base, of each arm and of the examples' model.
 # Arms condense for the first 40 % of their steps (2,000 of 5,000 in the paper's first preset).
 SIZES = {
     "small": {
@@ -39,39 +40,21 @@ SIZES = {
     },
 }
 BATCH = 128  # of the arms
-BASE_BATCH = 32  # no row is another's negative: smaller batches, more steps
+BASE_BATCH = 32  # there are no in-batch negatives, so more steps with smaller batches are better
 BASE_WEIGHTS = {"names": 5, "clips": 2, "motion": 2, "pages": 1, "glossary": 2, "figures": 1, "texts": 1}
 
-MODELS = Path(__file__).resolve().parent / "models"
-CARD = """\
----
-library_name: transformers
-pipeline_tag: image-text-to-text
-license: cc-by-4.0
-language: [en, de, fr, es]
-tags: [qwen2_vl]
----
-
-# Generative base of the unified benchmark ({size})
-
-A Qwen2-VL of {parameters:,} parameters, trained from random weights by
-`python benchmarks/unified/base.py --size {size}` to describe drawings, clips and figures, read pages, define terms and
-go on with textbook text: {steps:,} steps of {batch} rows, {loss:.2f} nats a token at the end (mean over the last 200
-steps). All arms of the benchmark start from it. It is far too small to be of use for anything else.
-
-Trained on `data/emoji` (Apache-2.0, Unicode License V3, MIT) and the training split of `benchmarks/unified/data`
-(CC BY 4.0); the attributions are in their `LICENSES.md`.
-"""
+MODELS = ROOT / "benchmarks" / "unified" / "models"
+CARD = Path(__file__).with_name("base_card.md.jinja")
 
 
 class Plain(CondensationCollator):
-    """Targets follow the end token at once, so that its state predicts their beginning and is not left empty."""
+    """Targets follow the end token directly, so that its state learns to predict their first token."""
 
     prompt = ""
 
 
 class Generation(CondensationLoss):
-    """The loss of the target tokens alone."""
+    """Only the loss of the target tokens."""
 
     def _infonce(self, columns):
         return 0.0 * sum(column.sum() for column in columns)
@@ -82,7 +65,7 @@ class Generative(CondensationTrainer):
 
 
 def arguments_for(folder, seed, batch_size=BATCH, **settings):
-    """What the base and all arms share."""
+    """The training arguments that the base and all arms share."""
     return CondensationConfig(
         output_dir=str(folder),
         per_device_train_batch_size=batch_size,
@@ -100,7 +83,7 @@ def arguments_for(folder, seed, batch_size=BATCH, **settings):
 
 
 def texts():
-    """Half of a passage and what comes after it, from the textbooks of the training split."""
+    """The first half of a passage and its second half as the target, from the training split's textbooks."""
     rows = []
     for row in books("modules", "train"):
         words = row["text"].split()
@@ -119,7 +102,7 @@ def main():
 
 
 def make(size, output):
-    """Train the base of one size, unless it is there; returns its folder."""
+    """Train the base of one size, unless it exists. Returns its folder."""
     folder = MODELS / f"base-{size}"
     if (folder / "model.safetensors").exists():
         return folder
@@ -139,7 +122,7 @@ def make(size, output):
         output / size / "base-run",
         seed=0,
         batch_size=BASE_BATCH,
-        # From a text too: a name in any language, and its drawing, begin the same description.
+        # Both sides: a name in any language and its drawing lead to the same description.
         condense={name: "positive" if name == "texts" else "both" for name in sets},
         dataset_weights=BASE_WEIGHTS,
         condensation_weight=1.0,
@@ -154,11 +137,12 @@ def make(size, output):
     AutoProcessor.from_pretrained(start / "random").save_pretrained(folder)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-8:]
     parameters = sum(p.numel() for p in model.parameters())
-    card = CARD.format(
+    template = jinja2.Template(CARD.read_text("utf-8"), keep_trailing_newline=True)
+    card = template.render(
         size=size, parameters=parameters, steps=args.max_steps, batch=BASE_BATCH, loss=sum(losses) / len(losses)
     )
     (folder / "README.md").write_text(card, "utf-8")
-    model[0].merged().save_pretrained(folder)  # last: without the weights the folder does not count
+    model[0].merged().save_pretrained(folder)  # last, because the folder counts as complete once it has weights
     return folder
 
 

@@ -1,26 +1,25 @@
-"""What the Bottleneck Tokens keep: text decoded greedily from their keys and values alone, beside the input.
+"""Decode text greedily from the Bottleneck Tokens' keys and values, and show it beside the input.
 
-    python benchmarks/unified/decode.py --size small --seed 0      # writes docs/results/small-decoded.png
+    python -m benchmarks.unified.decode --size small --seed 0      # writes docs/results/small-decoded.png
 
-The decoder does not see the input (`BTokSentenceTransformer.reconstruct`). Shown are inputs that no arm was trained
-on, for the arms that condensed in all steps. The printed table says how often the text begins with the right name,
-what share of its words are in the input's name and keywords, what share in another input's, and how many texts differ.
+The decoder does not see the input (`BTokSentenceTransformer.reconstruct`). The inputs are held out. The arms are those
+that condensed in all steps. The printed table says how often the text begins with the right name, what share of its
+words is in the input's name and keywords, what share is in another input's, and how many texts differ.
 """
 
 import argparse
 import re
-import sys
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from report import LABELS
-from run import model_folder
-from tasks import DRAWING, ROOT, books, clip, describe, draw, emoji, page, pages, square, strip
-
+from benchmarks import ROOT
+from benchmarks.unified.inputs import DRAWING, books, clip, describe, emoji, page, pages, square, strip
+from benchmarks.unified.report import LABELS
+from benchmarks.unified.run import model_folder
 from btok_hf import BTokSentenceTransformer
+from examples.prepare_emoji import draw
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -30,7 +29,7 @@ SHOWN = {"drawing": 4, "clip": 3, "figure": 2, "page": 2}
 
 
 def examples():
-    """By kind: (input, picture of it, what it is) of everything held out."""
+    """All held-out examples by kind: (input, picture of it, description)."""
     drawings = [
         (draw(row["image"], size=DRAWING), describe(row["names"]["en"], row["keywords"]["en"]))
         for row in emoji()["unseen_drawings"]
@@ -71,7 +70,7 @@ def shared(text, right):
 
 
 def measures(texts, right):
-    """What the printed table says about the texts of one model."""
+    """The numbers of the printed table for the texts of one model."""
     others = [shared(text, other) for i, text in enumerate(texts) for j, other in enumerate(right) if i != j]
     return {
         "the right name": f"{100 * np.mean([name(text) == name(answer) for text, answer in zip(texts, right)]):.1f} %",
@@ -85,12 +84,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="small")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "unified", help="folder that run.py wrote to")
+    parser.add_argument(
+        "--runs", type=Path, default=ROOT / "runs" / "unified", help="output folder of benchmarks.unified.run"
+    )
     options = parser.parse_args()
     models = {arm: model_folder(arm, options.seed, options.size, options.runs) for arm in ARMS}
     missing = [str(path) for path in models.values() if not (path / "golden.json").exists()]
     if missing:
-        raise SystemExit(f"No models in {', '.join(missing)}: run run.py --table throughout first.")
+        raise SystemExit(
+            f"No models in {', '.join(missing)}: run `python -m benchmarks.unified.run --table throughout` first."
+        )
     models = {arm: BTokSentenceTransformer(str(path)) for arm, path in models.items()}
 
     found = examples()

@@ -1,30 +1,27 @@
-"""Tables and pictures of the unified benchmark, from the ranks that `run.py` wrote.
+"""Make the tables and pictures of the unified benchmark from the ranks that `benchmarks.unified.run` wrote.
 
-    python benchmarks/unified/report.py --size small      # fills the tables of docs/results.md; docs/results/*.png
+    python -m benchmarks.unified.report --size small      # fills the tables of docs/results.md; docs/results/*.png
 
 A task's score is its mean reciprocal rank in percent (the share of right choices for the motion task), an arm's score
 the mean over tasks. Two intervals, both at 95 %:
 
-- Over queries: of seed-averaged scores, by bootstrap over groups of queries (the names of a concept, the questions of
-  a module) within each task. It says how far another set of queries might move the score of these models.
-- Over seeds: Student's t of the arm's scores, or of their differences seed by seed. It says how far another training
-  might move it, on these queries.
+- Over queries: bootstrap of the seed-averaged scores over groups of queries (the names of a concept, the questions of
+  a module) within each task. It says how much the score of these models may change with other queries.
+- Over seeds: Student's t of the arm's scores, or of their differences seed by seed. It says how much the score may
+  change with another training run, on the same queries.
 """
 
 import argparse
 import json
-import sys
-from pathlib import Path
 
 import matplotlib
 import numpy as np
 from scipy.stats import t as student
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from run import ARMS, RESULTS, TABLES
-from tables import insert
-from tasks import MOTION, ROOT, chance, score, tasks
+from benchmarks import ROOT
+from benchmarks.tables import insert
+from benchmarks.unified.run import ARMS, TABLES, UNIFIED
+from benchmarks.unified.tasks import MOTION, chance, score, tasks
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -46,7 +43,7 @@ SAMPLES = 2000
 
 
 def baseline(task):
-    """Ranks by TF-IDF (texts; pages as if they could be read) or by pixels (images), where a task has a baseline."""
+    """Ranks of a task's baseline, if it has one: TF-IDF for texts and the text of pages, pixels for images."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.metrics.pairwise import cosine_similarity
 
@@ -66,7 +63,7 @@ def baseline(task):
 def load(size):
     """All results by arm and seed."""
     found = {}
-    for path in sorted((RESULTS / size).glob("*.json")):
+    for path in sorted((UNIFIED / size).glob("*.json")):
         result = json.loads(path.read_text())
         found.setdefault(result["arm"], {})[result["seed"]] = result
     return found
@@ -96,19 +93,19 @@ def over_queries(scores, rng):
 
 
 def over_seeds(values):
-    """Half-width of Student's interval of the mean of a few numbers; infinite for one."""
+    """Half-width of Student's interval for the mean; infinite for a single number."""
     if len(values) < 2:
         return np.inf
     return student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
 
 
 def seeds_for(difference, spread):
-    """Paired seeds that show a difference in four of five experiments (power 0.8 at 5 %, two-sided, normal)."""
+    """How many paired seeds detect a difference with power 0.8 (5 %, two-sided, normal)."""
     return int(np.ceil((1.96 + 0.84) ** 2 * spread**2 / difference**2)) + 1
 
 
 def arm_table(table, results):
-    """Markdown of one table: a column an arm, a row a task, then means, differences and what they need."""
+    """One table in Markdown: a column for each arm, a row for each task, then means, differences and seeds needed."""
     rng = np.random.default_rng(0)
     arms = [arm for arm in TABLES[table] if arm in results]
     seeds = sorted(set.intersection(*(set(results[arm]) for arm in arms)))
@@ -133,7 +130,7 @@ def arm_table(table, results):
         + " |"
     )
     lines.append("| by seed | | | | " + " | ".join(", ".join(f"{v:.2f}" for v in means[arm]) for arm in arms) + " |")
-    # Whether the order of frames is learned at all differs from seed to seed, and moves the mean more than all else.
+    # Some seeds learn the order of frames and others do not, which moves the mean more than anything else.
     still = {arm: np.mean([part.mean(1) for n, part in scores[arm].items() if n != MOTION], axis=0) for arm in arms}
     cells = (f"{still[arm].mean():.2f}: " + ", ".join(f"{v:.2f}" for v in still[arm]) for arm in arms)
     lines.append("| without motion, and by seed | | | | " + " | ".join(cells) + " |")
@@ -161,7 +158,7 @@ def arm_table(table, results):
 
 
 def curves(results, path):
-    """Learning curves of the arms, seed by seed where they were taken: the mean over tasks, and the losses."""
+    """Learning curves of the arms and seeds that have them: the mean over tasks, and the losses."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
     for colour, arm in enumerate(TABLES["arms"]):
         for seed, result in results.get(arm, {}).items():
@@ -191,7 +188,8 @@ def main():
     results = load(options.size)
     unknown = set(results) - set(ARMS)
     if unknown or not results:
-        raise SystemExit(f"{RESULTS / options.size} holds {sorted(unknown) or 'no results'}. Run run.py first.")
+        held = sorted(unknown) or "no results"
+        raise SystemExit(f"{UNIFIED / options.size} holds {held}. Run `python -m benchmarks.unified.run` first.")
     document = ROOT / "docs" / "results.md"
     page = document.read_text("utf-8")
     for table, arms in TABLES.items():

@@ -1,39 +1,38 @@
-"""Train and score the arms of the unified benchmark: what the Bottleneck Tokens, condensation and its mask are worth.
+"""Train and score the arms of the unified benchmark, with and without Bottleneck Tokens, condensation and its mask.
 
-    python benchmarks/unified/run.py --table arms       # last token, tokens, condensation without and with mask
-    python benchmarks/unified/run.py --table tokens     # K = 1, 4, 8, 16
-    python benchmarks/unified/run.py --table weights    # condensation weight 0, 1, 5
-    python benchmarks/unified/run.py --table throughout # condensation in all steps, without and with mask
-    python benchmarks/unified/run.py --table model --seeds 0    # the method trained longer: the model of the examples
+    python -m benchmarks.unified.run --table arms       # last token, tokens, condensation without and with mask
+    python -m benchmarks.unified.run --table tokens     # K = 1, 4, 8, 16
+    python -m benchmarks.unified.run --table weights    # condensation weight 0, 1, 5
+    python -m benchmarks.unified.run --table throughout # condensation in all steps, without and with mask
+    python -m benchmarks.unified.run --table model --seeds 0    # the method trained longer: the model of the examples
 
-All arms start from one generative base (`base.py`) and see the same rows in the same order, seed by seed. A run that
-is done is not repeated, so a command that was killed goes on when it is given again. Each writes one JSON file with
-the rank of the right answer for every query; `report.py` makes the tables.
+All arms start from one generative base (`base.py`). With the same seed they see the same rows in the same order. Each
+run writes one JSON file with the rank of the right answer for every query, and `report.py` makes the tables. A
+finished run is not repeated, so a killed command can be given again.
 """
 
 import argparse
 import json
 import platform
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import transformers
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from base import MODELS, SIZES, arguments_for, make
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
-from tasks import CONDENSE, LANGUAGES, ROOT, WEIGHTS, chance, prepare, score, tasks, training_sets
 
+from benchmarks import RESULTS, ROOT
+from benchmarks.unified.base import MODELS, SIZES, arguments_for, make
+from benchmarks.unified.tasks import chance, score, tasks
+from benchmarks.unified.training_rows import CONDENSE, LANGUAGES, WEIGHTS, prepare, training_sets
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model
 from btok_hf.hub_card.card import CardArguments
 from btok_hf.hub_card.training_run import card_files
 from btok_hf.training import CondensationTrainer
 
-RESULTS = ROOT / "benchmarks" / "results" / "unified"
+UNIFIED = RESULTS / "unified"
 WEIGHT = 5.0  # of condensation, as in the paper
 
 
@@ -68,7 +67,7 @@ TABLES = {
 }
 EMOJI, BOOKS = "Apache-2.0, Unicode-3.0, MIT: data/emoji/LICENSES.md", "CC-BY-4.0: benchmarks/unified/data/LICENSES.md"
 LICENSES = dict.fromkeys(CONDENSE, BOOKS) | dict.fromkeys(("names", "drawings", "motion", "name-to-drawing"), EMOJI)
-NOISE = 0.5  # of the tokens' first rows, relative to the EOS row: copies would differ by their position alone
+NOISE = 0.5  # of the new token rows, relative to the EOS row; without noise they would be equal
 
 
 def ranks(model, batch_size=256):
@@ -90,7 +89,7 @@ def ranks(model, batch_size=256):
 
 
 def positions(scores, right, choices=None):
-    """Rank of candidate `right[i]` in row i of `scores`, among all or among `choices[i]`; in a tie the worst one."""
+    """Rank of candidate `right[i]` in row i of `scores`, among all or among `choices[i]`. Ties count as the worst."""
     at_least = scores >= scores.gather(1, torch.tensor(right)[:, None])
     if choices is not None:
         at_least = at_least.gather(1, torch.tensor(choices))
@@ -102,7 +101,7 @@ def _key(item):
 
 
 def model_folder(arm, seed, size, output):
-    """Where the model of a run is; the one of the examples is kept in the repository."""
+    """The folder of a run's model. The one that the examples use is in the repository."""
     kept = (arm, seed) == ("btok-long", 0)  # another seed must not overwrite it
     return MODELS / f"btok-{size}" if kept else output / size / f"{arm}-s{seed}" / "model"
 
@@ -127,7 +126,7 @@ def card_section(ranks):
         )
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(
-        [*lines, "", "Made by `python benchmarks/unified/run.py`; docs/results.md compares the arms.", "", ""]
+        [*lines, "", "Made by `python -m benchmarks.unified.run`; docs/results.md compares the arms.", "", ""]
     )
 
 
@@ -150,8 +149,8 @@ def evaluator():
 
 
 def run(arm, seed, size, output, steps_between=None):
-    """Train one arm with one seed and write its result, unless that is there."""
-    target = RESULTS / size / f"{arm}-s{seed}.json"
+    """Train one arm with one seed and write its result, unless the result exists."""
+    target = UNIFIED / size / f"{arm}-s{seed}.json"
     if target.exists():
         return
     num_tokens, weight, mask, throughout = ARMS[arm]
@@ -184,7 +183,7 @@ def run(arm, seed, size, output, steps_between=None):
     trained = time.perf_counter() - trained
     curve[args.max_steps] = ranks(model)
     table = next(name for name, arms in TABLES.items() if arm in arms)
-    command = f"benchmarks/unified/run.py --table {table} --size {size} --seeds {seed}"
+    command = f"-m benchmarks.unified.run --table {table} --size {size} --seeds {seed}"
     card = card_files(
         trainer,
         CardArguments(
@@ -227,7 +226,7 @@ def run(arm, seed, size, output, steps_between=None):
 
 
 class Curve(transformers.TrainerCallback):
-    """Ranks every so many steps of training."""
+    """Computes the ranks at regular steps of training."""
 
     def __init__(self, model, curve, every):
         self.model, self.curve, self.every = model, curve, every

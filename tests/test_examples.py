@@ -1,0 +1,82 @@
+"""The examples run as they are described: search, the notebook, the command line of fine-tuning."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+
+from examples import search
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def run_search(capsys, monkeypatch, *arguments):
+    """The lines that a search prints."""
+    monkeypatch.setattr(sys, "argv", ["search.py", *map(str, arguments)])
+    search.main()
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(
+    "query, hit",
+    [("tiger face", "tiger-face.png"), ("octopus", "octopus.mp4"), ("bacteria", "bacteria.md")],
+)
+def test_search_finds_files_of_each_kind(capsys, monkeypatch, query, hit):
+    lines = run_search(capsys, monkeypatch, EXAMPLES / "files", query, "--top", 3)
+    scores = [float(line.split()[0]) for line in lines]
+    assert len(lines) == 3 and scores == sorted(scores, reverse=True)
+    assert lines[0].endswith(hit)
+
+
+def test_search_takes_an_image_and_names_what_it_skips(capsys, monkeypatch, tmp_path):
+    inner = tmp_path / "of two words"
+    inner.mkdir()
+    image = (EXAMPLES / "files" / "turtle.png").read_bytes()
+    (inner / "a turtle.png").write_bytes(image)
+    for name in ("crab.png", "octopus.mp4"):
+        (tmp_path / name).write_bytes((EXAMPLES / "files" / name).read_bytes())
+    for name, content in (("broken.png", image[:99]), ("broken.mp4", b"x"), ("table.csv", b"a,b"), ("empty.txt", b"")):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "latin.txt").write_bytes("Käse".encode("latin-1"))
+    (tmp_path / "long.txt").write_text("A long text. " * 5000)
+    lines = run_search(capsys, monkeypatch, tmp_path, "--image", EXAMPLES / "files" / "turtle.png")
+    skipped = [line for line in lines if line.startswith("skipped ")]
+    names = ["broken.mp4", "broken.png", "empty.txt", "latin.txt", "table.csv"]
+    assert [Path(line.split(": ")[0]).name for line in skipped] == names
+    hits = [line.split(maxsplit=1)[1] for line in lines if line not in skipped]
+    assert hits[0].endswith("a turtle.png") and len(hits) == 4
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["nowhere", "tiger"], "nowhere is not a folder"),
+        ([EXAMPLES / "files"], "give a text or --image"),
+        ([EXAMPLES / "files", "--image", "nothing.png"], "cannot read the query nothing.png"),
+    ],
+)
+def test_search_explains_wrong_arguments(capsys, monkeypatch, arguments, message):
+    with pytest.raises(SystemExit):
+        run_search(capsys, monkeypatch, *arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_the_notebook_runs_in_a_fresh_kernel():
+    notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in cells)
+    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(EXAMPLES)}}).execute()
+    printed = {
+        cell.source.splitlines()[-1]: "".join(output.get("text", "") for output in cell.outputs) for cell in cells
+    }
+    assert printed['search("tiger face")'].split()[1] == "tiger-face.png"
+    assert printed['search("octopus")'].split()[1] == "octopus.mp4"
+
+
+@pytest.mark.parametrize("script", ["finetune.py", "demo.py", "prepare_emoji.py"])
+def test_scripts_explain_themselves(script):
+    run = subprocess.run([sys.executable, EXAMPLES / script, "--help"], capture_output=True, text=True, check=True)
+    assert "usage:" in run.stdout and f"python examples/{script}" in run.stdout
