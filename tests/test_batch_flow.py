@@ -8,9 +8,9 @@ import copy
 
 import pytest
 import torch
-from conftest import image
 from datasets import Dataset
 from peft import LoraConfig
+from support.media import image
 from torch.distributed.utils import _to_kwargs
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

@@ -1,11 +1,13 @@
-"""The packed condensation forward against the definition: a dense mask, full logits, padded batches."""
+"""The packed condensation forward against its definition: a dense mask, full logits, padded batches."""
 
 from unittest.mock import patch
 
 import pytest
-import tiny
 import torch
-from conftest import image, video
+from support import tiny
+from support.gradients import assert_same_gradients
+from support.inputs import TARGETS, process, rows, targets
+from support.media import video
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
@@ -13,57 +15,6 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 from btok_hf.condensation import _forward, condense, dense_condensation_mask, linear_cross_entropy, reconstruct
 from btok_hf.modeling.modeling_btok import last_positions
 from btok_hf.packed_attention import PackedLayout
-
-TARGETS = ["a cat", "", "two dogs and a tree", "x"]
-
-
-def rows(kind):
-    """Four ragged inputs as chat messages."""
-    contents = {
-        "text": [["hi"], ["a much longer query than the others"], ["mid length"], ["another one here"]],
-        "image": [
-            [image(60, 80), "what"],
-            ["no image at all"],
-            [image(56, 56), image(90, 40), "two"],
-            [image(40, 40)],
-        ],
-        "uniform": [
-            [image(60, 80), "what"],
-            [image(60, 80, 1), "isit"],
-            [image(60, 80, 2), "this"],
-            [image(60, 80, 3), "kind"],
-        ],
-        "video": [[video(4), "move"], [video(6, 28, 1)], [image(60, 60), "still"], ["none"]],
-    }[kind]
-    return [[{"role": "user", "content": [_part(part) for part in content]}] for content in contents]
-
-
-def _part(value):
-    if isinstance(value, str):
-        return {"type": "text", "text": value}
-    return {"type": "video", "video": value["array"]} if isinstance(value, dict) else {"type": "image", "image": value}
-
-
-def process(processor, conversations, side="right"):
-    processor.tokenizer.padding_side = side
-    return processor.apply_chat_template(
-        conversations, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"padding": True}
-    )
-
-
-def targets(processor, texts=TARGETS):
-    """An unsupervised prompt and a supervised text per row; an empty text is a row without a target."""
-    tokenizer = processor.tokenizer
-    prompt = tokenizer("<|im_start|>assistant\n")["input_ids"]
-    ids = [prompt + tokenizer(text + "<|im_end|>")["input_ids"] if text else [] for text in texts]
-    labels = [[-100] * len(prompt) + row[len(prompt) :] for row in ids]
-    pad = {"batch_first": True, "padding_side": "right"}
-    return (
-        torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.long) for row in ids], padding_value=7, **pad),
-        torch.nn.utils.rnn.pad_sequence(
-            [torch.tensor(row, dtype=torch.long) for row in labels], padding_value=-100, **pad
-        ),
-    )
 
 
 def dense_reference(model, inputs, target_ids, labels, masked=True):
@@ -104,13 +55,6 @@ def gradients(model, embeddings, losses):
     model.zero_grad()
     (embeddings * torch.randn_like(embeddings)).sum().add((losses * torch.rand_like(losses)).sum()).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same_gradients(actual, expected, tolerance=1e-5):
-    assert actual.keys() == expected.keys()
-    scale = max(g.abs().max() for g in expected.values())
-    for name, gradient in expected.items():
-        assert (actual[name] - gradient).abs().max() <= tolerance * scale, name
 
 
 @pytest.mark.parametrize("backbone", tiny.BACKBONES)
@@ -242,33 +186,6 @@ def test_forward_of_packed_text_looks_at_no_value(repo):
     with torch.no_grad(), patch("btok_hf.condensation._forward", watched):
         condense(model, inputs)
     assert looks == [0] and whole.count > 0
-
-
-def test_layers_of_the_vision_tower_share_their_layouts(repos):
-    """One for the language model and, per kind of bounds, one for all layers of the tower."""
-    for backbone, kinds in (("qwen2_vl", 1), ("qwen2_5_vl", 2), ("qwen3_vl", 1)):
-        processor, model = AutoProcessor.from_pretrained(repos[backbone]), AutoModel.from_pretrained(repos[backbone])
-        inputs = process(processor, rows("image"))
-        with (
-            torch.no_grad(),
-            patch("btok_hf.condensation.PackedLayout", wraps=PackedLayout) as language,
-            patch("btok_hf.packed_attention.PackedLayout", wraps=PackedLayout) as vision,
-        ):
-            condense(model, inputs)
-        assert (language.call_count, vision.call_count) == (1, kinds), backbone
-
-
-def test_ordinary_calls_are_unchanged_after_condense(repo):
-    processor = AutoProcessor.from_pretrained(repo)
-    model = AutoModel.from_pretrained(repo).eval()
-    inputs = process(processor, rows("image"), "left")
-    with torch.no_grad():
-        before = model(**inputs).last_hidden_state
-        condense(model, inputs)
-        after = model(**inputs).last_hidden_state
-    assert model.language_model.config._attn_implementation == "btok_packed"
-    real = inputs["attention_mask"].bool()
-    torch.testing.assert_close(after[real], before[real], atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("rows", [1, 256, 300])

@@ -1,7 +1,6 @@
-"""What a user meets first: installation and imports."""
+"""The package: installation, imports and layout."""
 
 import ast
-import re
 import shutil
 import subprocess
 import sys
@@ -9,10 +8,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from support import ROOT
 
 import btok_hf
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_wheel_holds_every_package_and_imports_without_the_checkout(tmp_path):
@@ -79,23 +77,3 @@ def test_editors_see_the_names_where_they_are_imported_from():
     seen = {alias.name: node.module for node in block.body for alias in node.names}
     assert block.test.id == "TYPE_CHECKING" and seen == btok_hf._LAZY_IMPORTS
     assert sorted(btok_hf.__all__) == sorted(seen)
-
-
-def test_remote_code_is_flat_and_imports_torch_and_transformers_only():
-    source = (ROOT / "modeling" / "modeling_btok.py").read_text("utf-8")
-    imported = set(re.findall(r"^(?:from|import) (\w+)", source, flags=re.M))
-    assert imported - set(sys.stdlib_module_names) == {"torch", "transformers"}
-
-
-def test_training_script_shows_its_flags():
-    run = subprocess.run([sys.executable, "training/train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    for flag in (
-        "--condensation_weight",
-        "--condense",
-        "--mini_batch_size",
-        "--lora_r",
-        "--push_to_hub",
-        "--eval_file",
-    ):
-        assert flag in run.stdout

@@ -1,44 +1,18 @@
-"""One repository, every loader, the same vectors; and inputs that are refused."""
+"""One repository, every loader, the same vectors; batches, lengths, and what is refused."""
 
-import os
 import threading
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
-import transformers
-from conftest import image, video
-from packaging.version import Version
-from PIL import Image
 from sentence_transformers import SentenceTransformer
-from test_condensation import process
-from transformers import AutoModel, AutoProcessor
+from support.inputs import TOLERANCE, as_messages, process
+from support.media import image, video
+from transformers import AutoModel
 
-from btok_hf import BTokSentenceTransformer, export_model, read_video
-from btok_hf.inputs import ImageLimits, check_input, estimate_tokens
-
-TOLERANCE = 1e-6
-
-
-@pytest.fixture(scope="module")
-def mp4(tmp_path_factory):
-    """A two-second clip of a square that moves, written with PyAV."""
-    av = pytest.importorskip("av")
-    path = tmp_path_factory.mktemp("video") / "clip.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width = stream.height = 64
-        for index in range(20):
-            frame = np.zeros((64, 64, 3), np.uint8)
-            frame[16:32, index * 2 : index * 2 + 16] = 255
-            for packet in stream.encode(av.VideoFrame.from_ndarray(frame)):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
-    return str(path)
+from btok_hf import BTokSentenceTransformer, read_video
 
 
 @pytest.fixture(scope="module")
@@ -65,18 +39,6 @@ def inputs(mp4, tmp_path_factory):
                 "content": [{"type": "text", "text": "in messages"}, {"type": "image", "image": image(50, 50)}],
             },
         ],
-    }
-
-
-@pytest.fixture(scope="module", params=tiny.BACKBONES)
-def loaded(repos, request):
-    """The wrapper, stock Sentence-Transformers without and with trust, and the AutoModel class, of one repository."""
-    repo = repos[request.param]
-    return {
-        "wrapper": BTokSentenceTransformer(repo, device="cpu"),
-        "stock": SentenceTransformer(repo, device="cpu"),
-        "trusted": SentenceTransformer(repo, device="cpu", trust_remote_code=True),
-        "auto": (AutoModel.from_pretrained(repo, trust_remote_code=True), AutoProcessor.from_pretrained(repo)),
     }
 
 
@@ -109,23 +71,6 @@ def test_every_loader_gives_the_same_vectors_for_every_input(loaded, inputs, pro
         loaded["wrapper"].encode(["text", messages])
 
 
-def as_messages(item, prompt=None):
-    """What a user of AutoProcessor would write for an input."""
-    if isinstance(item, list):
-        return item
-    if isinstance(item, str) and not os.path.isfile(item):
-        item = {"text": item}
-    elif not isinstance(item, dict):
-        item = {"image": Image.open(item) if isinstance(item, str) else item}
-    content = []
-    for key in ("image", "video", "text"):
-        values = item.get(key, [])
-        for value in values if isinstance(values, list) else [values]:
-            content.append({"type": key, key: value})
-    system = [{"role": "system", "content": prompt}] if prompt else []
-    return [*system, {"role": "user", "content": content}]
-
-
 def test_auto_model_and_processor_give_the_same_vectors(loaded, inputs):
     model, processor = loaded["auto"]
     for name, item in inputs.items():
@@ -156,18 +101,6 @@ def test_auto_model_and_processor_give_the_same_vectors_for_video(loaded, inputs
     with torch.no_grad():
         embedding = model(**features).pooler_output.numpy()
     assert np.abs(embedding - loaded["wrapper"].encode([inputs["video and text"]])).max() <= TOLERANCE
-
-
-def test_an_mp4_path_is_read_through_pyav(loaded, mp4):
-    model = loaded["wrapper"]
-    expected = model.encode([{"video": read_video(mp4)}])
-    assert np.abs(model.encode([{"video": mp4}]) - expected).max() <= TOLERANCE
-    assert np.abs(model.encode([mp4]) - expected).max() <= TOLERANCE
-    clip = read_video(mp4, num_frames=5)
-    assert clip["array"].shape == (5, 64, 64, 3)
-    assert clip["video_metadata"]["duration"] == pytest.approx(2.0)
-    left_edges = [np.argmax(frame[24].max(axis=1) > 128) for frame in clip["array"]]
-    assert left_edges == sorted(left_edges) and left_edges[-1] > left_edges[0] + 20  # first to last frame
 
 
 def test_encode_options(repo):
@@ -235,57 +168,6 @@ def test_what_stock_drops_when_it_saves_without_trust(repo, tmp_path):
         AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
 
 
-@pytest.mark.parametrize("untied", [False, True])
-def test_export_keeps_the_head_and_every_tensor(tmp_path, untied):
-    from transformers import AutoModelForImageTextToText
-
-    from btok_hf import add_bottleneck_tokens
-
-    base = tiny.build("qwen2_vl", tmp_path / "base", tied=not untied)
-    repo = add_bottleneck_tokens(base, tmp_path / "repo")
-    export_model(BTokSentenceTransformer(repo, device="cpu"), tmp_path / "export")
-    before, after = (AutoModelForImageTextToText.from_pretrained(path) for path in (repo, tmp_path / "export"))
-    assert before.state_dict().keys() == after.state_dict().keys()
-    for name, tensor in before.state_dict().items():
-        assert torch.equal(after.state_dict()[name], tensor), name
-
-
-def test_large_jpegs_are_decoded_at_a_reduced_size(loaded, tmp_path):
-    """With at least four times the pixels that the model takes, and next to the same vector."""
-    model = loaded["wrapper"]
-    limit = model[0].processor.image_processor.size["longest_edge"]
-    page = image(20, 15).resize((1600, 1200), Image.Resampling.BICUBIC)
-    page.save(tmp_path / "large.jpg", quality=95)
-    page.save(tmp_path / "large.png")
-    page.resize((170, 128)).save(tmp_path / "small.jpg")
-    image_processor = model.processor.image_processor
-    limits = ImageLimits(image_processor.size["longest_edge"], image_processor.patch_size)
-    sizes = {name: check_input(str(tmp_path / name), limits).size for name in ("large.jpg", "large.png", "small.jpg")}
-    assert sizes == {"large.jpg": (400, 300), "large.png": (1600, 1200), "small.jpg": (170, 128)}
-    assert 400 * 300 >= 4 * limit > 200 * 150
-    assert check_input({"image": tmp_path / "large.jpg"}, limits)["image"].size == (400, 300)
-    reduced, whole = model.encode([str(tmp_path / "large.jpg"), Image.open(tmp_path / "large.jpg")])
-    assert reduced @ whole > 0.999
-
-
-def test_photographs_are_upright(loaded, tmp_path):
-    """As transformers and datasets turn them, by their EXIF tag."""
-    picture = image(112, 56)
-    exif = picture.getexif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
-    for name in ("photo.jpg", "photo.png"):
-        picture.save(tmp_path / name, exif=exif)
-        upright = loaded["wrapper"].encode([{"image": str(tmp_path / name)}])
-        if Version(transformers.__version__) >= Version("5.23"):  # stock 5.17 leaves them lying
-            stock = loaded["stock"].encode([{"image": str(tmp_path / name)}])
-            assert np.abs(stock - upright).max() <= TOLERANCE
-    turned = picture.transpose(Image.Transpose.ROTATE_270)
-    assert np.abs(loaded["wrapper"].encode([turned]) - upright).max() <= TOLERANCE
-
-
-# ---------------------------------------------------------------- batches
-
-
 def watched(model, monkeypatch):
     """Lists that grow with each forward: its number of rows, and its number of tokens."""
     rows, tokens, forward = [], [], model.forward
@@ -320,24 +202,6 @@ def test_ragged_mixture_is_batched_by_tokens_and_comes_back_in_order(loaded, mp4
     tensor = model.encode(mixture, convert_to_tensor=True, batch_size=4)
     assert torch.is_tensor(tensor) and np.abs(tensor.numpy() - expected).max() <= TOLERANCE
     assert model.encode([]).shape == (0,) and model.encode("a").shape == (64,)
-
-
-def test_estimated_tokens_of_media_are_those_of_the_processor(repo, tmp_path):
-    processor = BTokSentenceTransformer(repo, device="cpu").processor
-    image(300, 100).save(tmp_path / "wide.png")
-    clip = video(6, 64)
-    for item, size in (
-        (image(10, 10), 1),
-        (image(56, 84), 6),
-        (str(tmp_path / "wide.png"), 16),
-        ({"image": [image(56, 84), np.zeros((84, 56, 3))], "text": "nine letters"}, 16),
-        ([{"role": "user", "content": [{"type": "image", "image": image(56, 84)}]}], 6),
-        ({"video": clip}, 3 * (64 * 64 // 28**2)),
-    ):
-        assert estimate_tokens(item, processor) == size
-    assert estimate_tokens("missing.png", processor) == estimate_tokens(image(1000, 1000), processor) == 16
-    for wrong in (None, 3, "", {}):
-        assert estimate_tokens(wrong, processor) == 0
 
 
 @pytest.fixture
@@ -391,9 +255,6 @@ def test_failures_leave_no_thread_behind(beside_gpu, monkeypatch, error):
     assert threading.active_count() == threads
 
 
-# ---------------------------------------------------------------- too long
-
-
 def test_long_text_is_cut_and_keeps_its_bottleneck_tokens(repo):
     wrapper, stock = (cls(repo, device="cpu") for cls in (BTokSentenceTransformer, SentenceTransformer))
     long = "beginning " * 50 + "the end of it"
@@ -428,49 +289,6 @@ def test_media_are_never_cut(repo):
     wrapper.max_seq_length = 3
     with pytest.raises(ValueError, match="4 Bottleneck Tokens: max_seq_length=3"):
         wrapper.encode(["text"])
-
-
-# ---------------------------------------------------------------- bad input
-
-
-def test_bad_inputs_are_refused_and_shown(repo, tmp_path):
-    model = BTokSentenceTransformer(repo, device="cpu")
-    broken = tmp_path / "broken.png"
-    broken.write_bytes(b"\x89PNG not really")
-    nan = np.full((3, 60, 60), np.nan, np.float32)
-    cases = [
-        ({"image": str(tmp_path / "missing.png")}, FileNotFoundError, "missing.png' does not exist"),
-        (str(tmp_path / "missing.png"), FileNotFoundError, "missing.png' does not exist"),
-        ({"video": str(tmp_path / "missing.mp4")}, FileNotFoundError, "missing.mp4' does not exist"),
-        ({"image": str(broken)}, ValueError, "cannot be decoded"),
-        (str(broken), ValueError, "cannot be decoded"),
-        (image(10, 60), ValueError, "10 x 60 pixels is smaller than one patch of 14"),
-        ({"image": [image(60, 60), image(60, 5)], "text": "x"}, ValueError, "smaller than one patch"),
-        ({"image": nan}, ValueError, "NaN"),
-        ({"picture": image(60, 60)}, ValueError, r"unknown keys \['picture'\]"),
-        ({"image": None, "text": "x"}, ValueError, "'image' is None"),
-        ({"text": 3}, ValueError, "'text' must be a string"),
-        ({}, ValueError, "unknown keys"),
-    ]
-    for item, error, message in cases:
-        with pytest.raises(error, match=message) as caught:
-            model.encode(["fine", item])
-        assert "Input " in str(caught.value)
-    for empty in ("", "  ", {"text": ""}):
-        for loader in (model, SentenceTransformer(repo, device="cpu")):
-            with pytest.raises(Exception, match="An input is empty"):
-                loader.encode(["fine", empty])
-    broken_clip = tmp_path / "broken.mp4"
-    broken_clip.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="cannot be decoded"):
-        model.encode([{"video": str(broken_clip)}])
-
-
-def test_a_sentence_that_ends_like_a_file_is_a_sentence(repo):
-    model = BTokSentenceTransformer(repo, device="cpu")
-    assert model.encode(["how do I open photo.png"]).shape == (1, 64)
-    stock = SentenceTransformer(repo, device="cpu")
-    np.testing.assert_allclose(model.encode("open a.png please"), stock.encode("open a.png please"), atol=TOLERANCE)
 
 
 def test_changed_template_is_refused(repo, tmp_path):

@@ -1,129 +1,21 @@
-"""Training sources in the formats of their repositories, and their mixture: pairs, batches, order."""
+"""Training sources in the formats of their repositories."""
 
-import io
-import itertools
-import json
 import logging
 import pickle
-import zlib
-from collections import Counter
-from pathlib import Path
 
 import datasets
-import numpy as np
 import pytest
-import torch
-import yaml
-from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
-from conftest import image
-from datasets import Dataset, Features, Value
-from sentence_transformers.base.sampler import DefaultBatchSampler, NoDuplicatesBatchSampler
-from torch.utils.data import ConcatDataset, RandomSampler
+from datasets import Dataset
+from support.media import image
+from support.source_tree import llava_hound, mmeb, pages, question, stored
 
 from btok_hf import BTokSentenceTransformer
-from btok_hf.media import read_frames
-from btok_hf.training import CondensationConfig, CondensationTrainer
-from btok_hf.training.condensation_collator import CondensationCollator
-from btok_hf.training.mixture import load_mixture
-from btok_hf.training.sampler import MixtureBatchSampler
 from btok_hf.training.sources import PAGE_INSTRUCTIONS, SOURCES, load_source
 
-RECIPE = Path(__file__).resolve().parents[1] / "training" / "recipes" / "mixture_paper.yaml"
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
 OPTIONS = "['A. It falls.', 'B. It rises.', 'C) It stays.', '-']"
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-# ------------------------------------------------------------------------ files as the repositories hold them
-
-
-def mmeb(root, subset, rows, negatives=True):
-    """MMEB-train: `rows` of (qry, qry_image_path, pos_text, pos_image_path[, neg_text, neg_image_path])."""
-    folder = root / "MMEB-train"
-    names = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path")
-    rows = [dict(zip(names if negatives else names[:4], (*row, "", ""))) for row in rows]
-    for row in rows:
-        for path in filter(None, (row.get(name) for name in names if name.endswith("path"))):
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            image(40, 40, len(path)).save(folder / path)
-    (folder / subset).mkdir(parents=True)
-    Dataset.from_list(rows).to_parquet(folder / subset / "original-00000-of-00001.parquet")
-    Dataset.from_list([{"qry": "not the split"}]).to_parquet(
-        folder / subset / "diverse_instruction-00000-of-00001.parquet"
-    )
-
-
-def llava_hound(root, file, rows, frames=10):
-    folder = root / "train_video_and_instruction"
-    path = folder / "video_instruction" / "train" / "sft" / f"{file}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for video, *turns in rows:
-        people = ("human", "gpt") * len(turns)
-        conversation = [{"from": person, "value": value} for person, value in zip(people, turns)]
-        lines.append(json.dumps({"id": f"{video}_1", "video": video, "conversations": conversation}))
-        for number in range(1, frames + 1):
-            frame = folder / "train_300k" / video / f"c01_{number:04d}.jpeg"
-            frame.parent.mkdir(parents=True, exist_ok=True)
-            image(56, 40, zlib.crc32(frame.as_posix().encode())).save(frame)
-    path.write_text("\n".join(lines) + "\n")
-
-
-def stored(width=60, height=80, seed=0, mode="RGB"):
-    buffer = io.BytesIO()
-    image(width, height, seed).convert(mode).save(buffer, "PNG")
-    return {"bytes": buffer.getvalue(), "path": "1.png"}
-
-
-def pages(root, repository, rows, shards=2):
-    folder = root / repository / "data"
-    folder.mkdir(parents=True)
-    texts = {name: Value("string") for name in rows[0] if name != "image"}
-    whole = Dataset.from_list(rows, features=Features({**texts, "image": datasets.Image()}))
-    for shard in range(shards):
-        part = whole.shard(shards, shard, contiguous=True)
-        part.to_parquet(folder / f"train-{shard:05d}-of-{shards:05d}.parquet")
-    Dataset.from_list([{"query": "not the split"}]).to_parquet(folder / "test-00000-of-00001.parquet")
-
-
-def question(query, answer, options=None, **kwargs):
-    row = {"image": stored(), "image_filename": "a.png", "query": query, "answer": answer, "source": "x"}
-    return {**row, "options": options, "page": "1", "model": None, "prompt": "long", "answer_type": None, **kwargs}
-
-
-def all_sources(root):
-    """Small files of every layout; returns the names of the sources."""
-    asked = "<|image_1|>\nRepresent the given image with the following question: what is {}?\n"
-    mmeb(
-        root,
-        "A-OKVQA",
-        [(asked.format(i), f"images/A-OKVQA/Train/{i}.jpg", f"cab {i}", "", f"train {i}", "") for i in range(8)],
-    )
-    found = "<|image_1|>\nFind a Wikipedia image that answers this question: {}?\n"
-    shown = "<|image_1|>\nRepresent the given Wikipedia image with related text information: {}.\n"
-    mmeb(root, "WebQA", [(found.format(i), "", shown.format(i), f"images/WebQA/Train/{i}.jpg") for i in range(8)])
-    changed, given = "<|image_1|>\nGiven an image, {}.\n", "<|image_1|>\nRepresent the given image.\n"
-    paths = [f"images/CIRR/Train/{i}.jpg" for i in range(9)]
-    mmeb(root, "CIRR", [(changed.format(i), paths[i], given, paths[i + 1]) for i in range(8)], negatives=False)
-    rows = [(f"v_{i}-Scene-001", "<video>\nWhat is it?", f"caption {i}") for i in range(8)]
-    llava_hound(root, "video_caption_300k", rows)
-    llava_hound(root, "video_240k_caption_15k", rows)
-    pages(root, "colpali_train_set", [question(f"q{i}", f"a{i}") for i in range(8)])
-    pages(
-        root,
-        "VisRAG-Ret-Train-In-domain-data",
-        [{"query": f"q{i}", "image": stored(seed=i), "source": "InfoVQA"} for i in range(8)],
-    )
-    return [
-        *("A-OKVQA", "WebQA", "CIRR", "video_caption_300k", "video_caption_300k-video", "video_qa_240k"),
-        *("colpali_train_set", "visrag-indomain"),
-    ]
-
-
-# --------------------------------------------------------------------------------------------- rows become pairs
 
 
 def test_mmeb_rows(tmp_path, repo):
@@ -202,23 +94,6 @@ def test_first_rows_of_a_file_that_goes_on(tmp_path, monkeypatch):
     assert SOURCES["video_qa_240k"].rows == 240_000
 
 
-@pytest.mark.parametrize(
-    "count, kept", [(20, [0, 2, 5, 8, 10, 13, 16, 19]), (8, range(8)), (3, range(3)), (1, [0, 0])]
-)
-def test_frames(tmp_path, repos, count, kept):
-    # Without padding of the numbers, so that only a natural order is the right one.
-    colours = [image(56, 40, number) for number in range(count)]
-    for number, colour in enumerate(colours):
-        colour.save(tmp_path / f"frame_{number}.png")
-    (tmp_path / "notes.txt").touch()
-    video = read_frames(tmp_path)
-    np.testing.assert_array_equal(video["array"], np.stack([np.asarray(colours[number]) for number in kept]))
-    assert len(read_frames(tmp_path, None)["array"]) == max(2, count)
-    for path in repos.values():  # no processor samples them again
-        grid = BTokSentenceTransformer(path, device="cpu").preprocess([{"video": video}])["video_grid_thw"]
-        assert grid[0, 0] == (len(video["array"]) + 1) // 2
-
-
 def test_colpali_rows(tmp_path):
     rows = [
         question("Which is true?", "B", OPTIONS, image=stored(mode="L")),
@@ -248,9 +123,10 @@ def test_visrag_rows(tmp_path):
     rows = [{"query": f"q {s}?", "image": stored(), "source": s} for s in [*PAGE_INSTRUCTIONS, "else", None]]
     pages(tmp_path, "VisRAG-Ret-Train-In-domain-data", rows)
     *known, other, none = load_source("visrag-indomain", tmp_path)
-    for row, (name, (query, page)) in zip(known, PAGE_INSTRUCTIONS.items(), strict=True):
+    for row, (name, instruction) in zip(known, PAGE_INSTRUCTIONS.items(), strict=True):
+        query = instruction["query"]
         assert query.endswith(": ") and row["query"] == {"text": f"{query}q {name}?"}
-        assert row["positive"]["text"] == page and row["positive"]["image"].size == (60, 80)
+        assert row["positive"]["text"] == instruction["page"] and row["positive"]["image"].size == (60, 80)
     assert other["query"] == {"text": "q else?"} and set(other["positive"]) == {"image"}
     assert none["query"] == {"text": "q None?"}
 
@@ -265,9 +141,6 @@ def test_rows_are_read_when_asked_for_only(tmp_path, monkeypatch):
     assert dataset[3]["positive"] == {"text": "a3"} and opened == [2] * 9
     assert pickle.loads(pickle.dumps(dataset))[3]["positive"] == {"text": "a3"}  # to a spawned worker
     assert dataset[:0] == {}
-
-
-# ------------------------------------------------------------------------------------------------------ bad input
 
 
 def test_a_wrong_root_is_refused_before_training(tmp_path):
@@ -356,267 +229,3 @@ def test_rows_left_out_are_counted(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert len(load_source("NIGHTS", tmp_path)) == 1
     assert "2 of 3 rows have an empty side" in caplog.text
-
-
-# --------------------------------------------------------------------------------------------- mixtures of sources
-
-
-def test_a_mixture_of_own_files_and_sources(tmp_path):
-    mmeb(tmp_path, "CIRR", [("a", "", "b", "")])
-    (tmp_path / "pairs.jsonl").write_text('{"query": "x", "positive": "y"}\n')
-    mine = str(tmp_path / "pairs.jsonl")
-    loaded, weights, condense = load_mixture(
-        {
-            "mine": {"file": mine, "weight": 3, "condense": "query"},
-            "CIRR": {"weight": 0.5},
-            "again": {"file": "CIRR", "weight": 1, "condense": "positive"},
-        },
-        tmp_path,
-    )
-    assert {name: len(dataset) for name, dataset in loaded.items()} == {"mine": 1, "CIRR": 1, "again": 1}
-    assert weights == {"mine": 3, "CIRR": 0.5, "again": 1}
-    assert condense == {"mine": "query", "CIRR": "none", "again": "positive"}
-    for entries in (mine, {"pairs": mine}, {"pairs": {"file": mine}}):
-        loaded, weights, condense = load_mixture(entries)
-        assert list(loaded) == ["pairs"] and weights is None and condense == {}
-    assert load_mixture({"CIRR": None}, tmp_path)[0]["CIRR"][0]["query"] == {"text": "a"}
-    for entries, message in (
-        ({"a": {"file": mine, "weight": 1}, "CIRR": {}}, "or none: CIRR lack one"),
-        ({"a": {"file": mine, "wieght": 1}}, r"'a' has unknown keys \['wieght'\]"),
-        ({"a": {"file": mine, "condense": "postive"}}, "'a': condense must be one of positive, query"),
-        ({"ImageNet": {"weight": 1}}, r"'ImageNet' is no pair file, Hub id or known source. Known are ImageNet_1K"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            load_mixture(entries, tmp_path)
-
-
-def test_the_recipe_is_the_papers_mixture():
-    recipe = yaml.safe_load(RECIPE.read_text())
-    weights = {name: entry["weight"] for name, entry in recipe.items()}
-    assert set(weights) == set(SOURCES) and len(weights) == 25
-    assert all(set(entry) == {"weight"} for entry in recipe.values())
-    assert Counter(weights.values()) == {0.5: 10, 1: 10, 5: 3, 10: 1, 12: 1}
-    assert Counter(source.condense for source in SOURCES.values()) == {
-        "positive": 16,
-        "query": 6,
-        "none": 2,
-        "both": 1,
-    }
-
-
-# ------------------------------------------------------------------------------------------------------- batches
-
-
-SIZES = {"a": 100, "b": 37, "c": 1000}
-
-
-def mixture(weights=None, sizes=SIZES, batch_size=4, no_duplicates=False, seed=0, **kwargs):
-    parts = [Dataset.from_dict({"group": np.arange(size) % 10}) for size in sizes.values()]
-    generator = torch.Generator()
-    options = {"batch_size": batch_size, "drop_last": False, "generator": generator, "seed": seed}
-    samplers = [
-        NoDuplicatesBatchSampler(part, **options)
-        if no_duplicates
-        else DefaultBatchSampler(RandomSampler(part, generator=generator), **options)
-        for part in parts
-    ]
-    options = {"weights": weights or {"a": 1, "b": 2, "c": 0.5}, "num_batches": 300, **kwargs}
-    return MixtureBatchSampler(ConcatDataset(parts), samplers, generator, seed, names=list(sizes), **options)
-
-
-def source_of(batch):
-    sources = {"a" if index < 100 else "b" if index < 137 else "c" for index in batch}
-    assert len(sources) == 1
-    return sources.pop()
-
-
-def test_sources_are_drawn_by_weight():
-    draws = 4000
-    counts = Counter(map(source_of, mixture(num_batches=draws)))
-    for name, share in {"a": 1 / 3.5, "b": 2 / 3.5, "c": 0.5 / 3.5}.items():
-        assert abs(counts[name] - draws * share) < 4 * np.sqrt(draws * share * (1 - share)), name
-
-
-def test_blocks_are_full_batches_of_one_source():
-    sampler = mixture(block_size=16, num_batches=302)
-    batches = list(sampler)
-    assert len(batches) == len(sampler) == 302 and all(len(set(batch)) == 4 for batch in batches)
-    blocks = [set(map(source_of, batches[i : i + 4])) for i in range(0, 302, 4)]
-    assert all(len(block) == 1 for block in blocks)
-    changes = sum(first != second for first, second in itertools.pairwise(blocks))
-    assert changes > 30  # drawn anew for each block
-
-
-def test_each_source_is_walked_through_and_started_over():
-    walks = {"a": [], "b": [], "c": []}
-    for batch in mixture(num_batches=1000):
-        walks[source_of(batch)] += batch
-    first, second = walks["a"][:100], walks["a"][100:200]
-    assert sorted(first) == sorted(second) == list(range(100)) and first != second
-    # Of 37 rows one is left over in each pass of 9 batches, another one each time.
-    passes = [walks["b"][i : i + 36] for i in range(0, 36 * 10, 36)]
-    assert all(len(set(walked)) == 36 for walked in passes) and len(set(walks["b"])) == 37
-    assert len(set(walks["c"])) == len(walks["c"])
-    # The other weights change when a source is drawn, not its order.
-    other = [index for batch in mixture({"a": 5, "b": 1, "c": 1}, num_batches=400) for index in batch]
-    assert [index for index in other if index < 100][:300] == walks["a"][:300]
-
-
-def test_no_duplicates_holds_in_a_mixture():
-    batches = list(mixture(no_duplicates=True))
-    assert batches == list(mixture(no_duplicates=True))
-    offsets = {"a": 0, "b": 100, "c": 137}
-    for batch in batches:
-        assert len(batch) == 4 == len({(index - offsets[source_of(batch)]) % 10 for index in batch})
-    assert len({index for batch in batches for index in batch if index < 100}) == 100
-    assert len(set(map(tuple, batches))) == 300  # each pass in a new order
-
-
-def test_the_order_follows_from_seed_and_epoch():
-    def order(epoch=0, **kwargs):
-        sampler = mixture(**kwargs)
-        sampler.set_epoch(epoch)
-        return list(sampler)
-
-    assert order() == order() == order(num_batches=1000)[:300]
-    later = mixture()
-    assert list(later) == order()
-    later.set_epoch(3)
-    assert list(later) == list(later) == order(epoch=3)
-    orders = [order(), order(epoch=1), order(epoch=2), order(seed=1), order(seed=1, epoch=1)]
-    assert len(set(map(str, orders))) == len(orders)
-    drawn = ["".join(map(source_of, batches)) for batches in orders]
-    assert len(set(drawn)) == len(drawn)
-
-
-def test_processes_share_blocks_and_resume(monkeypatch):
-    """Two processes, through the wrappers that accelerate puts around a batch sampler."""
-    whole = list(mixture(block_size=8, num_batches=40))
-    parts = [list(BatchSamplerShard(mixture(block_size=8, num_batches=40), 2, i, even_batches=False)) for i in (0, 1)]
-    assert [len(part) for part in parts] == [20, 20]
-    assert [batch for step in zip(*parts) for batch in step] == whole
-    assert all(source_of(first) == source_of(second) for first, second in zip(*parts))
-    for rank, part in enumerate(parts):
-        shard = BatchSamplerShard(mixture(block_size=8, num_batches=40), 2, rank, even_batches=False)
-        assert list(SkipBatchSampler(shard, 7)) == part[7:]
-
-
-def test_bad_mixtures_are_refused():
-    for kwargs, message in (
-        ({"weights": {"a": 1, "b": 1, "d": 1}}, r"name the datasets a, b, c: unknown \['d'\]; missing \['c'\]"),
-        ({"weights": {"a": 1, "b": 0, "c": 1}}, "weight of dataset 'b' must be a number above 0, got 0"),
-        ({"weights": {"a": 1, "b": "x", "c": 1}}, "'b' must be a number above 0, got 'x'"),
-        ({"weights": {"a": 1, "b": float("nan"), "c": 1}}, "'b' must be a number above 0, got nan"),
-        ({"block_size": 10}, "block_size=10 must be a multiple of the 4 rows"),
-        ({"num_batches": -2}, "Set max_steps"),
-        ({"batch_size": 40}, "'b' has 37 rows, fewer than a batch of 40"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            mixture(**kwargs)
-    with pytest.raises(ValueError, match=r"'[abc]' gives no batch of 12 rows that differ"):
-        list(mixture(batch_size=12, no_duplicates=True))  # of 10 groups
-
-
-# ------------------------------------------------------------------------------------------------------- training
-
-
-def config(tmp_path, **kwargs):
-    defaults = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "warmup_steps": 0}
-    return CondensationConfig(output_dir=str(tmp_path / "out"), **{**defaults, **kwargs})
-
-
-def test_every_layout_trains(repo, tmp_path, monkeypatch):
-    names = all_sources(tmp_path)
-    loaded, weights, condense = load_mixture({name: {"weight": 1} for name in names}, tmp_path)
-    args = config(
-        tmp_path,
-        dataset_weights=weights,
-        condense=condense,
-        per_device_train_batch_size=2,
-        mini_batch_size=1,
-        max_steps=24,
-        logging_steps=1,
-        dataloader_num_workers=1,
-    )
-    model = BTokSentenceTransformer(repo, device="cpu")
-    trainer = CondensationTrainer(model=model, args=args, train_dataset=loaded)
-    drawn, draw = [], MixtureBatchSampler.__iter__
-    monkeypatch.setattr(MixtureBatchSampler, "__iter__", lambda self: (drawn.append(b) or b for b in draw(self)))
-    trainer.train()
-    assert {batch[0] // 8 for batch in drawn} == set(range(8))
-    logs = [log for log in trainer.state.log_history if "loss" in log]
-    assert len(logs) == 24 and all(np.isfinite(log["loss"]) for log in logs)
-    condensed = [log.get("condensation", 0) > 0 for log in logs]
-    assert condensed == [names[batch[0] // 8] != "CIRR" for batch in drawn[:24]]
-
-
-def test_every_layout_collates(repo, tmp_path):
-    names = all_sources(tmp_path)
-    loaded, _, condense = load_mixture(dict.fromkeys(names), tmp_path)
-    model = BTokSentenceTransformer(repo, device="cpu")
-    collate = CondensationCollator(
-        preprocess_fn=model.preprocess,
-        tokenizer=model.tokenizer,
-        args=config(tmp_path, condense=condense, max_target_length=400),
-    )
-    targets = {
-        "A-OKVQA": ("query", "cab 1"),
-        "video_caption_300k": ("query", "caption 1"),
-        "video_caption_300k-video": ("positive", "following visual content: caption 1"),
-        "video_qa_240k": ("query", "caption 1"),
-        "colpali_train_set": ("query", "a1"),
-        "visrag-indomain": ("positive", "the query: q1"),
-        "WebQA": ("positive", "that answers this question: 1?"),
-    }
-    for name, dataset in loaded.items():
-        batch = collate([{**row, "dataset_name": name} for row in dataset.select(range(2))])
-        if name not in targets:
-            assert not any(key.endswith("target_ids") for key in batch)
-            continue
-        side, text = targets[name]
-        ids, labels = batch[f"{side}_target_ids"][1, 0], batch[f"{side}_target_labels"][1, 0]
-        assert model.tokenizer.decode(ids[labels != -100]).endswith(text + "<|im_end|>"), name
-
-
-@pytest.mark.parametrize("epochs", [1, 3])
-def test_a_resumed_run_sees_the_batches_it_has_not_seen(repo, tmp_path, monkeypatch, epochs):
-    batches, collate = [], CondensationCollator.__call__
-    monkeypatch.setattr(
-        CondensationCollator,
-        "__call__",
-        lambda self, rows: batches.append([row["query"] for row in rows]) or collate(self, rows),
-    )
-    if epochs > 1:  # so that the checkpoint lies in the middle of the second epoch
-        monkeypatch.setattr(MixtureBatchSampler, "__len__", lambda self: self.num_batches // epochs)
-        draw = MixtureBatchSampler.__iter__
-        monkeypatch.setattr(MixtureBatchSampler, "__iter__", lambda self: (b for b, _ in zip(draw(self), range(8))))
-    words = ["red", "old", "tall", "wet", "loud", "thin", "deep", "odd", "warm", "slow", "flat", "gray"]
-    parts = {
-        name: Dataset.from_dict({"query": [f"{name} {w}" for w in words], "positive": [f"{w} thing" for w in words]})
-        for name in ("a", "b")
-    }
-
-    def run(folder, resume=None):
-        args = config(
-            folder,
-            dataset_weights={"a": 1, "b": 2},
-            block_size=8,
-            per_device_train_batch_size=4,
-            gradient_accumulation_steps=2,
-            max_steps=12,
-            save_strategy="steps",
-            save_steps=6,
-        )
-        model = BTokSentenceTransformer(repo, device="cpu")
-        trainer = CondensationTrainer(model=model, args=args, train_dataset=dict(parts))
-        batches.clear()
-        trainer.train(resume_from_checkpoint=resume)
-        assert trainer.state.epoch == epochs
-        return [tuple(batch) for batch in batches], model
-
-    whole, model = run(tmp_path / "whole")
-    assert len(whole) == 24 and len(set(whole)) > 20
-    rest, resumed = run(tmp_path / "rest", str(tmp_path / "whole" / "out" / "checkpoint-6"))
-    assert rest == whole[12:]
-    for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(resumed.state_dict()[name], tensor, atol=1e-6, rtol=0, msg=name)

@@ -67,7 +67,7 @@ def test_ranks_are_pessimistic_in_ties_and_keep_to_the_choices():
 
 
 def test_the_base_is_trained_on_target_tokens_alone(tmp_path):
-    from tiny import build
+    from support.tiny import build
 
     from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens
 

@@ -7,9 +7,9 @@ import zlib
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from conftest import image
 
 from btok_hf.evaluation.tasks import TASKS
+from support.media import image
 
 
 def looks(inputs):

@@ -1,11 +1,12 @@
-"""Run by test_training.py under torchrun: the trainer in two processes, whole and resumed."""
+"""Run by test_condensation_trainer.py under torchrun: the trainer in two processes, whole and resumed."""
 
 import json
 import sys
 from pathlib import Path
 
 import torch
-from test_training import checkpointed_trainer, losses
+
+from support.training import checkpointed_trainer, losses
 
 
 def main(repo, folder):

@@ -1,4 +1,4 @@
-"""Run by test_training.py: trains until killed half-way through writing the optimizer of the second checkpoint."""
+"""Run by test_checkpoints.py: trains until killed half-way through writing the optimizer of the second checkpoint."""
 
 import os
 import signal
@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import torch
-from test_training import checkpointed_trainer
+
+from support.training import checkpointed_trainer
 
 save = torch.save
 

@@ -1,163 +1,21 @@
-"""Bottleneck Tokens, checkpoints and the remote-code class."""
+"""The remote-code class: checkpoint layouts, embeddings, and inputs that are refused."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from conftest import image
 from safetensors.torch import load_file, save_file
-from test_condensation import process, rows
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, BertConfig, BertModel
+from support import ROOT, tiny
+from support.inputs import process, rows, text_inputs
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 import btok_hf
 from btok_hf import BTokForEmbedding, add_bottleneck_tokens
-
-
-def text_inputs(repo, texts, side="right"):
-    return process(AutoProcessor.from_pretrained(repo), [[{"role": "user", "content": t}] for t in texts], side)
-
-
-# ---------------------------------------------------------------- add_bottleneck_tokens
-
-
-@pytest.mark.parametrize("backbone", tiny.BACKBONES)
-def test_tokens_take_spare_rows_that_start_at_eos(bases, tmp_path, backbone):
-    before = AutoModelForImageTextToText.from_pretrained(bases[backbone])
-    repo = add_bottleneck_tokens(bases[backbone], tmp_path / "repo")
-    after = AutoModelForImageTextToText.from_pretrained(repo)
-    processor = AutoProcessor.from_pretrained(repo)
-    ids = after.config.btok_token_ids
-    assert processor.tokenizer.convert_ids_to_tokens(ids) == [f"<|btok_{i}|>" for i in range(4)]
-    assert ids == list(range(264, 268)) and after.get_input_embeddings().weight.shape[0] == 320
-    for name, tensor in before.state_dict().items():
-        other = after.state_dict()[name]
-        if "embed_tokens" in name or "lm_head" in name:
-            assert torch.equal(other[ids], tensor[processor.tokenizer.eos_token_id].expand(4, -1))
-            tensor, other = tensor[:264], other[:264]
-        assert torch.equal(other, tensor), name
-
-
-def test_noise_is_seeded(bases, tmp_path):
-    first, again, other = (
-        AutoModel.from_pretrained(
-            add_bottleneck_tokens(bases["qwen2_vl"], tmp_path / str(i), noise_std=0.5, seed=seed)
-        ).get_input_embeddings()
-        for i, seed in enumerate((1, 1, 2))
-    )
-    assert torch.equal(first.weight, again.weight)
-    assert not torch.equal(first.weight, other.weight)
-    assert len(first.weight[264:268].unique(dim=0)) == 4
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_embedding_grows_only_without_spare_rows(tmp_path, tied):
-    base = tiny.build("qwen2_vl", tmp_path / "base", vocab_size=265, tied=tied)
-    model = AutoModelForImageTextToText.from_pretrained(add_bottleneck_tokens(base, tmp_path / "repo"))
-    assert model.get_input_embeddings().weight.shape[0] == model.config.get_text_config().vocab_size == 320
-    old = AutoModelForImageTextToText.from_pretrained(base)
-    for new_layer, old_layer in (
-        (model.get_input_embeddings(), old.get_input_embeddings()),
-        (model.get_output_embeddings(), old.get_output_embeddings()),
-    ):
-        eos = old.config.get_text_config().eos_token_id
-        assert torch.equal(new_layer.weight[:264], old_layer.weight[:264])
-        assert torch.equal(new_layer.weight[264:268], old_layer.weight[eos].expand(4, -1))
-
-
-def test_another_count_is_refused_and_the_same_keeps_the_rows(repo, tmp_path):
-    with pytest.raises(ValueError, match="already has 4 Bottleneck Tokens"):
-        add_bottleneck_tokens(repo, tmp_path / "eight", num_tokens=8)
-    again = add_bottleneck_tokens(repo, tmp_path / "again")
-    assert Path(again, "chat_template.jinja").read_text() == Path(repo, "chat_template.jinja").read_text()
-    assert load_file(Path(again, "model.safetensors"))["model.embed_tokens.weight"].equal(
-        load_file(Path(repo, "model.safetensors"))["model.embed_tokens.weight"]
-    )
-
-
-def test_unsuitable_bases_are_refused(bases, tmp_path):
-    BertModel(BertConfig(hidden_size=8, num_attention_heads=1, intermediate_size=8)).save_pretrained(tmp_path / "bert")
-    with pytest.raises(ValueError, match="got model_type 'bert'"):
-        add_bottleneck_tokens(tmp_path / "bert", tmp_path / "repo")
-    silent = tiny.build("qwen2_vl", tmp_path / "silent", chat_template=None)
-    with pytest.raises(ValueError, match="no \\(single\\) chat template"):
-        add_bottleneck_tokens(silent, tmp_path / "repo")
-    with pytest.raises(ValueError, match="num_tokens must be 0"):
-        add_bottleneck_tokens(bases["qwen2_vl"], tmp_path / "repo", num_tokens=-1)
-    assert not (tmp_path / "repo").exists()
-    with pytest.raises(ValueError, match="already holds a model"):
-        add_bottleneck_tokens(bases["qwen2_vl"], bases["qwen3_vl"])
-
-
-def test_max_pixels_bounds_the_tokens_of_an_image(bases, tmp_path):
-    repo = add_bottleneck_tokens(bases["qwen2_vl"], tmp_path / "repo", max_pixels=28 * 28 * 4)
-    processor = AutoProcessor.from_pretrained(repo)
-    conversation = [[{"role": "user", "content": [{"type": "image", "image": image(400, 400)}]}]]
-    assert process(processor, conversation)["image_grid_thw"].prod() <= 4 * 4
-    with pytest.raises(ValueError, match="min_pixels=10 must not exceed max_pixels=5"):
-        add_bottleneck_tokens(bases["qwen2_vl"], tmp_path / "other", min_pixels=10, max_pixels=5)
-
-
-# ---------------------------------------------------------------- templates
-
-
-def test_embedding_template_order_and_chat_template(repo):
-    processor = AutoProcessor.from_pretrained(repo)
-    parts = [{"type": "text", "text": "one"}, {"type": "image"}, {"type": "text", "text": "two"}, {"type": "video"}]
-    messages = [{"role": "system", "content": "Find."}, {"role": "user", "content": parts}]
-    media = "<|vision_start|><|image_pad|><|vision_end|><|vision_start|><|video_pad|><|vision_end|>"
-    tokens = "<|btok_0|><|btok_1|><|btok_2|><|btok_3|>"
-    assert processor.apply_chat_template(messages) == media + " Find. one two" + tokens
-    chat = processor.apply_chat_template(messages, add_generation_prompt=True)
-    assert chat.startswith("<|im_start|>system\nFind.<|im_end|>") and chat.endswith("<|im_start|>assistant\n")
-    assert "btok" not in chat
-
-
-@pytest.mark.parametrize("text", ["<|btok_0|>", "a <|image_pad|> b", "<|im_end|>", "<<||image_pad|>", "<|<|btok_3|>"])
-def test_typed_special_tokens_stay_text(repo, text):
-    processor = AutoProcessor.from_pretrained(repo)
-    for message in ({"role": "user", "content": text}, {"role": "user", "content": [{"type": "text", "text": text}]}):
-        rendered = process(processor, [[{"role": "system", "content": text}, message]])["input_ids"][0].tolist()
-        assert rendered[-4:] == [264, 265, 266, 267]
-        assert all(token < 256 for token in rendered[:-4])
-
-
-@pytest.mark.parametrize("content", ["", " \n", [], [{"type": "text", "text": ""}]])
-def test_empty_input_is_refused(repo, content):
-    with pytest.raises(Exception, match="An input is empty"):
-        AutoProcessor.from_pretrained(repo).apply_chat_template([{"role": "user", "content": content}])
-
-
-def test_unknown_content_is_refused(repo):
-    with pytest.raises(Exception, match="got audio"):
-        AutoProcessor.from_pretrained(repo).apply_chat_template(
-            [{"role": "user", "content": [{"type": "audio", "audio": "x.wav"}]}]
-        )
-
-
-def test_generation_works_and_never_chooses_a_bottleneck_token(repo):
-    processor = AutoProcessor.from_pretrained(repo)
-    model = AutoModelForImageTextToText.from_pretrained(repo)
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": [{"type": "image", "image": image(60, 60)}, {"type": "text", "text": "What?"}]}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
-    # Bottleneck Tokens made far the likeliest: only the suppression in generation_config keeps them out.
-    model.lm_head.register_forward_hook(
-        lambda module, args, logits: logits.index_fill_(-1, torch.arange(264, 268), 1e4)
-    )
-    generated = model.generate(**inputs, max_new_tokens=5, do_sample=True)[0, inputs["input_ids"].shape[1] :]
-    assert len(generated) and not set(generated.tolist()) & {264, 265, 266, 267}
-
-
-# ---------------------------------------------------------------- checkpoint layouts
 
 
 def state(path):
@@ -268,9 +126,6 @@ def test_stock_loaders_get_stock_classes(repo):
     assert type(AutoConfig.from_pretrained(repo)).__name__ == "Qwen2VLConfig"
 
 
-# ---------------------------------------------------------------- embedding
-
-
 @pytest.mark.parametrize("backbone", tiny.BACKBONES)
 @pytest.mark.parametrize("kind", ["text", "image", "video"])
 def test_padding_side_and_batch_size_do_not_matter(repos, backbone, kind):
@@ -342,9 +197,6 @@ def test_zero_tokens_is_last_token_pooling(bases, tmp_path):
     torch.testing.assert_close(stock, expected, atol=1e-6, rtol=0)
 
 
-# ---------------------------------------------------------------- bad input
-
-
 def test_bad_rows_are_refused(repo):
     model = BTokForEmbedding.from_pretrained(repo)
     processor = AutoProcessor.from_pretrained(repo)
@@ -388,3 +240,9 @@ def test_wrong_token_ids_in_the_config_are_refused(repo, bases, tmp_path):
 def test_push_through_save_pretrained_is_refused(repo, tmp_path):
     with pytest.raises(ValueError, match="push_to_hub"):
         BTokForEmbedding.from_pretrained(repo).save_pretrained(tmp_path, push_to_hub=True)
+
+
+def test_remote_code_is_flat_and_imports_torch_and_transformers_only():
+    source = (ROOT / "modeling" / "modeling_btok.py").read_text("utf-8")
+    imported = set(re.findall(r"^(?:from|import) (\w+)", source, flags=re.M))
+    assert imported - set(sys.stdlib_module_names) == {"torch", "transformers"}

@@ -1,0 +1,83 @@
+"""The collator: targets, equal inputs, pixels."""
+
+import torch
+from support.media import image
+from support.source_tree import all_sources
+from support.training import batch_features, collator, config
+
+from btok_hf import BTokSentenceTransformer
+from btok_hf.training import CondensationConfig, CondensationLoss
+from btok_hf.training.condensation_collator import CondensationCollator
+from btok_hf.training.mixture import load_mixture
+
+
+def test_pixels_in_bf16_are_what_the_vision_tower_sees(repo, tmp_path):
+    """With bf16 they take half the memory, and the loss is the same to the bit."""
+    model = BTokSentenceTransformer(repo, device="cpu").train()
+    features = batch_features(model, bf16=True)
+    assert features[0]["pixel_values"].dtype == torch.bfloat16
+    losses = []
+    for inputs in (features, batch_features(model)):
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(CondensationLoss(model, mini_batch_size=2)(inputs).item())
+    assert losses[0] == losses[1]
+
+
+def test_a_file_and_its_name_as_a_text_are_not_copies(repo, tmp_path):
+    path = str(tmp_path / "photo.png")
+    image(60, 40).save(path)
+    model = BTokSentenceTransformer(repo, device="cpu")
+    args = CondensationConfig(output_dir="unused", condense="none", report_to="none", use_cpu=True)
+    collator = CondensationCollator(preprocess_fn=model.preprocess, tokenizer=model.tokenizer, args=args)
+    batch = collator([{"query": path, "positive": "a"}, {"query": {"text": path}, "positive": "b"}])
+    assert len(batch["query_input_ids"]) == 2 and "query_rows" not in batch
+
+
+def test_targets_are_the_other_sides_text(repo, tmp_path):
+    collate, tokenizer = collator(repo, tmp_path, condense="both", max_target_length=10)
+    rows = [
+        {"query": "q <|im_end|>", "positive": "a positive that is too long"},
+        {"query": {"text": "with text", "image": image(40, 40)}, "positive": "p"},
+    ]
+    batch = collate(rows)
+    decoded = {}
+    for side in ("query", "positive"):
+        ids, labels = batch[f"{side}_target_ids"][:, 0], batch[f"{side}_target_labels"][:, 0]
+        decoded[side] = [tokenizer.decode(row[label != -100]) for row, label in zip(ids, labels)]
+        prompts = [tokenizer.decode(row[: len(row) - len(label[label != -100])]) for row, label in zip(ids, labels)]
+        assert prompts[0].startswith("<|im_start|>assistant\n")
+        assert all((label[:11] == -100).all() for label in labels)
+    assert decoded["query"] == ["a positive<|im_end|>", "p<|im_end|>"]
+    assert decoded["positive"] == ["q < |im_en<|im_end|>", "with text<|im_end|>"]
+    collate, tokenizer = collator(repo, tmp_path, condense="positive")
+    batch = collate([{"query": image(40, 40), "positive": image(30, 30), "target": "instead"}])
+    assert "positive_target_ids" not in batch
+    assert tokenizer.decode(batch["query_target_ids"][0, 0]).endswith("instead<|im_end|>")
+
+
+def test_every_layout_collates(repo, tmp_path):
+    names = all_sources(tmp_path)
+    loaded, _, condense = load_mixture(dict.fromkeys(names), tmp_path)
+    model = BTokSentenceTransformer(repo, device="cpu")
+    collate = CondensationCollator(
+        preprocess_fn=model.preprocess,
+        tokenizer=model.tokenizer,
+        args=config(tmp_path, condense=condense, max_target_length=400),
+    )
+    targets = {
+        "A-OKVQA": ("query", "cab 1"),
+        "video_caption_300k": ("query", "caption 1"),
+        "video_caption_300k-video": ("positive", "following visual content: caption 1"),
+        "video_qa_240k": ("query", "caption 1"),
+        "colpali_train_set": ("query", "a1"),
+        "visrag-indomain": ("positive", "the query: q1"),
+        "WebQA": ("positive", "that answers this question: 1?"),
+    }
+    for name, dataset in loaded.items():
+        batch = collate([{**row, "dataset_name": name} for row in dataset.select(range(2))])
+        if name not in targets:
+            assert not any(key.endswith("target_ids") for key in batch)
+            continue
+        side, text = targets[name]
+        ids, labels = batch[f"{side}_target_ids"][1, 0], batch[f"{side}_target_labels"][1, 0]
+        assert model.tokenizer.decode(ids[labels != -100]).endswith(text + "<|im_end|>"), name

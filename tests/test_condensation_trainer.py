@@ -1,0 +1,366 @@
+"""The trainer: steps, batches, resuming, several processes, and what is refused before training."""
+
+import json
+import resource
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from datasets import Dataset, Features, Image, Value
+from packaging.version import Version
+from peft import LoraConfig
+from sentence_transformers import SentenceTransformer
+from support.gradients import assert_same_gradients, named_gradients
+from support.media import image
+from support.processes import TORCHRUN, run_script
+from support.source_tree import all_sources
+from support.training import checkpointed_trainer, config, losses, reference_loss, text_pairs
+
+from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model
+from btok_hf.training import CondensationConfig, CondensationTrainer
+from btok_hf.training.checkpoints import checkpoints, incomplete_reason
+from btok_hf.training.condensation_collator import CondensationCollator
+from btok_hf.training.data import retrieval_evaluator
+from btok_hf.training.mixture import load_mixture
+from btok_hf.training.sampler import MixtureBatchSampler
+
+
+def test_batches_stay_on_the_host(repo, tmp_path, monkeypatch):
+    """A large batch of images does not fit on a device; a mini-batch does."""
+    rows = [{"query": {"image": image(56, 84, i), "text": "see"}, "positive": f"{i}"} for i in range(4)]
+    trainer = CondensationTrainer(
+        model=BTokSentenceTransformer(repo, device="cpu"),
+        args=config(tmp_path, per_device_train_batch_size=4),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows),
+    )
+    monkeypatch.setattr(CondensationConfig, "device", torch.device("meta"))
+    for loader in (trainer.get_train_dataloader(), trainer.get_eval_dataloader()):
+        assert loader.device is None  # accelerate moves nothing
+        (batch,) = loader
+        prepared = trainer._prepare_inputs(batch)
+        assert "query_pixel_values" in prepared and prepared.keys() == batch.keys()
+        assert {value.device.type for value in prepared.values() if torch.is_tensor(value)} == {"cpu"}
+
+
+@pytest.mark.parametrize("sharded", ["is_fsdp_enabled", "is_deepspeed_enabled", None])
+def test_sharded_processes_encode_every_copy(repo, tmp_path, monkeypatch, sharded):
+    """All processes must have equally many rows to encode, however many copies a batch holds."""
+
+    class Sharded(CondensationTrainer):  # accelerate has both on accelerators only
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            if sharded:
+                setattr(self, sharded, True)
+
+        def _check_deepspeed(self):
+            pass
+
+    rows = Dataset.from_dict({"query": ["one", "two", "three", "four"], "positive": ["cat", "cat", "dog", "cat"]})
+    args = config(tmp_path, per_device_train_batch_size=4)
+    trainer = Sharded(model=BTokSentenceTransformer(repo, device="cpu"), args=args, train_dataset=rows)
+    (batch,) = trainer.get_train_dataloader()
+    assert len(batch["positive_input_ids"]) == (4 if sharded else 2)
+    assert ("positive_rows" in batch) == (sharded is None)
+
+
+def test_samples_of_a_step_are_counted_before_copies_are_left_out(repo, tmp_path):
+    rows = Dataset.from_dict({"query": ["same"] * 4, "positive": ["one", "two"] * 2})
+    args = config(tmp_path, max_steps=1, per_device_train_batch_size=4, logging_steps=1)
+    trainer = CondensationTrainer(model=BTokSentenceTransformer(repo, device="cpu"), args=args, train_dataset=rows)
+    counted = []
+    trainer.log = lambda logs, start_time=None: counted.append(trainer._samples)
+    trainer.train()
+    assert counted[0] == 4
+
+
+@pytest.mark.parametrize("mini_batch_size", [2, 4])
+def test_gradient_accumulation_averages_the_batches(repo, tmp_path, monkeypatch, mini_batch_size):
+    """One SGD step over two accumulated batches moves the weights by the mean of their full-batch gradients."""
+    model = BTokSentenceTransformer(repo, device="cpu")
+    dataset = text_pairs(8)
+    args = config(
+        tmp_path,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        mini_batch_size=mini_batch_size,
+        max_steps=1,
+        logging_steps=1,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        weight_decay=0.0,
+        max_grad_norm=0.0,
+        condensation_weight=0.5,
+    )
+    trainer = CondensationTrainer(model=model, args=args, train_dataset=dataset)
+    batches, collate = [], CondensationCollator.__call__
+    monkeypatch.setattr(
+        CondensationCollator, "__call__", lambda self, rows: batches.append(rows) or collate(self, rows)
+    )
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer.train()
+    after = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    model = BTokSentenceTransformer(repo, device="cpu").train()
+    totals = []
+    for rows in batches[-2:]:
+        batch = collate(trainer.data_collator, rows)
+        features = [{k[len(p) :]: v for k, v in batch.items() if k.startswith(p)} for p in ("query_", "positive_")]
+        totals.append(reference_loss(model, features, 0.5)[2])
+    mean = sum(totals) / 2
+    mean.backward()
+    expected = named_gradients(model)
+    moved = {name: (before[name] - after[name]) / 1e-3 for name in expected}
+    assert_same_gradients(moved, expected, 2e-3)  # a difference of fp32 weights has few digits
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(mean.item(), rel=1e-3)
+
+
+def test_training_lowers_both_losses_and_finds_pairs(repo, tmp_path):
+    model = BTokSentenceTransformer(repo, device="cpu")
+    dataset = text_pairs()
+
+    def recall():
+        queries, positives = (model.encode(dataset[column]) for column in ("query", "positive"))
+        return np.mean((queries @ positives.T).argmax(1) == np.arange(len(dataset)))
+
+    args = config(
+        tmp_path, per_device_train_batch_size=12, mini_batch_size=6, max_steps=25, logging_steps=5, learning_rate=3e-3
+    )
+    args.condensation_steps = 20
+    before = recall()
+    trainer = CondensationTrainer(model=model, args=args, train_dataset=dataset, eval_dataset=dataset)
+    trainer.evaluate()
+    first = trainer.state.log_history[-1]
+    trainer.train()
+    trainer.evaluate()
+    last = next(log for log in reversed(trainer.state.log_history) if "eval_infonce" in log)
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert logs[3]["infonce"] < 0.5 * logs[0]["infonce"] and logs[3]["condensation"] < 0.7 * logs[0]["condensation"]
+    assert [log["condensation_weight"] for log in logs] == [5.0, 5.0, 5.0, 5.0, 0.0]
+    assert "condensation" not in logs[4] or logs[4]["condensation"] == 0
+    for log in logs[:4]:
+        assert log["loss"] == pytest.approx(log["infonce"] + 5 * log["condensation"], rel=2e-3)
+        assert log["tokens_per_second"] > log["samples_per_second"] > 0
+    assert last["eval_infonce"] < first["eval_infonce"]
+    assert recall() >= 0.9 > before + 0.3
+
+
+@pytest.mark.parametrize("lora", [None, "lora", "dora"])
+def test_resuming_ends_where_an_uninterrupted_run_does(repo, tmp_path, lora):
+    whole, resumed = (checkpointed_trainer(repo, tmp_path / name, lora) for name in ("whole", "resumed"))
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "out" / "checkpoint-2"))
+    assert losses(resumed) == losses(whole)
+    for name, tensor in whole.model.state_dict().items():
+        torch.testing.assert_close(resumed.model.state_dict()[name], tensor, atol=1e-6, rtol=0, msg=name)
+
+
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"),
+    reason="transformers 5.17 cannot resume in several CPU processes: it maps tensors to the device cpu:0",
+)
+def test_training_in_two_processes_equals_one_whole_and_resumed(repo, tmp_path):
+    one = checkpointed_trainer(repo, tmp_path / "one")
+    one.train()
+    run_script("two_trainers.py", repo, tmp_path, launcher=TORCHRUN, check=True)
+    whole, resumed = json.loads((tmp_path / "losses.json").read_text())
+    assert whole == pytest.approx(losses(one), rel=1e-5) and resumed == pytest.approx(whole, rel=1e-6)
+    for name, tensor in torch.load(tmp_path / "weights.pt").items():
+        # A key's bias does not change attention: its gradient is rounding, which AdamW blows up.
+        if not name.endswith("k_proj.bias"):
+            torch.testing.assert_close(tensor, one.model.state_dict()[name], atol=2e-5, rtol=0, msg=name)
+    assert all(incomplete_reason(path) is None for path in checkpoints(tmp_path / "resumed" / "out"))
+    assert "| pairs | training | 12 rows |" in (tmp_path / "exported" / "README.md").read_text()
+
+
+def test_training_starts_where_the_output_folder_is_gone(repo, tmp_path):
+    """With several processes one makes it, perhaps after another one gets there."""
+    trainer = checkpointed_trainer(repo, tmp_path)
+    shutil.rmtree(trainer.args.output_dir)
+    trainer.train()
+    assert len(losses(trainer)) == trainer.state.max_steps
+
+
+def test_a_full_disk_stops_with_a_way_on(repo, tmp_path, monkeypatch):
+    trainer = checkpointed_trainer(repo, tmp_path)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # less than the weights need
+    try:
+        with pytest.raises(
+            RuntimeError, match=r"checkpoint-2 could not be written .* newest complete checkpoint is None"
+        ):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1e6))
+    with pytest.raises(ValueError, match=r"needs about 0.0 GB, but '.*out' has 0.0 GB free. Free space"):
+        checkpointed_trainer(repo, tmp_path).train()
+
+
+def test_the_best_checkpoint_is_kept_and_loaded(repo, tmp_path):
+    """The learning rate grows until it destroys the model: the best checkpoint is not the last."""
+    dataset = text_pairs()
+    dataset.to_json(tmp_path / "pairs.jsonl")
+    evaluator = retrieval_evaluator(str(tmp_path / "pairs.jsonl"))
+    metric = "pairs_cosine_accuracy@1"
+    trainer = checkpointed_trainer(
+        repo,
+        tmp_path,
+        evaluator=evaluator,
+        **{"per_device_train_batch_size": 12, "max_steps": 16, "save_steps": 4, "eval_strategy": "steps"},
+        **{"eval_steps": 4, "learning_rate": 0.05, "warmup_steps": 16, "max_grad_norm": 0.0, "save_total_limit": 1},
+        **{"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": True},
+    )
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if f"eval_{metric}" in log]
+    scores = {log["step"]: log[f"eval_{metric}"] for log in logs}
+    best = max(scores, key=scores.get)
+    assert scores[16] < scores[best]
+    assert evaluator(trainer.model)[metric] == pytest.approx(scores[best])
+    assert [path.name for path in checkpoints(tmp_path / "out")] == [f"checkpoint-{best}"]
+
+
+def test_zero_tokens_train_too(bases, tmp_path):
+    repo = add_bottleneck_tokens(bases["qwen2_vl"], tmp_path / "repo", num_tokens=0)
+    model = BTokSentenceTransformer(repo, device="cpu")
+    args = config(tmp_path, per_device_train_batch_size=6, max_steps=2, logging_steps=1)
+    trainer = CondensationTrainer(
+        model=model, args=args, train_dataset=text_pairs(6), peft_config=LoraConfig(r=2, lora_dropout=0.0)
+    )
+    assert all("lora_" in name for name, p in model.named_parameters() if p.requires_grad)
+    trainer.train()
+    export_model(model, tmp_path / "export")
+    stock = SentenceTransformer(str(tmp_path / "export"), device="cpu")
+    np.testing.assert_allclose(stock.encode(["x y"]), model.encode(["x y"]), atol=2e-6)
+
+
+def test_groups_never_meet_in_a_batch(repo, tmp_path):
+    # Only the group counts: equal queries of different groups may meet.
+    rows = {"query": ["the same"] * 24, "positive": [f"p{i}" for i in range(24)]}
+    dataset = Dataset.from_dict({**rows, "group": [str(i % 8) for i in range(24)]})
+    args = config(tmp_path, per_device_train_batch_size=8, batch_sampler="no_duplicates", max_steps=1)
+    trainer = CondensationTrainer(
+        model=BTokSentenceTransformer(repo, device="cpu"), args=args, train_dataset={"pairs": dataset}
+    )
+    batches = list(trainer.get_train_dataloader().batch_sampler)
+    assert len(batches) == 3 and all(len({i % 8 for i in batch}) == 8 for batch in batches)
+
+
+def test_bad_datasets_are_refused_before_training(repo, tmp_path):
+    model = BTokSentenceTransformer(repo, device="cpu")
+
+    def trainer(dataset, **kwargs):
+        return CondensationTrainer(model=model, args=config(tmp_path, **kwargs), train_dataset=dataset)
+
+    good = text_pairs(4)
+    with pytest.raises(ValueError, match=r"missing \['query'\]; unknown \['anchor'\].*rename_column"):
+        trainer(good.rename_column("query", "anchor"))
+    with pytest.raises(ValueError, match=r"Dataset 'b'.*unknown \['id'\]"):
+        trainer({"a": good, "b": good.add_column("id", [1, 2, 3, 4])})
+    pictures = Dataset.from_dict(
+        {"query": ["a"], "positive": [image(40, 40)]},
+        features=Features({"query": Value("string"), "positive": Image()}),
+    )
+    with pytest.raises(ValueError, match="generates the text of 'positive', but a row of 'p' has none"):
+        trainer({"p": pictures})
+    trainer({"p": pictures}, condense="query")
+    with pytest.raises(ValueError, match=r"condense names the datasets \['other'\] but not 'p'"):
+        trainer({"p": pictures}, condense={"other": "none"})
+    for wrong in ("positve", {"p": "target"}, None):
+        with pytest.raises(ValueError, match="condense must be one of positive, query, both, none"):
+            config(tmp_path, condense=wrong)
+    for name, value in (("temperature", 0), ("mini_batch_size", 0), ("condensation_weight", -1)):
+        with pytest.raises(ValueError, match=name):
+            config(tmp_path, **{name: value})
+    with pytest.raises(ValueError, match="trains a BTokSentenceTransformer, got SentenceTransformer"):
+        CondensationTrainer(model=SentenceTransformer(repo, device="cpu"), train_dataset=good)
+    with pytest.raises(ValueError, match=r"lora_dropout must be 0, got 0.1: GradCache"):
+        CondensationTrainer(
+            model=model, args=config(tmp_path), train_dataset=good, peft_config=LoraConfig(lora_dropout=0.1)
+        )
+
+
+def test_what_would_go_wrong_without_a_word_is_refused(repo, tmp_path, monkeypatch):
+    grouped = text_pairs(4).add_column("group", ["a", None, "b", None])
+    model = BTokSentenceTransformer(repo, device="cpu")
+    trainer = CondensationTrainer(
+        model=model, args=config(tmp_path, batch_sampler="no_duplicates"), train_dataset=grouped
+    )
+    with pytest.raises(ValueError, match="takes rows without a group for rows of one group"):
+        trainer.get_train_dataloader()
+    monkeypatch.setattr(CondensationConfig, "n_gpu", 2)
+    with pytest.raises(ValueError, match=r"One process sees 2 GPUs.*accelerate launch"):
+        CondensationTrainer(model=model, args=config(tmp_path), train_dataset=text_pairs(4))
+
+
+def test_every_layout_trains(repo, tmp_path, monkeypatch):
+    names = all_sources(tmp_path)
+    loaded, weights, condense = load_mixture({name: {"weight": 1} for name in names}, tmp_path)
+    args = config(
+        tmp_path,
+        dataset_weights=weights,
+        condense=condense,
+        per_device_train_batch_size=2,
+        mini_batch_size=1,
+        max_steps=24,
+        logging_steps=1,
+        dataloader_num_workers=1,
+    )
+    model = BTokSentenceTransformer(repo, device="cpu")
+    trainer = CondensationTrainer(model=model, args=args, train_dataset=loaded)
+    drawn, draw = [], MixtureBatchSampler.__iter__
+    monkeypatch.setattr(MixtureBatchSampler, "__iter__", lambda self: (drawn.append(b) or b for b in draw(self)))
+    trainer.train()
+    assert {batch[0] // 8 for batch in drawn} == set(range(8))
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logs) == 24 and all(np.isfinite(log["loss"]) for log in logs)
+    condensed = [log.get("condensation", 0) > 0 for log in logs]
+    assert condensed == [names[batch[0] // 8] != "CIRR" for batch in drawn[:24]]
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_a_resumed_run_sees_the_batches_it_has_not_seen(repo, tmp_path, monkeypatch, epochs):
+    batches, collate = [], CondensationCollator.__call__
+    monkeypatch.setattr(
+        CondensationCollator,
+        "__call__",
+        lambda self, rows: batches.append([row["query"] for row in rows]) or collate(self, rows),
+    )
+    if epochs > 1:  # so that the checkpoint lies in the middle of the second epoch
+        monkeypatch.setattr(MixtureBatchSampler, "__len__", lambda self: self.num_batches // epochs)
+        draw = MixtureBatchSampler.__iter__
+        monkeypatch.setattr(MixtureBatchSampler, "__iter__", lambda self: (b for b, _ in zip(draw(self), range(8))))
+    words = ["red", "old", "tall", "wet", "loud", "thin", "deep", "odd", "warm", "slow", "flat", "gray"]
+    parts = {
+        name: Dataset.from_dict({"query": [f"{name} {w}" for w in words], "positive": [f"{w} thing" for w in words]})
+        for name in ("a", "b")
+    }
+
+    def run(folder, resume=None):
+        args = config(
+            folder,
+            dataset_weights={"a": 1, "b": 2},
+            block_size=8,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            max_steps=12,
+            save_strategy="steps",
+            save_steps=6,
+        )
+        model = BTokSentenceTransformer(repo, device="cpu")
+        trainer = CondensationTrainer(model=model, args=args, train_dataset=dict(parts))
+        batches.clear()
+        trainer.train(resume_from_checkpoint=resume)
+        assert trainer.state.epoch == epochs
+        return [tuple(batch) for batch in batches], model
+
+    whole, model = run(tmp_path / "whole")
+    assert len(whole) == 24 and len(set(whole)) > 20
+    rest, resumed = run(tmp_path / "rest", str(tmp_path / "whole" / "out" / "checkpoint-6"))
+    assert rest == whole[12:]
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], tensor, atol=1e-6, rtol=0, msg=name)

@@ -1,0 +1,98 @@
+"""Exports: every tensor, further files, and adapters whose base is on the Hub."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from support import tiny
+from support.repositories import TEXTS, add_noise
+
+import btok_hf
+from btok_hf import BTokSentenceTransformer, export_adapters, export_model
+
+
+@pytest.mark.parametrize("untied", [False, True])
+def test_export_keeps_the_head_and_every_tensor(tmp_path, untied):
+    from transformers import AutoModelForImageTextToText
+
+    from btok_hf import add_bottleneck_tokens
+
+    base = tiny.build("qwen2_vl", tmp_path / "base", tied=not untied)
+    repo = add_bottleneck_tokens(base, tmp_path / "repo")
+    export_model(BTokSentenceTransformer(repo, device="cpu"), tmp_path / "export")
+    before, after = (AutoModelForImageTextToText.from_pretrained(path) for path in (repo, tmp_path / "export"))
+    assert before.state_dict().keys() == after.state_dict().keys()
+    for name, tensor in before.state_dict().items():
+        assert torch.equal(after.state_dict()[name], tensor), name
+
+
+def test_an_earlier_export_in_other_files_leaves_no_weights_behind(repo, tmp_path):
+    """Loaders would prefer them, and a push would send both."""
+    model = BTokSentenceTransformer(repo, device="cpu")
+    expected = model.encode(["one"])
+    changed = BTokSentenceTransformer(repo, device="cpu")
+    with torch.no_grad():
+        changed[0].model.language_model.norm.weight.mul_(torch.rand(64) + 0.5)
+    for first, then in (("50GB", "100KB"), ("100KB", "50GB")):
+        export_model(changed, tmp_path / first, max_shard_size=first)
+        export_model(model, tmp_path / first, max_shard_size=then)
+        assert (tmp_path / first / "model.safetensors").exists() == (then == "50GB")
+        again = BTokSentenceTransformer(str(tmp_path / first), device="cpu").encode(["one"])
+        np.testing.assert_allclose(again, expected, atol=2e-6)
+
+
+def test_adapters_with_a_base_on_the_hub(hub, exported, with_adapters, tmp_path):
+    expected = with_adapters.encode(TEXTS)
+    with_adapters.save_pretrained(str(tmp_path / "checkpoint"))
+    with pytest.raises(ValueError, match=r"refer to their base by Hub id, got .*Push the repository"):
+        export_adapters(with_adapters, tmp_path / "wrong")
+    for base in (str(exported), "no-namespace", "a/b/c"):
+        with pytest.raises(ValueError, match="by Hub id"):
+            export_adapters(with_adapters, tmp_path / "wrong", base)
+    with pytest.raises(ValueError, match="holds a whole model"):
+        export_adapters(with_adapters, exported, "org/start")
+    with pytest.raises(ValueError, match="has no adapters"):
+        export_adapters(BTokSentenceTransformer(exported, device="cpu"), tmp_path / "wrong", "org/start")
+    assert not (tmp_path / "wrong").exists()
+    with pytest.raises(ValueError, match="name a local folder as their base"):
+        btok_hf.push(tmp_path / "checkpoint", "org/lora")
+
+    home, lora = tmp_path / "home", tmp_path / "lora"
+    hub.run("-m", "btok_hf", "push", exported, "org/start", home=home)
+    arguments = (
+        "-m",
+        "btok_hf",
+        "export",
+        tmp_path / "checkpoint",
+        lora,
+        "--adapter_only",
+        "--base_model",
+        "org/start",
+    )
+    hub.run(*arguments, home=home)
+    assert json.loads((lora / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/start"
+    assert not (lora / "config.json").exists() and not list(lora.glob("model*")) and not list(lora.glob("golden*"))
+    hub.run("-m", "btok_hf", "push", lora, "org/lora", home=home)
+    add_noise(lora, 0.3)
+    hub.run("-m", "btok_hf", "push", lora, "org/lora", "--revision", "v2", home=home)
+    code = (
+        "import json, sys\n"
+        "from sentence_transformers import SentenceTransformer\n"
+        "from btok_hf import BTokSentenceTransformer\n"
+        "models = [SentenceTransformer('org/lora', device='cpu'), BTokSentenceTransformer('org/lora', device='cpu'),\n"
+        "    BTokSentenceTransformer('org/lora', device='cpu', revision='v2')]\n"
+        "print('\\n' + json.dumps([model.encode(json.loads(sys.argv[1])).tolist() for model in models]))\n"
+    )
+    run = hub.run("-c", code, json.dumps(TEXTS), home=tmp_path / "empty")
+    *vectors, other = np.array(json.loads(run.stdout.splitlines()[-1]))
+    assert all(np.abs(loaded - expected).max() <= 2e-6 for loaded in vectors)
+    assert np.abs(other - expected).max() > 1e-3
+
+
+def test_further_files_replace_the_default_card(repo, tmp_path):
+    model = BTokSentenceTransformer(repo, device="cpu")
+    files = {"README.md": "---\nlicense: mit\n---\né", "LICENSE": "text", "assets/a/x.bin": b"\x00\xff"}
+    folder = export_model(model, tmp_path / "model", files=files)
+    assert (folder / "README.md").read_text("utf-8") == files["README.md"]
+    assert (folder / "assets" / "a" / "x.bin").read_bytes() == b"\x00\xff"

@@ -1,0 +1,56 @@
+"""Files: folders that cannot be written to, full disks, and writes that end in one step."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from btok_hf import BTokSentenceTransformer, export_model
+from btok_hf.files import check_writable, replacing
+
+
+def test_folders_that_cannot_be_written_to_are_refused(repo, tmp_path):
+    (tmp_path / "file").write_text("")
+    model = BTokSentenceTransformer(repo, device="cpu")
+    for folder in (tmp_path / "file", tmp_path / "file" / "model", "/proc/model"):
+        with pytest.raises(OSError, match=r"The output folder .* cannot be written to.*Name another folder"):
+            export_model(model, folder)
+    check_writable(tmp_path / "new" / "folder")
+    assert not (tmp_path / "new").exists() and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "README.md"])
+def test_a_full_disk_is_named(repo, tmp_path, name):
+    """/dev/full takes nothing: what is written through the link fails as on a full disk."""
+    model = BTokSentenceTransformer(repo, device="cpu")
+    (tmp_path / name).symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"The disk is full: .* is incomplete.*need [\d,]+ bytes.*Make room"):
+        export_model(model, tmp_path)
+
+
+def test_weights_on_a_full_disk(repo, tmp_path):
+    """A real one of 256 kB, mounted in a namespace of its own. safetensors has another error than Python."""
+    namespace = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    mount = f"mount -t tmpfs -o size=256k none {tmp_path}"
+    if shutil.which("unshare") is None or subprocess.run([*namespace, mount], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    export = shlex.join([sys.executable, "-m", "btok_hf", "export", repo, str(tmp_path / "model")])
+    run = subprocess.run([*namespace, f"{mount} && {export}"], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert re.search(r"error: .*The disk is full: .*/model is incomplete. The weights need 681,472 bytes", run.stderr)
+
+
+def test_two_runs_may_write_one_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.embeddings"
+    with replacing(path) as first:
+        first.write(b"first")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: 0)
+            with replacing(path) as second:
+                second.write(b"2nd")
+        assert path.read_bytes() == b"2nd"
+    assert path.read_bytes() == b"first"

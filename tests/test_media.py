@@ -1,0 +1,75 @@
+"""Reading images, videos and folders of frames."""
+
+import numpy as np
+import pytest
+import transformers
+from packaging.version import Version
+from PIL import Image
+from support.inputs import TOLERANCE
+from support.media import image
+
+from btok_hf import BTokSentenceTransformer, read_video
+from btok_hf.inputs import ImageLimits, check_input
+from btok_hf.media import read_frames
+
+
+def test_an_mp4_path_is_read_through_pyav(loaded, mp4):
+    model = loaded["wrapper"]
+    expected = model.encode([{"video": read_video(mp4)}])
+    assert np.abs(model.encode([{"video": mp4}]) - expected).max() <= TOLERANCE
+    assert np.abs(model.encode([mp4]) - expected).max() <= TOLERANCE
+    clip = read_video(mp4, num_frames=5)
+    assert clip["array"].shape == (5, 64, 64, 3)
+    assert clip["video_metadata"]["duration"] == pytest.approx(2.0)
+    left_edges = [np.argmax(frame[24].max(axis=1) > 128) for frame in clip["array"]]
+    assert left_edges == sorted(left_edges) and left_edges[-1] > left_edges[0] + 20  # first to last frame
+
+
+def test_large_jpegs_are_decoded_at_a_reduced_size(loaded, tmp_path):
+    """With at least four times the pixels that the model takes, and next to the same vector."""
+    model = loaded["wrapper"]
+    limit = model[0].processor.image_processor.size["longest_edge"]
+    page = image(20, 15).resize((1600, 1200), Image.Resampling.BICUBIC)
+    page.save(tmp_path / "large.jpg", quality=95)
+    page.save(tmp_path / "large.png")
+    page.resize((170, 128)).save(tmp_path / "small.jpg")
+    image_processor = model.processor.image_processor
+    limits = ImageLimits(image_processor.size["longest_edge"], image_processor.patch_size)
+    sizes = {name: check_input(str(tmp_path / name), limits).size for name in ("large.jpg", "large.png", "small.jpg")}
+    assert sizes == {"large.jpg": (400, 300), "large.png": (1600, 1200), "small.jpg": (170, 128)}
+    assert 400 * 300 >= 4 * limit > 200 * 150
+    assert check_input({"image": tmp_path / "large.jpg"}, limits)["image"].size == (400, 300)
+    reduced, whole = model.encode([str(tmp_path / "large.jpg"), Image.open(tmp_path / "large.jpg")])
+    assert reduced @ whole > 0.999
+
+
+def test_photographs_are_upright(loaded, tmp_path):
+    """As transformers and datasets turn them, by their EXIF tag."""
+    picture = image(112, 56)
+    exif = picture.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    for name in ("photo.jpg", "photo.png"):
+        picture.save(tmp_path / name, exif=exif)
+        upright = loaded["wrapper"].encode([{"image": str(tmp_path / name)}])
+        if Version(transformers.__version__) >= Version("5.23"):  # stock 5.17 leaves them lying
+            stock = loaded["stock"].encode([{"image": str(tmp_path / name)}])
+            assert np.abs(stock - upright).max() <= TOLERANCE
+    turned = picture.transpose(Image.Transpose.ROTATE_270)
+    assert np.abs(loaded["wrapper"].encode([turned]) - upright).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "count, kept", [(20, [0, 2, 5, 8, 10, 13, 16, 19]), (8, range(8)), (3, range(3)), (1, [0, 0])]
+)
+def test_frames(tmp_path, repos, count, kept):
+    # Without padding of the numbers, so that only a natural order is the right one.
+    colours = [image(56, 40, number) for number in range(count)]
+    for number, colour in enumerate(colours):
+        colour.save(tmp_path / f"frame_{number}.png")
+    (tmp_path / "notes.txt").touch()
+    video = read_frames(tmp_path)
+    np.testing.assert_array_equal(video["array"], np.stack([np.asarray(colours[number]) for number in kept]))
+    assert len(read_frames(tmp_path, None)["array"]) == max(2, count)
+    for path in repos.values():  # no processor samples them again
+        grid = BTokSentenceTransformer(path, device="cpu").preprocess([{"video": video}])["video_grid_thw"]
+        assert grid[0, 0] == (len(video["array"]) + 1) // 2

@@ -1,0 +1,66 @@
+"""Mixtures: datasets, weights and sides to generate."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+from support.source_tree import mmeb
+
+from btok_hf.training.mixture import condense_of, load_mixture
+from btok_hf.training.sources import SOURCES
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+RECIPE = Path(__file__).resolve().parents[1] / "training" / "recipes" / "mixture_paper.yaml"
+
+
+def test_a_mixture_of_own_files_and_sources(tmp_path):
+    mmeb(tmp_path, "CIRR", [("a", "", "b", "")])
+    (tmp_path / "pairs.jsonl").write_text('{"query": "x", "positive": "y"}\n')
+    mine = str(tmp_path / "pairs.jsonl")
+    loaded, weights, condense = load_mixture(
+        {
+            "mine": {"file": mine, "weight": 3, "condense": "query"},
+            "CIRR": {"weight": 0.5},
+            "again": {"file": "CIRR", "weight": 1, "condense": "positive"},
+        },
+        tmp_path,
+    )
+    assert {name: len(dataset) for name, dataset in loaded.items()} == {"mine": 1, "CIRR": 1, "again": 1}
+    assert weights == {"mine": 3, "CIRR": 0.5, "again": 1}
+    assert condense == {"mine": "query", "CIRR": "none", "again": "positive"}
+    for entries in (mine, {"pairs": mine}, {"pairs": {"file": mine}}):
+        loaded, weights, condense = load_mixture(entries)
+        assert list(loaded) == ["pairs"] and weights is None and condense == {}
+    assert load_mixture({"CIRR": None}, tmp_path)[0]["CIRR"][0]["query"] == {"text": "a"}
+    for entries, message in (
+        ({"a": {"file": mine, "weight": 1}, "CIRR": {}}, "or none: CIRR lack one"),
+        ({"a": {"file": mine, "wieght": 1}}, r"'a' has unknown keys \['wieght'\]"),
+        ({"a": {"file": mine, "condense": "postive"}}, "'a': condense must be one of positive, query"),
+        ({"ImageNet": {"weight": 1}}, r"'ImageNet' is no pair file, Hub id or known source. Known are ImageNet_1K"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_mixture(entries, tmp_path)
+
+
+def test_the_recipe_is_the_papers_mixture():
+    recipe = yaml.safe_load(RECIPE.read_text())
+    weights = {name: entry["weight"] for name, entry in recipe.items()}
+    assert set(weights) == set(SOURCES) and len(weights) == 25
+    assert all(set(entry) == {"weight"} for entry in recipe.values())
+    assert Counter(weights.values()) == {0.5: 10, 1: 10, 5: 3, 10: 1, 12: 1}
+    assert Counter(source.condense for source in SOURCES.values()) == {
+        "positive": 16,
+        "query": 6,
+        "none": 2,
+        "both": 1,
+    }
+
+
+def test_a_condense_that_was_chosen_is_not_overridden_by_sources():
+    own = {"a": "query"}
+    assert condense_of(["a", "b"], "positive", own) == {"a": "query", "b": "positive"}
+    assert condense_of(["a", "b"], "none", own) == {"a": "none", "b": "none"}
+    assert condense_of(["a", "b"], {"a": "both", "b": "none"}, own) == {"a": "both", "b": "none"}

@@ -1,0 +1,165 @@
+"""The training script and `btok train`: recipes, flags, a run from base to export, a push."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset, Features, Image, Value
+from sentence_transformers import SentenceTransformer
+from support import ROOT
+from support.media import image
+from support.publishing import LOAD, head, served
+from support.repositories import TEXTS, contents
+from support.training import config
+from trl import TrlParser, get_peft_config
+
+from btok_hf import BTokSentenceTransformer
+from btok_hf.hub_card.card import CardArguments
+from btok_hf.training import CondensationConfig
+from btok_hf.training.mixture import read_mixture
+from btok_hf.training.sources import SOURCES
+from btok_hf.training.train import ModelArguments, ScriptArguments, main, starting_point
+
+
+@pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "training" / "recipes").glob("[!m]*.yaml")))
+def test_recipes_are_read(recipe, tmp_path):
+    """Every key is an argument, and the paper's recipe says the paper's setting."""
+    classes = (ScriptArguments, CondensationConfig, ModelArguments, CardArguments)
+    flags = ["--use_cpu", "true", "--output_dir", str(tmp_path)]
+    script, args, model_args, _ = TrlParser(classes).parse_args_and_config(
+        ["--config", str(ROOT / "training" / "recipes" / recipe), *flags]
+    )
+    if recipe.startswith("btok"):
+        mixture = read_mixture(script.train_files)
+        assert len(mixture) == 25 and set(mixture) <= set(SOURCES)
+        assert (script.num_tokens, model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout) == (4, 16, 32, 0)
+        assert (args.temperature, args.learning_rate, args.warmup_steps) == (0.02, 5e-5, 100)
+        assert (args.condensation_weight, args.condensation_steps, args.max_steps) == (5.0, 2000, 5000)
+        assert get_peft_config(model_args).target_modules is None
+
+
+BEST = "load_best_model_at_end: true\neval_strategy: steps\neval_steps: 1\nsave_steps: 1\n"
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_script_trains_evaluates_and_exports(repo, tmp_path, lora):
+    features = Features({"query": Value("string"), "positive": Image()})
+    pairs = {"query": [f"picture {i}" for i in range(8)], "positive": [image(40, 40, i) for i in range(8)]}
+    for name in ("pairs", "eval_pairs"):  # the Trainer does not put its "eval_" in front of the second
+        Dataset.from_dict(pairs, features=features).to_parquet(tmp_path / f"{name}.parquet")
+    (tmp_path / "config.yaml").write_text(
+        f"model_name_or_path: {repo}\n"
+        f"train_files:\n  pictures: {tmp_path}/pairs.parquet\n"
+        f"eval_file: {tmp_path}/eval_pairs.parquet\n"
+        f"output_dir: {tmp_path}/unused\n"
+        + ("metric_for_best_model: eval_pairs_cosine_recall@1\n" if lora else BEST)
+        + "condense:\n  pictures: query\n"
+        "per_device_train_batch_size: 4\nmax_steps: 2\nlogging_steps: 1\nreport_to: none\nuse_cpu: true\n"
+    )
+    output = tmp_path / "model"
+    flags = ["--output_dir", str(output), "--model_license", "apache-2.0", *(["--use_peft"] if lora else [])]
+    run = subprocess.run(
+        [sys.executable, "training/train.py", "--config", str(tmp_path / "config.yaml"), *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "before" in run.stdout and "Exported to" in run.stdout
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert set(metrics["eval_pairs_cosine_recall@1"]) == {"before", "after"}
+    if not lora:  # with the evaluator's own metric, of which more is better
+        state = json.loads((output / "checkpoint-2" / "trainer_state.json").read_text())
+        scores = [log[key] for log in state["log_history"] if (key := "eval_pairs_cosine_ndcg@10") in log]
+        assert state["best_metric"] == max(scores[-2:]) and state["best_model_checkpoint"]
+    assert not list(output.glob("*.bin")) and not (output / "adapter_config.json").exists()
+    card = (output / "README.md").read_text()
+    assert (
+        "license: apache-2.0" in card
+        and "| pictures | training | 8 rows |" in card
+        and "8 queries, 8 candidates" in card
+    )
+    assert SentenceTransformer(str(output), device="cpu").encode(["picture 1"]).shape == (1, 64)
+
+
+@pytest.mark.parametrize("flag", ["--load_in_4bit", "--load_in_8bit", "--attn_implementation=sdpa"])
+def test_flags_that_would_change_nothing_are_refused(repo, tmp_path, monkeypatch, flag):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--model_name_or_path", repo, "--train_files", "none.csv", flag])
+    with pytest.raises(ValueError, match=rf"{flag[2:].partition('=')[0]} is not supported: .* Remove"):
+        main()
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], "--load_best_model_at_end", "--save_strategy", "no"])
+    with pytest.raises(ValueError, match="nothing is evaluated: set eval_file"):
+        main()
+
+
+def test_a_folder_with_another_start_is_refused(bases, tmp_path):
+    args, base = config(tmp_path), ModelArguments(model_name_or_path=bases["qwen2_vl"])
+    start, _ = starting_point(base, 4, {}, args)
+    assert starting_point(base, 4, {}, args) == (start, None)
+    for other in ((base, 2, {}), (base, 4, {"max_pixels": 56 * 56})):
+        with pytest.raises(
+            ValueError, match=r"start was made from .*'num_tokens': 4.*Remove it, or name another output_dir"
+        ):
+            starting_point(*other, args)
+
+
+TRAIN = Path(__file__).resolve().parents[1] / "training" / "train.py"
+
+
+def test_training_pushes_what_everybody_loads(hub, bases, tmp_path):
+    """From a base without Bottleneck Tokens to the Hub, with a push that fails in the middle of training."""
+    pairs = [{"query": f"find {word}", "positive": f"{word} thing"} for word in ("red", "old", "tall", "wet")]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    out = tmp_path / "out"
+    command = [
+        *(TRAIN, "--model_name_or_path", bases["qwen2_vl"], "--train_files", tmp_path / "pairs.jsonl"),
+        *("--eval_file", tmp_path / "pairs.jsonl", "--output_dir", out, "--use_cpu", "--use_peft", "--max_steps", "2"),
+        *(
+            "--save_steps",
+            "1",
+            "--logging_steps",
+            "1",
+            "--per_device_train_batch_size",
+            "4",
+            "--report_to",
+            "none",
+            "--disable_tqdm",
+            "true",
+        ),
+        *("--push_to_hub", "--hub_model_id", "org/trained", "--hub_strategy", "every_save"),
+    ]
+    refused = hub.run(*command, home=tmp_path / "home", token=None, check=False)
+    assert refused.returncode and "push_to_hub needs a Hub login" in refused.stderr and not (out / "start").exists()
+
+    hub.faults["fail_commit"] = 1
+    run = hub.run(*command, home=tmp_path / "home")
+    assert hub.faults.pop("fail_commit") <= 0  # it was met
+    assert "The upload to org/trained failed" in run.stderr and "Retry with: btok push" in run.stderr
+    url = run.stdout.split("Pushed to ")[-1].split()[0]
+    assert url == f"{hub.endpoint}/org/trained/commit/{head(hub, 'org/trained')}"
+    pushed = served(hub, "org/trained")
+    assert pushed.items() <= contents(out).items()
+    assert not any(name.startswith(("checkpoint-", "start/")) or name.endswith((".bin", ".pt")) for name in pushed)
+    assert b"--hub_model_id org/trained" in pushed["README.md"] and b"assets/loss.png" in pushed["README.md"]
+
+    expected = BTokSentenceTransformer(out, device="cpu").encode(TEXTS)
+    online = json.loads(hub.run("-c", LOAD, "org/trained", home=tmp_path / "empty").stdout.splitlines()[-1])
+    assert all(np.abs(np.array(array) - expected).max() <= 1e-6 for *_, array in online)
+    hub.run("-m", "btok_hf", "verify", "org/trained", home=tmp_path / "empty")
+
+
+def test_training_script_shows_its_flags():
+    run = subprocess.run([sys.executable, "training/train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    for flag in (
+        "--condensation_weight",
+        "--condense",
+        "--mini_batch_size",
+        "--lora_r",
+        "--push_to_hub",
+        "--eval_file",
+    ):
+        assert flag in run.stdout
