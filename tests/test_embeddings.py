@@ -15,8 +15,8 @@ from support.mmeb_tree import frames, looks, picture, write_dataset
 from tokenizers.normalizers import Lowercase
 
 from btok_hf import BTokSentenceTransformer
-from btok_hf.evaluation import mmeb
-from btok_hf.evaluation.embeddings import EmbeddingStore, fingerprint
+from btok_hf.evaluation import embeddings
+from btok_hf.evaluation.embeddings import EmbeddingStore, Encoder, fingerprint, task_inputs
 from btok_hf.evaluation.loading import load_task
 from btok_hf.evaluation.mmeb import evaluate
 
@@ -55,7 +55,7 @@ def test_batches_stay_within_their_tokens(mmeb_root, tmp_path, repo):
 
 
 def test_tokens_of_an_input(model):
-    estimate, prompted = (mmeb.Encoder(model, prompt, 1, None, None)._tokens for prompt in (None, "Find it."))
+    estimate, prompted = (Encoder(model, prompt, 1, None, None)._tokens for prompt in (None, "Find it."))
     assert prompted({"text": "a"}) == estimate({"text": "a"}) + len("Find it.")  # bytes are tokens here
     pictures = [{"image": image(side, side)} for side in (56, 90, 400)]
     for item in [{}, *pictures, *({"video": video(count)} for count in (2, 8))]:
@@ -117,7 +117,7 @@ def test_fingerprints_tell_models_apart(repo, repos, model, monkeypatch, tmp_pat
     add(changed)
     changed.config.text_config.rms_norm_eps *= 2
     add(changed)
-    monkeypatch.setattr(mmeb, "versions", lambda: {"torch": "0"})
+    monkeypatch.setattr(embeddings, "versions", lambda: {"torch": "0"})
     add(changed)
 
 
@@ -152,7 +152,7 @@ def test_what_an_input_is_known_by(tmp_path):
     task, frame = load_task("MSVD", tmp_path), next(tmp_path.glob("video-tasks/frames/*/MSVD/v_1/*1.jpg"))
 
     def keys(task):
-        return {label: key for key, label, _ in mmeb.task_inputs(task)}
+        return {label: key for key, label, _ in task_inputs(task)}
 
     def differing(changed):
         found = keys(changed)

@@ -15,7 +15,7 @@ from support.mmeb_tree import looks, page_rows, picture, write_dataset
 from support.processes import TORCHRUN, run_script
 
 from btok_hf import BTokSentenceTransformer
-from btok_hf.evaluation import mmeb
+from btok_hf.evaluation import embeddings, mmeb
 from btok_hf.evaluation.loading import load_task
 from btok_hf.evaluation.metrics import score
 from btok_hf.evaluation.mmeb import evaluate
@@ -107,7 +107,7 @@ def test_long_rankings_are_cut(mmeb_root, tmp_path, monkeypatch):
 def test_blocks_and_files_change_nothing(mmeb_root, tmp_path, monkeypatch):
     expected, _ = evaluate(looks, mmeb_root, tmp_path / "one", datasets=SAMPLE, name="looks")
     monkeypatch.setattr(mmeb, "BLOCK", 2)
-    monkeypatch.setattr(mmeb, "ROWS_PER_FILE", 3)
+    monkeypatch.setattr(embeddings, "ROWS_PER_FILE", 3)
     counting, batches = counted(looks)
     assert (
         evaluate(counting, mmeb_root, tmp_path / "two", datasets=SAMPLE, name="looks", batch_tokens=1)[0] == expected
