@@ -1,8 +1,10 @@
-"""The command `btok`."""
+"""The command `btok`: help, exit statuses, errors in one line, and what each command does."""
 
 import json
 import re
-from concurrent.futures import ThreadPoolExecutor
+import subprocess
+import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,112 @@ from support.repositories import contents
 
 from btok_hf import cli
 from btok_hf.evaluation import mmeb
+
+COMMANDS = ("add-tokens", "train", "export", "verify", "push", "mmeb")
+
+
+@pytest.fixture
+def btok(capsys):
+    """A function that runs `btok` with these arguments and returns its exit status, output and errors."""
+
+    def run(*arguments):
+        try:
+            status = cli.main(arguments)
+        except SystemExit as ended:
+            status = ended.code
+            if isinstance(status, str):  # as Python ends a process
+                print(status, file=sys.stderr)
+                status = 1
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def fail(**options):
+    raise ValueError("what is wrong")
+
+
+def test_without_arguments_it_shows_its_usage(btok):
+    status, output, errors = btok()
+    assert (status, output) == (2, "") and errors.startswith("usage: btok ") and "COMMAND" in errors
+
+
+def test_help_names_the_commands(btok):
+    status, output, _ = btok("--help")
+    assert status == 0 and all(re.search(rf"^    {name}\s+[a-z]", output, re.M) for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_has_help_with_an_example(btok, name):
+    status, output, _ = btok(name, "--help")
+    assert status == 0 and output.startswith(f"usage: btok {name}")
+    example = r"--config \S+\.yaml" if name == "train" else "example: "
+    assert re.search(example, output) and output.count(f"btok {name} ") >= 2  # usage and example
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "train"])
+def test_unknown_flags_are_refused(btok, name):
+    required = {
+        "add-tokens": "a b",
+        "export": "a b",
+        "verify": "a",
+        "push": "a b",
+        "mmeb": "--model a --data b --output c",
+    }
+    status, output, errors = btok(name, *required[name].split(), "--nothing")
+    assert (status, output) == (2, "") and "unrecognized arguments: --nothing" in errors
+
+
+def test_an_error_is_one_line(btok, monkeypatch):
+    monkeypatch.setattr(cli, "_run_verify", fail)
+    assert btok("verify", "a") == (1, "", "error: what is wrong\n")
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--debug", "verify", "a"), ("verify", "a", "--debug"), ("verify", "--debug", "a")]
+)
+def test_debug_shows_the_traceback(btok, monkeypatch, arguments):
+    monkeypatch.setattr(cli, "_run_verify", fail)
+    with pytest.raises(ValueError, match="what is wrong"):
+        btok(*arguments)
+
+
+def test_an_interrupt_ends_with_status_130(btok, monkeypatch):
+    def interrupt(**options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run_verify", interrupt)
+    assert btok("verify", "a") == (130, "", "")
+
+
+def test_flags_may_be_written_with_underscores(btok, monkeypatch):
+    given = []
+    monkeypatch.setattr(cli, "_run_add_tokens", lambda **options: given.append(options))
+    for flags in (
+        ["--num_tokens", "2", "--query_prompt=a_b", "--max-pixels", "9"],
+        ["--num-tokens", "2", "--query-prompt=a_b", "--max_pixels", "9"],
+    ):
+        assert btok("add-tokens", "my_base", "my_start", *flags)[0] == 0
+    assert given[0] == given[1]
+    assert (given[0]["base"], given[0]["num_tokens"], given[0]["query_prompt"]) == ("my_base", 2, "a_b")
+
+
+def test_it_is_installed_and_a_module_of_its_own(btok, tmp_path):
+    """Processes, because they end with the status and without a traceback; they import no torch."""
+    (script,) = entry_points(group="console_scripts", name="btok")
+    assert script.load() is cli.main
+    python = [sys.executable, "-X", "importtime", "-m", "btok_hf"]
+    run = subprocess.run([*python, "push", tmp_path / "nothing", "org/x"], capture_output=True, text=True)
+    errors = [line for line in run.stderr.splitlines() if not line.startswith("import time:")]
+    assert run.returncode == 1 and run.stdout == ""
+    assert len(errors) == 1 and re.match(r"error: .*nothing is no exported repository", errors[0])
+    run = subprocess.run([*python, "--help"], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.startswith("usage: btok ")
+    imported = {line.split("|")[2].strip() for line in run.stderr.splitlines()}
+    assert "btok_hf.cli" in imported and not imported & {"torch", "transformers", "numpy", "huggingface_hub"}
+
+
+# ---------------------------------------------------------------- what the commands do
 
 
 def test_command_lines_from_a_base_on_the_hub_to_a_repository(hub, bases, tmp_path):
@@ -33,15 +141,7 @@ def test_command_lines_from_a_base_on_the_hub_to_a_repository(hub, bases, tmp_pa
     assert served(hub, "org/small") == contents(model) and "golden.json" in contents(model)
 
 
-def test_command_lines_explain_themselves(hub, tmp_path):
-    commands = ("add-tokens", "export", "verify", "push")
-    with ThreadPoolExecutor(2) as pool:
-        runs = pool.map(lambda name: hub.run("-m", "btok_hf", name, "--help", home=tmp_path), commands)
-        for name, run in zip(commands, runs):
-            assert f"example: btok {name} " in " ".join(run.stdout.split())
-
-
-def test_mmeb(mmeb_root, tmp_path, repo, capsys):
+def test_mmeb(mmeb_root, tmp_path, repo):
     arguments = ["--model", repo, "--data", str(mmeb_root), "--output", str(tmp_path / "out")]
     assert cli.main(["mmeb", *arguments, "--datasets", "OK-VQA, MSVD", "--max-pixels", str(28 * 28 * 4)]) == 0
     assert json.loads((tmp_path / "out" / "run.json").read_text())["model"] == Path(repo).name
@@ -61,9 +161,6 @@ def test_mmeb(mmeb_root, tmp_path, repo, capsys):
         cli.main(["mmeb", *arguments, "--datasets", "OK-VQA"])
     with pytest.raises(SystemExit, match="error: Unknown 'audio'"):
         cli.main(["mmeb", *arguments, "--modality", "audio"])
-    with pytest.raises(SystemExit):
-        cli.main(["mmeb", "--help"])
-    assert "example: btok mmeb --model" in capsys.readouterr().out
 
 
 def test_options_of_mmeb(tmp_path, repo, bases, monkeypatch):

@@ -1,9 +1,10 @@
 """The training script and `btok train`: recipes, flags, a run from base to export, a push."""
 
 import json
+import runpy
 import subprocess
 import sys
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,9 +17,9 @@ from support.repositories import TEXTS, contents
 from support.training import config
 from trl import TrlParser, get_peft_config
 
-from btok_hf import BTokSentenceTransformer
+from btok_hf import BTokSentenceTransformer, cli
 from btok_hf.hub_card.card import CardArguments
-from btok_hf.training import CondensationConfig
+from btok_hf.training import CondensationConfig, CondensationTrainer
 from btok_hf.training.mixture import read_mixture
 from btok_hf.training.sources import SOURCES
 from btok_hf.training.train import ModelArguments, ScriptArguments, main, starting_point
@@ -41,11 +42,13 @@ def test_recipes_are_read(recipe, tmp_path):
         assert get_peft_config(model_args).target_modules is None
 
 
+SCRIPT = ROOT / "training" / "train.py"
 BEST = "load_best_model_at_end: true\neval_strategy: steps\neval_steps: 1\nsave_steps: 1\n"
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_the_script_trains_evaluates_and_exports(repo, tmp_path, lora):
+def test_the_script_trains_evaluates_and_exports(repo, tmp_path, lora, monkeypatch, capsys):
+    """All weights with the script, adapters with the command."""
     features = Features({"query": Value("string"), "positive": Image()})
     pairs = {"query": [f"picture {i}" for i in range(8)], "positive": [image(40, 40, i) for i in range(8)]}
     for name in ("pairs", "eval_pairs"):  # the Trainer does not put its "eval_" in front of the second
@@ -61,14 +64,16 @@ def test_the_script_trains_evaluates_and_exports(repo, tmp_path, lora):
     )
     output = tmp_path / "model"
     flags = ["--output_dir", str(output), "--model_license", "apache-2.0", *(["--use_peft"] if lora else [])]
-    run = subprocess.run(
-        [sys.executable, "training/train.py", "--config", str(tmp_path / "config.yaml"), *flags],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert "before" in run.stdout and "Exported to" in run.stdout
+    arguments = ["--config", str(tmp_path / "config.yaml"), *flags]
+    if lora:
+        monkeypatch.setattr(sys, "argv", ["btok", "train", *arguments])
+        assert cli.main() == 0
+        text = capsys.readouterr().out
+    else:
+        run = subprocess.run([sys.executable, SCRIPT, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-3000:]
+        text = run.stdout
+    assert "before" in text and "Exported to" in text
     metrics = json.loads((output / "metrics.json").read_text())
     assert set(metrics["eval_pairs_cosine_recall@1"]) == {"before", "after"}
     if not lora:  # with the evaluator's own metric, of which more is better
@@ -106,36 +111,27 @@ def test_a_folder_with_another_start_is_refused(bases, tmp_path):
             starting_point(*other, args)
 
 
-TRAIN = Path(__file__).resolve().parents[1] / "training" / "train.py"
-
-
 def test_training_pushes_what_everybody_loads(hub, bases, tmp_path):
     """From a base without Bottleneck Tokens to the Hub, with a push that fails in the middle of training."""
     pairs = [{"query": f"find {word}", "positive": f"{word} thing"} for word in ("red", "old", "tall", "wet")]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     out = tmp_path / "out"
     command = [
-        *(TRAIN, "--model_name_or_path", bases["qwen2_vl"], "--train_files", tmp_path / "pairs.jsonl"),
+        *(SCRIPT, "--model_name_or_path", bases["qwen2_vl"], "--train_files", tmp_path / "pairs.jsonl"),
         *("--eval_file", tmp_path / "pairs.jsonl", "--output_dir", out, "--use_cpu", "--use_peft", "--max_steps", "2"),
-        *(
-            "--save_steps",
-            "1",
-            "--logging_steps",
-            "1",
-            "--per_device_train_batch_size",
-            "4",
-            "--report_to",
-            "none",
-            "--disable_tqdm",
-            "true",
-        ),
+        *("--save_steps", "1", "--logging_steps", "1", "--per_device_train_batch_size", "4"),
+        *("--report_to", "none", "--disable_tqdm", "true"),
         *("--push_to_hub", "--hub_model_id", "org/trained", "--hub_strategy", "every_save"),
     ]
-    refused = hub.run(*command, home=tmp_path / "home", token=None, check=False)
-    assert refused.returncode and "push_to_hub needs a Hub login" in refused.stderr and not (out / "start").exists()
-
     hub.faults["fail_commit"] = 1
-    run = hub.run(*command, home=tmp_path / "home")
+    with ThreadPoolExecutor(1) as pool:  # at the same time: most of both is imports
+        without_login = [tmp_path / "refused" if part == out else part for part in command]
+        refused = pool.submit(hub.run, *without_login, home=tmp_path / "other", token=None, check=False)
+        run = hub.run(*command, home=tmp_path / "home")
+    refused = refused.result()
+    assert refused.returncode and "push_to_hub needs a Hub login" in refused.stderr
+    assert not (tmp_path / "refused" / "start").exists() and (out / "start").exists()
+
     assert hub.faults.pop("fail_commit") <= 0  # it was met
     assert "The upload to org/trained failed" in run.stderr and "Retry with: btok push" in run.stderr
     url = run.stdout.split("Pushed to ")[-1].split()[0]
@@ -146,14 +142,33 @@ def test_training_pushes_what_everybody_loads(hub, bases, tmp_path):
     assert b"--hub_model_id org/trained" in pushed["README.md"] and b"assets/loss.png" in pushed["README.md"]
 
     expected = BTokSentenceTransformer(out, device="cpu").encode(TEXTS)
-    online = json.loads(hub.run("-c", LOAD, "org/trained", home=tmp_path / "empty").stdout.splitlines()[-1])
-    assert all(np.abs(np.array(array) - expected).max() <= 1e-6 for *_, array in online)
-    hub.run("-m", "btok_hf", "verify", "org/trained", home=tmp_path / "empty")
+    with ThreadPoolExecutor(1) as pool:
+        verified = pool.submit(hub.run, "-m", "btok_hf", "verify", "org/trained", home=tmp_path / "empty")
+        online = hub.run("-c", LOAD, "org/trained", home=tmp_path / "other").stdout
+    verified.result()
+    assert all(np.abs(np.array(array) - expected).max() <= 1e-6 for *_, array in json.loads(online.splitlines()[-1]))
 
 
-def test_training_script_shows_its_flags():
-    run = subprocess.run([sys.executable, "training/train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+def run_as_script(*arguments, monkeypatch):
+    """`python training/train.py` in this process, which has imported everything."""
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def run_as_command(*arguments, monkeypatch):
+    """`btok train`."""
+    return cli.main(["train", *arguments])
+
+
+BOTH = pytest.mark.parametrize("run", [run_as_script, run_as_command])
+
+
+@BOTH
+def test_training_script_shows_its_flags(run, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run("--help", monkeypatch=monkeypatch)
+    assert not ended.value.code
+    text = capsys.readouterr().out
     for flag in (
         "--condensation_weight",
         "--condense",
@@ -162,4 +177,33 @@ def test_training_script_shows_its_flags():
         "--push_to_hub",
         "--eval_file",
     ):
-        assert flag in run.stdout
+        assert flag in text
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "error: Set model_name_or_path"),
+        (["--model_name_or_path", "x", "--train_files", "none.csv", "--load_in_4bit"], "error: load_in_4bit is not"),
+        (["--model_name_or_path", "x", "--train_files", "missing.csv"], "error: .*missing.csv"),
+        (["--no_such_flag", "1"], "error: .*no.such.flag"),
+    ],
+)
+def test_bad_arguments_are_one_line(run, arguments, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=f"^{message}") as ended:
+        run(*arguments, monkeypatch=monkeypatch)
+    assert "\n" not in ended.value.code
+
+
+@BOTH
+def test_an_error_in_training_keeps_its_traceback(run, repo, tmp_path, monkeypatch):
+    def train(self, **kwargs):
+        raise ValueError("in training")
+
+    monkeypatch.setattr(CondensationTrainer, "train", train)
+    (tmp_path / "pairs.jsonl").write_text('{"query": "a", "positive": "b"}\n')
+    arguments = ["--model_name_or_path", repo, "--train_files", str(tmp_path / "pairs.jsonl"), "--use_cpu", "true"]
+    with pytest.raises(ValueError, match=r"^in training$"):
+        run(*arguments, "--output_dir", str(tmp_path / "out"), "--report_to", "none", monkeypatch=monkeypatch)
