@@ -18,4 +18,4 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
         if debug:
             raise
         # An error's text may be empty, or span lines (a table of differences is printed before).
-        sys.exit(f"error: {error or type(error).__name__}")
+        sys.exit(f"error: {str(error) or type(error).__name__}")
