@@ -23,7 +23,7 @@ from btok_hf import BTokSentenceTransformer
 
 
 @pytest.fixture(scope="module", autouse=True)
-def endless_resets(exported, tmp_path_factory):
+def endless_resets(hub, exported, tmp_path_factory):
     """A push whose uploads are reset each time: the client gives up after 23 seconds, while the other tests run."""
     with HubServer() as server, ThreadPoolExecutor(1) as pool:
         server.faults["reset_upload"] = 10**6

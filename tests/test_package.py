@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from support import ROOT
+from support import ROOT, layout
 
 import btok_hf
 
@@ -77,3 +77,73 @@ def test_editors_see_the_names_where_they_are_imported_from():
     seen = {alias.name: node.module for node in block.body for alias in node.names}
     assert block.test.id == "TYPE_CHECKING" and seen == btok_hf._LAZY_IMPORTS
     assert sorted(btok_hf.__all__) == sorted(seen)
+
+
+# ---------------------------------------------------------------- layout
+
+
+def write_tree(root, **files):
+    """A library of some files, for checks that must fail: their contents by path, with __ for /."""
+    for name, text in {"btok_hf__": "", "modeling__": "", "training__": "", "hub_card__": "", **files}.items():
+        path = root / (name.replace("__", "/") + ("__init__.py" if name.endswith("__") else ".py"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def test_imports_go_one_way_without_circles():
+    graph = layout.imports(ROOT)
+    assert {"btok_hf.hub", "btok_hf.modeling.modeling_btok"} <= set(graph)
+    assert "btok_hf.sentence_transformer" in graph["btok_hf.training.train"]  # from btok_hf, on first use
+    assert "btok_hf.hub" in graph["btok_hf.cli"]  # inside a function
+    assert layout.faults(graph) == []
+
+
+@pytest.mark.parametrize(
+    "files, fault",
+    [
+        ({"btok_hf__a": "import btok_hf.b", "btok_hf__b": "def f():\n    from btok_hf import a"}, "circle: "),
+        ({"btok_hf__a": "from btok_hf.training import x"}, "btok_hf.a imports btok_hf.training"),
+        (
+            {"hub_card__a": "def f():\n    import btok_hf.training.b", "training__b": ""},
+            "btok_hf.hub_card.a imports",
+        ),
+        ({"modeling__a": "from btok_hf import b", "btok_hf__b": ""}, "btok_hf.modeling.a imports btok_hf.b"),
+        ({"modeling__": "from .a import x", "modeling__a": "from btok_hf.modeling import x"}, "circle: "),
+    ],
+)
+def test_imports_in_the_wrong_direction_are_found(tmp_path, files, fault):
+    (found,) = layout.faults(layout.imports(write_tree(tmp_path, **files)))
+    assert found.startswith(fault)
+
+
+def test_right_imports_are_no_fault(tmp_path):
+    files = {
+        "btok_hf__": "if TYPE_CHECKING:\n    from btok_hf.a import x\n_LAZY_IMPORTS = {'x': 'btok_hf.a'}",
+        "btok_hf__a": "from btok_hf.modeling import y",
+        "btok_hf__cli": "from btok_hf.training import z",
+        "training__": "from .b import z",
+        "training__b": "from btok_hf import x",
+    }
+    graph = layout.imports(write_tree(tmp_path, **files))
+    assert graph["btok_hf"] == set() and graph["btok_hf.training.b"] == {"btok_hf.a"}
+    assert graph["btok_hf.training"] == {"btok_hf.training.b"} and layout.faults(graph) == []
+
+
+def test_source_files_are_short():
+    sizes = {path: len(path.read_text("utf-8").splitlines()) for path in layout.source_files(ROOT)}
+    assert len(sizes) > 50 and {path.name: lines for path, lines in sizes.items() if lines > 400} == {}
+
+
+def test_every_source_file_has_its_test_file():
+    files = layout.test_file_of(ROOT)
+    assert files["training/sampler.py"] == "test_sampler.py"
+    assert {path: test for path, test in files.items() if not (ROOT / "tests" / test).is_file()} == {}
+
+
+def test_no_source_file_changes_where_modules_come_from():
+    for line in ("sys.path.insert(0, x)", "sys.path += [x]", "sys.modules['a'] = b", "del sys.modules['a']"):
+        assert layout.edits_of_imports(f"import sys\n{line}\n") == [line]
+    assert layout.edits_of_imports("sys.modules[cls.__module__].__file__\nimport os.path") == []
+    found = {path.name: layout.edits_of_imports(path.read_text("utf-8")) for path in layout.source_files(ROOT)}
+    assert {name: lines for name, lines in found.items() if lines} == {}
