@@ -2,7 +2,7 @@
 
 import os
 
-# Before anything of Hugging Face is imported: tests never touch the network.
+# Set before any Hugging Face import: tests never use the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -47,7 +47,7 @@ def bases(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def repos(bases, tmp_path_factory):
-    """The same with K = 4 Bottleneck Tokens; noise tells their rows apart, so that mix-ups show."""
+    """The bases with K = 4 Bottleneck Tokens. Noise makes the token rows differ, so that mix-ups show."""
     folder = tmp_path_factory.mktemp("repos")
     return {
         backbone: str(add_bottleneck_tokens(base, folder / backbone, noise_std=1.0, prompts={"query": "Find it."}))
@@ -68,7 +68,7 @@ def model(repo):
 
 @pytest.fixture(scope="module", params=tiny.BACKBONES)
 def loaded(repos, request):
-    """The wrapper, stock Sentence-Transformers without and with trust, and the AutoModel class, of one repository."""
+    """One repository in every loader: ours, stock Sentence-Transformers without and with trust, AutoModel."""
     repo = repos[request.param]
     return {
         "wrapper": BTokSentenceTransformer(repo, device="cpu"),

@@ -48,7 +48,7 @@ def test_checkpoints_are_rotated_and_damage_is_noticed(repo, tmp_path):
 
 
 def test_an_earlier_run_that_went_further_leaves_the_new_checkpoints(repo, tmp_path):
-    """What is newest is told by time: by step, the new ones would be deleted, and the old ones resumed from."""
+    """The newest checkpoint is the last one written, not the one with the most steps."""
     checkpointed_trainer(repo, tmp_path, max_steps=8, save_total_limit=2).train()
     checkpointed_trainer(repo, tmp_path, max_steps=4, save_total_limit=2).train()
     run = tmp_path / "out"

@@ -105,7 +105,7 @@ def test_flags_may_be_written_with_underscores(btok, monkeypatch):
 
 
 def test_it_is_installed_and_a_module_of_its_own(btok, tmp_path):
-    """Processes, because they end with the status and without a traceback; they import no torch."""
+    """A process ends with the status and without a traceback. Help imports no torch."""
     (script,) = entry_points(group="console_scripts", name="btok")
     assert script.load() is cli.main
     python = [sys.executable, "-X", "importtime", "-m", "btok_hf"]
@@ -136,7 +136,7 @@ def test_command_lines_from_a_base_on_the_hub_to_a_repository(hub, bases, tmp_pa
     assert config["btok_num_tokens"] == 2
     hub.run("-m", "btok_hf", "export", start, model, home=home)
     config = json.loads((model / "config.json").read_text())
-    assert config["btok_base_revision"] == head(hub, "org/base")  # the export knows it still
+    assert config["btok_base_revision"] == head(hub, "org/base")  # kept by the export
     hub.run("-m", "btok_hf", "push", model, "org/small", home=home)
     assert served(hub, "org/small") == contents(model) and "golden.json" in contents(model)
 

@@ -50,7 +50,7 @@ def dense_reference(model, inputs, target_ids, labels, masked=True):
 
 
 def gradients(model, embeddings, losses):
-    """Of a scalar that depends on every embedding entry and every token loss differently."""
+    """Gradients of a scalar in which every embedding entry and token loss has its own weight."""
     torch.manual_seed(1)
     model.zero_grad()
     (embeddings * torch.randn_like(embeddings)).sum().add((losses * torch.rand_like(losses)).sum()).backward()
@@ -106,7 +106,7 @@ def test_bottleneck_tokens_are_appended_where_they_are_absent(repo):
 
 
 def test_query_reaches_the_target_only_through_the_bottleneck(repo):
-    """Leakage: cut the Bottleneck Tokens' own view of the query, and nothing of the query reaches the target."""
+    """If the Bottleneck Tokens cannot see the query, nothing of it reaches the target."""
     processor = AutoProcessor.from_pretrained(repo)
     model = AutoModelForImageTextToText.from_pretrained(repo).eval()
     target_ids, labels = targets(processor, ["target text"])
@@ -124,7 +124,7 @@ def test_query_reaches_the_target_only_through_the_bottleneck(repo):
 
 
 def model_attention_without_query(num_tokens):
-    """A context in which the Bottleneck Tokens see only themselves; all else is as laid out."""
+    """A context in which the Bottleneck Tokens see only themselves. Nothing else changes."""
 
     class Blind(PackedLayout):
         def __init__(self, segments, device):
@@ -142,7 +142,7 @@ def model_attention_without_query(num_tokens):
 
 
 def test_target_continues_at_the_maximum_position(repos):
-    """A tall video reaches positions beyond its last text token: the target starts behind that maximum."""
+    """A video can have positions beyond the last text token's. The target starts after the largest position."""
     processor = AutoProcessor.from_pretrained(repos["qwen2_5_vl"])
     model = AutoModel.from_pretrained(repos["qwen2_5_vl"])
     inputs = process(processor, [[{"role": "user", "content": [{"type": "video", "video": video(12, 28)["array"]}]}]])
@@ -160,7 +160,7 @@ def test_target_continues_at_the_maximum_position(repos):
 
 
 class Looks(TorchDispatchMode):
-    """Counts operations whose result the host has to wait for."""
+    """Counts the operations whose result the host waits for."""
 
     count = 0
 
@@ -170,7 +170,7 @@ class Looks(TorchDispatchMode):
 
 
 def test_forward_of_packed_text_looks_at_no_value(repo):
-    """On a GPU every look waits for all that is queued: the layout has to be complete before."""
+    """On a GPU each look waits for all queued kernels, so the layout must be complete before the forward."""
     processor, model = AutoProcessor.from_pretrained(repo), AutoModel.from_pretrained(repo).eval()
     inputs = process(processor, rows("text"))
     with torch.no_grad(), Looks() as whole:
@@ -223,7 +223,7 @@ def test_wrong_shapes_are_refused(repo):
 
 
 def test_reconstruction_is_the_likeliest_token_by_token(repo):
-    """Each decoded token against the losses of all others, from the forward that training uses."""
+    """Each decoded token has the lowest loss of the whole vocabulary in the forward that training uses."""
     from btok_hf import BTokSentenceTransformer
 
     model, processor = AutoModelForImageTextToText.from_pretrained(repo), AutoProcessor.from_pretrained(repo)
@@ -241,7 +241,7 @@ def test_reconstruction_is_the_likeliest_token_by_token(repo):
             labels[:, -1] = vocabulary
             losses = condense(model, alone, ids, labels).token_losses
             assert token not in media and losses[vocabulary == token] <= losses.min() + 1e-5
-    # A row ends before its stop token; the rest goes on.
+    # A row ends before its stop token. The other rows go on.
     stop = decoded[0][1]
     stopped = reconstruct(model, inputs, prompt, stop, max_new_tokens=3)
     assert stopped == [row[: row.index(stop)] if stop in row else row for row in decoded]

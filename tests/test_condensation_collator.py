@@ -12,7 +12,7 @@ from btok_hf.training.mixture import load_mixture
 
 
 def test_pixels_in_bf16_are_what_the_vision_tower_sees(repo, tmp_path):
-    """With bf16 they take half the memory, and the loss is the same to the bit."""
+    """bf16 pixels take half the memory and give exactly the same loss."""
     model = BTokSentenceTransformer(repo, device="cpu").train()
     features = batch_features(model, bf16=True)
     assert features[0]["pixel_values"].dtype == torch.bfloat16

@@ -64,7 +64,7 @@ def test_weight_zero_runs_no_targets(repo):
 
 @pytest.mark.parametrize("mini_batch_size", [2, 100])
 def test_copies_of_the_right_answer_are_no_negatives(repo, mini_batch_size):
-    """By content, by group and by query; a query's own positive stays."""
+    """Masked by content, by group and by identical queries. A query's own positive stays."""
     picture = image(40, 40)
     rows = [
         {"query": "q0", "positive": "same", "negative": "other"},
@@ -111,7 +111,7 @@ def test_copies_of_the_right_answer_are_no_negatives(repo, mini_batch_size):
 
 @pytest.mark.parametrize("mini_batch_size", [2, 100])
 def test_what_a_batch_holds_twice_is_encoded_once(repo, mini_batch_size):
-    """Labels of label datasets, with their targets; loss and gradients are those of encoding each of them."""
+    """Equal labels and images are encoded once, with their targets. Loss and gradients do not change."""
     picture = image(60, 40)
     rows = [
         {"query": {"image": picture, "text": "which"}, "positive": "cat", "target": "a cat", "negative": "dog"},
@@ -142,7 +142,7 @@ def test_what_a_batch_holds_twice_is_encoded_once(repo, mini_batch_size):
 
 @pytest.mark.parametrize("mini_batch_size", [1, 2])
 def test_intervals_of_frames_stay_with_their_videos(repos, mini_batch_size):
-    """Qwen2.5-VL takes one for each video, and rows have none, one or two of them."""
+    """Qwen2.5-VL takes one interval per video, and rows have none, one or two videos."""
     model = BTokSentenceTransformer(repos["qwen2_5_vl"], device="cpu").train()
     clips = [
         {"array": video(4, 56, i)["array"], "video_metadata": {**video()["video_metadata"], "fps": 2.0 / (i + 1)}}
@@ -160,7 +160,7 @@ def test_intervals_of_frames_stay_with_their_videos(repos, mini_batch_size):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_frozen_vision_tower_runs_once(repos, checkpointing):
-    """Its outputs of GradCache's first pass serve the second: images and videos, all backbones."""
+    """GradCache's second pass uses the vision outputs of the first, for images and videos of all backbones."""
     for name, repo in repos.items():
         model = BTokSentenceTransformer(repo, device="cpu").train()
         backbone, calls = model[0].model, []
@@ -187,7 +187,7 @@ def test_a_frozen_vision_tower_runs_once(repos, checkpointing):
         assert_same_gradients(named_gradients(model), expected)
         assert "get_image_features" not in vars(backbone)
 
-        backbone.visual.requires_grad_(True)  # now it has gradients, which need a second forward
+        backbone.visual.requires_grad_(True)  # gradients of the tower need a second forward
         del calls[:]
         CondensationLoss(model, mini_batch_size=2)(features).backward()
         assert len(calls) == 2 * first
@@ -237,7 +237,7 @@ def test_matryoshka_dimensions_are_trained_through_gradcache(repo, mini_batch_si
 
 @pytest.fixture(scope="module")
 def two_processes(repo, tmp_path_factory):
-    """What two processes wrote: gradients in both ways, and the refusal of unequal work."""
+    """Folder of what two processes wrote: gradients with DDP and FSDP2, and the error for unequal work."""
     folder = tmp_path_factory.mktemp("two_processes")
     run_script("two_processes.py", repo, folder, launcher=TORCHRUN, check=True)
     return folder
@@ -245,7 +245,7 @@ def two_processes(repo, tmp_path_factory):
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
 def test_two_processes_equal_one(repo, two_processes, how):
-    """Gathered candidates, unequally many; images on one process more than on the other; unequally many targets."""
+    """The processes have different numbers of candidates, images and targets."""
     two = torch.load(two_processes / f"{how}.pt")
     model = BTokSentenceTransformer(repo, device="cpu").train()
     features = batch_features(model)

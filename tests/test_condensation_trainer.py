@@ -48,9 +48,9 @@ def test_batches_stay_on_the_host(repo, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("sharded", ["is_fsdp_enabled", "is_deepspeed_enabled", None])
 def test_sharded_processes_encode_every_copy(repo, tmp_path, monkeypatch, sharded):
-    """All processes must have equally many rows to encode, however many copies a batch holds."""
+    """With sharded parameters, all processes must encode equally many rows, so copies are encoded too."""
 
-    class Sharded(CondensationTrainer):  # accelerate has both on accelerators only
+    class Sharded(CondensationTrainer):  # accelerate supports both on accelerators only
         def create_accelerator_and_postprocess(self):
             super().create_accelerator_and_postprocess()
             if sharded:
@@ -170,7 +170,7 @@ def test_training_in_two_processes_equals_one_whole_and_resumed(repo, tmp_path):
     whole, resumed = json.loads((tmp_path / "losses.json").read_text())
     assert whole == pytest.approx(losses(one), rel=1e-5) and resumed == pytest.approx(whole, rel=1e-6)
     for name, tensor in torch.load(tmp_path / "weights.pt").items():
-        # A key's bias does not change attention: its gradient is rounding, which AdamW blows up.
+        # A key's bias does not change attention. Its gradient is rounding noise, which AdamW enlarges.
         if not name.endswith("k_proj.bias"):
             torch.testing.assert_close(tensor, one.model.state_dict()[name], atol=2e-5, rtol=0, msg=name)
     assert all(incomplete_reason(path) is None for path in checkpoints(tmp_path / "resumed" / "out"))
@@ -178,7 +178,7 @@ def test_training_in_two_processes_equals_one_whole_and_resumed(repo, tmp_path):
 
 
 def test_training_starts_where_the_output_folder_is_gone(repo, tmp_path):
-    """With several processes one makes it, perhaps after another one gets there."""
+    """One of several processes makes the folder, perhaps after another one needs it."""
     trainer = checkpointed_trainer(repo, tmp_path)
     shutil.rmtree(trainer.args.output_dir)
     trainer.train()
@@ -202,7 +202,7 @@ def test_a_full_disk_stops_with_a_way_on(repo, tmp_path, monkeypatch):
 
 
 def test_the_best_checkpoint_is_kept_and_loaded(repo, tmp_path):
-    """The learning rate grows until it destroys the model: the best checkpoint is not the last."""
+    """The learning rate grows until the model breaks, so the best checkpoint is not the last."""
     dataset = text_pairs()
     dataset.to_json(tmp_path / "pairs.jsonl")
     evaluator = retrieval_evaluator(str(tmp_path / "pairs.jsonl"))
@@ -239,7 +239,7 @@ def test_zero_tokens_train_too(bases, tmp_path):
 
 
 def test_groups_never_meet_in_a_batch(repo, tmp_path):
-    # Only the group counts: equal queries of different groups may meet.
+    # Only the group counts. Equal queries of different groups may share a batch.
     rows = {"query": ["the same"] * 24, "positive": [f"p{i}" for i in range(24)]}
     dataset = Dataset.from_dict({**rows, "group": [str(i % 8) for i in range(24)]})
     args = config(tmp_path, per_device_train_batch_size=8, batch_sampler="no_duplicates", max_steps=1)

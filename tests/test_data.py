@@ -11,7 +11,7 @@ from btok_hf.training.data import load_pairs, retrieval_evaluator
 
 
 def test_dicts_are_what_they_were_before_arrow(repo, tmp_path):
-    """Arrow gives all of them the same keys, and `datasets` encodes images in them."""
+    """Arrow gives all dicts of a column the same keys, and `datasets` encodes the images in them."""
     pairs = [
         {"query": {"text": "a"}, "positive": "x"},
         {"query": {"image": [image(60, 40), image(56, 84)], "text": "both"}, "positive": "y"},
@@ -30,7 +30,7 @@ def test_dicts_are_what_they_were_before_arrow(repo, tmp_path):
 
 
 def test_images_in_dicts_are_told_apart_by_their_pixels(tmp_path):
-    """Not by the address of an object, or by the name of the file that they came from."""
+    """Images are compared by pixels, not by the object or the file name."""
     cells = [{"image": image(40, 40, i % 10), "text": "a"} for i in range(30)]
     features = Features({"query": Value("string"), "positive": {"image": Image(), "text": Value("string")}})
     pairs = {"query": [f"q{i}" for i in range(30)], "positive": cells}

@@ -1,4 +1,4 @@
-"""The store of embeddings: what an input and a model are known by, batches, damage."""
+"""Stored embeddings: keys of inputs and models, batches, damaged files."""
 
 import json
 import os
@@ -28,9 +28,9 @@ def test_every_input_is_encoded_once(mmeb_root, tmp_path):
     counting, batches = counted(looks)
     evaluate(counting, mmeb_root, tmp_path / "a", datasets=[task.name for task in tasks], name="looks")
     assert sum(map(len, batches)) == len(distinct)
-    # Many models take no batch of several kinds.
+    # Many models cannot embed several kinds of input in one batch.
     assert all(len({frozenset(item) for item in batch}) == 1 for batch in batches)
-    # Another evaluation of the same model shares the embeddings; other queries of the same pages need only themselves.
+    # Another evaluation of the same model uses the stored embeddings.
     evaluate(
         refuse, mmeb_root, tmp_path / "b", datasets=["OK-VQA"], name="looks", cache_dir=tmp_path / "a" / "embeddings"
     )
@@ -195,7 +195,7 @@ def test_a_replaced_frame_is_encoded_anew(tmp_path):
     (frame,) = tmp_path.glob("video-tasks/frames/video_ret/MSVD/v_1/frame_0001.jpg")
     folder = os.stat(frame.parent).st_mtime_ns
     image(40, 40, seed=9).save(frame)
-    assert os.stat(frame.parent).st_mtime_ns == folder  # which does not tell
+    assert os.stat(frame.parent).st_mtime_ns == folder  # the folder's time does not show the change
     counting, batches = counted(looks)
     evaluate(counting, tmp_path, tmp_path / "b", **arguments)
     assert [item.keys() for batch in batches for item in batch] == [{"video", "text"}]
@@ -232,5 +232,5 @@ def test_embeddings_that_cannot_be_scored(mmeb_root, tmp_path, damage, message, 
     arguments = {"datasets": ["OK-VQA"], "name": "looks", "batch_tokens": 40}
     scores, errors = evaluate(lambda inputs: damage(looks(inputs)), mmeb_root, tmp_path, **arguments)
     assert scores == {} and re.match(message, errors["OK-VQA"])
-    # Nothing of it is kept.
+    # No embedding of the failed run was stored.
     assert evaluate(looks, mmeb_root, tmp_path, **arguments)[1] == {}

@@ -1,4 +1,4 @@
-"""Errors of users: one line, and the traceback only where it is asked for."""
+"""Errors at the command line: one line, and a traceback only with `debug`."""
 
 import pytest
 

@@ -28,7 +28,7 @@ def test_export_keeps_the_head_and_every_tensor(tmp_path, untied):
 
 
 def test_an_earlier_export_in_other_files_leaves_no_weights_behind(repo, tmp_path):
-    """Loaders would prefer them, and a push would send both."""
+    """Loaders would prefer the old weights, and a push would upload both."""
     model = BTokSentenceTransformer(repo, device="cpu")
     expected = model.encode(["one"])
     changed = BTokSentenceTransformer(repo, device="cpu")

@@ -25,7 +25,7 @@ def test_folders_that_cannot_be_written_to_are_refused(repo, tmp_path):
 
 @pytest.mark.parametrize("name", ["chat_template.jinja", "README.md"])
 def test_a_full_disk_is_named(repo, tmp_path, name):
-    """/dev/full takes nothing: what is written through the link fails as on a full disk."""
+    """Writing to /dev/full fails as on a full disk."""
     model = BTokSentenceTransformer(repo, device="cpu")
     (tmp_path / name).symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"The disk is full: .* is incomplete.*need [\d,]+ bytes.*Make room"):
@@ -33,7 +33,7 @@ def test_a_full_disk_is_named(repo, tmp_path, name):
 
 
 def test_weights_on_a_full_disk(repo, tmp_path):
-    """A real one of 256 kB, mounted in a namespace of its own. safetensors has another error than Python."""
+    """On a real disk of 256 kB, mounted in its own namespace. safetensors raises another error than Python."""
     namespace = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
     mount = f"mount -t tmpfs -o size=256k none {tmp_path}"
     if shutil.which("unshare") is None or subprocess.run([*namespace, mount], capture_output=True).returncode:

@@ -1,4 +1,4 @@
-"""Golden vectors: they hold for every model and loader, and tell changed repositories."""
+"""Golden vectors: they match for every model and loader, and differ for changed repositories."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ def test_a_changed_template_gives_other_vectors(copied):
     path = copied / "chat_template.jinja"
     template = path.read_text("utf-8")
     path.write_text(template.replace("join(' ')", "join('  ')"), "utf-8")
-    # Only where two parts are joined: media and text, instruction and text.
+    # Only inputs of two parts change: media and text, instruction and text.
     assert {name for (_, name), value in differences(copied).items() if value > golden.TOLERANCE} == {
         "image and text",
         "prompt query",
@@ -37,7 +37,7 @@ def test_golden_vectors_hold_for_every_backbone(repos, tmp_path, backbone):
 
 
 def test_golden_vectors_of_special_models(bases, repo, with_adapters, tmp_path):
-    """Last-token pooling; bf16 weights, cast after loading too; adapters; defaults that change what `encode` gives."""
+    """Last-token pooling, bf16 weights, weights cast after loading, adapters, and changed defaults of `encode`."""
     last = add_bottleneck_tokens(bases["qwen2_vl"], tmp_path / "base", 0)
     options = {"prompts": {"document": "Doc."}, "default_prompt_name": "document", "truncate_dim": 16}
     models = {
@@ -58,7 +58,7 @@ def test_golden_vectors_of_special_models(bases, repo, with_adapters, tmp_path):
 
 
 def test_golden_vectors_come_from_memory_and_stay_small(exported, monkeypatch, tmp_path, repo):
-    """A repository that was written with other weights than those in memory does not pass."""
+    """If the written weights differ from those in memory, the check fails."""
     assert (exported / "golden.json").stat().st_size < 15_000  # at 64 dimensions; 100 kB at 1,536
     model = BTokSentenceTransformer(repo, device="cpu")
     save = type(model[0].merged()).save_pretrained

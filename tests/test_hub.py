@@ -24,7 +24,7 @@ from btok_hf import BTokSentenceTransformer
 
 @pytest.fixture(scope="module", autouse=True)
 def endless_resets(hub, exported, tmp_path_factory):
-    """A push whose uploads are reset each time: the client gives up after 23 seconds, while the other tests run."""
+    """A push whose uploads are always reset. The client gives up after 23 seconds, while the other tests run."""
     with HubServer() as server, ThreadPoolExecutor(1) as pool:
         server.faults["reset_upload"] = 10**6
         home, before = tmp_path_factory.mktemp("home"), contents(exported)
@@ -34,7 +34,7 @@ def endless_resets(hub, exported, tmp_path_factory):
 
 
 def test_the_server_answers_the_client(hub, tmp_path):
-    """What the tests below do not ask for. Object ids are git's: `git hash-object` gave this one."""
+    """Requests that the tests below do not make. The expected object id is from `git hash-object`."""
     assert blob_oid(b"hello\n") == "ce013625030ba8dba906f756967f9e9ca394464a"
     code = (
         "from pathlib import Path; from huggingface_hub import HfApi, snapshot_download\n"
@@ -75,12 +75,12 @@ def test_a_pushed_repository_loads_everywhere_pinned_and_offline(hub, exported, 
     assert by_path["model.safetensors"]["lfs"]["oid"] == hashlib.sha256(expected["model.safetensors"]).hexdigest()
     assert by_path["config.json"]["oid"] == blob_oid(expected["config.json"])
 
-    # Nothing new: no upload, no commit, the same answer.
+    # Pushing the same files again uploads and commits nothing, and prints the same address.
     before = len(hub.requests)
     assert hub.run(*command, home=tmp_path / "home").stdout.split()[-1] == url
     assert not any(method == "PUT" or "/commit/" in path for method, path, _ in hub.requests[before:])
 
-    # Other weights on main; what the new folder lacks of the weights is gone, the first commit can still be loaded.
+    # A push of other weights removes the weight files that its folder lacks. The first commit still loads.
     (copied / "model-00001-of-00002.safetensors").unlink()
     add_noise(copied, 0.1)
     hub.run(*command, home=tmp_path / "home")
@@ -113,7 +113,7 @@ def test_branches_pull_requests_and_private_repositories(hub, exported, tmp_path
     assert url == f"{hub.endpoint}/org/secret/discussions/1" and served(hub, "org/secret") == {}
     assert served(hub, "org/secret", "refs/pr/1") == contents(exported)
 
-    # With a token as an argument and none in the environment; the fresh process of verify must get it too.
+    # The token is an argument and not in the environment. The fresh process of `verify` must get it too.
     code = (
         "import btok_hf, sys; token = sys.stdin.readline().strip()\n"
         "print(btok_hf.verify('org/secret', revision='feat/x', token=token))\n"
@@ -159,7 +159,7 @@ def test_one_reset_is_survived(hub, exported, tmp_path):
 
 
 def test_no_token_in_errors(hub, exported, tmp_path):
-    """A token with a line end is refused by the HTTP library in a message that quotes it: `hub.run` looks for it."""
+    """The HTTP library quotes a token with a line break in its error. `hub.run` checks that it is not printed."""
     code = (
         "import sys, btok_hf, traceback; token = sys.stdin.readline()\n"
         "for call in (lambda: btok_hf.push(sys.argv[1], 'org/x', token=token),\n"
@@ -211,14 +211,14 @@ def test_bad_arguments_are_refused_before_anything_is_sent(exported, tmp_path):
 
 
 def test_verify_in_fresh_processes(exported, tmp_path, capsys):
-    """The repository as exported; with noise on its weights; with another K, another prompt and other libraries."""
+    """The repository as exported, with noise on its weights, and with another K, prompt and library version."""
     noisy, other = (Path(shutil.copytree(exported, tmp_path / name)) for name in ("noisy", "other"))
     add_noise(noisy, 1e-3)
     edit(other, "config.json", lambda config: config["btok_token_ids"].pop())
     edit(other, "config_sentence_transformers.json", lambda config: config["prompts"].update(query="Find this."))
     edit(other, "golden.json", lambda content: content["versions"].update(torch="2.0"))
     command = [sys.executable, "-m", "btok_hf", "verify", str(exported)]
-    with ThreadPoolExecutor(3) as pool:  # at the same time: most of it is imports
+    with ThreadPoolExecutor(3) as pool:  # in parallel, because most of the time is imports
         same = pool.submit(subprocess.run, command, capture_output=True, text=True)
         noisy, other = [pool.submit(btok_hf.verify, folder) for folder in (noisy, other)]
     assert same.result().returncode == 0 and same.result().stdout.count("  ok\n") == 14, same.result().stderr
@@ -233,7 +233,7 @@ def test_verify_in_fresh_processes(exported, tmp_path, capsys):
         caught.value
     )
 
-    # Stock modules have a list of the tokens of their own, and the prompts.
+    # The stock modules keep their own list of the tokens, and the prompts.
     with pytest.raises(RuntimeError, match=r"AutoModel fails with ValueError: Row 0 holds 3 .* must hold 3") as caught:
         other.result()
     assert "SentenceTransformer, 'prompt query'" in str(caught.value) and "'short text'" not in str(caught.value)
@@ -243,7 +243,7 @@ def test_verify_in_fresh_processes(exported, tmp_path, capsys):
 
 
 def test_a_push_that_is_always_reset_ends_with_the_folder_whole(endless_resets, exported):
-    """Last, because it takes the client 23 seconds to give up."""
+    """The last test, because the client needs 23 seconds to give up."""
     server, home, before, future = endless_resets
     run = future.result()
     assert run.returncode == 1 and "The upload to org/broken failed" in run.stderr

@@ -70,7 +70,7 @@ def test_a_sentence_that_ends_like_a_file_is_a_sentence(repo):
 
 
 def test_pictures_that_differ_by_their_palette_are_not_copies():
-    """Recoloured drawings hold equal bytes in palette mode."""
+    """Two images in palette mode can have equal bytes and different colours."""
     red = PILImage.new("P", (60, 40), 1)
     red.putpalette([0, 0, 0, 255, 0, 0])
     blue = red.copy()

@@ -28,7 +28,7 @@ def test_every_dataset_is_read(tmp_path, name):
     assert len(task.queries) == (20 if name == "MVBench" else 3)
     queries = [query.input for query in task.queries]
     for inputs, kinds in ((queries, info.query_kind), (task.candidates.values(), info.candidate_kind)):
-        # Media come with an instruction, or follow one.
+        # Media have an instruction as their text.
         allowed = [{*kind.split("+"), "text"} for kind in kinds.split("|")]
         assert all(set(item) in allowed and item["text"].strip() for item in inputs)
         assert len({frozenset(item) for item in inputs}) == len(allowed)
@@ -68,7 +68,7 @@ def test_pages(tmp_path):
 
 
 def test_grades_and_languages(tmp_path):
-    """Grades are kept, zeros dropped, the best of several counts; no language is left out."""
+    """Grades are kept, zeros are dropped, the best of several grades counts, and all languages are read."""
     name = "ViDoRe_esg_reports_v2_multilingual"
     grades = [(0, 3, 1), (0, 3, 2), (0, 4, 1), (0, 5, 0), (0, 6, -1), (1, 5, 2), (1, 5, 1)]
     page_rows(tmp_path, name, {0: "Où?", 1: "Where?"}, {key: f"{key}.png" for key in (3, 4, 5, 6)}, grades)
@@ -176,7 +176,7 @@ def test_places_of_pages_and_rows(tmp_path):
 
 
 def cached(folder, repo, subset, split, rows):
-    """What `load_dataset` leaves in its cache, and reads from there when the Hub cannot be reached."""
+    """Write what `load_dataset` leaves in its cache and reads when the Hub cannot be reached."""
     owner, name = repo.split("/")
     parquet(folder / "rows.parquet", rows)
     files = {split: [str(folder / "rows.parquet")]}
@@ -331,7 +331,7 @@ def test_malformed_files_are_named(tmp_path):
         path.write_text(content)
         with pytest.raises(ValueError, match=f"K700: .*{message}"):
             load_task("K700", tmp_path)
-    # A line break of Unicode inside a text ends no row.
+    # A Unicode line break inside a text does not end the row.
     path.write_text('{"video_id": "v_0", "pos_text": "a\u2028b"}\n')
     assert list(load_task("K700", tmp_path).queries[0].relevance) == ["a\u2028b"]
 

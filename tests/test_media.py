@@ -26,7 +26,7 @@ def test_an_mp4_path_is_read_through_pyav(loaded, mp4):
 
 
 def test_large_jpegs_are_decoded_at_a_reduced_size(loaded, tmp_path):
-    """With at least four times the pixels that the model takes, and next to the same vector."""
+    """They keep four times the pixels that the model takes or more, and the vector hardly changes."""
     model = loaded["wrapper"]
     limit = model[0].processor.image_processor.size["longest_edge"]
     page = image(20, 15).resize((1600, 1200), Image.Resampling.BICUBIC)
@@ -44,14 +44,14 @@ def test_large_jpegs_are_decoded_at_a_reduced_size(loaded, tmp_path):
 
 
 def test_photographs_are_upright(loaded, tmp_path):
-    """As transformers and datasets turn them, by their EXIF tag."""
+    """Images are turned by their EXIF tag, as in transformers and datasets."""
     picture = image(112, 56)
     exif = picture.getexif()
     exif[0x0112] = 6  # to be turned by 90 degrees
     for name in ("photo.jpg", "photo.png"):
         picture.save(tmp_path / name, exif=exif)
         upright = loaded["wrapper"].encode([{"image": str(tmp_path / name)}])
-        if Version(transformers.__version__) >= Version("5.23"):  # stock 5.17 leaves them lying
+        if Version(transformers.__version__) >= Version("5.23"):  # transformers 5.17 does not turn them
             stock = loaded["stock"].encode([{"image": str(tmp_path / name)}])
             assert np.abs(stock - upright).max() <= TOLERANCE
     turned = picture.transpose(Image.Transpose.ROTATE_270)
@@ -62,7 +62,7 @@ def test_photographs_are_upright(loaded, tmp_path):
     "count, kept", [(20, [0, 2, 5, 8, 10, 13, 16, 19]), (8, range(8)), (3, range(3)), (1, [0, 0])]
 )
 def test_frames(tmp_path, repos, count, kept):
-    # Without padding of the numbers, so that only a natural order is the right one.
+    # The numbers have no leading zeros, so only natural order is right.
     colours = [image(56, 40, number) for number in range(count)]
     for number, colour in enumerate(colours):
         colour.save(tmp_path / f"frame_{number}.png")

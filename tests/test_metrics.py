@@ -101,7 +101,7 @@ def test_agrees_with_pytrec_eval():
     ours = query_metrics(rankings, list(qrels.values()))
     for k in (1, 5, 10):
         for theirs_name, name in measures.items():
-            if (name, k) != ("map", 1):  # they divide by the number of relevant ones, even beyond k
+            if (name, k) != ("map", 1):  # pytrec_eval divides by all relevant candidates, even if they are more than k
                 expected = [theirs[row][f"{theirs_name}_{k}"] for row in runs]
                 assert ours[f"{name}@{k}"] == pytest.approx(expected, abs=1e-6), (name, k)
         cut = {row: dict(list(run.items())[:k]) for row, run in runs.items()}

@@ -41,7 +41,7 @@ def test_all_78_datasets(mmeb_root, tmp_path, capsys):
             assert sorted(line["prediction"]) == sorted(query.candidates or candidates)
     text = capsys.readouterr().out
     assert re.search(r"\| Overall .* 78 of 78 \| \d", text)
-    # Three queries each, and twenty: other data than the published scores are of.
+    # Fewer queries than the published scores have.
     assert re.search(r"\[78/78\] MMLongBench-doc: ndcg_linear@5 \d+\.\d \(3 queries instead of 838\)\n", text)
     assert "not comparable with them:\n\n- ImageNet-1K: 3 queries instead of 1,000\n" in text
     assert (tmp_path / "out" / "report.md").read_text("utf-8") in text
@@ -55,7 +55,7 @@ def test_all_78_datasets(mmeb_root, tmp_path, capsys):
     assert entry["dataset"] == {"id": "TIGER-Lab/MMEB-V2", "task_id": "overall"}
     assert entry["value"] == pytest.approx(100 * mean, abs=0.005)
 
-    # With all scores there, nothing is read or encoded; with one removed, only read.
+    # If all scores exist, nothing is read or encoded. If one is removed, data is read and nothing is encoded.
     assert evaluate(refuse, "/nowhere", tmp_path / "out", name="org/looks")[0] == scores
     (tmp_path / "out" / "video" / "MSVD_score.json").unlink()
     assert evaluate(refuse, mmeb_root, tmp_path / "out", name="org/looks")[0] == scores
@@ -79,7 +79,7 @@ def test_graded_pages(tmp_path):
     name = "ViDoRe_esg_reports_human_labeled_v2"
     page_rows(tmp_path, name, {0: "a"}, {i: f"{i}.png" for i in range(4)}, [(0, 1, 1), (0, 2, 3), (0, 0, 2)])
 
-    def likes(inputs):  # the pages by their width, narrow ones first
+    def likes(inputs):  # vectors that rank narrow pages first
         return [[1, item["image"].width if "image" in item else 0] for item in inputs]
 
     for i, page in enumerate(sorted(tmp_path.glob("visdoc-tasks/images/*/*.png"))):
@@ -100,7 +100,7 @@ def test_long_rankings_are_cut(mmeb_root, tmp_path, monkeypatch):
     lengths = {}
     for path in tmp_path.rglob("*_pred.jsonl"):
         lengths[path.name.split("_pred")[0]] = {len(json.loads(x)["prediction"]) for x in path.open(encoding="utf-8")}
-    # Of 3, 10, 5 and 10.
+    # The datasets have 3, 10, 5 and 10 candidates.
     assert lengths == {"OK-VQA": {3}, "QVHighlight": {2}, "ViDoRe_arxivqa": {5}, "Breakfast": {2}}
 
 
@@ -139,7 +139,7 @@ def contents(folder):
 
 @pytest.fixture(scope="module")
 def uninterrupted(mmeb_root, tmp_path_factory):
-    """Results of one process that was not killed, and the number of inputs that it encoded."""
+    """Results of one uninterrupted process, and the number of inputs that it encoded."""
     folder = tmp_path_factory.mktemp("whole")
     counting, batches = counted(looks)
     evaluate(counting, mmeb_root, folder, datasets=SAMPLE, name="looks")
@@ -161,18 +161,18 @@ def test_kill_and_resume(mmeb_root, tmp_path, uninterrupted):
 
 
 def test_two_processes_share_the_work(tmp_path, uninterrupted):
-    """And go on after an error in one of them."""
+    """The processes go on after an error in one of them."""
     results, total = uninterrupted
     for name in ("VOC2007", *SAMPLE):
         write_dataset(tmp_path, name)
-    broken = tmp_path / "image-tasks" / "MMEB" / "VOC2007" / "query_1.jpg"  # the second process's
+    broken = tmp_path / "image-tasks" / "MMEB" / "VOC2007" / "query_1.jpg"  # read by the second process
     broken.write_bytes(broken.read_bytes()[:100])
     arguments = (tmp_path, tmp_path / "out", ",".join(["VOC2007", *SAMPLE]), 0)
     both = run_script("mmeb_run.py", *arguments, launcher=TORCHRUN, capture_output=True)
     assert both.returncode == 0, both.stderr
     ended = [json.loads((tmp_path / f"out.{rank}.json").read_text()) for rank in range(2)]
     counts, statuses, left = zip(*ended)
-    # Equally many of each dataset. Nothing is left behind, or else torch aborts every tenth process at its exit.
+    # Each dataset is split evenly. No process group is left, or torch aborts some processes at exit.
     assert abs(counts[0] - counts[1]) <= 1 + len(SAMPLE) and total <= sum(counts) <= total + 6
     assert statuses == (True, True) and left == (False, False)
     found = contents(tmp_path / "out")

@@ -101,7 +101,7 @@ def test_save_load_is_bit_equal(repo, tmp_path, dtype, shard):
 
 
 def test_fresh_process_loads_by_auto_map_alone(repo, tmp_path):
-    """Neither btok_hf nor anything of this process: only transformers and the repository."""
+    """The process has only transformers and the repository, not btok_hf."""
     script = tmp_path / "load.py"
     script.write_text(
         "import sys, json\n"

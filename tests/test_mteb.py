@@ -18,7 +18,7 @@ from btok_hf.evaluation.mteb import mteb_meta
 
 @pytest.fixture(scope="module")
 def in_mteb(repos):
-    """The model as mteb loads it, and how many of its batches held what."""
+    """The model as mteb loads it, and a list of the batches that it gets."""
     wrapper = mteb_meta(repos["qwen3_vl"]).load_model(device="cpu")
     module, forward = wrapper.model[0], []
     module.register_forward_pre_hook(lambda _, inputs: forward.append(inputs[0]))
@@ -75,7 +75,7 @@ def test_mteb_evaluates_a_local_task_with_its_images(in_mteb):
 
 
 class Clips(torch.utils.data.Dataset):
-    """Videos in mteb, with what it uses of torchcodec's decoder in place of the decoder, which needs FFmpeg."""
+    """Videos in mteb. They stand in for torchcodec's decoder, which needs FFmpeg."""
 
     features = ("video", "text")
 
@@ -94,7 +94,7 @@ class Clips(torch.utils.data.Dataset):
 
 
 def test_mteb_encodes_videos(in_mteb):
-    """Eight frames of each, all of which the model sees, and the same vectors as without mteb."""
+    """The model sees eight frames of each video, and gives the same vectors as without mteb."""
     wrapper, forward = in_mteb
     taken = [0, 2, 4, 6, 9, 11, 13, 15]
     forward.clear()
@@ -112,7 +112,7 @@ def test_mteb_encodes_videos(in_mteb):
 
 
 def test_mock_run_of_mteb(in_mteb):
-    """Every mock task of texts, images and videos passes; those of videos only where FFmpeg's libraries are."""
+    """Every mock task of texts, images and videos passes. Those of videos need FFmpeg's libraries."""
     wrapper, forward = in_mteb
     forward.clear()
     results = mteb.mock_run(wrapper)

@@ -14,7 +14,7 @@ import btok_hf
 
 
 def test_wheel_holds_every_package_and_imports_without_the_checkout(tmp_path):
-    source = tmp_path / "source"  # building writes into the tree it builds
+    source = tmp_path / "source"  # the build writes into its source tree
     for folder in ("btok_hf", "modeling", "training", "hub_card"):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -39,7 +39,7 @@ def test_wheel_holds_every_package_and_imports_without_the_checkout(tmp_path):
         assert name in names
     assert not any(name.startswith(("tests", "examples", "data")) for name in names)
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    # -P and an explicit path in front: the checkout's own folders and its editable install are out of reach.
+    # The checkout and its editable install must not be importable.
     code = (
         "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
         f"sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
@@ -83,7 +83,7 @@ def test_editors_see_the_names_where_they_are_imported_from():
 
 
 def write_tree(root, **files):
-    """A library of some files, for checks that must fail: their contents by path, with __ for /."""
+    """Write a small library for the checks: contents by path, with __ for /."""
     for name, text in {"btok_hf__": "", "modeling__": "", "training__": "", "hub_card__": "", **files}.items():
         path = root / (name.replace("__", "/") + ("__init__.py" if name.endswith("__") else ".py"))
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from btok_hf.packed_attention import PackedLayout
 
 
 def test_layers_of_the_vision_tower_share_their_layouts(repos):
-    """One for the language model and, per kind of bounds, one for all layers of the tower."""
+    """There is one layout for the language model, and one for all tower layers with the same bounds."""
     for backbone, kinds in (("qwen2_vl", 1), ("qwen2_5_vl", 2), ("qwen3_vl", 1)):
         processor, model = AutoProcessor.from_pretrained(repos[backbone]), AutoModel.from_pretrained(repos[backbone])
         inputs = process(processor, rows("image"))

@@ -33,7 +33,7 @@ def test_classes_and_captions_of_images(tmp_path):
     assert asked(load_task("N24News", tmp_path)) == [
         "<image>\nRepresent the given news image with the following caption for domain classification: Rain\nagain \n"
     ]
-    # Only the instructions of questions are stripped. Without a text of its own (None in some rows) a query is these.
+    # Only the instructions of questions are stripped. A query without text (None in some rows) is the instruction.
     caption = "<|image_1|>\nFind a caption: "
     image_rows(tmp_path, "MSCOCO_i2t", [(caption, None, "MSCOCO_i2t/1.jpg", "", ["a dog"], [""])])
     assert asked(load_task("MSCOCO_i2t", tmp_path)) == ["<image>\nFind a caption: \n"]
@@ -160,7 +160,7 @@ def test_questions_about_videos(tmp_path):
     row = {"videoID": "fFjv93ACGo8", "question": "Where?", "options": options, "answer": "B"}
     assert question(tmp_path, "Video-MME", "video-mme.jsonl", "fFjv93ACGo8", row) == (
         f"<video> {ANSWER}Where?\nA. In Rome.\nB. The U.S.\nC.Milan\nD. 2. May",
-        # Without the guard the third would be "n", its last letter.
+        # Without the guard the third answer would be "n", its last letter.
         {"A. In Rome.": "In Rome", "B. The U.S.": "The U.S", "C.Milan": "C.Milan", "D. 2. May": "2. May"},
         ["B. The U.S."],
     )
@@ -278,7 +278,7 @@ def test_videos_for_a_text(tmp_path):
 
 
 def test_frames_of_videos(tmp_path):
-    """Eight of more, all of fewer, all of MomentSeeker; numbers in file names count as numbers."""
+    """Eight frames if there are more, and all of MomentSeeker. File names are sorted by their numbers."""
     write_dataset(tmp_path, "MSR-VTT")
     folder = frames_of(tmp_path, "ret", "MSR-VTT")
     for count in (1, 3, 20):
@@ -309,7 +309,7 @@ def test_moments_of_a_video(tmp_path, name):
     assert asked(task) == ["<video> Find the clip that corresponds to the described scene in the given video: scene 0"]
     assert task.queries[0].input["video"] == str(stored / "query")
     assert original(task.candidates["v_0/positive_clip"]) == "<video> Understand the content of the provided video."
-    # Sorted, whatever the file system lists first, and without the root.
+    # The order does not depend on the file system or the root.
     clips = sorted(f"v_0/negative_clip_{i}" for i in range(9))
     assert task.queries[0].candidates == list(task.candidates) == [*clips, "v_0/positive_clip"]
     assert task.queries[0].relevance == {"v_0/positive_clip": 1.0}

@@ -15,7 +15,7 @@ PUBLISHED = json.loads(Path(__file__).with_name("support").joinpath("mmeb_publis
 
 
 def published(model):
-    """Scores as from an evaluation."""
+    """Published scores of a model, as `evaluate` returns scores."""
     column = PUBLISHED["models"].index(model)
     return {
         name: {**dict.fromkeys((f"{metric}@{k}" for metric in METRICS for k in (1, 5, 10)), 0.0)}
@@ -48,7 +48,7 @@ def test_numbers_of_queries_are_those_of_the_published_scores():
     (entry,) = yaml.safe_load(report.eval_results(scores, task_id="overall"))
     assert entry["notes"].endswith("; NExTQA has 8,565 queries instead of 8,564; MSVD has 669 queries instead of 670")
     assert report.picture(scores, name="a") != picture
-    # Of a limited run all datasets have fewer, which the report says at its top.
+    # In a limited run all datasets have fewer queries, which the top of the report says.
     assert "instead of" not in report.markdown(scores, name="a", limit=669)
 
 
@@ -107,7 +107,7 @@ def test_leaderboard_file():
     pages = content["metrics"]["visdoc"]
     assert [name for name in pages if name not in TASKS] == ["ViDoSeek-page-fixed", "MMLongBench-page-fixed"]
     assert pages["ViDoSeek-page-fixed"] == scores["ViDoSeek-page"] and len(pages["ViDoSeek-doc"]) == 26
-    # The leaderboard averages what it finds.
+    # The leaderboard averages the datasets that it finds, so incomplete modalities are left out.
     del scores["MSVD"]
     assert list(report.leaderboard(scores, {"model_name": "btok-2b"})["metrics"]) == ["image", "visdoc"]
     with pytest.raises(ValueError, match="No modality has all its datasets"):

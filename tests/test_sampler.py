@@ -59,11 +59,11 @@ def test_each_source_is_walked_through_and_started_over():
         walks[source_of(batch)] += batch
     first, second = walks["a"][:100], walks["a"][100:200]
     assert sorted(first) == sorted(second) == list(range(100)) and first != second
-    # Of 37 rows one is left over in each pass of 9 batches, another one each time.
+    # Each pass of 9 batches leaves out one of the 37 rows, and another one each time.
     passes = [walks["b"][i : i + 36] for i in range(0, 36 * 10, 36)]
     assert all(len(set(walked)) == 36 for walked in passes) and len(set(walks["b"])) == 37
     assert len(set(walks["c"])) == len(walks["c"])
-    # The other weights change when a source is drawn, not its order.
+    # Other weights change when a source is drawn, not the order of its rows.
     other = [index for batch in mixture({"a": 5, "b": 1, "c": 1}, num_batches=400) for index in batch]
     assert [index for index in other if index < 100][:300] == walks["a"][:300]
 
@@ -96,7 +96,7 @@ def test_the_order_follows_from_seed_and_epoch():
 
 
 def test_processes_share_blocks_and_resume(monkeypatch):
-    """Two processes, through the wrappers that accelerate puts around a batch sampler."""
+    """Two processes, with accelerate's wrappers of a batch sampler."""
     whole = list(mixture(block_size=8, num_batches=40))
     parts = [list(BatchSamplerShard(mixture(block_size=8, num_batches=40), 2, i, even_batches=False)) for i in (0, 1)]
     assert [len(part) for part in parts] == [20, 20]

@@ -1,4 +1,4 @@
-"""One repository, every loader, the same vectors; batches, lengths, and what is refused."""
+"""Every loader gives the same vectors; options of `encode`, batches, saving, and length limits."""
 
 import threading
 import warnings
@@ -60,7 +60,7 @@ def test_every_loader_gives_the_same_vectors_for_every_input(loaded, inputs, pro
     for name in ("stock", "trusted"):
         actual = np.concatenate([loaded[name].encode([item], prompt=prompt) for item in inputs.values()])
         assert np.abs(actual - expected).max() <= TOLERANCE, name
-    # One mixed batch is the same as one by one. Messages (the last input) share a batch with messages only.
+    # A mixed batch gives the same vectors. Messages (the last input) share a batch only with messages.
     *others, messages = inputs.values()
     for name in ("wrapper", "stock", "trusted"):
         mixed = loaded[name].encode(others, prompt=prompt, batch_size=len(inputs))
@@ -75,7 +75,7 @@ def test_auto_model_and_processor_give_the_same_vectors(loaded, inputs):
     model, processor = loaded["auto"]
     for name, item in inputs.items():
         if "video" in name:
-            continue  # metadata go to the processor beside the messages: below
+            continue  # needs metadata: see the next test
         with torch.no_grad():
             embedding = model(**process(processor, [as_messages(item)])).pooler_output.numpy()
         assert np.abs(embedding - loaded["wrapper"].encode([item])).max() <= TOLERANCE, name
@@ -157,7 +157,7 @@ def test_saving_again_keeps_a_loadable_repository(repo, tmp_path, inputs):
 
 
 def test_what_stock_drops_when_it_saves_without_trust(repo, tmp_path):
-    """Documented in the card: the vectors stay, the remote code goes."""
+    """The vectors stay and the remote code is lost, as the card says."""
     stock = SentenceTransformer(repo, device="cpu")
     stock.save_pretrained(str(tmp_path))
     np.testing.assert_allclose(
@@ -169,7 +169,7 @@ def test_what_stock_drops_when_it_saves_without_trust(repo, tmp_path):
 
 
 def watched(model, monkeypatch):
-    """Lists that grow with each forward: its number of rows, and its number of tokens."""
+    """Lists of the rows and tokens of each forward."""
     rows, tokens, forward = [], [], model.forward
 
     def count(features, **kwargs):
@@ -182,7 +182,7 @@ def watched(model, monkeypatch):
 
 
 def test_ragged_mixture_is_batched_by_tokens_and_comes_back_in_order(loaded, mp4, monkeypatch):
-    """Whatever the batches, the vectors are those of inputs encoded alone."""
+    """The vectors are those of inputs encoded alone."""
     model = loaded["wrapper"]
     mixture = ["a", "several words " * 60, "a longer text " * 20, image(300, 200), {"video": video(6, 64)}]
     mixture += [f"word {index}" for index in range(12)] + [image(30 + 20 * index, 60) for index in range(4)]
@@ -194,7 +194,7 @@ def test_ragged_mixture_is_batched_by_tokens_and_comes_back_in_order(loaded, mp4
         assert np.abs(model.encode(mixture, batch_size=batch_size) - expected).max() <= TOLERANCE
         assert sum(rows) == len(mixture)
         budget = 64 * batch_size
-        # The tokenizer makes a token of each byte, three times what is estimated.
+        # This tokenizer has one token per byte, three times the estimate.
         assert all(count <= 3 * budget for row, count in zip(rows, tokens) if row > 1)
         if batch_size == 1:
             assert rows[0] == 1 and max(rows) > 1  # long ones are alone, and short ones together
@@ -206,7 +206,7 @@ def test_ragged_mixture_is_batched_by_tokens_and_comes_back_in_order(loaded, mp4
 
 @pytest.fixture
 def beside_gpu(repo, monkeypatch):
-    """A model whose `encode` goes the way it goes beside a GPU, although everything lies on the CPU."""
+    """A model whose `encode` works as with a GPU, but on the CPU."""
     model = BTokSentenceTransformer(repo, device="cpu")
     monkeypatch.setattr(model, "_resolve_inference_device", lambda device: torch.device("cuda"))
     return model
@@ -240,7 +240,7 @@ def test_next_batch_is_preprocessed_while_one_is_computed(beside_gpu, monkeypatc
 def test_failures_leave_no_thread_behind(beside_gpu, monkeypatch, error):
     model = beside_gpu
     threads = threading.active_count()
-    # In a later batch, which the thread preprocesses: the words are those of the first.
+    # Errors in a later batch, which a thread preprocesses, read like those in the first.
     with pytest.raises(FileNotFoundError, match=r"Input 'missing.png': .*does not exist"):
         model.encode(["long " * 350, "missing.png"], batch_size=1)
     with pytest.raises(ValueError, match=r"Input \{'picture': 'x'\}: unknown keys"):

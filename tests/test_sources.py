@@ -54,7 +54,7 @@ def test_mmeb_placeholders_and_negatives_without_text(tmp_path):
     assert load_source("VisDial", tmp_path)[0] == {
         "query": {"text": asked},
         "positive": {"image": first, "text": "Represent the given image\n"},
-        # With an empty text it would be told from positives by that alone.
+        # An empty text alone would tell it from positives.
         "negative": {"image": second, "text": "Represent the given image\n"},
     }
     mmeb(tmp_path, "WebQA", [("<|image_1|>\nFind it: which <|image_1|> one?\n", "", "<|image_1|>\n", paths[0])], False)

@@ -27,7 +27,7 @@ from btok_hf.training.train import ModelArguments, ScriptArguments, main, starti
 
 @pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "training" / "recipes").glob("[!m]*.yaml")))
 def test_recipes_are_read(recipe, tmp_path):
-    """Every key is an argument, and the paper's recipe says the paper's setting."""
+    """Every key is an argument, and the paper's recipes have the paper's values."""
     classes = (ScriptArguments, CondensationConfig, ModelArguments, CardArguments)
     flags = ["--use_cpu", "true", "--output_dir", str(tmp_path)]
     script, args, model_args, _ = TrlParser(classes).parse_args_and_config(
@@ -48,7 +48,7 @@ BEST = "load_best_model_at_end: true\neval_strategy: steps\neval_steps: 1\nsave_
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_script_trains_evaluates_and_exports(repo, tmp_path, lora, monkeypatch, capsys):
-    """All weights with the script, adapters with the command."""
+    """Full training with the script, adapters with the command."""
     features = Features({"query": Value("string"), "positive": Image()})
     pairs = {"query": [f"picture {i}" for i in range(8)], "positive": [image(40, 40, i) for i in range(8)]}
     for name in ("pairs", "eval_pairs"):  # the Trainer does not put its "eval_" in front of the second
@@ -124,7 +124,7 @@ def test_training_pushes_what_everybody_loads(hub, bases, tmp_path):
         *("--push_to_hub", "--hub_model_id", "org/trained", "--hub_strategy", "every_save"),
     ]
     hub.faults["fail_commit"] = 1
-    with ThreadPoolExecutor(1) as pool:  # at the same time: most of both is imports
+    with ThreadPoolExecutor(1) as pool:  # in parallel, because most of the time is imports
         without_login = [tmp_path / "refused" if part == out else part for part in command]
         refused = pool.submit(hub.run, *without_login, home=tmp_path / "other", token=None, check=False)
         run = hub.run(*command, home=tmp_path / "home")
@@ -132,7 +132,7 @@ def test_training_pushes_what_everybody_loads(hub, bases, tmp_path):
     assert refused.returncode and "push_to_hub needs a Hub login" in refused.stderr
     assert not (tmp_path / "refused" / "start").exists() and (out / "start").exists()
 
-    assert hub.faults.pop("fail_commit") <= 0  # it was met
+    assert hub.faults.pop("fail_commit") <= 0  # the fault happened
     assert "The upload to org/trained failed" in run.stderr and "Retry with: btok push" in run.stderr
     url = run.stdout.split("Pushed to ")[-1].split()[0]
     assert url == f"{hub.endpoint}/org/trained/commit/{head(hub, 'org/trained')}"

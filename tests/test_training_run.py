@@ -53,7 +53,7 @@ def test_training_is_described_as_it_was(trained):
     assert arguments["learning_rate"] == 1e-2 and arguments["condensation_weight"] == 5.0
     assert arguments["condense"] == "query" and arguments["max_steps"] == 6 and arguments["seed"] == 42
     assert not {"output_dir", "hub_token", "hub_model_id", "report_to", "logging_steps"} & set(arguments)
-    # A key of the YAML is an argument: it can be trained with.
+    # The YAML can be used as arguments.
     CondensationConfig(output_dir="unused", use_cpu=True, report_to="none", **arguments)
     data = section(trained.files["README.md"], "Training data and licences")
     assert "| pic\\|tures | training | 8 rows | [org/pictures](https://huggingface.co/datasets/org/pictures) |" in data

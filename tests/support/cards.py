@@ -26,7 +26,7 @@ RUN_SECTIONS = ["Results", "Ablation", "Training"]
 
 LAST_SECTIONS = ["Training data and licences", "Limitations", "Citation"]
 
-# Each would break Markdown, YAML or Python if it were pasted instead of quoted.
+# Texts that would break Markdown, YAML or Python without quoting.
 NASTY = [
     "a | \"double\" and 'single' \\ back\\slash {{ jinja }} {% raw %} <|im_end|>",
     "```\nfence: - [x]\n---\n# heading",
@@ -94,7 +94,7 @@ def sections(card):
 
 
 def blocks(card, language):
-    """Fenced blocks of a language, as CommonMark ends them: at a line of at least as many backticks."""
+    """Fenced blocks of a language. A block ends at a line of at least as many backticks, as in CommonMark."""
     return [code for _, code in re.findall(rf"^(`{{3,}}){language}\n(.*?)^\1`*$", card, flags=re.M | re.S)]
 
 
@@ -103,7 +103,7 @@ def section(card, name):
 
 
 def execute(block, *replacements):
-    """What a block prints, and what the comments after its last line say that it prints."""
+    """What a block prints, what its last comments say that it prints, and its variables."""
     for old, new in replacements:
         assert old in block
         block = block.replace(old, new)
@@ -119,7 +119,7 @@ def numbers(text):
 
 
 def assert_well_formed(card):
-    """No value that was forgotten, every table row with the columns of its head, every Python block compiles."""
+    """No value is missing, table rows have the columns of their head, and Python blocks compile."""
     text = re.sub(r"^(`{3,})\w*\n.*?^\1`*$", "block", card, flags=re.M | re.S)
     for wrong in ("None", "nan", "Undefined", "{{", "{%", "\n\n\n"):
         assert wrong not in re.sub(r"\\.", "", text), wrong

@@ -8,7 +8,7 @@ from btok_hf.evaluation.metrics import score
 # Local texts, a global pool of videos, local videos with a folder of clips, pages; queries with and without images.
 SAMPLE = ["OK-VQA", "CIRR", "MSVD", "MomentSeeker", "ViDoRe_arxivqa"]
 
-# With them, every layout.
+# SAMPLE and OTHERS together have every layout.
 OTHERS = ["VOC2007", "WebQA", "Breakfast", "SmthSmthV2", "NExTQA", "QVHighlight", "VisRAG_ArxivQA"]
 
 
@@ -47,7 +47,7 @@ LETTERS = "abcdefghijklmnop"
 
 
 def original(item):
-    """The text as the original has it, with the media token and what separates it from the text."""
+    """The text with its media token, as in the original evaluation code."""
     return {"image": "<image>\n", "video": "<video> "}.get(next(iter(item)), "") + item["text"]
 
 

@@ -158,11 +158,11 @@ class HubServer:
 
 class Server(ThreadingHTTPServer):
     def shutdown_request(self, request):
-        request.close()  # alone, because an orderly shutdown before it would hide a reset
+        request.close()  # without an orderly shutdown, which would hide a reset
 
 
 class Handler(BaseHTTPRequestHandler):
-    """What both ports share. A request's body is always read to its end: the connection is kept for the next."""
+    """What both ports share. A request's body is always read to its end, because the connection is kept."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -389,7 +389,7 @@ class HubHandler(Handler):
 
 
 class StorageHandler(Handler):
-    """Large files by the SHA-256 of their content. Whoever has an address may use it, and brings no token."""
+    """Large files by the SHA-256 of their content. Their addresses need no token."""
 
     routes = (("PUT", r"/([^/]+/[^/]+)/([0-9a-f]{64})", "put"), ("GET HEAD", r"/([^/]+/[^/]+)/([0-9a-f]{64})", "get"))
 
@@ -400,7 +400,7 @@ class StorageHandler(Handler):
     def read_body(self):
         if self.command == "PUT" and self.hub.fault("reset_upload"):
             self.rfile.read(1000)
-            # Lingering off: the peer sees a reset and not a clean end.
+            # Without lingering, the peer sees a reset and not a clean end.
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             raise ConnectionResetError
         super().read_body()

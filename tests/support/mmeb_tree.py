@@ -13,7 +13,7 @@ from support.media import image
 
 
 def looks(inputs):
-    """A function as a model: texts by their characters, media by their mean colour, in 300 dimensions."""
+    """A stand-in for a model: texts by their characters, media by their mean colour, in 300 dimensions."""
     vectors = np.zeros((len(inputs), 300), np.float32)
     for vector, item in zip(vectors, inputs):
         for place, character in enumerate(item.get("text") or ""):
@@ -27,7 +27,7 @@ def looks(inputs):
 
 
 def picture(path, size=(40, 40)):
-    """An image of its own for each path."""
+    """Write an image that differs for each path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image(*size, zlib.crc32(path.name.encode())).save(path)
 
@@ -90,7 +90,7 @@ def page_rows(root, name, queries, pages, grades, images_in="visdoc-tasks/images
 
 
 def write_dataset(root, name, count=3):
-    """Any of the 78 datasets, with `count` queries of which number i is about i."""
+    """Write any of the 78 datasets with `count` queries."""
     info, level = TASKS[name], f"video_{TASKS[name].meta_task[2:].lower()}"
     stored = root / "video-tasks" / "frames" / level / info.media.split("|")[0]
     numbers = range(count)

@@ -1,4 +1,4 @@
-"""What the test server holds, and clients that load from it."""
+"""Repositories on the test server, and a script that loads one with every loader."""
 
 import shlex
 

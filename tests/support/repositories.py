@@ -31,7 +31,7 @@ def add_noise(folder, size):
 
 
 def differences(folder):
-    """The check that `verify` makes in a fresh process, in this one."""
+    """The check of `verify`, in this process."""
     results = golden.check(str(folder), str(folder / "golden.json"), None, "cpu")
     assert set(results) == {"SentenceTransformer", "AutoModel"}
     assert not any(isinstance(value, str) for value in results.values()), results

@@ -104,7 +104,7 @@ def build(backbone, path, vocab_size=320, tied=True, seed=0, chat_template=CHAT_
             Qwen3VLVideoProcessor(size={"shortest_edge": 32 * 32 * 2, "longest_edge": 32 * 32 * 64}),
         )
     processor.chat_template = chat_template
-    # The default initialisation (std 0.02) gives nearly constant hidden states: make tokens tell apart.
+    # The default initialisation (std 0.02) gives nearly constant hidden states. Make tokens differ more.
     with torch.no_grad():
         model.get_input_embeddings().weight.normal_(std=0.5)
         for name, parameter in model.named_parameters():

@@ -43,7 +43,7 @@ def batch_features(model, rows=slice(None), condense="both", negatives=True, **k
 
 
 def reference_loss(model, features, weight, temperature=0.02, symmetric=False, mask=True):
-    """The loss by definition: whole batch, one graph, no Sentence-Transformers."""
+    """The loss by definition: the whole batch in one graph, without Sentence-Transformers."""
     embeddings, losses = [], []
     for feature in features:
         target = [feature[key][:, 0] if key in feature else None for key in ("target_ids", "target_labels")]

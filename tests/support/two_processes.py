@@ -53,7 +53,7 @@ def save_gradients(repo, folder, how):
         if distributed.get_rank() == 0:
             with full_parameters(model, whole):
                 model.save_pretrained(str(folder / "fsdp2_model"))
-        loss(features).backward()  # still sharded, and still works
+        loss(features).backward()  # it still works when sharded
     if distributed.get_rank() == 0:
         torch.save({"gradients": gradients, "loss": total / 2}, folder / f"{how}.pt")
 
