@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from btok_hf.modeling.modeling_btok import bottleneck_token_ids
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from peft import LoraConfig, PeftConfig
 
     from btok_hf.sentence_transformer import BTokSentenceTransformer
 
@@ -69,20 +69,19 @@ def has_adapters(backbone: PreTrainedModel) -> bool:
     return bool(getattr(backbone, "_hf_peft_config_loaded", False))
 
 
-def add_adapters(model: "BTokSentenceTransformer", peft_config: "PeftConfig") -> None:
+def add_adapters(model: "BTokSentenceTransformer", peft_config: "LoraConfig") -> None:
     """Add LoRA adapters to the language model. The embedding rows of the Bottleneck Tokens are trained with them.
 
     Args:
         model (`BTokSentenceTransformer`): The model to train.
-        peft_config (`PeftConfig`): Completed in place: target modules, if unset, and trainable token indices.
+        peft_config (`LoraConfig`): Target modules, if unset, and trainable token indices are set in place.
 
     Raises:
         ValueError: `lora_dropout` above 0, or `trainable_token_indices` set in `peft_config`.
     """
-    dropout = getattr(peft_config, "lora_dropout", 0.0)
-    if dropout > 0:
+    if peft_config.lora_dropout > 0:
         raise ValueError(
-            f"lora_dropout must be 0, got {dropout}: GradCache embeds each row twice and replays the random states, "
+            f"lora_dropout must be 0, got {peft_config.lora_dropout}: GradCache embeds each row twice and replays the random states, "
             "but the second pass also runs the target tokens, so that the replayed dropout masks would not match. Set "
             "lora_dropout=0.0."
         )
@@ -93,11 +92,12 @@ def add_adapters(model: "BTokSentenceTransformer", peft_config: "PeftConfig") ->
             f"trainable_token_indices must be unset, got {peft_config.trainable_token_indices}: it is set to the "
             "Bottleneck Tokens here. Leave it out."
         )
-    if model.config.btok_num_tokens:
-        peft_config.trainable_token_indices = {"embed_tokens": list(bottleneck_token_ids(model.config))}
-    add_adapters_in_fp32(model[0].model, peft_config)
-    if model[0].lm_head is not None:  # PEFT froze only the backbone, which has no untied head
-        model[0].lm_head.requires_grad_(False)
+    module = model.transformer
+    if module.config.btok_num_tokens:
+        peft_config.trainable_token_indices = {"embed_tokens": list(bottleneck_token_ids(module.config))}
+    add_adapters_in_fp32(module.model, peft_config)
+    if module.lm_head is not None:  # PEFT froze only the backbone, which has no untied head
+        module.lm_head.requires_grad_(False)
 
 
 def merge_adapters(backbone: PreTrainedModel) -> PreTrainedModel:
@@ -107,6 +107,7 @@ def merge_adapters(backbone: PreTrainedModel) -> PreTrainedModel:
 
     merged = copy.deepcopy(backbone)
     # The wrapper of the trained token rows contains another tuner layer. Only the outer one is merged.
+    layers: list[tuple[str, Any]]
     layers = [(name, x) for name, x in merged.named_modules() if isinstance(x, AuxiliaryTrainingWrapper)]
     inside = tuple(name + "." for name, _ in layers)
     layers += [

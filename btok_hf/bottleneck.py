@@ -8,14 +8,14 @@ The files are written by `btok_hf/export.py`. The row layout is in `embedding_te
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, AutoProcessor, ProcessorMixin
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from btok_hf.export import stock_model, untied_head, write_repository
-from btok_hf.modeling.modeling_btok import load_stock_model, stock_class
+from btok_hf.modeling.modeling_btok import StockModel, load_stock_model, stock_class
 
 REQUIRED_TOKENS = (
     "<|im_start|>",
@@ -163,13 +163,14 @@ def _check_base(base: str | Path, processor: ProcessorMixin, known: Collection[s
         )
 
 
-def _initialise_rows(model: PreTrainedModel, ids: list[int], eos_id: int, noise_std: float, seed: int) -> None:
+def _initialise_rows(model: StockModel, ids: list[int], eos_id: int, noise_std: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in filter(None, (model.get_input_embeddings(), untied_head(model))):
-            eos = layer.weight[eos_id].float()
+            weight = cast(torch.Tensor, layer.weight)
+            eos = weight[eos_id].float()
             noise = torch.randn(len(ids), len(eos), generator=generator) * noise_std * eos.std().item()
-            layer.weight[ids] = (eos + noise.to(eos.device)).to(layer.weight.dtype)
+            weight[ids] = (eos + noise.to(eos.device)).to(weight.dtype)
 
 
 def _set_pixels(processor: ProcessorMixin, min_pixels: int | None, max_pixels: int | None) -> None:

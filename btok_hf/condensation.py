@@ -141,19 +141,18 @@ def _position_ids(
             "Images or video were given without mm_token_type_ids, which multimodal positions need. "
             "Pass everything that the processor returned."
         )
+    get_rope_index: Any = backbone.get_rope_index  # its annotations demand LongTensor, a type of no actual tensor
     # The backbone loops over rows in Python. If all rows have the same layout, computing one of them is enough.
     uniform = [
         grid.view(len(input_ids), -1, *grid.shape[1:]) for grid in grids.values() if len(grid) % len(input_ids) == 0
     ]
     if len(uniform) == len(grids) and all((x == x[:1]).all() for x in (mm_token_type_ids, attention_mask, *uniform)):
         first = {key: grid[0] for key, grid in zip(grids, uniform)}
-        positions, _ = backbone.get_rope_index(
+        positions, _ = get_rope_index(
             input_ids[:1], mm_token_type_ids=mm_token_type_ids[:1], attention_mask=attention_mask[:1], **first
         )
         return positions.expand(-1, len(input_ids), -1)
-    return backbone.get_rope_index(
-        input_ids, mm_token_type_ids=mm_token_type_ids, attention_mask=attention_mask, **grids
-    )[0]
+    return get_rope_index(input_ids, mm_token_type_ids=mm_token_type_ids, attention_mask=attention_mask, **grids)[0]
 
 
 def condense(

@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -68,9 +68,9 @@ def export_model(
     Raises:
         OSError: `output_dir` cannot be written to, or the disk is full.
     """
-    weights = model[0].merged()
+    weights = model.transformer.merged()
     output_dir = write_repository(
-        output_dir, weights, model[0].processor, model=model, files=files, max_shard_size=max_shard_size
+        output_dir, weights, model.processor, model=model, files=files, max_shard_size=max_shard_size
     )
     _write_golden(output_dir, weights, model)
     return output_dir
@@ -102,7 +102,7 @@ def export_adapters(
         ValueError: No adapters, DoRA, a base that is not a Hub id, or a merged model in `output_dir`.
         OSError: `output_dir` cannot be written to, or the disk is full.
     """
-    backbone = model[0].model
+    backbone = model.transformer.model
     if not has_adapters(backbone):
         raise ValueError("The model has no adapters to write. Export the full model with export_model.")
     base = str(base_model or backbone.peft_config[backbone.active_adapters()[0]].base_model_name_or_path)
@@ -118,7 +118,7 @@ def export_adapters(
         )
     if Path(output_dir, "config.json").exists():
         raise ValueError(f"{output_dir} contains a merged model, which loaders would prefer. Choose another folder.")
-    output_dir = write_repository(output_dir, backbone, model[0].processor, model=model, files=files)
+    output_dir = write_repository(output_dir, backbone, model.processor, model=model, files=files)
     path = output_dir / "adapter_config.json"
     write_json(path, {**json.loads(path.read_text("utf-8")), "base_model_name_or_path": base})
     return output_dir
@@ -130,7 +130,7 @@ def write_repository(
     processor: ProcessorMixin,
     *,
     model: "BTokSentenceTransformer | None" = None,
-    prompts: Mapping[str, str] | None = None,
+    prompts: Mapping[str, str | None] | None = None,
     files: Mapping[str, str | bytes] | None = None,
     max_shard_size: str = "50GB",
 ) -> Path:
@@ -194,7 +194,7 @@ def _write_golden(output_dir: Path, weights: modeling_btok.StockModel, model: "B
     with torch.no_grad():
         for item, prompt_name in inputs.values():
             prompt = None if prompt_name is None else model.prompts[prompt_name]
-            features = model[0].preprocess([item], prompt=prompt)
+            features = model.transformer.preprocess([item], prompt=prompt)
             embeddings.append(condense(backbone, {k: _to_cpu(v) for k, v in features.items()}).embeddings[0].numpy())
     with explain_full_disk(output_dir):
         closest = golden.write_golden(output_dir / golden.FILE_NAME, inputs, model.prompts, np.stack(embeddings))
@@ -213,7 +213,7 @@ def _write_sentence_transformers_files(
     output_dir: Path,
     config: PreTrainedConfig,
     model: "BTokSentenceTransformer | None",
-    prompts: Mapping[str, str] | None,
+    prompts: Mapping[str, str | None] | None,
 ) -> None:
     """Write a pipeline of stock modules. Word weights of 1 for Bottleneck Tokens and 0 for all other tokens make the
     mean pooling average the Bottleneck Tokens."""
@@ -287,8 +287,8 @@ def stock_model(
     # Copying through to_dict drops the attention implementation, which transformers would not accept in a new model.
     config = type(backbone.config).from_dict(backbone.config.to_dict())
     with torch.device("meta"):
-        model = modeling_btok.stock_class(config)(config)
-    model.model = backbone
+        model = cast(modeling_btok.StockModel, modeling_btok.stock_class(config)(config))
+    model.model = backbone  # type: ignore[assignment]  # the class that belongs to the configuration
     if lm_head is not None:
         model.lm_head = lm_head
     model.tie_weights()

@@ -34,7 +34,7 @@ TEXTS = {
 }
 
 
-def golden_inputs(prompts: Mapping[str, str]) -> dict[str, tuple[dict[str, Any], str | None]]:
+def golden_inputs(prompts: Mapping[str, str | None]) -> dict[str, tuple[dict[str, Any], str | None]]:
     """The golden inputs: dicts of `text`, `image` and `video`, as in Sentence-Transformers.
 
     Args:
@@ -67,7 +67,7 @@ def _tiles(width: int, height: int, shift: int = 0) -> Image.Image:
 def write_golden(
     path: Path,
     inputs: Mapping[str, tuple[dict[str, Any], str | None]],
-    prompts: Mapping[str, str],
+    prompts: Mapping[str, str | None],
     embeddings: np.ndarray,
 ) -> float:
     """Write the golden vectors.

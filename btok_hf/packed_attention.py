@@ -119,7 +119,8 @@ def _packed_attention(
         raise ValueError("Packed attention does not support sliding windows: set config.use_sliding_window=False.")
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    return packed_layout.attend(*(x[0].transpose(0, 1) for x in (query, key, value)), scaling)[None], None
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    return packed_layout.attend(query, key, value, scaling)[None], None
 
 
 def _vision_attention(
@@ -145,7 +146,8 @@ def _vision_attention(
         segments = [(start, end - start, start, end - start) for start, end in bounds if end > start]
         layouts[id(cu_seq_lens_q)] = cu_seq_lens_q, PackedLayout(segments, query.device, causal=False)
     _, layout = layouts[id(cu_seq_lens_q)]
-    return layout.attend(*(x[0].transpose(0, 1) for x in (query, key, value)), scaling)[None], None
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    return layout.attend(query, key, value, scaling)[None], None
 
 
 AttentionInterface.register(VISION_ATTENTION, _vision_attention)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -88,6 +88,7 @@ class BottleneckTransformer(Transformer):
 
     def _check_template(self) -> None:
         row = self.processor.apply_chat_template([{"role": "user", "content": "text"}], tokenize=False)
+        assert self.tokenizer is not None  # every Qwen-VL processor has one
         tail = self.tokenizer(row, add_special_tokens=False)["input_ids"]
         token_ids = bottleneck_token_ids(self.config)
         if tail[-len(token_ids) :] != token_ids or len(set(tail[: -len(token_ids)]) & set(token_ids)):
@@ -97,7 +98,10 @@ class BottleneckTransformer(Transformer):
                 "repository."
             )
 
-    def preprocess(self, inputs: Sequence[Input], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
+    # Accepts paths but no audio, other than the superclass. `kwargs` has its other arguments.
+    def preprocess(  # type: ignore[override]
+        self, inputs: Sequence[Input], prompt: str | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """Check the inputs and turn them into model features.
 
         Args:
@@ -207,7 +211,7 @@ class BTokSentenceTransformer(SentenceTransformer):
         device: str | None = None,
         prompts: Mapping[str, str] | None = None,
         default_prompt_name: str | None = None,
-        similarity_fn_name: str | None = None,
+        similarity_fn_name: Literal["cosine", "dot", "euclidean", "manhattan"] | None = None,
         truncate_dim: int | None = None,
         model_kwargs: dict[str, Any] | None = None,
         processor_kwargs: dict[str, Any] | None = None,
@@ -232,8 +236,14 @@ class BTokSentenceTransformer(SentenceTransformer):
             truncate_dim=truncate_dim or saved.get("truncate_dim"),
         )
 
+    @property
+    def transformer(self) -> BottleneckTransformer:
+        """The module that computes the embeddings."""
+        return cast(BottleneckTransformer, self[0])
+
+    # As in SentenceTransformer, the superclass names fewer arguments.
     @torch.inference_mode()
-    def _inference(
+    def _inference(  # type: ignore[override]
         self,
         inputs: list,
         *,
@@ -265,7 +275,7 @@ class BTokSentenceTransformer(SentenceTransformer):
         self.eval()
         if not inputs:
             return torch.tensor([], device=device)
-        around = estimate_tokens(prompt or "", self.processor) + len(bottleneck_token_ids(self[0].config)) + 4
+        around = estimate_tokens(prompt or "", self.processor) + len(bottleneck_token_ids(self.transformer.config)) + 4
         longest = self.max_seq_length or math.inf
         tokens = [min(around + estimate_tokens(item, self.processor), longest) for item in inputs]
         batches = _batches(tokens, batch_size * (CPU_ROW_TOKENS if device.type == "cpu" else ROW_TOKENS))
@@ -301,7 +311,7 @@ class BTokSentenceTransformer(SentenceTransformer):
         Returns:
             `list[str]`
         """
-        module, tokenizer = self[0], self.tokenizer
+        module, tokenizer = self.transformer, self.tokenizer
         ids = reconstruct(
             module.model,
             module.preprocess(inputs, prompt=prompt),
@@ -323,14 +333,15 @@ class BTokSentenceTransformer(SentenceTransformer):
         """Save a repository that stock Sentence-Transformers loads without trust_remote_code.
 
         If the model has adapters, only they and a reference to the base are saved, as in Sentence-Transformers.
-        Training resumes from them. Use `btok_hf.export_model` to publish: it writes the merged model and golden vectors.
+        Training resumes from them. To publish, use `btok_hf.export_model`, which writes the merged model.
         """
         if not safe_serialization:
             raise ValueError(
                 "Weights are saved only as safetensors, got safe_serialization=False. Leave safe_serialization out."
             )
-        weights = self[0].model if has_adapters(self[0].model) else self[0].merged()
-        write_repository(path, weights, self[0].processor, model=self)
+        module = self.transformer
+        weights = module.model if has_adapters(module.model) else module.merged()
+        write_repository(path, weights, self.processor, model=self)
 
 
 def _ahead(thread: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn.functional import normalize
@@ -33,7 +33,7 @@ from transformers.utils import ModelOutput
 
 Backbone = Qwen2VLModel | Qwen2_5_VLModel | Qwen3VLModel
 StockModel = Qwen2VLForConditionalGeneration | Qwen2_5_VLForConditionalGeneration | Qwen3VLForConditionalGeneration
-STOCK_CLASSES: dict[str, type[StockModel]] = {
+STOCK_CLASSES: dict[str, type[PreTrainedModel]] = {
     "qwen2_vl": Qwen2VLForConditionalGeneration,
     "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
     "qwen3_vl": Qwen3VLForConditionalGeneration,
@@ -45,22 +45,22 @@ class BTokOutput(ModelOutput):
     """Output of `BTokForEmbedding`.
 
     Args:
-        last_hidden_state (`torch.FloatTensor` of shape `(batch, length, hidden)`):
+        last_hidden_state (`torch.Tensor` of shape `(batch, length, hidden)`):
             Hidden states after the backbone's final norm. If Bottleneck Tokens were appended, `length` includes them
             and every row is right-padded.
-        pooler_output (`torch.FloatTensor` of shape `(batch, hidden)` or `(batch, truncate_dim)`):
+        pooler_output (`torch.Tensor` of shape `(batch, hidden)` or `(batch, truncate_dim)`):
             The embedding: fp32, L2-normalised mean of the hidden states at the K Bottleneck Tokens.
-        hidden_states (`tuple(torch.FloatTensor)`, *optional*): Per layer, with `output_hidden_states=True`.
-        attentions (`tuple(torch.FloatTensor)`, *optional*): Per layer, with `output_attentions=True`.
+        hidden_states (`tuple[torch.Tensor, ...]`, *optional*): Per layer, with `output_hidden_states=True`.
+        attentions (`tuple[torch.Tensor, ...]`, *optional*): Per layer, with `output_attentions=True`.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    pooler_output: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    last_hidden_state: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
-def stock_class(config: PreTrainedConfig) -> type[StockModel]:
+def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The `…ForConditionalGeneration` class for `config`; raises `ValueError` for an unsupported backbone."""
     if config.model_type not in STOCK_CLASSES:
         raise ValueError(
@@ -212,19 +212,20 @@ class BTokForEmbedding(PreTrainedModel):
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    input_modalities = ("text", "image", "video")
+    input_modalities = ("text", "image", "video")  # type: ignore[assignment]  # a tuple in stock models too
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     _auto_class = "AutoModel"
 
     def __init__(self, config: PreTrainedConfig, backbone: Backbone | None = None) -> None:
         super().__init__(config)
         bottleneck_token_ids(config)
-        self.model = stock_class(config)(config).model if backbone is None else backbone
+        self.model = cast(StockModel, stock_class(config)(config)).model if backbone is None else backbone
         self._no_split_modules = self.model._no_split_modules
         self.post_init()
 
+    # `kwargs` has the superclass's other arguments.
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | Path, *args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
         """Load from a local folder or Hub id. Arguments are those of `PreTrainedModel.from_pretrained`.
@@ -253,7 +254,10 @@ class BTokForEmbedding(PreTrainedModel):
         model = cls(stock.config, stock.model).eval()
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
+    # `kwargs` has the superclass's other arguments.
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
         """Write the stock weights and configuration, this file, and the `auto_map` that refers to it.
 
         Arguments are those of `PreTrainedModel.save_pretrained`. To upload, call `push_to_hub`.
@@ -341,7 +345,7 @@ class _NoConfigClass:
         raise AttributeError("BTokForEmbedding has no config_class of its own.")
 
 
-BTokForEmbedding.config_class = _NoConfigClass()
+BTokForEmbedding.config_class = _NoConfigClass()  # type: ignore[assignment]  # hides the superclass's attribute
 
 
 def with_auto_map(config: dict[str, Any]) -> dict[str, Any]:
