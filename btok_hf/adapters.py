@@ -81,9 +81,9 @@ def add_adapters(model: "BTokSentenceTransformer", peft_config: "LoraConfig") ->
     """
     if peft_config.lora_dropout > 0:
         raise ValueError(
-            f"lora_dropout must be 0, got {peft_config.lora_dropout}: GradCache embeds each row twice and replays the random states, "
-            "but the second pass also runs the target tokens, so that the replayed dropout masks would not match. Set "
-            "lora_dropout=0.0."
+            f"lora_dropout must be 0, got {peft_config.lora_dropout}: GradCache embeds each row twice and replays the "
+            "random states, but the second pass also runs the target tokens, so that the replayed dropout masks would "
+            "not match. Set lora_dropout=0.0."
         )
     if peft_config.target_modules is None:
         peft_config.target_modules = LORA_TARGETS

@@ -105,13 +105,14 @@ def export_adapters(
     backbone = model.transformer.model
     if not has_adapters(backbone):
         raise ValueError("The model has no adapters to write. Export the full model with export_model.")
-    base = str(base_model or backbone.peft_config[backbone.active_adapters()[0]].base_model_name_or_path)
+    adapter_config: Any = backbone.peft_config[backbone.active_adapters()[0]]
+    base = str(base_model or adapter_config.base_model_name_or_path)
     if Path(base).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
         raise ValueError(
             f"base_model must be a Hub id, got {base!r}, which nobody else could load. Push the repository that the "
             "adapters were trained on, and pass its id as base_model, e.g. 'org/btok-start'."
         )
-    if backbone.peft_config[backbone.active_adapters()[0]].use_dora:
+    if adapter_config.use_dora:
         raise ValueError(
             "Adapters with use_dora=True cannot be exported: stock loaders ignore the magnitudes of DoRA "
             "(transformers 5.23) and would give other vectors. Export the merged model with export_model."
@@ -288,7 +289,7 @@ def stock_model(
     config = type(backbone.config).from_dict(backbone.config.to_dict())
     with torch.device("meta"):
         model = cast(modeling_btok.StockModel, modeling_btok.stock_class(config)(config))
-    model.model = backbone  # type: ignore[assignment]  # the class that belongs to the configuration
+    model.model = backbone
     if lm_head is not None:
         model.lm_head = lm_head
     model.tie_weights()

@@ -170,8 +170,8 @@ def render_card(
         "queries": [_as_input(*row) for row in shown["queries"]],
         "documents": [_as_input(*row) for row in shown["documents"]],
         "conversations": [
-            _as_messages(*shown["queries"][0], prompts.get("query")),
-            _as_messages(*shown["documents"][0], prompts.get("document")),
+            _as_messages(shown["queries"][0], prompts.get("query")),
+            _as_messages(shown["documents"][0], prompts.get("document")),
         ],
         "similarities": shown["similarities"],
     }
@@ -221,8 +221,9 @@ def _as_input(images: Sequence[str], text: str | None) -> str:
     return f'{{"image": {image}, "text": {_quoted(text)}}}' if text else f'{{"image": {image}}}'
 
 
-def _as_messages(images: Sequence[str], text: str | None, prompt: str | None) -> list[str]:
+def _as_messages(example: Example, prompt: str | None) -> list[str]:
     """Python source of the chat messages of an input, with the prompt as system message."""
+    images, text = example
     parts = [f'{{"type": "image", "image": f"{{folder}}/{path}"}}' for path in images]
     if text:
         parts.append(f'{{"type": "text", "text": {_quoted(text)}}}')

@@ -6,7 +6,7 @@ The snippets themselves are in `card.md.jinja`.
 import io
 import platform
 import re
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 EXAMPLE_CHARACTERS = 120
 EXAMPLE_PIXELS = 512
 
-Parts = tuple[list[Any], str | None]  # images (PIL, or paths) and text of an input
+Parts = tuple[Sequence[Any], str | None]  # images (PIL, or paths) and text of an input
 
 
 def measured_examples(
@@ -102,7 +102,7 @@ def _is_image_path(value: Any) -> bool:
     return isinstance(value, str) and Path(value).suffix.lower() in IMAGE_SUFFIXES and Path(value).is_file()
 
 
-def _shown(images: list[Any], text: str | None, files: MutableMapping[str, Any]) -> Example:
+def _shown(images: Sequence[Any], text: str | None, files: MutableMapping[str, Any]) -> Example:
     """An input with paths instead of images. The images are added to `files`."""
     paths: list[str] = []
     for image in images:

@@ -98,8 +98,14 @@ def card_files(
         files[f".eval_results/{Path(eval_source).name}.yaml"] = results
     if arguments.model_license == "apache-2.0":
         files["LICENSE"] = _apache_license()
+    evaluation, compared = None, {}
+    if evaluator is not None:
+        assert before is not None and after is not None  # checked above
+        evaluation = _evaluation(evaluator, eval_source, before, after)
+        for name, metrics in (ablation or {}).items():
+            compared[name] = {_metric(evaluator, key): value for key, value in metrics.items()}
     files["README.md"] = render_card(
-        model.config,
+        model.transformer.config,
         model.processor,
         model.prompts,
         arguments,
@@ -113,11 +119,8 @@ def card_files(
             "matryoshka_dims": args.matryoshka_dims,
         },
         data=data,
-        evaluation=None if evaluator is None else _evaluation(evaluator, eval_source, before, after),
-        ablation={
-            name: {_metric(evaluator, key): value for key, value in metrics.items()}
-            for name, metrics in (ablation or {}).items()
-        },
+        evaluation=evaluation,
+        ablation=compared,
     )
     return files
 
@@ -208,6 +211,7 @@ def _eval_results(
     evaluator: "InformationRetrievalEvaluator", source: str, task_id: str, after: Mapping[str, float]
 ) -> str:
     metric = evaluator.primary_metric
+    assert metric is not None  # set when the evaluator ran
     entry = EvalResultEntry(
         dataset_id=source,
         task_id=task_id,
