@@ -98,7 +98,7 @@ class BottleneckTransformer(Transformer):
                 "repository."
             )
 
-    # Accepts paths but no audio, other than the superclass. `kwargs` has its other arguments.
+    # Unlike the superclass, it accepts paths and no audio. `kwargs` has the other arguments.
     def preprocess(  # type: ignore[override]
         self, inputs: Sequence[Input], prompt: str | None = None, **kwargs: Any
     ) -> dict[str, Any]:

@@ -272,7 +272,7 @@ def _measured(trainer: "CondensationTrainer") -> list[tuple[str, Any]]:
         ("precision", f"{precision(model)} weights{autocast}"),
         ("trained parameters", f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,}"),
     ]
-    for adapter in getattr(model[0].model, "peft_config", {}).values():
+    for adapter in getattr(model.transformer.model, "peft_config", {}).values():
         rows.append(("LoRA", f"rank {adapter.r}, alpha {adapter.lora_alpha}, modules {adapter.target_modules}"))
     rows.append(("versions", ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)))
     return rows
