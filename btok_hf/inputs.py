@@ -133,7 +133,7 @@ def text_of(value: Any) -> str | None:
     if isinstance(value, (list, tuple)):
         texts = [text_of(part) for part in value if not isinstance(part, dict) or part.get("type", "text") == "text"]
         return " ".join(text for text in texts if text) or None
-    return text_of(value) if isinstance(value, str) else None
+    return None
 
 
 def content_hash(value: Any) -> int:
