@@ -1,12 +1,12 @@
 """Bottleneck-Token embeddings for Qwen-VL models.
 
-Names are imported on first use, so that `import btok_hf` costs next to nothing.
+This file lists the public names. Each is imported on first use, so that `import btok_hf` is fast.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr__`
+if TYPE_CHECKING:  # editors and type checkers do not run `__getattr__`
     from btok_hf.bottleneck import add_bottleneck_tokens
     from btok_hf.condensation import condense
     from btok_hf.export import export_adapters, export_model
@@ -29,7 +29,7 @@ _LAZY_IMPORTS = {
     "read_video": "btok_hf.media",
     "verify": "btok_hf.hub",
 }
-__all__ = [  # written out: editors read it too
+__all__ = [  # a literal list, which editors can read
     "BTokForEmbedding",
     "BTokOutput",
     "BTokSentenceTransformer",
@@ -45,11 +45,11 @@ __all__ = [  # written out: editors read it too
 ]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name not in _LAZY_IMPORTS:
         raise AttributeError(f"module 'btok_hf' has no attribute {name!r}")
     return getattr(import_module(_LAZY_IMPORTS[name]), name)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])

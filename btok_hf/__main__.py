@@ -1,4 +1,4 @@
-"""`python -m btok_hf` is the command `btok`; so is `accelerate launch -m btok_hf`."""
+"""Run the `btok` command as a module: `python -m btok_hf`, or `accelerate launch -m btok_hf`."""
 
 import sys
 

@@ -1,23 +1,31 @@
-"""LoRA adapters: add, load, merge. PEFT does the work; what is checked or corrected here says why.
+"""LoRA adapters: add, load and merge them with PEFT.
 
-PEFT is imported where it is used: it belongs to the `train` extra.
+Comments say why PEFT's or transformers' own functions are not enough. PEFT is imported inside the functions, because
+only the `train` extra installs it.
 """
 
 import copy
+from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PreTrainedModel
 
 from btok_hf.modeling.modeling_btok import bottleneck_token_ids
 
-# The language model's projections: what LoRA adapts unless the user names modules.
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftConfig
+
+    from btok_hf.sentence_transformer import BTokSentenceTransformer
+
+# Default target modules of LoRA: the projections of the language model.
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
-def add_adapters_in_fp32(backbone, peft_config):
-    """Add fresh PEFT adapters to a transformers model, freezing the rest.
+def add_adapters_in_fp32(backbone: PreTrainedModel, peft_config: "PeftConfig") -> None:
+    """Add new PEFT adapters to a transformers model and freeze all other parameters.
 
-    Beside bf16 weights PEFT makes adapters bf16 too, which rounds most steps of the usual learning rates away, and the
-    values of a checkpoint when it is resumed from.
+    For bf16 weights, PEFT creates bf16 adapters. Most updates at usual learning rates are lost to rounding in bf16,
+    and so is precision of a resumed checkpoint. Therefore adapters are kept in fp32.
     """
     backbone.add_adapter(peft_config)
     for parameter in backbone.parameters():
@@ -25,18 +33,18 @@ def add_adapters_in_fp32(backbone, peft_config):
             parameter.data = parameter.data.float()
 
 
-def load_adapters(backbone, path, **hub_kwargs):
-    """Add the PEFT adapters of a checkpoint to a transformers model, and check that they arrived.
+def load_adapters(backbone: PreTrainedModel, path: str, **hub_kwargs: Any) -> None:
+    """Add the PEFT adapters of a checkpoint to a transformers model, and check that every tensor was loaded.
 
-    Not through `backbone.load_adapter`: with transformers 5.17 it leaves them random, with a warning.
+    `backbone.load_adapter` is not used: in transformers 5.17 it leaves the adapters random and only warns.
 
     Args:
-        backbone (`PreTrainedModel`): The model that they were trained on.
+        backbone (`PreTrainedModel`): The model that the adapters were trained on.
         path (`str`): Folder or Hub id of the checkpoint.
         hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:
-        ValueError: A tensor of the checkpoint has no place in the model, or the reverse.
+        ValueError: The tensors of the checkpoint and of the model do not match.
     """
     from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
     from peft.utils.save_and_load import load_peft_weights
@@ -52,45 +60,54 @@ def load_adapters(backbone, path, **hub_kwargs):
     if wrong:
         raise ValueError(
             f"{len(wrong)} adapter tensors of {path} do not fit the model, e.g. {wrong[0]}. Load them with the base "
-            "that they were trained on, and with the PEFT release that saved them."
+            "model that they were trained on, and with the PEFT release that saved them."
         )
 
 
-def has_adapters(backbone):
-    """Whether PEFT adapters were added to this transformers model."""
+def has_adapters(backbone: PreTrainedModel) -> bool:
+    """Whether a transformers model has PEFT adapters."""
     return bool(getattr(backbone, "_hf_peft_config_loaded", False))
 
 
-def add_adapters(model, peft_config):
-    """Add LoRA adapters to the language model, the Bottleneck Tokens' embedding rows trained along with them.
+def add_adapters(model: "BTokSentenceTransformer", peft_config: "LoraConfig") -> None:
+    """Add LoRA adapters to the language model. The embedding rows of the Bottleneck Tokens are trained with them.
+
+    Args:
+        model (`BTokSentenceTransformer`): The model to train.
+        peft_config (`LoraConfig`): Target modules, if unset, and trainable token indices are set in place.
 
     Raises:
-        ValueError: Dropout above 0, or token rows already named in `peft_config`.
+        ValueError: `lora_dropout` above 0, or `trainable_token_indices` set in `peft_config`.
     """
-    dropout = getattr(peft_config, "lora_dropout", 0.0)
-    if dropout > 0:
+    if peft_config.lora_dropout > 0:
         raise ValueError(
-            f"lora_dropout must be 0, got {dropout}: GradCache embeds each row twice, and with dropout the cached "
-            "gradients would belong to other embeddings than those of the second pass. Set lora_dropout=0.0."
+            f"lora_dropout must be 0, got {peft_config.lora_dropout}: GradCache embeds each row twice and replays the "
+            "random states, but the second pass also runs the target tokens, so that the replayed dropout masks would "
+            "not match. Set lora_dropout=0.0."
         )
     if peft_config.target_modules is None:
         peft_config.target_modules = LORA_TARGETS
     if peft_config.trainable_token_indices is not None:
-        raise ValueError("Leave trainable_token_indices unset: the Bottleneck Tokens' rows are added to it.")
-    if model.config.btok_num_tokens:
-        peft_config.trainable_token_indices = {"embed_tokens": list(bottleneck_token_ids(model.config))}
-    add_adapters_in_fp32(model[0].model, peft_config)
-    if model[0].lm_head is not None:  # an untied head, outside the backbone that PEFT froze
-        model[0].lm_head.requires_grad_(False)
+        raise ValueError(
+            f"trainable_token_indices must be unset, got {peft_config.trainable_token_indices}: it is set to the "
+            "Bottleneck Tokens here. Leave it out."
+        )
+    module = model.transformer
+    if module.config.btok_num_tokens:
+        peft_config.trainable_token_indices = {"embed_tokens": list(bottleneck_token_ids(module.config))}
+    add_adapters_in_fp32(module.model, peft_config)
+    if module.lm_head is not None:  # PEFT froze only the backbone, which has no untied head
+        module.lm_head.requires_grad_(False)
 
 
-def merge_adapters(backbone):
+def merge_adapters(backbone: PreTrainedModel) -> PreTrainedModel:
     """A copy of a transformers model with its PEFT adapters merged into the weights."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     merged = copy.deepcopy(backbone)
-    # The wrapper of the trained token rows holds a tuner layer of its own: outermost layers only.
+    # The wrapper of the trained token rows contains another tuner layer. Only the outer one is merged.
+    layers: list[tuple[str, Any]]
     layers = [(name, x) for name, x in merged.named_modules() if isinstance(x, AuxiliaryTrainingWrapper)]
     inside = tuple(name + "." for name, _ in layers)
     layers += [

@@ -1,17 +1,21 @@
-"""Give a base vision-language model its Bottleneck Tokens: vocabulary entries, embedding rows, chat template.
+"""Add Bottleneck Tokens to a base vision-language model: vocabulary entries, embedding rows and chat template.
 
-K = 0 is the last-token-pooling baseline: nothing is added, and every row ends in the EOS token, which then plays the
-part of a single Bottleneck Token everywhere else in the library.
+K = 0 is the last-token-pooling baseline. No tokens are added, and every row ends in the EOS token. The rest of the
+library treats EOS as the only Bottleneck Token.
+
+The files are written by `btok_hf/export.py`. The row layout is in `embedding_template.jinja`.
 """
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig, AutoProcessor, ProcessorMixin
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from btok_hf.export import stock_model, untied_head, write_repository
-from btok_hf.modeling.modeling_btok import load_stock_model, stock_class
+from btok_hf.modeling.modeling_btok import StockModel, load_stock_model, stock_class
 
 REQUIRED_TOKENS = (
     "<|im_start|>",
@@ -22,18 +26,18 @@ REQUIRED_TOKENS = (
     "<|video_pad|>",
 )
 
-# Rendered when no generation prompt is asked for: media, instruction (system message), text, Bottleneck Tokens,
-# separated by one space. `<|` in anything the user wrote is broken up, so that no text can become a special token.
+# Used without a generation prompt. Renders media, instruction (system message), text and Bottleneck Tokens, separated
+# by one space. `<|` in user text is escaped, so that no text can become a special token.
 EMBEDDING_TEMPLATE = Path(__file__).with_name("embedding_template.jinja").read_text("utf-8")
 
 
-def bottleneck_token(index):
-    """The name of the Bottleneck Token with this index, as in the paper's reproduction."""
+def bottleneck_token(index: int) -> str:
+    """Name of the Bottleneck Token with this index, as in the public reproduction of the paper."""
     return f"<|btok_{index}|>"
 
 
-def embedding_chat_template(base_template, suffix):
-    """A template that renders rows to embed, ending in `suffix`, and the base's chat when a reply is asked for."""
+def embedding_chat_template(base_template: str, suffix: str) -> str:
+    """A chat template for embedding rows that end in `suffix`; with a generation prompt, the base's own template."""
     return (
         "{%- if add_generation_prompt -%}\n"
         + base_template
@@ -44,35 +48,36 @@ def embedding_chat_template(base_template, suffix):
 
 
 def add_bottleneck_tokens(
-    base,
-    output_dir,
-    num_tokens=4,
+    base: str | Path,
+    output_dir: str | Path,
+    num_tokens: int = 4,
     *,
-    noise_std=0.0,
-    seed=0,
-    min_pixels=None,
-    max_pixels=None,
-    prompts=None,
-    dtype="auto",
-    **hub_kwargs,
-):
-    """Turn a base checkpoint into a repository with Bottleneck Tokens, ready to train or (untrained) to load.
+    noise_std: float = 0.0,
+    seed: int = 0,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    prompts: Mapping[str, str] | None = None,
+    dtype: str | torch.dtype = "auto",
+    **hub_kwargs: Any,
+) -> Path:
+    """Write a copy of a base checkpoint with Bottleneck Tokens added, ready to train.
 
-    The tokens take spare rows of the vocabulary. Only if none are left is the embedding grown, to a multiple of 64;
-    it never shrinks. Their rows start at the EOS row.
+    The tokens use spare rows of the vocabulary. If there are too few, the embedding grows to a multiple of 64. It
+    never shrinks. The rows are initialised from the EOS row.
 
     Args:
-        base (`str`): Local folder or Hub id of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint with its processor.
-        output_dir (`str` or `Path`): Folder to write. Must not hold a model yet.
+        base (`str` or `Path`):
+            Local folder or Hub id of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint with its processor.
+        output_dir (`str` or `Path`): Folder to write. Must not contain a model.
         num_tokens (`int`): K. 4 in the paper; 0 is the last-token-pooling baseline.
-        noise_std (`float`): Standard deviation of normal noise added to each row, relative to the EOS row's own.
-        seed (`int`): Seed of that noise.
+        noise_std (`float`): Standard deviation of normal noise added to each row, relative to that of the EOS row.
+        seed (`int`): Seed of the noise.
         min_pixels (`int`, *optional*): Smaller images are enlarged to this many pixels. Default: the base's.
-        max_pixels (`int`, *optional*): Larger images and frames are reduced to this many pixels. This is the memory
-            knob: a merged patch of 28 x 28 pixels is a token (32 x 32 for Qwen3-VL). Default: the base's.
+        max_pixels (`int`, *optional*): Larger images and frames are reduced to this many pixels. Lower it to save
+            memory: a token covers 28 x 28 pixels (32 x 32 for Qwen3-VL). Default: the base's.
         prompts (`dict[str, str]`, *optional*): Instructions by name, e.g. `query` and `document`, saved with the
             model for `encode_query` and `encode_document`.
-        dtype (`str` or `torch.dtype`): Precision to load and save in. Default: the checkpoint's.
+        dtype (`str` or `torch.dtype`): Precision of loading and saving. Default: the checkpoint's.
         hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`.
 
     Returns:
@@ -80,7 +85,7 @@ def add_bottleneck_tokens(
 
     Raises:
         ValueError: A model in `output_dir`, an unsupported backbone, a base without a chat template or the Qwen-VL
-            special tokens, one that has Bottleneck Tokens of another count, or a checkpoint with missing or
+            special tokens, a base with another number of Bottleneck Tokens, or a checkpoint with missing or
             unexpected tensors.
     """
     if num_tokens < 0:
@@ -88,10 +93,10 @@ def add_bottleneck_tokens(
     if Path(output_dir, "config.json").exists():
         raise ValueError(f"{output_dir} already holds a model. Remove it or name another output_dir.")
     on_hub = not Path(base).exists()
-    if on_hub:  # everything is read from one commit, which is recorded
+    if on_hub:  # all files are read from the same commit, which is recorded in the configuration
         hub_kwargs["revision"] = extract_commit_hash(cached_file(base, "config.json", **hub_kwargs), None)
     config = AutoConfig.from_pretrained(base, **hub_kwargs)
-    stock_class(config)  # refuses unsupported backbones before anything large is loaded
+    stock_class(config)  # refuses unsupported backbones before the weights are loaded
     processor = AutoProcessor.from_pretrained(base, **hub_kwargs)
     tokenizer = processor.tokenizer
     known = tokenizer.get_vocab()
@@ -101,8 +106,8 @@ def add_bottleneck_tokens(
     present = [name for name in known if name.startswith("<|btok_")]
     if present and sorted(present) != sorted(names):
         raise ValueError(
-            f"{base} already has {len(present)} Bottleneck Tokens and cannot be given {num_tokens}. "
-            f"Use num_tokens={len(present)}, or start from a base without them."
+            f"{base} already has {len(present)} Bottleneck Tokens, got num_tokens={num_tokens}. "
+            f"Use num_tokens={len(present)}, or start from a base without Bottleneck Tokens."
         )
 
     model, _ = load_stock_model(base, config, dtype=dtype, **hub_kwargs)
@@ -113,7 +118,7 @@ def add_bottleneck_tokens(
             model.resize_token_embeddings(max(ids) + 1, pad_to_multiple_of=64, mean_resizing=False)
         if num_tokens:
             _initialise_rows(model, ids, tokenizer.eos_token_id, noise_std, seed)
-            # Their logits start equal to EOS's: keep plain generation from ever choosing one.
+            # Their rows start equal to the EOS row, so that they would be as likely as EOS in plain generation.
             model.generation_config.suppress_tokens = ids
         processor.chat_template = embedding_chat_template(
             processor.chat_template, "".join(names) or tokenizer.eos_token
@@ -121,51 +126,55 @@ def add_bottleneck_tokens(
         model.config.btok_token_ids = ids
         model.config.btok_num_tokens = num_tokens
         model.config.btok_initialisation = {"row": tokenizer.eos_token, "noise_std": noise_std, "seed": seed}
-    # A local folder's name means nothing to others, but it may know what it was made from.
+    # The name of a local folder is not published. Its configuration may record the Hub id of its own base.
     model.config.btok_base_model = str(base) if on_hub else getattr(config, "btok_base_model", None)
     model.config.btok_base_revision = hub_kwargs["revision"] if on_hub else getattr(config, "btok_base_revision", None)
-    # The per-frame cap of the reference implementation, which transformers is moving to.
+    # Limit pixels per frame, as the reference implementation does. transformers is moving to this behaviour.
     processor.video_processor.cap_pixels_per_frame = True
-    # Right-truncation would cut the Bottleneck Tokens off. From the left it cuts text, or, where media come first,
-    # placeholders, which the processor refuses. Set in both places, because save_pretrained compares the two.
+    # Truncation on the right would remove the Bottleneck Tokens. On the left it removes text. If it would remove media
+    # placeholders, the processor raises an error. Both places are set, because save_pretrained compares them.
     tokenizer.truncation_side = tokenizer.init_kwargs["truncation_side"] = "left"
     _set_pixels(processor, min_pixels, max_pixels)
-    # A fresh model around the same tensors: the loaded one would be saved in the layout it was read from, and stock
-    # AutoModel leaves the vision tower of one of the layouts random.
+    # A new model around the same tensors: the loaded one would be saved in the layout that it was read from, and stock
+    # AutoModel leaves the vision tower of one layout randomly initialised.
     model = stock_model(model.model, untied_head(model), model.generation_config)
     return write_repository(output_dir, model, processor, prompts=prompts)
 
 
-def _check_base(base, processor, known):
+def _check_base(base: str | Path, processor: ProcessorMixin, known: Collection[str]) -> None:
     if not isinstance(processor.chat_template, str):
         raise ValueError(
-            f"{base} has no (single) chat template, which rows are rendered with. Copy chat_template.jinja or "
-            "chat_template.json of the instruction-tuned model into the folder."
+            f"{base} must have one chat template, got {type(processor.chat_template).__name__}. Copy "
+            "chat_template.jinja or chat_template.json of the instruction-tuned model into the folder."
         )
     absent = [token for token in REQUIRED_TOKENS if token not in known]
     if absent:
         raise ValueError(f"The tokenizer of {base} lacks {', '.join(absent)}. Use the Qwen-VL tokenizer of the model.")
     if processor.tokenizer.eos_token is None:
-        raise ValueError(f"The tokenizer of {base} has no eos_token, which Bottleneck Tokens are initialised from.")
+        raise ValueError(
+            f"The tokenizer of {base} has no eos_token, which Bottleneck Tokens are initialised from. Use the Qwen-VL "
+            "tokenizer of the model."
+        )
     odd = [token for token in processor.tokenizer.all_special_tokens if not token.startswith("<|")]
     if odd:
         raise ValueError(
-            f"The tokenizer of {base} has special tokens that do not start with '<|': {odd}. The chat template could "
-            "not keep users from typing them."
+            f"The tokenizer of {base} has special tokens that do not start with '<|': {odd}. The chat template cannot "
+            "escape them in user text. Use the Qwen-VL tokenizer of the model."
         )
 
 
-def _initialise_rows(model, ids, eos_id, noise_std, seed):
+def _initialise_rows(model: StockModel, ids: list[int], eos_id: int, noise_std: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in filter(None, (model.get_input_embeddings(), untied_head(model))):
-            eos = layer.weight[eos_id].float()
+            weight = cast(torch.Tensor, layer.weight)
+            eos = weight[eos_id].float()
             noise = torch.randn(len(ids), len(eos), generator=generator) * noise_std * eos.std().item()
-            layer.weight[ids] = (eos + noise.to(eos.device)).to(layer.weight.dtype)
+            weight[ids] = (eos + noise.to(eos.device)).to(weight.dtype)
 
 
-def _set_pixels(processor, min_pixels, max_pixels):
-    """Bound the pixels of an image, and of a video frame, through the processors' own `size`."""
+def _set_pixels(processor: ProcessorMixin, min_pixels: int | None, max_pixels: int | None) -> None:
+    """Set the pixel limits of images and of video frames in the processors' `size`."""
     for part in (processor.image_processor, processor.video_processor):
         limits = {
             "shortest_edge": part.size["shortest_edge"] if min_pixels is None else min_pixels,
@@ -173,6 +182,7 @@ def _set_pixels(processor, min_pixels, max_pixels):
         }
         if limits["shortest_edge"] > limits["longest_edge"]:
             raise ValueError(
-                f"min_pixels={limits['shortest_edge']} must not exceed max_pixels={limits['longest_edge']}."
+                f"min_pixels must not exceed max_pixels, got min_pixels={limits['shortest_edge']} and "
+                f"max_pixels={limits['longest_edge']}. Lower min_pixels or raise max_pixels."
             )
         part.size = limits

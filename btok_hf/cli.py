@@ -1,9 +1,10 @@
-"""The command `btok`: everything of this library that runs from a shell.
+"""The `btok` command and its subcommands. They only parse arguments and call the library.
 
-Exit status: 0 done · 1 an error, said in one line (`--debug` shows its traceback), or, of `btok mmeb`, a dataset that
-failed · 2 arguments that make no sense · 130 interrupted.
+Exit status: 0 success · 1 an error, printed in one line (with `--debug` a traceback), or a failed dataset of
+`btok mmeb` · 2 invalid arguments · 130 interrupted.
 
-What a command needs is imported when it runs, so that `--help` costs next to nothing.
+A subcommand imports what it needs when it runs, so that `--help` is fast. To add one, write a function that adds its
+parser and a function that runs it, and list the former in `main`.
 """
 
 import argparse
@@ -21,15 +22,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments (`Sequence[str]`, *optional*): The words behind `btok`. Default: those of the process.
+        arguments (`Sequence[str]`, *optional*): The arguments after `btok`. Default: those of the process.
 
     Returns:
-        `int`: The exit status (see the module's top).
+        `int`: The exit status, as in the module's docstring.
     """
     parser = argparse.ArgumentParser(
         prog="btok",
-        description="Embedding models with Bottleneck Tokens: make, train, publish, check and evaluate them.",
-        epilog="`btok COMMAND --help` shows a command's flags, which may be written with - or _, and an example.",
+        description="Create, train, publish, verify and evaluate embedding models with Bottleneck Tokens.",
+        epilog="`btok COMMAND --help` shows the flags and an example. Flags may be written with - or _.",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--version", action="version", version=f"btok-hf {version('btok-hf')}")
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for add_command in (_add_tokens, _train, _export, _verify, _push, _mmeb):
         add_command(commands)
     words = list(sys.argv[1:] if arguments is None else arguments)
-    # `--num_tokens`, as in Python and in recipes, is `--num-tokens`.
+    # Accept `--num_tokens`, as in Python and in recipes, for `--num-tokens`.
     words = [re.sub(r"^--[\w-]+", lambda flag: flag[0].replace("_", "-"), word) for word in words]
     options, rest = parser.parse_known_args(words)
     given = vars(options)
@@ -49,21 +50,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with one_line_errors(debug):
             outcome = run(**given)
-        # Training comes back set up and not yet run: an error of a long run keeps its traceback.
+        # `btok train` returns a function that runs the training. Errors of a long run keep their traceback.
         return (outcome() if callable(outcome) else outcome) or 0
     except KeyboardInterrupt:
         return 130
 
 
 def _command(commands: Any, name: str, run: Any, description: str, example: str) -> argparse.ArgumentParser:
+    """Add the parser of a subcommand. `run` is called with its parsed arguments."""
     parser = commands.add_parser(
         name,
         help=description[0].lower() + description.partition(".")[0][1:],
         description=description,
         epilog=f"example: {example}",
     )
-    # Without a default, which would overwrite `btok --debug COMMAND`.
-    parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show an error's traceback")
+    # SUPPRESS, because a default would overwrite `btok --debug COMMAND`.
+    parser.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
     parser.set_defaults(run=run)
     return parser
 
@@ -73,21 +77,24 @@ def _add_tokens(commands: Any) -> None:
         commands,
         "add-tokens",
         _run_add_tokens,
-        "Turn a base checkpoint into a repository with Bottleneck Tokens, ready to train.",
+        "Add Bottleneck Tokens to a base checkpoint and write a repository that is ready to train.",
         "btok add-tokens Qwen/Qwen2-VL-2B-Instruct btok-start --max-pixels 501760",
     )
     parser.add_argument("base", help="folder or Hub id of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint")
     parser.add_argument("output_dir", help="folder to write")
     parser.add_argument("--num-tokens", type=int, default=4, help="K; 0 is last-token pooling (default: %(default)s)")
     parser.add_argument(
-        "--noise-std", type=float, default=0.0, help="noise on the rows, relative to the EOS row's std"
+        "--noise-std",
+        type=float,
+        default=0.0,
+        help="noise added to the token rows, relative to the std of the EOS row (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
     parser.add_argument("--min-pixels", type=int, help="enlarge smaller images to this many pixels")
     parser.add_argument("--max-pixels", type=int, help="reduce larger images and frames to this many pixels")
     parser.add_argument("--query-prompt", help="instruction for queries")
     parser.add_argument("--document-prompt", help="instruction for documents")
-    parser.add_argument("--dtype", default="auto", help="precision to load and save in (default: the checkpoint's)")
+    parser.add_argument("--dtype", default="auto", help="dtype of the weights (default: the checkpoint's)")
     parser.add_argument("--revision", help="branch, tag or commit of the base on the Hub")
 
 
@@ -111,7 +118,7 @@ def _train(commands: Any) -> None:
 
 
 def _run_train(words: list[str]) -> Callable[[], None]:
-    """`training/train.py`, whose own parser reads the flags: as many as the Trainer has, and a YAML file."""
+    """Set up a training. The parser of `training/train.py` reads the flags of the Trainer and a YAML file."""
     from btok_hf.training.train import set_up
 
     return set_up(words).run
@@ -122,14 +129,16 @@ def _export(commands: Any) -> None:
         commands,
         "export",
         _run_export,
-        "Export a training checkpoint (complete, or adapters) as a Hub repository.",
+        "Export a training checkpoint (full model or adapters) as a Hub repository.",
         "btok export btok-run/checkpoint-1000 btok-mine",
     )
-    parser.add_argument("checkpoint", help="folder or Hub id: a checkpoint of CondensationTrainer, or a repository")
+    parser.add_argument("checkpoint", help="folder or Hub id of a CondensationTrainer checkpoint or a repository")
     parser.add_argument("output_dir", help="folder to write")
-    parser.add_argument("--adapter-only", action="store_true", help="write only the adapters; the base stays apart")
-    parser.add_argument("--base-model", help="with --adapter-only: Hub id of what the adapters were trained on")
-    parser.add_argument("--max-shard-size", default="50GB", help="largest weight file (default: %(default)s)")
+    parser.add_argument("--adapter-only", action="store_true", help="write the adapters without merging them")
+    parser.add_argument("--base-model", help="with --adapter-only: Hub id of the base that the adapters belong to")
+    parser.add_argument(
+        "--max-shard-size", default="50GB", help="maximum size of a weight file (default: %(default)s)"
+    )
 
 
 def _run_export(
@@ -140,10 +149,14 @@ def _run_export(
     from btok_hf.sentence_transformer import BTokSentenceTransformer
 
     if base_model and not adapter_only:
-        raise ValueError("--base-model goes with --adapter-only: merged weights have no base.")
+        raise ValueError(
+            f"--base-model needs --adapter-only, got --base-model {base_model} without it: merged weights have no "
+            "base. Add --adapter-only, or leave --base-model out."
+        )
     if Path(output_dir).resolve() == Path(checkpoint).resolve():
         raise ValueError(
-            "output_dir is the checkpoint itself, which could not be trained on afterwards; name another."
+            f"output_dir must not be the checkpoint, got {output_dir}: training could not resume from it. Choose "
+            "another folder."
         )
     check_writable(output_dir)
     model = BTokSentenceTransformer(checkpoint, device="cpu")
@@ -159,12 +172,12 @@ def _verify(commands: Any) -> None:
         commands,
         "verify",
         _run_verify,
-        "Load a repository in a fresh process with stock loaders and compare it with its golden vectors.",
+        "Load a repository in a fresh process with stock loaders and compare its embeddings with its golden vectors.",
         "btok verify org/btok-2b --revision main",
     )
     parser.add_argument("path_or_repo", help="folder or Hub id of an exported repository")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
-    parser.add_argument("--device", default="cpu", help="where to embed (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="device of the model (default: %(default)s)")
 
 
 def _run_verify(**options: Any) -> None:
@@ -178,16 +191,18 @@ def _push(commands: Any) -> None:
         commands,
         "push",
         _run_push,
-        "Upload an exported repository to the Hub in one commit. The token comes from HF_TOKEN or `hf auth login`; it "
-        "is no flag, because other users of the machine can see flags.",
+        "Upload an exported repository to the Hub in one commit. The token comes from HF_TOKEN or `hf auth login`. "
+        "There is no flag for it, because other users of the machine can see flags.",
         "btok push btok-mine org/btok-2b --private",
     )
     parser.add_argument("path", help="folder written by `btok export` or `btok add-tokens`")
-    parser.add_argument("repo_id", help="where to; created if there is none")
-    parser.add_argument("--private", action="store_true", default=None, help="create, or expect, a private repository")
-    parser.add_argument("--revision", help="branch to commit to; made from the main branch if there is none")
+    parser.add_argument("repo_id", help="Hub id of the repository; created if it does not exist")
+    parser.add_argument(
+        "--private", action="store_true", default=None, help="create a private repository, or require that it is one"
+    )
+    parser.add_argument("--revision", help="branch to commit to; created from main if it does not exist")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
-    parser.add_argument("--commit-message", default=argparse.SUPPRESS, help="first line of the commit's message")
+    parser.add_argument("--commit-message", default=argparse.SUPPRESS, help="first line of the commit message")
 
 
 def _run_push(**options: Any) -> None:
@@ -201,8 +216,8 @@ def _mmeb(commands: Any) -> None:
         commands,
         "mmeb",
         _run_mmeb,
-        "Evaluate a Sentence-Transformers model on MMEB-V2. After a kill the same command goes on. Several processes "
-        "share the work: accelerate launch -m btok_hf mmeb …",
+        "Evaluate a Sentence-Transformers model on MMEB-V2. The same command resumes an interrupted run. To use "
+        "several processes: accelerate launch -m btok_hf mmeb …",
         "btok mmeb --model org/btok-2b --data MMEB-V2 --modality image,visdoc --output results/btok-2b",
     )
     parser.add_argument("--model", required=True, help="folder or Hub id")
@@ -210,15 +225,15 @@ def _mmeb(commands: Any) -> None:
     parser.add_argument("--output", required=True, help="folder for scores, rankings and report")
     parser.add_argument("--modality", type=_names, help="image, video, visdoc, separated by commas (default: all)")
     parser.add_argument("--datasets", type=_names, help="names of datasets, separated by commas (default: all)")
-    parser.add_argument("--limit", type=int, help="only the first queries of each dataset, to try things out")
+    parser.add_argument("--limit", type=int, help="use only the first queries of each dataset, for a trial run")
     parser.add_argument(
-        "--batch-tokens", type=int, default=16384, help="tokens of a forward pass, about (default: %(default)s)"
+        "--batch-tokens", type=int, default=16384, help="approximate tokens per forward (default: %(default)s)"
     )
     parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
-    parser.add_argument("--dtype", default="auto", help="precision to load in (default: the checkpoint's)")
+    parser.add_argument("--dtype", default="auto", help="dtype of the weights (default: the checkpoint's)")
     parser.add_argument("--max-pixels", type=int, help="reduce larger images and frames to this many pixels")
     parser.add_argument("--prompt", help="instruction for every input (default: the model's default)")
-    parser.add_argument("--eval-task", help="id in eval.yaml of the benchmark on the Hub: writes .eval_results")
+    parser.add_argument("--eval-task", help="task id from the benchmark's eval.yaml on the Hub; writes .eval_results")
     parser.add_argument("--cache", help="folder for embeddings (default: embeddings in the output folder)")
 
 
@@ -247,5 +262,5 @@ def _run_mmeb(
     _, errors = mmeb.evaluate(
         loaded, data, output, modalities=modality, name=Path(model).name, cache_dir=cache, **options
     )
-    PartialState().destroy_process_group()  # torch aborts some processes at their exit otherwise
+    PartialState().destroy_process_group()  # without it, torch aborts some processes at exit
     return int(bool(errors))

@@ -1,23 +1,26 @@
 """Generative Information Condensation: one packed forward over [encoded side | Bottleneck Tokens | target].
 
-The target text is predicted token by token while the *Condensation Mask* hides the encoded side from it, so whatever
-helps the prediction has to pass through the keys and values of the K Bottleneck Tokens (BToks) in every layer
-(Bottleneck Tokens, arXiv 2604.11095, section on the Condensation Mask).
+The target text is predicted token by token. The *Condensation Mask* hides the encoded side from the target tokens.
+Information about the input can therefore reach the prediction only through the keys and values of the K Bottleneck
+Tokens (BToks) in each layer (Bottleneck Tokens, arXiv 2604.11095, section on the Condensation Mask).
 
-How it is computed here:
-- All rows of a batch lie behind each other in one row without padding. A row is up to two attention segments: the
-  prefix (encoded side and BToks, causal) and the target, whose keys are the BToks and the target so far. The
-  Condensation Mask is nothing but this choice of keys: no mask tensor, no cache, no second forward.
-- Segments of the same shape run as one call of torch's scaled-dot-product attention, on any device.
-- The layout reaches the attention function as a keyword argument, so activation checkpointing recomputes the same
-  thing. (A key/value cache would be dropped silently under checkpointing.)
-- Checks, positions and layout are worked out on the CPU, and what they give is copied to the device before the first
-  kernel is queued: on a GPU each look at a value waits for everything queued before it.
-- Target tokens take the positions behind the encoded side's maximum, where generation would put them.
-- The cross-entropy goes through the vocabulary 256 target tokens at a time.
+Implementation:
+- All rows of a batch are concatenated without padding. A row has up to two attention segments. The prefix (encoded
+  side and BToks) is causal. The target has the BToks and the previous target tokens as its keys. This choice of keys
+  is the Condensation Mask: there is no mask tensor, no cache and no second forward.
+- Segments of similar shape share one call of torch's scaled-dot-product attention, on any device.
+- The layout is passed to the attention function as a keyword argument, so that activation checkpointing recomputes
+  the same attention. (Checkpointing silently drops a key/value cache.)
+- Checks, positions and layout are computed on the CPU and copied to the device before the first kernel is queued. On a
+  GPU, reading a value waits for all queued kernels.
+- Target tokens get the positions after the maximum of the encoded side, as in generation.
+- The cross-entropy is computed for 256 target tokens at a time.
+
+The attention functions are in `btok_hf/packed_attention.py`, the training loss in `training/condensation_loss.py`.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +28,7 @@ from torch.nn import functional as F
 
 from btok_hf.features import GRID_KEYS, IGNORED, MEDIA_KEYS, ROW_KEYS
 from btok_hf.modeling.modeling_btok import (
+    Backbone,
     append_bottleneck_tokens,
     bottleneck_token_ids,
     check_media,
@@ -33,11 +37,11 @@ from btok_hf.modeling.modeling_btok import (
 )
 from btok_hf.packed_attention import ATTENTION, VISION_ATTENTION, PackedLayout
 
-CROSS_ENTROPY_ROWS = 256  # rows of logits alive at once: 256 x 151,936 x 4 bytes = 156 MB
+CROSS_ENTROPY_ROWS = 256  # rows of logits in memory at once: 256 x 151,936 x 4 bytes = 156 MB
 
 
 class Condensed(NamedTuple):
-    """What `condense` returns.
+    """Output of `condense`.
 
     Args:
         embeddings (`torch.FloatTensor` of shape `(batch, hidden)`): fp32, L2-normalised.
@@ -50,10 +54,10 @@ class Condensed(NamedTuple):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of `hidden @ weight.T` in blocks of rows; the logits of a block are recomputed in backward."""
+    """Cross-entropy of `hidden @ weight.T` in blocks of rows. The backward pass recomputes their logits."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels):
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         losses, normalisers = [], []
         for rows, targets in zip(hidden.split(CROSS_ENTROPY_ROWS), labels.split(CROSS_ENTROPY_ROWS)):
             logits = (rows @ weight.T).float()
@@ -63,7 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return torch.cat(losses)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         blocks = [tensor.split(CROSS_ENTROPY_ROWS) for tensor in (ctx.saved_tensors[0], *ctx.saved_tensors[2:], grad)]
         weight = ctx.saved_tensors[1]
         grad_hidden = []
@@ -78,16 +82,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return torch.cat(grad_hidden), grad_weight, None
 
 
-def linear_cross_entropy(hidden, weight, labels):
-    """Cross-entropy of every row without the `(rows, vocabulary)` logits.
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of every row, without all `(rows, vocabulary)` logits in memory.
 
     Args:
-        hidden (`torch.Tensor` of shape `(rows, hidden)`): States that predict the labels.
+        hidden (`torch.Tensor` of shape `(rows, hidden)`): Hidden states that predict the labels.
         weight (`torch.Tensor` of shape `(vocabulary, hidden)`): The language-modelling head.
         labels (`torch.LongTensor` of shape `(rows,)`): Token ids.
 
     Returns:
-        `torch.FloatTensor` of shape `(rows,)`: the loss of each row in nats, fp32.
+        `torch.FloatTensor` of shape `(rows,)`: The loss of each row in nats, fp32.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -97,23 +101,38 @@ def linear_cross_entropy(hidden, weight, labels):
         return _LinearCrossEntropy.apply(hidden.to(dtype), weight.to(dtype), labels)
 
 
-def backbone_and_head(model):
-    """The stock backbone inside `model`, and the weight that turns hidden states into logits (`None`: it has none).
+def backbone_and_head(model: torch.nn.Module) -> tuple[Backbone, Tensor | None]:
+    """The stock backbone inside `model`, and the weight of its language-modelling head.
 
-    `model` may be a stock backbone, its `…ForConditionalGeneration`, a `BTokForEmbedding`, or any of them in PEFT.
+    Args:
+        model (`torch.nn.Module`): A stock backbone, its `…ForConditionalGeneration`, a `BTokForEmbedding`, or one of
+            them wrapped by PEFT.
+
+    Returns:
+        `tuple`: The backbone, and the weight of shape `(vocabulary, hidden)` or `None` if there is no head.
+
+    Raises:
+        ValueError: An unsupported backbone.
     """
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    stock_class(model.config)  # refuses other families
-    backbone = model if hasattr(model, "language_model") else model.model
-    head = model.get_output_embeddings()
-    if head is None and model.config.tie_word_embeddings:
-        head = model.get_input_embeddings()
+    stock: Any = model
+    if hasattr(stock, "get_base_model"):  # wrapped by PEFT
+        stock = stock.get_base_model()
+    stock_class(stock.config)  # refuses unsupported backbones
+    backbone = stock if hasattr(stock, "language_model") else stock.model
+    head = stock.get_output_embeddings()
+    if head is None and stock.config.tie_word_embeddings:
+        head = stock.get_input_embeddings()
     return backbone, None if head is None else head.weight
 
 
-def _position_ids(backbone, input_ids, attention_mask, mm_token_type_ids, features):
-    """M-RoPE positions, shape (3, batch, length), as the backbone itself computes them."""
+def _position_ids(
+    backbone: Backbone,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    mm_token_type_ids: Tensor | None,
+    features: Mapping[str, Tensor],
+) -> Tensor:
+    """M-RoPE positions as the backbone computes them. Shape (3, batch, length)."""
     grids = {key: features[key] for key in GRID_KEYS if features.get(key) is not None}
     if not grids:
         return (attention_mask.long().cumsum(1) - 1).clamp(min=0).expand(3, -1, -1)
@@ -122,56 +141,66 @@ def _position_ids(backbone, input_ids, attention_mask, mm_token_type_ids, featur
             "Images or video were given without mm_token_type_ids, which multimodal positions need. "
             "Pass everything that the processor returned."
         )
-    # The backbone loops over rows in Python. Rows of one shape (images of one size) need a single turn.
+    get_rope_index: Any = backbone.get_rope_index  # its annotations demand LongTensor, a type of no actual tensor
+    # The backbone loops over rows in Python. If all rows have the same layout, computing one of them is enough.
     uniform = [
         grid.view(len(input_ids), -1, *grid.shape[1:]) for grid in grids.values() if len(grid) % len(input_ids) == 0
     ]
     if len(uniform) == len(grids) and all((x == x[:1]).all() for x in (mm_token_type_ids, attention_mask, *uniform)):
         first = {key: grid[0] for key, grid in zip(grids, uniform)}
-        positions, _ = backbone.get_rope_index(
+        positions, _ = get_rope_index(
             input_ids[:1], mm_token_type_ids=mm_token_type_ids[:1], attention_mask=attention_mask[:1], **first
         )
         return positions.expand(-1, len(input_ids), -1)
-    return backbone.get_rope_index(
-        input_ids, mm_token_type_ids=mm_token_type_ids, attention_mask=attention_mask, **grids
-    )[0]
+    return get_rope_index(input_ids, mm_token_type_ids=mm_token_type_ids, attention_mask=attention_mask, **grids)[0]
 
 
-def condense(model, inputs, target_ids=None, labels=None, *, condensation_mask=True, lm_head=None):
-    """Embed a batch and, in the same forward, predict a target text from the Bottleneck Tokens alone.
+def condense(
+    model: torch.nn.Module,
+    inputs: Mapping[str, Any],
+    target_ids: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    condensation_mask: bool = True,
+    lm_head: Tensor | None = None,
+) -> Condensed:
+    """Embed a batch and, in the same forward, predict a target text from the Bottleneck Tokens.
 
     Args:
-        model: A Qwen-VL backbone with Bottleneck Tokens: stock (`AutoModel`, `AutoModelForImageTextToText`),
-            `BTokForEmbedding`, or one of them in PEFT. Its attention implementations become `"btok_packed"`
-            (language model), which for every other call is transformers' SDPA, and `"btok_flash_packed"` (vision
-            tower), which computes what SDPA does in fewer calls.
-        inputs (`Mapping`): What a processor returns for the encoded side: `input_ids`, `attention_mask` and, with
-            media, `mm_token_type_ids`, pixels and grids. Rows may end in the Bottleneck Tokens or lack them. What
-            lies on the CPU is moved to the model's device, with less waiting than if all of it lay there before.
+        model (`torch.nn.Module`): A Qwen-VL backbone with Bottleneck Tokens: stock (`AutoModel`,
+            `AutoModelForImageTextToText`), `BTokForEmbedding`, or one of them wrapped by PEFT. Its attention
+            implementations are set to `"btok_packed"` (language model) and `"btok_flash_packed"` (vision tower).
+            Calls without a packed layout run transformers' SDPA. The vision tower computes the same as SDPA in fewer
+            calls.
+        inputs (`Mapping[str, torch.Tensor]`): What a processor returns for the encoded side: `input_ids`,
+            `attention_mask` and, with media, `mm_token_type_ids`, pixels and grids. Bottleneck Tokens are appended to
+            rows that do not end in them. Leave the tensors on the CPU: they are checked there and then copied to the
+            model's device.
         target_ids (`torch.LongTensor` of shape `(batch, target_length)`, *optional*):
-            Target token ids, right-padded. `None` only embeds.
+            Target token ids, right-padded. Without them the batch is only embedded.
         labels (`torch.LongTensor` of shape `(batch, target_length)`, *optional*):
             Aligned with `target_ids` and shifted inside, as in transformers: `labels[:, t]` is predicted from the
-            token before `target_ids[:, t]`, which for `t = 0` is the last Bottleneck Token. -100 is unsupervised.
-            Whatever stands behind a row's last supervised label is padding.
-        condensation_mask (`bool`): `False` is the ablation: the target also sees the encoded side.
+            token before `target_ids[:, t]`. For `t = 0` this is the last Bottleneck Token. -100 is unsupervised.
+            Tokens after the last supervised label are padding.
+        condensation_mask (`bool`): `False` lets the target attend to the encoded side too (ablation).
         lm_head (`torch.Tensor` of shape `(vocabulary, hidden)`, *optional*):
             Head weight, for an untied backbone that was loaded without its head.
 
     Returns:
-        [`Condensed`]: embeddings and the loss of every supervised token.
+        [`Condensed`]: The embeddings, and the loss of every supervised token.
 
     Raises:
-        ValueError: Shapes that do not fit, no head to predict with, media that do not fit their placeholders.
+        ValueError: Shapes that do not match, no head to predict with, or media that do not match their placeholders.
     """
-    backbone, head = backbone_and_head(model)
-    head = head if lm_head is None else lm_head
+    backbone, tied_head = backbone_and_head(model)
+    head = tied_head if lm_head is None else lm_head
     if target_ids is None:
         target_ids = labels = torch.empty(len(inputs["input_ids"]), 0, dtype=torch.long)
     if labels is None or labels.shape != target_ids.shape or len(target_ids) != len(inputs["input_ids"]):
         raise ValueError(
             f"target_ids and labels must both have shape (batch={len(inputs['input_ids'])}, target_length), got "
-            f"{tuple(target_ids.shape)} and {None if labels is None else tuple(labels.shape)}."
+            f"{tuple(target_ids.shape)} and {None if labels is None else tuple(labels.shape)}. Pass both, "
+            "right-padded to the same length."
         )
     target_ids, labels = target_ids.cpu(), labels.cpu()
     supervised = labels != IGNORED
@@ -189,28 +218,40 @@ def condense(model, inputs, target_ids=None, labels=None, *, condensation_mask=T
     embeddings = F.normalize(hidden[bottleneck].float().mean(1), dim=-1)
     if len(predictors) == 0:
         return Condensed(embeddings, hidden.new_zeros(0, dtype=torch.float32))
+    assert head is not None  # checked above, because there are target tokens
     return Condensed(embeddings, linear_cross_entropy(hidden[predictors], head, labels))
 
 
 @torch.no_grad()
-def reconstruct(model, inputs, prompt_ids, stop_id, *, max_new_tokens=32, lm_head=None):
-    """Text that the Bottleneck Tokens hold: greedy decoding that sees their keys and values and not the input.
+def reconstruct(
+    model: torch.nn.Module,
+    inputs: Mapping[str, Any],
+    prompt_ids: list[int],
+    stop_id: int,
+    *,
+    max_new_tokens: int = 32,
+    lm_head: Tensor | None = None,
+) -> list[list[int]]:
+    """Decode the text that the Bottleneck Tokens encode. The decoded tokens attend to them and not to the input.
 
-    For looking at what a model keeps. Every token takes a forward over the whole batch: nothing is cached.
+    Use it to inspect what an embedding keeps. Decoding is greedy and runs the full batch for every token: nothing is
+    cached.
 
     Args:
         model, inputs, lm_head: As in [`condense`].
         prompt_ids (`list[int]`): Tokens that every target begins with.
         stop_id (`int`): Token that ends a target.
-        max_new_tokens (`int`): Tokens after which a target ends without it.
+        max_new_tokens (`int`): Maximum number of decoded tokens per row.
 
     Returns:
         `list[list[int]]`: The decoded tokens of each row, without prompt and `stop_id`.
+
+    Raises:
+        ValueError: No head to predict with, or media that do not match their placeholders.
     """
-    backbone, head = backbone_and_head(model)
-    head = head if lm_head is None else lm_head
-    _check_head(head)
-    # A text has no place for media, and the backbone would look for their features.
+    backbone, tied_head = backbone_and_head(model)
+    head = _check_head(tied_head if lm_head is None else lm_head)
+    # Placeholders cannot be decoded: the backbone would expect media for them.
     placeholders = [backbone.config.image_token_id, backbone.config.video_token_id]
     ids = torch.tensor([prompt_ids] * len(inputs["input_ids"]))
     for _ in range(max_new_tokens):
@@ -225,18 +266,32 @@ def reconstruct(model, inputs, prompt_ids, stop_id, *, max_new_tokens=32, lm_hea
     return [row[: row.index(stop_id)] if stop_id in row else row for row in rows]
 
 
-def _check_head(head):
+def _check_head(head: Tensor | None) -> Tensor:
     if head is None:
         raise ValueError(
             "This backbone has no language-modelling head to predict the target with: its embeddings are not tied. "
             "Load it with AutoModelForImageTextToText, or pass lm_head."
         )
+    return head
 
 
-def _pack(backbone, inputs, target_ids, real_target, condensation_mask=True):
-    """All rows of a batch behind each other: what the backbone is called with, and where each row's target starts.
+def _pack(
+    backbone: Backbone,
+    inputs: Mapping[str, Any],
+    target_ids: Tensor,
+    real_target: Tensor,
+    condensation_mask: bool = True,
+) -> tuple[dict[str, Any], Tensor]:
+    """Concatenate the rows of a batch.
 
-    `target_ids` and `real_target` lie on the CPU, and so do the starts, shape (batch,).
+    Args:
+        backbone, inputs, condensation_mask: As in [`condense`].
+        target_ids (`torch.LongTensor` of shape `(batch, target_length)`): On the CPU.
+        real_target (`torch.BoolTensor` of shape `(batch, target_length)`): False for padding. On the CPU.
+
+    Returns:
+        `tuple`: The arguments of the backbone, on its device, and the start of each row's target, shape `(batch,)`, on
+        the CPU.
     """
     device = inputs["input_ids"].device
     if device.type == "cpu":
@@ -251,7 +306,7 @@ def _pack(backbone, inputs, target_ids, real_target, condensation_mask=True):
     positions = _position_ids(backbone, input_ids, attention_mask, types, rows)
     real = attention_mask.bool()
 
-    # Rows behind each other: [encoded side | BToks | target] of the first, of the second, …
+    # Each row becomes [encoded side | BToks | target].
     keep = torch.cat([real, real_target], 1)
     after = positions.masked_fill(~real, -1).amax((0, 2))[:, None] + 1 + torch.arange(target_ids.shape[1])
     positions = torch.cat([positions, after.expand(3, -1, -1)], 2)
@@ -275,25 +330,25 @@ def _pack(backbone, inputs, target_ids, real_target, condensation_mask=True):
     return packed, starts + prefix_lengths
 
 
-def _forward(backbone, packed):
-    """Last hidden states of the packed rows, shape (length, hidden)."""
-    # Set for good and not around this call: activation checkpointing looks it up again in the backward pass.
+def _forward(backbone: Backbone, packed: dict[str, Any]) -> Tensor:
+    """Last hidden states of the packed rows. Shape (length, hidden)."""
+    # Not restored after this call, because activation checkpointing reads it again in the backward pass.
     backbone.language_model.config._attn_implementation = ATTENTION
     backbone.visual.config._attn_implementation = VISION_ATTENTION
     return backbone(**packed, use_cache=False, vision_layouts={}).last_hidden_state[0]
 
 
-def dense_condensation_mask(attention_mask, target_mask, num_tokens):
-    """The Condensation Mask as a matrix: the definition that the packed layout is tested against.
+def dense_condensation_mask(attention_mask: Tensor, target_mask: Tensor, num_tokens: int) -> Tensor:
+    """The Condensation Mask as a matrix. Tests compare the packed layout with it.
 
     Args:
         attention_mask (`torch.Tensor` of shape `(batch, length)`): 1 for real tokens of [encoded side | BToks].
         target_mask (`torch.Tensor` of shape `(batch, target_length)`): 1 for real target tokens.
-        num_tokens (`int`): K, the number of Bottleneck Tokens at each row's end.
+        num_tokens (`int`): K, the number of Bottleneck Tokens at the end of each row.
 
     Returns:
-        `torch.BoolTensor` of shape `(batch, 1, length + target_length, length + target_length)`: true where the
-        query (third axis) may see the key (last axis).
+        `torch.BoolTensor` of shape `(batch, 1, length + target_length, length + target_length)`: True if the query
+        (third axis) attends to the key (last axis).
     """
     batch, length = attention_mask.shape
     real = torch.cat([attention_mask, target_mask], 1).bool()
@@ -302,6 +357,6 @@ def dense_condensation_mask(attention_mask, target_mask, num_tokens):
     is_bottleneck = torch.zeros_like(real).scatter_(1, last_positions(attention_mask, num_tokens), True)
     visible = torch.ones(total, total, dtype=torch.bool, device=real.device).tril()[None] & real[:, None]
     hidden = is_target[None, :, None] & ~(is_target[None, None] | is_bottleneck[:, None])
-    # Padding rows attend to themselves only, so that their softmax is defined.
+    # Padding tokens attend only to themselves, so that their softmax is defined.
     padding = torch.eye(total, dtype=torch.bool, device=real.device) & ~real[:, :, None]
     return ((visible & ~hidden) | padding)[:, None]

@@ -1,4 +1,4 @@
-"""Errors of users at the command line: one line, and the traceback only where it is asked for."""
+"""Errors on the command line: one line for the user, and the traceback only on request."""
 
 import sys
 from collections.abc import Iterator
@@ -7,15 +7,15 @@ from contextlib import contextmanager
 
 @contextmanager
 def one_line_errors(debug: bool = False) -> Iterator[None]:
-    """End the process with status 1 and a line `error: …` where input, packages, the disk or the Hub are at fault.
+    """End the process with status 1 and a line `error: …` for errors of input, packages, disk and Hub.
 
     Args:
-        debug (`bool`): Let the error through, so that Python shows where it was raised.
+        debug (`bool`): Do not catch errors, so that Python prints the traceback.
     """
     try:
         yield
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         if debug:
             raise
-        # An error's text may be empty, or span lines (a table of differences is printed before).
+        # Some errors have no text.
         sys.exit(f"error: {str(error) or type(error).__name__}")

@@ -1,17 +1,20 @@
-"""The one place that writes a Hub repository: weights, remote code, processor, Sentence-Transformers files, card.
+"""Write a Hub repository: weights, remote code, processor, Sentence-Transformers files, model card, golden vectors.
 
-Golden vectors are written last: a folder without them was not finished.
+All repositories are written here. Golden vectors come last, so that an export without them is incomplete. The card is
+in `hub_card/`, the golden vectors are in `btok_hf/golden.py`, and the upload is in `btok_hf/hub.py`.
 """
 
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
 from btok_hf import golden
@@ -21,9 +24,12 @@ from btok_hf.files import check_writable, explain_full_disk, write_files, write_
 from btok_hf.hub_card.card import render_card
 from btok_hf.modeling import modeling_btok
 
+if TYPE_CHECKING:
+    from btok_hf.sentence_transformer import BTokSentenceTransformer
+
 logger = logging.get_logger(__name__)
 
-# Checked by Sentence-Transformers before it loads any weights.
+# Sentence-Transformers checks them before it loads the weights.
 REQUIREMENTS = {
     "transformers": {
         "specifier": ">=5.17,<6",
@@ -38,17 +44,23 @@ STOCK_MODULES = (
 )
 
 
-def export_model(model, output_dir, *, files=None, max_shard_size="50GB"):
-    """Write a trained model as a Hub repository that every stock loader reads, with golden vectors to verify it by.
+def export_model(
+    model: "BTokSentenceTransformer",
+    output_dir: str | Path,
+    *,
+    files: Mapping[str, str | bytes] | None = None,
+    max_shard_size: str = "50GB",
+) -> Path:
+    """Write a trained model as a Hub repository that stock loaders read, with golden vectors to verify it.
 
-    LoRA adapters are merged into a copy of the weights; `model` itself stays as it is, ready to train on.
+    LoRA adapters are merged into a copy of the weights. `model` is not changed and can be trained further.
 
     Args:
         model (`BTokSentenceTransformer`): The model to publish.
-        output_dir (`str` or `Path`): Folder to write; files of an earlier export are overwritten.
-        files (`dict[str, str | bytes]`, *optional*): Further files by relative path, e.g. `README.md` and `LICENSE`.
+        output_dir (`str` or `Path`): Folder to write. Files of an earlier export are overwritten.
+        files (`dict[str, str | bytes]`, *optional*): Additional files by relative path, e.g. `README.md`, `LICENSE`.
             Default: a README.md that describes the model without results.
-        max_shard_size (`str`): Largest weight file, as in `save_pretrained`.
+        max_shard_size (`str`): Maximum size of a weight file, as in `save_pretrained`.
 
     Returns:
         `Path`: `output_dir`.
@@ -56,94 +68,109 @@ def export_model(model, output_dir, *, files=None, max_shard_size="50GB"):
     Raises:
         OSError: `output_dir` cannot be written to, or the disk is full.
     """
-    weights = model[0].merged()
+    weights = model.transformer.merged()
     output_dir = write_repository(
-        output_dir, weights, model[0].processor, model=model, files=files, max_shard_size=max_shard_size
+        output_dir, weights, model.processor, model=model, files=files, max_shard_size=max_shard_size
     )
     _write_golden(output_dir, weights, model)
     return output_dir
 
 
-def export_adapters(model, output_dir, base_model=None, *, files=None):
+def export_adapters(
+    model: "BTokSentenceTransformer",
+    output_dir: str | Path,
+    base_model: str | None = None,
+    *,
+    files: Mapping[str, str | bytes] | None = None,
+) -> Path:
     """Write only the LoRA adapters and trained token rows, as a Hub repository that refers to its base by Hub id.
 
-    Loading it needs PEFT and the base; publish what `export_model` writes unless the size matters. It has no golden
-    vectors: they would have to hold for whatever the base becomes.
+    Loading it needs PEFT and the base model. Use `export_model` unless the size matters. Adapters have no golden
+    vectors, because the base repository may change.
 
     Args:
         model (`BTokSentenceTransformer`): A model with adapters.
-        output_dir (`str` or `Path`): Folder to write. Must not hold a whole model.
+        output_dir (`str` or `Path`): Folder to write. Must not contain a merged model.
         base_model (`str`, *optional*): Hub id of the repository with Bottleneck Tokens that the adapters were trained
-            on. Default: what the model was loaded from.
+            on. Default: where the model was loaded from.
         files (`dict[str, str | bytes]`, *optional*): As in `export_model`.
 
     Returns:
         `Path`: `output_dir`.
 
     Raises:
-        ValueError: No adapters, DoRA, a base that is no Hub id, or a whole model in `output_dir`.
+        ValueError: No adapters, DoRA, a base that is not a Hub id, or a merged model in `output_dir`.
         OSError: `output_dir` cannot be written to, or the disk is full.
     """
-
-    backbone = model[0].model
+    backbone = model.transformer.model
     if not has_adapters(backbone):
-        raise ValueError("The model has no adapters to write. Export it whole: use export_model.")
-    base = str(base_model or backbone.peft_config[backbone.active_adapters()[0]].base_model_name_or_path)
+        raise ValueError("The model has no adapters to write. Export the full model with export_model.")
+    adapter_config: Any = backbone.peft_config[backbone.active_adapters()[0]]
+    base = str(base_model or adapter_config.base_model_name_or_path)
     if Path(base).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
         raise ValueError(
-            f"Adapters refer to their base by Hub id, got {base!r}, which nobody else could load. Push the repository "
-            "that they were trained on and pass its id as base_model, e.g. 'org/btok-start'."
+            f"base_model must be a Hub id, got {base!r}, which nobody else could load. Push the repository that the "
+            "adapters were trained on, and pass its id as base_model, e.g. 'org/btok-start'."
         )
-    if backbone.peft_config[backbone.active_adapters()[0]].use_dora:
+    if adapter_config.use_dora:
         raise ValueError(
-            "Stock loaders leave the magnitudes of DoRA out (transformers 5.23), so the adapters would give other "
-            "vectors. Export the model whole."
+            "Adapters with use_dora=True cannot be exported: stock loaders ignore the magnitudes of DoRA "
+            "(transformers 5.23) and would give other vectors. Export the merged model with export_model."
         )
     if Path(output_dir, "config.json").exists():
-        raise ValueError(f"{output_dir} holds a whole model, which loaders would prefer. Name another output_dir.")
-    output_dir = write_repository(output_dir, backbone, model[0].processor, model=model, files=files)
+        raise ValueError(f"{output_dir} contains a merged model, which loaders would prefer. Choose another folder.")
+    output_dir = write_repository(output_dir, backbone, model.processor, model=model, files=files)
     path = output_dir / "adapter_config.json"
     write_json(path, {**json.loads(path.read_text("utf-8")), "base_model_name_or_path": base})
     return output_dir
 
 
 def write_repository(
-    output_dir, weights, processor, *, model=None, prompts=None, files=None, max_shard_size="50GB"
+    output_dir: str | Path,
+    weights: PreTrainedModel,
+    processor: ProcessorMixin,
+    *,
+    model: "BTokSentenceTransformer | None" = None,
+    prompts: Mapping[str, str | None] | None = None,
+    files: Mapping[str, str | bytes] | None = None,
+    max_shard_size: str = "50GB",
 ) -> Path:
-    """Write all files of a repository but the golden vectors.
+    """Write all files of a repository except the golden vectors.
 
     Args:
         output_dir (`str` or `Path`): Folder to write.
-        weights (`PreTrainedModel`): A stock `…ForConditionalGeneration`, or a backbone with adapters, of which only
-            the adapters are written.
-        processor (`ProcessorMixin`): With the embedding chat template.
-        model (`BTokSentenceTransformer`, *optional*): Where prompts, similarity and dimensions come from.
-        prompts (`dict[str, str]`, *optional*): Prompts where there is no `model`.
-        files (`dict[str, str | bytes]`, *optional*): Further files by relative path.
-        max_shard_size (`str`): Largest weight file.
+        weights (`PreTrainedModel`): A stock `…ForConditionalGeneration`, or a backbone with adapters. For the latter
+            only the adapters are written.
+        processor (`ProcessorMixin`): Processor with the embedding chat template.
+        model (`BTokSentenceTransformer`, *optional*): Source of prompts, similarity and dimensions.
+        prompts (`dict[str, str]`, *optional*): Prompts if there is no `model`.
+        files (`dict[str, str | bytes]`, *optional*): Additional files by relative path.
+        max_shard_size (`str`): Maximum size of a weight file.
+
+    Returns:
+        `Path`: `output_dir`.
 
     Raises:
         OSError: `output_dir` cannot be written to, or the disk is full.
     """
-
     check_writable(output_dir)
     output_dir = Path(output_dir)
     config = weights.config
-    is_whole = isinstance(weights, modeling_btok.stock_class(config))
-    needed = sum(p.numel() * p.element_size() for p in weights.parameters()) if is_whole else None
+    is_full_model = isinstance(weights, modeling_btok.stock_class(config))
+    needed = sum(p.numel() * p.element_size() for p in weights.parameters()) if is_full_model else None
     if files is None:
         files = {"README.md": render_card(config, processor, model.prompts if model is not None else prompts or {})}
     with explain_full_disk(output_dir, needed):
         output_dir.mkdir(parents=True, exist_ok=True)
-        # Of an earlier export: these vectors belong to other weights.
+        # Vectors of an earlier export belong to other weights.
         (output_dir / golden.FILE_NAME).unlink(missing_ok=True)
-        if is_whole:  # in another number of files, old weights would stay beside the new ones, and be preferred
+        if is_full_model:  # old weights in another number of files would remain, and loaders could prefer them
             for path in output_dir.glob("model*.safetensors*"):
                 path.unlink()
         weights.save_pretrained(output_dir, max_shard_size=max_shard_size)
         processor.save_pretrained(output_dir)
-        if is_whole:
-            # Left from saving adapters here, they would be taken for the model.
+        if is_full_model:
+            # Loaders would prefer adapters that were saved in this folder earlier.
             for name in ("adapter_config.json", "adapter_model.safetensors"):
                 (output_dir / name).unlink(missing_ok=True)
             path = output_dir / "config.json"
@@ -154,12 +181,12 @@ def write_repository(
     return output_dir
 
 
-def _write_golden(output_dir, weights, model):
-    """Golden vectors of the weights in memory: a repository whose files hold anything else fails `btok_hf.verify`.
+def _write_golden(output_dir: Path, weights: modeling_btok.StockModel, model: "BTokSentenceTransformer") -> None:
+    """Write the golden vectors of the weights in memory. `btok_hf.verify` compares the written files with them.
 
-    They are the fp32 embeddings on the CPU, whatever the weights' own precision and device. A backbone made anew holds
-    a copy of the weights; casting a copy of the module instead would keep the rounded rotary frequencies of one that
-    was cast to bf16, which no loader has.
+    They are computed in fp32 on the CPU, for any precision and device of the weights. The weights are copied into a
+    new backbone. A copy of a module that was cast to bf16 would keep its rounded rotary frequencies, which loaders
+    compute without rounding.
     """
     backbone = type(weights.model)(weights.config).float().eval()
     backbone.load_state_dict(weights.model.state_dict())
@@ -168,23 +195,29 @@ def _write_golden(output_dir, weights, model):
     with torch.no_grad():
         for item, prompt_name in inputs.values():
             prompt = None if prompt_name is None else model.prompts[prompt_name]
-            features = model[0].preprocess([item], prompt=prompt)
+            features = model.transformer.preprocess([item], prompt=prompt)
             embeddings.append(condense(backbone, {k: _to_cpu(v) for k, v in features.items()}).embeddings[0].numpy())
     with explain_full_disk(output_dir):
         closest = golden.write_golden(output_dir / golden.FILE_NAME, inputs, model.prompts, np.stack(embeddings))
     if not closest > golden.DISTINCT * golden.TOLERANCE:
         logger.warning(
-            f"The model gives nearly the same vector to different inputs (largest difference {closest:.1e}): it is "
-            f"collapsed or untrained. {output_dir} is written, but btok verify will refuse its golden vectors."
+            f"The model gives nearly the same vector for different inputs (largest difference {closest:.1e}): it is "
+            f"collapsed or untrained. {output_dir} was written, but btok verify will refuse its golden vectors."
         )
 
 
-def _to_cpu(value):
+def _to_cpu(value: Any) -> Any:
     return value.cpu() if isinstance(value, torch.Tensor) else value
 
 
-def _write_sentence_transformers_files(output_dir, config, model, prompts):
-    """A pipeline of stock modules: the weights 1 for Bottleneck Tokens and 0 elsewhere make their mean the output."""
+def _write_sentence_transformers_files(
+    output_dir: Path,
+    config: PreTrainedConfig,
+    model: "BTokSentenceTransformer | None",
+    prompts: Mapping[str, str | None] | None,
+) -> None:
+    """Write a pipeline of stock modules. Word weights of 1 for Bottleneck Tokens and 0 for all other tokens make the
+    mean pooling average the Bottleneck Tokens."""
     text_config = config.get_text_config()
     write_json(
         output_dir / "modules.json",
@@ -232,23 +265,30 @@ def _write_sentence_transformers_files(output_dir, config, model, prompts):
         write_json(output_dir / folder / "config.json", module_config)
 
 
-def untied_head(model):
-    """The language-modelling head of a stock model; `None` where it shares the input embedding's weight."""
+def untied_head(model: modeling_btok.StockModel) -> torch.nn.Linear | None:
+    """The language-modelling head of a stock model; `None` if it is tied to the input embedding."""
     return None if model.lm_head.weight is model.get_input_embeddings().weight else model.lm_head
 
 
-def stock_model(backbone, lm_head=None, generation_config=None) -> PreTrainedModel:
-    """The stock `…ForConditionalGeneration` around a backbone; shares its tensors.
+def stock_model(
+    backbone: modeling_btok.Backbone,
+    lm_head: torch.nn.Linear | None = None,
+    generation_config: GenerationConfig | None = None,
+) -> modeling_btok.StockModel:
+    """The stock `…ForConditionalGeneration` around a backbone. It shares the backbone's tensors.
 
     Args:
         backbone (`PreTrainedModel`): e.g. a `Qwen2VLModel`.
         lm_head (`torch.nn.Linear`, *optional*): Head of an untied model.
         generation_config (`GenerationConfig`, *optional*): Saved with the model.
+
+    Returns:
+        `PreTrainedModel`
     """
-    # A copy through to_dict carries no attention implementation, which could not be looked up for a new model.
+    # Copying through to_dict drops the attention implementation, which transformers would not accept in a new model.
     config = type(backbone.config).from_dict(backbone.config.to_dict())
     with torch.device("meta"):
-        model = modeling_btok.stock_class(config)(config)
+        model = cast(modeling_btok.StockModel, modeling_btok.stock_class(config)(config))
     model.model = backbone
     if lm_head is not None:
         model.lm_head = lm_head

@@ -1,6 +1,7 @@
-"""The features of a batch: what the processor returns, and what this library adds on the way to the loss.
+"""The features of a batch: the outputs of the processor, and the keys that this library adds.
 
-Everything lies on the host until `condense` packs a mini-batch and copies to the device what its forward needs.
+All features stay on the host. `condense` packs a mini-batch and copies it to the device. The table of `BatchFeatures`
+lists all added keys.
 """
 
 from collections import UserDict
@@ -16,19 +17,20 @@ IGNORED = -100  # label of an unsupervised token, as in transformers
 
 
 class BatchFeatures(TypedDict, total=False):
-    """Feature keys of one side of a batch (`query`, `positive`, `negative`), besides those of the processor.
+    """Feature keys of one column of a batch (`query`, `positive`, `negative`), in addition to those of the processor.
 
-    The collator puts the side and an underscore in front; Sentence-Transformers' trainer takes them off again.
+    The collator prefixes each key with the column name and an underscore. Sentence-Transformers' trainer removes the
+    prefix.
 
     | key | shape | written by | read by |
     |---|---|---|---|
     | `target_ids` | int64 `(rows, 1, target_length)` | `CondensationCollator` | `BottleneckTransformer.forward` |
     | `target_labels` | the same | `CondensationCollator` | loss, `BottleneckTransformer.forward` |
     | `hashes` | int64 `(batch, 2)`: content, group | `CondensationCollator` | `CondensationLoss` |
-    | `rows` | int64 `(batch,)`: encoded row of each row | `CondensationCollator` | `CondensationLoss` |
-    | `copies` | int64 `(rows,)`: how often it counts | `CondensationLoss.forward` | its `embed_minibatch` |
+    | `rows` | int64 `(batch,)`: index of the encoded row | `CondensationCollator` | `CondensationLoss` |
+    | `copies` | int64 `(rows,)`: batch rows per encoded row | `CondensationLoss.forward` | its `embed_minibatch` |
     | `cu_seq_lens_q` | int64 `(rows + 1,)`: token bounds | `CondensationLoss.forward` | GradCache's mini-batches |
-    | `vision` | dict of kept vision-tower outputs | `CondensationLoss.forward` | its `embed_minibatch` |
+    | `vision` | dict of cached vision-tower outputs | `CondensationLoss.forward` | its `embed_minibatch` |
     | `condensation_mask` | bool | `CondensationLoss.embed_minibatch` | `BottleneckTransformer.forward` |
     | `sentence_embedding` | fp32 `(rows, hidden)`, on the device | `BottleneckTransformer.forward` | loss, `encode` |
     | `condensation_loss` | fp32 `(rows,)`, on the device | `BottleneckTransformer.forward` | `CondensationLoss` |
@@ -47,8 +49,8 @@ class BatchFeatures(TypedDict, total=False):
 
 
 class HostFeatures(UserDict):
-    """Features that a wrapped model gets as they are.
+    """Features that DDP and FSDP pass to the module unchanged.
 
-    DDP and FSDP copy the tensors of a dict to the device before the module sees it; `condense` would have to fetch
-    them back. They leave alone what is no dict.
+    They copy the tensors of a `dict` to the device, and `condense` would have to copy them back. `UserDict` is not a
+    subclass of `dict`.
     """

@@ -1,4 +1,4 @@
-"""Writing files: checked before work is lost, in one step, with errors that say what is missing."""
+"""Writing files: check the folder first, replace files atomically, and explain a full disk."""
 
 import errno
 import json
@@ -6,31 +6,38 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
 
-def write_files(output_dir, files):
-    """Write files of a repository: a mapping from relative path to text or bytes."""
+def write_files(output_dir: Path | str, files: Mapping[str, str | bytes]) -> None:
+    """Write files to a folder.
+
+    Args:
+        output_dir (`str` or `Path`): The folder.
+        files (`dict[str, str | bytes]`): Content by relative path.
+    """
     for name, content in files.items():
         path = Path(output_dir, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
-def nearest_existing(folder):
-    """`folder`, or the nearest one above it that exists."""
+def nearest_existing(folder: Path | str) -> Path:
+    """`folder`, or its nearest parent that exists."""
     folder = Path(folder).absolute()
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
-def check_writable(output_dir):
-    """Raise an `OSError` with a way out if `output_dir` cannot be written to. Leaves nothing behind.
+def check_writable(output_dir: Path | str) -> None:
+    """Raise `OSError` if `output_dir` cannot be written to.
 
-    A file is really made and removed, in the folder or, where it does not exist yet, in the nearest one above it:
-    permission bits do not tell about read-only mounts.
+    Creates and removes a file in the folder, or in its nearest parent that exists. Permission bits alone do not show
+    read-only mounts.
     """
     existing = nearest_existing(output_dir)
     try:
@@ -40,13 +47,18 @@ def check_writable(output_dir):
         raise OSError(
             error.errno,
             f"The output folder {output_dir} cannot be written to: no file can be made in {existing} "
-            f"({error.strerror}). Name another folder, or make that one writable",
+            f"({error.strerror}). Choose another folder, or make that one writable",
         ) from error
 
 
 @contextmanager
-def explain_full_disk(output_dir, needed=None):
-    """Turn a full disk, as Python and safetensors report it, into an error that says where and how much is missing."""
+def explain_full_disk(output_dir: Path | str, needed: int | None = None) -> Iterator[None]:
+    """Raise an `OSError` that names the folder and the free space when the disk is full.
+
+    Args:
+        output_dir (`str` or `Path`): Folder that is written inside the context.
+        needed (`int`, *optional*): Bytes of the weights, for the message.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -62,15 +74,16 @@ def explain_full_disk(output_dir, needed=None):
         ) from error
 
 
-def write_json(path, content):
+def write_json(path: Path, content: Any) -> None:
+    """Write indented JSON."""
     path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
 
 @contextmanager
-def replacing(path):
-    """A file to write that takes its place at once when it is complete."""
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A binary file to write. It replaces `path` atomically at the end of the context."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # of its own: two runs may share a cache
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # one per process, because runs may share a cache
     with open(draft, "wb") as file:
         yield file
         file.flush()

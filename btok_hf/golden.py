@@ -1,26 +1,28 @@
-"""Golden vectors: a few inputs and the embeddings that a model gave for them in memory, when it was exported.
+"""Golden vectors: a few inputs, and their embeddings by the model in memory at export.
 
-`golden.json` carries them with the repository, so that anyone can tell whether what was loaded is what was exported.
-Run as a script, in a fresh process, this file checks a repository with stock loaders (`btok verify` does so). It
-imports nothing of btok_hf: what passes is the repository alone.
+They are published in `golden.json`. With them, anyone can check that a loaded model gives the embeddings of the
+exported one. `btok verify` runs this file as a script in a fresh process, which loads the repository with stock
+loaders. This file must not import btok_hf, so that only the repository is tested.
 """
 
 import base64
 import io
 import json
 import sys
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 FILE_NAME = "golden.json"
-# Largest allowed difference of an embedding's component. Measured in fp32: loaders and batching move a component by at
-# most 7e-7, and a random Qwen2-VL of 28 layers differs from itself in float64 by 1.7e-5, which is what another device
-# or torch release may do. A ten-thousandth of noise on its weights moves every golden vector by 7e-4 or more.
+# Largest allowed difference of a component of an embedding. Measured in fp32: loaders and batching change a component
+# by at most 7e-7. A random Qwen2-VL of 28 layers differs by 1.7e-5 from the same model in float64; another device or
+# torch release may do the same. Relative noise of 1e-4 on its weights changes every golden vector by at least 7e-4.
 TOLERANCE = 1e-4
-# Golden inputs whose embeddings are not further apart than this many tolerances prove nothing.
+# The two most similar golden vectors must differ by more than this many tolerances. Otherwise they verify nothing.
 DISTINCT = 10
 PACKAGES = ("torch", "torchvision", "transformers", "sentence-transformers")
 
@@ -32,16 +34,18 @@ TEXTS = {
 }
 
 
-def golden_inputs(prompts):
-    """The inputs, by name: dicts of `text`, `image` and `video`, as Sentence-Transformers takes them.
+def golden_inputs(prompts: Mapping[str, str | None]) -> dict[str, tuple[dict[str, Any], str | None]]:
+    """The golden inputs: dicts of `text`, `image` and `video`, as in Sentence-Transformers.
 
     Args:
-        prompts (`dict[str, str]`): The model's instructions by name; a text is embedded with each that is not empty.
+        prompts (`dict[str, str]`): The model's instructions by name. One text is embedded with each non-empty prompt.
 
     Returns:
-        `dict[str, tuple[dict, str | None]]`: Input and name of its prompt.
+        `dict[str, tuple[dict, str | None]]`: By name, the input and the name of its prompt.
     """
-    inputs = {name: ({"text": text}, None) for name, text in TEXTS.items()}
+    inputs: dict[str, tuple[dict[str, Any], str | None]] = {
+        name: ({"text": text}, None) for name, text in TEXTS.items()
+    }
     for prompt in sorted(name for name, text in prompts.items() if text):
         inputs[f"prompt {prompt}"] = ({"text": TEXTS["short text"]}, prompt)
     inputs["image"] = ({"image": _tiles(224, 224)}, None)
@@ -52,22 +56,27 @@ def golden_inputs(prompts):
     return inputs
 
 
-def _tiles(width, height, shift=0):
-    """Coloured squares by formula. Sides are multiples of 28 and 32 pixels, so that no processor resizes them: where
-    releases differ, it is in resizing."""
+def _tiles(width: int, height: int, shift: int = 0) -> Image.Image:
+    """Computed coloured squares. Sides are multiples of 28 and 32 pixels, so that no processor resizes the image:
+    resizing differs between releases."""
     y, x = np.mgrid[:height, :width] // 32
     x = x + shift
     return Image.fromarray(np.stack([x * 37 % 256, y * 59 % 256, (x + y) * 83 % 256], -1).astype(np.uint8))
 
 
-def write_golden(path, inputs, prompts, embeddings):
-    """Write the file.
+def write_golden(
+    path: Path,
+    inputs: Mapping[str, tuple[dict[str, Any], str | None]],
+    prompts: Mapping[str, str | None],
+    embeddings: np.ndarray,
+) -> float:
+    """Write the golden vectors.
 
     Args:
         path (`Path`): File to write.
-        inputs (`dict[str, tuple[dict, str | None]]`): As from `golden_inputs`.
+        inputs (`dict[str, tuple[dict, str | None]]`): From `golden_inputs`.
         prompts (`dict[str, str]`): The model's instructions by name.
-        embeddings (`numpy.ndarray` of shape `(inputs, hidden)`): What the model gave, fp32.
+        embeddings (`numpy.ndarray` of shape `(inputs, hidden)`): fp32 embeddings of the inputs.
 
     Returns:
         `float`: The largest component difference of the two most similar embeddings.
@@ -99,8 +108,8 @@ def write_golden(path, inputs, prompts, embeddings):
     return closest
 
 
-def read_golden(path):
-    """The file's content, with images, frames and embeddings decoded."""
+def read_golden(path: str | Path) -> dict[str, Any]:
+    """The content of a golden file, with decoded images, frames and embeddings."""
     golden = json.loads(Path(path).read_text("utf-8"))
     for row in golden["inputs"]:
         row["embedding"] = np.frombuffer(base64.b64decode(row["embedding"]), "<f4")
@@ -112,34 +121,37 @@ def read_golden(path):
     return golden
 
 
-def _encode_image(image):
+def _encode_image(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "png", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _decode_image(text):
+def _decode_image(text: str) -> Image.Image:
     with Image.open(io.BytesIO(base64.b64decode(text))) as image:
         return image.convert("RGB")
 
 
-def versions():
-    """What embeddings depend on besides the repository."""
+def versions() -> dict[str, str]:
+    """Versions of the packages that embeddings depend on."""
     return {name: version(name) for name in PACKAGES}
 
 
-# ---------------------------------------------------------------- in the fresh process
+def check(source: str, golden: str, revision: str | None, device: str) -> dict[str, dict[str, list[float]] | str]:
+    """Embed the golden inputs with each loader, one by one and in a batch. Runs in the fresh process.
 
-
-def check(source, golden, revision, device):
-    """Embed the golden inputs with each loader, one by one and in a batch.
+    Args:
+        source (`str`): Folder or Hub id of the repository.
+        golden (`str`): Path of its golden file.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        device (`str`): Device of the model.
 
     Returns:
-        `dict[str, dict[str, list[float]] | str]`: By loader and input, the largest component difference alone and in
-        a batch; a text instead of the inputs is the error that the loader raised.
+        `dict[str, dict[str, list[float]] | str]`: By loader and input, the largest component differences: alone, and
+        in a batch. If a loader fails, its error message instead of the inputs.
     """
     rows = read_golden(golden)["inputs"]
-    results = {}
+    results: dict[str, dict[str, list[float]] | str] = {}
     for name, load in (("SentenceTransformer", _sentence_transformer), ("AutoModel", _auto_model)):
         try:
             encode = load(source, revision, device)
@@ -148,40 +160,43 @@ def check(source, golden, revision, device):
                 row["name"]: [_difference(row["embedding"], actual) for actual in pair]
                 for row, *pair in zip(rows, alone, encode(rows))
             }
-        except Exception as error:  # whatever it is, it is the answer
+        except Exception as error:  # any error of a loader is its result
             results[name] = f"{type(error).__name__}: {error}"
     return results
 
 
-def _difference(expected, actual):
+def _difference(expected: np.ndarray, actual: np.ndarray) -> float:
     return float(np.abs(expected - actual).max()) if expected.shape == actual.shape else float("inf")
 
 
-def _sentence_transformer(source, revision, device):
-    """Stock modules, no remote code."""
+Encode = Callable[[list[dict[str, Any]]], np.ndarray]  # embeds rows of a golden file
+
+
+def _sentence_transformer(source: str, revision: str | None, device: str) -> Encode:
+    """Sentence-Transformers with stock modules, without remote code."""
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(source, revision=revision, device=device, model_kwargs={"dtype": "float32"})
     model.truncate_dim = None
 
-    def encode(rows):
-        embeddings = [None] * len(rows)
-        for prompt_name in {row.get("prompt_name") for row in rows}:  # one prompt a call
+    def encode(rows: list[dict[str, Any]]) -> np.ndarray:
+        embeddings: dict[int, np.ndarray] = {}
+        for prompt_name in {row.get("prompt_name") for row in rows}:  # `encode` takes one prompt per call
             chosen = [index for index, row in enumerate(rows) if row.get("prompt_name") == prompt_name]
-            items = [
+            items: list[Any] = [
                 {key: rows[index][key] for key in ("image", "video", "text") if key in rows[index]} for index in chosen
             ]
-            # An empty prompt keeps the repository's default prompt away.
+            # An empty prompt replaces the default prompt of the repository.
             prompt = {"prompt": ""} if prompt_name is None else {"prompt_name": prompt_name}
             for index, embedding in zip(chosen, model.encode(items, batch_size=len(rows), **prompt)):
                 embeddings[index] = embedding
-        return np.stack(embeddings)
+        return np.stack([embeddings[index] for index in range(len(rows))])
 
     return encode
 
 
-def _auto_model(source, revision, device):
-    """The repository's own code, as in the card's example."""
+def _auto_model(source: str, revision: str | None, device: str) -> Encode:
+    """`AutoModel` with the code of the repository, as in the example of the card."""
     import torch
     from transformers import AutoModel, AutoProcessor
 
@@ -189,7 +204,7 @@ def _auto_model(source, revision, device):
     model = model.to(device).eval()
     processor = AutoProcessor.from_pretrained(source, revision=revision)
 
-    def encode(rows):
+    def encode(rows: list[dict[str, Any]]) -> np.ndarray:
         conversations, metadata = [], []
         for row in rows:
             content = []
@@ -217,7 +232,7 @@ def _auto_model(source, revision, device):
 if __name__ == "__main__":
     import torch
 
-    # TF32 has ten bits of mantissa: the convolution of the patch embedding would use it by default.
+    # The convolution of the patch embedding would use TF32 by default, which has a mantissa of ten bits.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    # The last line of the output, since anything imported may print too.
+    # The caller reads only the last line, because imported packages may print too.
     print("\n" + json.dumps({"results": check(**json.load(sys.stdin)), "versions": versions()}))

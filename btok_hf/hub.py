@@ -1,8 +1,11 @@
-"""The way to the Hub and back: `push` uploads an exported repository, `verify` checks what others will load.
+"""Upload an exported repository to the Hub (`push`), and check a repository with stock loaders (`verify`).
 
-- A push is one commit (`HfApi.create_commit`; `upload_folder` may make several), so nobody loads half a repository.
-- A push that fails leaves the folder as it was. What was uploaded stays on the Hub, and the same command goes on.
-- Tokens are for headers only: every message and chained exception that leaves here is searched for them.
+- A push is one commit (`HfApi.create_commit`), so that nobody loads a partial repository. `upload_folder` may create
+  several commits.
+- A failed push does not change the folder. Uploaded files stay on the Hub, and the same command resumes.
+- Tokens must not leak: every message and chained exception of this module is searched for them.
+
+`btok_hf/export.py` writes repositories, `btok_hf/golden.py` computes the comparison in the fresh process.
 """
 
 import json
@@ -12,6 +15,7 @@ import shlex
 import subprocess
 import sys
 import traceback
+from collections.abc import Collection
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, hf_hub_download
@@ -21,10 +25,10 @@ from safetensors import SafetensorError, safe_open
 
 from btok_hf import golden
 
-# Next to an export in a training folder, and of no use to others or not meant for them.
-NOT_PUBLISHED = (
+# Files of a training folder that are not part of the exported repository.
+NOT_PUBLISHED = [
     "checkpoint-*",
-    "start/*",  # what train.py made of a base model
+    "start/*",  # the base model with Bottleneck Tokens, written by train.py
     "runs/*",
     "*.bin",  # training_args.bin; weights are safetensors
     "*.pt",  # optimizer and scheduler
@@ -33,53 +37,59 @@ NOT_PUBLISHED = (
     "*__pycache__/*",
     ".git/*",
     ".cache/*",
-)
-# Of an earlier push, where this one has none: loaders would take them for the model.
-REPLACED = ("model*.safetensors", "model.safetensors.index.json", "adapter_*", golden.FILE_NAME)
+]
+# Files of an earlier push that are deleted if this push has none of that name. Loaders would use the old ones.
+REPLACED = ["model*.safetensors", "model.safetensors.index.json", "adapter_*", golden.FILE_NAME]
 MESSAGE = "Upload Bottleneck-Token model with btok-hf"
 HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")
 
 
 def push(
-    path,
-    repo_id,
+    path: str | Path,
+    repo_id: str,
     *,
-    private=None,
-    revision=None,
-    create_pr=False,
-    commit_message=MESSAGE,
-    token=None,
-):
-    """Upload an exported repository to the Hub in one commit. Checkpoints and optimizer states beside it stay here.
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = MESSAGE,
+    token: str | None = None,
+) -> str:
+    """Upload an exported repository to the Hub in one commit. Checkpoints and optimizer states are not uploaded.
 
     Args:
         path (`str` or `Path`): Folder written by `export_model`, `export_adapters` or `add_bottleneck_tokens`.
-        repo_id (`str`): Where to, e.g. `org/btok-2b`. Created if there is none.
-        private (`bool`, *optional*): Who may read a new repository. Default: what the organisation sets. An existing
-            one must agree.
-        revision (`str`, *optional*): Branch to commit to; made from the main branch if there is none.
+        repo_id (`str`): Hub id, e.g. `org/btok-2b`. The repository is created if it does not exist.
+        private (`bool`, *optional*): Visibility of a new repository; an existing repository must have the same.
+            Default: the organisation's setting.
+        revision (`str`, *optional*): Branch to commit to. It is created from the main branch if it does not exist.
         create_pr (`bool`): Open a pull request instead of committing.
-        commit_message (`str`): First line of the commit's message.
-        token (`str`, *optional*): Default: `HF_TOKEN`, or what `hf auth login` stored.
+        commit_message (`str`): First line of the commit message.
+        token (`str`, *optional*): Default: `HF_TOKEN`, or the login of `hf auth login`.
 
     Returns:
-        `str`: URL of the commit, or of the pull request.
+        `str`: URL of the commit or of the pull request.
 
     Raises:
-        ValueError: A folder that is no whole exported repository or that holds a token, or a bad `repo_id`.
-        RuntimeError: The upload failed. The folder is whole, and the message holds the command to go on with.
+        ValueError: A folder that is not a complete exported repository or that contains a token, or an invalid
+            `repo_id`.
+        RuntimeError: The upload failed. The folder is unchanged, and the message contains the command to resume with.
     """
     path = Path(path)
     validate_repo_id(repo_id)
     if create_pr and revision is not None:
-        raise ValueError("A pull request goes to the main branch: leave out revision or create_pr.")
+        raise ValueError(
+            f"A pull request goes to the main branch, got create_pr=True and revision={revision!r}. Leave one out."
+        )
     files = _files_to_publish(path, _secrets(token))
     api = HfApi(token=token)
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if private is not None and api.model_info(repo_id).private != private:
             kinds = ("public", "private")
-            raise ValueError(f"{repo_id} exists and is {kinds[not private]}, not {kinds[private]}. Change it there.")
+            raise ValueError(
+                f"{repo_id} exists and is {kinds[not private]}, not {kinds[private]}. Change it in the "
+                "settings of the repository, or leave private out."
+            )
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         stale = set(filter_repo_objects(api.list_repo_files(repo_id, revision=revision), allow_patterns=REPLACED))
@@ -101,16 +111,16 @@ def push(
     command += ["--revision", revision] if revision is not None else []
     command += ["--create-pr"] if create_pr else []
     command += ["--commit-message", commit_message] if commit_message != MESSAGE else []
-    # Raised out here: as the context of an exception raised above, the original with its token would come along.
+    # Raised outside of `except`: inside, Python would chain the original exception, which may contain the token.
     raise RuntimeError(
-        f"The upload to {repo_id} failed ({type(cause).__name__}: {cause}). The repository in {path} is whole and "
-        "unchanged; what was uploaded so far is kept. If access was refused, log in with `hf auth login` or set "
-        f"HF_TOKEN. Retry with: {shlex.join(command)}"
+        f"The upload to {repo_id} failed ({type(cause).__name__}: {cause}). The repository in {path} is complete and "
+        "unchanged. Files that were already uploaded are kept. If access was refused, log in with `hf auth login` or "
+        f"set HF_TOKEN. Retry with: {shlex.join(command)}"
     ) from cause
 
 
-def _files_to_publish(path, secrets):
-    """Relative paths of the repository's files, after checking that it is a whole one."""
+def _files_to_publish(path: Path, secrets: Collection[str]) -> list[str]:
+    """Relative paths of the files to upload. Raises `ValueError` if the repository is not complete."""
     adapter = path / "adapter_config.json"
     is_adapter = adapter.is_file()
     required = [adapter.name, "adapter_model.safetensors"] if is_adapter else ["config.json"]
@@ -126,69 +136,73 @@ def _files_to_publish(path, secrets):
     missing = [name for name in required if not (path / name).is_file()]
     if missing:
         raise ValueError(
-            f"{path} is no exported repository: {', '.join(missing)} missing. Write one with btok_hf.export_model, or "
-            "from a training checkpoint with: btok export CHECKPOINT FOLDER"
+            f"{path} is not an exported repository: {', '.join(missing)} missing. Write one with "
+            "btok_hf.export_model, or from a training checkpoint with: btok export CHECKPOINT FOLDER"
         )
     if is_adapter:
         base = json.loads(adapter.read_text("utf-8"))["base_model_name_or_path"]
         if Path(base).exists() or base.count("/") != 1:
             raise ValueError(
-                f"The adapters in {path} name a local folder as their base ({base}), which nobody else can load. "
-                "Export them with: btok export CHECKPOINT FOLDER --adapter-only --base-model HUB_ID"
+                f"The base model of the adapters in {path} must be a Hub id, got {base!r}, which nobody else can "
+                "load. Export them with: btok export CHECKPOINT FOLDER --adapter-only --base-model HUB_ID"
             )
     everything = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
     files = list(filter_repo_objects(everything, ignore_patterns=NOT_PUBLISHED))
     for name in files:
         if name.endswith(".safetensors"):
             try:
-                with safe_open(path / name, "np"):  # compares the file's size with its header
+                with safe_open(path / name, "np"):  # checks the file size against the header
                     pass
             except SafetensorError as error:
                 raise ValueError(f"{path / name} is damaged ({error}). Export the model again.") from error
         elif _scrub(content := (path / name).read_bytes().decode("utf-8", "replace"), secrets) != content:
             raise ValueError(
-                f"{path / name} holds a Hub token, which the upload would publish. Remove it from the file, and "
+                f"{path / name} contains a Hub token, which the upload would publish. Remove it from the file, and "
                 "revoke it at https://huggingface.co/settings/tokens if anybody else could read it."
             )
     return files
 
 
-def verify(path_or_repo, *, revision=None, token=None, device="cpu"):
-    """Check in a fresh process that stock loaders give the golden vectors that a repository was exported with.
+def verify(
+    path_or_repo: str | Path, *, revision: str | None = None, token: str | None = None, device: str = "cpu"
+) -> float:
+    """Check in a fresh process that stock loaders reproduce the golden vectors of a repository.
 
-    `SentenceTransformer` without remote code and `AutoModel` with it embed every golden input in fp32, one by one and
-    in a batch. A table of the differences is printed.
+    `SentenceTransformer` without remote code and `AutoModel` with remote code embed every golden input in fp32, one by
+    one and in a batch. A table of the differences is printed.
 
     Args:
         path_or_repo (`str` or `Path`): Folder or Hub id of a repository written by `export_model`.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
-        token (`str`, *optional*): Default: `HF_TOKEN`, or what `hf auth login` stored.
-        device (`str`): Where to embed; the golden vectors come from the CPU.
+        token (`str`, *optional*): Default: `HF_TOKEN`, or the login of `hf auth login`.
+        device (`str`): Device of the model. The golden vectors were computed on the CPU.
 
     Returns:
-        `float`: The largest difference of an embedding's component.
+        `float`: The largest difference of a component of an embedding.
 
     Raises:
-        ValueError: No golden vectors, such that prove nothing, or a revision of a folder.
-        RuntimeError: The repository cannot be read, or gives other vectors.
+        ValueError: No golden vectors, golden vectors that are nearly equal, or a revision of a local folder.
+        RuntimeError: The repository cannot be read, or its vectors differ.
     """
-    source, path = str(path_or_repo), Path(path_or_repo, golden.FILE_NAME)
+    source = str(path_or_repo)
+    path: Path | None = Path(path_or_repo, golden.FILE_NAME)
     if Path(source).exists():
         if revision is not None:
-            raise ValueError(f"{source} is a folder and has no revision {revision!r}. Leave it out, or name a Hub id.")
+            raise ValueError(f"{source} is a folder and has no revision {revision!r}. Leave it out, or pass a Hub id.")
     else:
         path = _download_golden(source, revision, token)
     if path is None or not path.is_file():
         raise ValueError(
-            f"{source} has no {golden.FILE_NAME} to compare with. btok_hf.export_model writes it; repositories of "
-            "adapters, untrained ones and training checkpoints have none. Export the model, and verify that."
+            f"{source} has no {golden.FILE_NAME} to compare with. btok_hf.export_model writes it. Adapters, untrained "
+            "repositories and training checkpoints have none. Export the model, and verify the export."
         )
     content = golden.read_golden(path)
     tolerance, closest = content["tolerance"], content["closest"]
     if not closest > golden.DISTINCT * tolerance:
         raise ValueError(
-            f"The golden vectors of {source} prove nothing: two different inputs are {closest:.1e} apart, at a "
-            f"tolerance of {tolerance:.0e}. The exported model was untrained or collapsed. Export a trained one."
+            f"The golden vectors of {source} are too similar to verify anything: those of two different inputs differ "
+            f"by {closest:.1e}, with a tolerance of {tolerance:.0e}. The exported model was untrained or collapsed. "
+            "Export a trained one."
         )
     run = subprocess.run(
         [sys.executable, "-P", golden.__file__],
@@ -199,9 +213,10 @@ def verify(path_or_repo, *, revision=None, token=None, device="cpu"):
         encoding="utf-8",
     )
     if run.returncode:
-        raise RuntimeError(_scrub(f"Verifying {source} broke off:\n{run.stderr[-4000:]}", _secrets(token)))
+        raise RuntimeError(_scrub(f"Verifying {source} failed:\n{run.stderr[-4000:]}", _secrets(token)))
     answer = json.loads(run.stdout.splitlines()[-1])
-    largest, problems = 0.0, []
+    largest = 0.0
+    problems = []
     print(f"{'loader':21}{'input':18}{'alone':>9}{'batched':>9}")
     for loader, differences in answer["results"].items():
         if isinstance(differences, str):
@@ -209,7 +224,7 @@ def verify(path_or_repo, *, revision=None, token=None, device="cpu"):
             print(_scrub(f"{loader:21}{differences}", _secrets(token)))
             continue
         for name, pair in differences.items():
-            fits = all(difference <= tolerance for difference in pair)  # NaN does not
+            fits = all(difference <= tolerance for difference in pair)  # false for NaN
             largest = max(largest, *pair)
             print(f"{loader:21}{name:18}{pair[0]:9.1e}{pair[1]:9.1e}  {'ok' if fits else 'DIFFERS'}")
             if not fits:
@@ -218,22 +233,22 @@ def verify(path_or_repo, *, revision=None, token=None, device="cpu"):
         return largest
     then, now = content["versions"], answer["versions"]
     advice = (
-        "Restore the files that it was exported with, or export it again."
+        "Restore the exported files, or export the model again."
         if then == now
-        else "Try the libraries of then before you blame the repository."
+        else "First try again with the package versions of the export."
     )
     versions = (", ".join(f"{name} {value}" for name, value in x.items()) for x in (then, now))
     raise RuntimeError(
         _scrub(
-            f"{source} does not give its golden vectors (a component differs by more than {tolerance:.0e}): "
+            f"{source} does not reproduce its golden vectors (a component differs by more than {tolerance:.0e}): "
             f"{'; '.join(problems)}. Exported with {next(versions)}; verified with {next(versions)}. {advice}",
             _secrets(token),
         )
     )
 
 
-def _download_golden(repo_id, revision, token):
-    """Path of the repository's golden vectors in the cache; `None` if it has none."""
+def _download_golden(repo_id: str, revision: str | None, token: str | None) -> Path | None:
+    """Path of the golden vectors in the cache; `None` if the repository has none."""
     try:
         return Path(hf_hub_download(repo_id, golden.FILE_NAME, revision=revision, token=token))
     except RemoteEntryNotFoundError:
@@ -241,26 +256,26 @@ def _download_golden(repo_id, revision, token):
     except Exception as error:
         cause = _without_secrets(error, token)
     raise RuntimeError(
-        f"{repo_id} is neither a folder here nor a repository that can be read from the Hub ({type(cause).__name__}: "
-        f"{cause}). Check the name, the revision and, for a private one, your login (`hf auth login`, HF_TOKEN)."
+        f"{repo_id} is neither a local folder nor a readable Hub repository ({type(cause).__name__}: {cause}). Check "
+        "the name, the revision and, for a private repository, your login (`hf auth login`, HF_TOKEN)."
     ) from cause
 
 
-def _secrets(token):
-    """The tokens in reach, so that they can be kept out of texts."""
+def _secrets(token: str | None) -> set[str]:
+    """The tokens known to this process, to remove them from messages."""
     known = (token, get_token(), os.environ.get("HF_TOKEN"))
     return {value.strip() for value in known if isinstance(value, str) and value.strip()}
 
 
-def _scrub(text, secrets):
-    """`text` without these tokens, or anything that looks like one."""
+def _scrub(text: str, secrets: Collection[str]) -> str:
+    """`text` without these tokens and without anything that looks like a token."""
     for secret in secrets:
         text = text.replace(secret, "<token>")
     return HUB_TOKEN.sub("<token>", text)
 
 
-def _without_secrets(error, token):
-    """`error`, to chain; where its traceback holds a token, a stand-in that says the same without it."""
+def _without_secrets(error: Exception, token: str | None) -> Exception:
+    """`error` itself, or, if its traceback contains a token, a new exception with the message without the token."""
     secrets, text = _secrets(token), "".join(traceback.format_exception(error))
     if _scrub(text, secrets) == text:
         return error

@@ -1,8 +1,12 @@
-"""Reading media, with errors that name the file, instead of failing (or not failing) deep inside a processor."""
+"""Reading images and videos. Errors name the file, before a processor fails or silently accepts it.
+
+What counts as an input, and checks of its parts, are in `btok_hf/inputs.py`.
+"""
 
 import math
 import re
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -12,14 +16,36 @@ VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".wmv", ".flv", ".mkv", ".webm")
 VIDEO_FRAMES = 8
 
 
-def read_image(path, max_pixels=None):
-    """Read an image file as RGB `PIL.Image.Image`, upright, as datasets and transformers (5.23) do.
+class VideoMetadata(TypedDict):
+    """Metadata of the frames of a `VideoInput`, as transformers' processors expect them."""
+
+    fps: float
+    total_num_frames: int
+    duration: float
+    frames_indices: list[int]
+
+
+class VideoInput(TypedDict):
+    """A video as every loader of a BTok model accepts it, e.g. in `{"video": …}`.
+
+    `array` has dtype uint8 and shape `(frames, height, width, 3)`.
+    """
+
+    array: np.ndarray
+    video_metadata: VideoMetadata
+
+
+def read_image(path: str | Path, max_pixels: int | None = None) -> Image.Image:
+    """Read an image file as RGB `PIL.Image.Image` with its EXIF rotation applied, like datasets and transformers 5.23.
 
     Args:
         path (`str` or `Path`): The file.
-        max_pixels (`int`, *optional*): What the image is reduced to afterwards. A JPEG is decoded at a half, a quarter
-            or an eighth of its size (libjpeg's scaling, Pillow's `draft`) as long as four times as many pixels are
-            left, so that the reduction that follows still has the last word. Default: the whole image.
+        max_pixels (`int`, *optional*): The size that the processor will reduce the image to. A JPEG is decoded at a
+            half, a quarter or an eighth of its size (Pillow's `draft`) if at least four times as many pixels are left.
+            The processor's reduction then gives nearly the same image. Default: decode the full size.
+
+    Returns:
+        `PIL.Image.Image`
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -27,7 +53,9 @@ def read_image(path, max_pixels=None):
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"Image file {str(path)!r} does not exist. Check the path (relative to the cwd?).")
+        raise FileNotFoundError(
+            f"Image file {str(path)!r} does not exist. Check the path; relative paths start at the current folder."
+        )
     try:
         with Image.open(path) as image:
             if max_pixels is not None:
@@ -38,16 +66,16 @@ def read_image(path, max_pixels=None):
         raise ValueError(f"Image file {str(path)!r} cannot be decoded ({error}). Replace or remove it.") from error
 
 
-def read_video(path, num_frames=VIDEO_FRAMES):
-    """Read evenly spaced frames of a video file through PyAV, in the form that every loader of a BTok model takes.
+def read_video(path: str | Path, num_frames: int = VIDEO_FRAMES) -> VideoInput:
+    """Read evenly spaced frames of a video file with PyAV.
 
     Args:
         path (`str` or `Path`): A video file that FFmpeg can decode, e.g. mp4.
-        num_frames (`int`): Frames to keep, evenly spaced from first to last; a shorter video keeps all of its frames.
+        num_frames (`int`): Number of frames, evenly spaced from first to last. Shorter videos keep all frames.
 
     Returns:
         `dict`: `array`, uint8 of shape `(frames, height, width, 3)`, and `video_metadata` (`fps` of the kept frames,
-        `total_num_frames`, `duration` in seconds, `frames_indices`), to be passed as `{"video": …}`.
+        `total_num_frames`, `duration` in seconds, `frames_indices`). Pass it as `{"video": …}`.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -56,7 +84,9 @@ def read_video(path, num_frames=VIDEO_FRAMES):
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"Video file {str(path)!r} does not exist. Check the path (relative to the cwd?).")
+        raise FileNotFoundError(
+            f"Video file {str(path)!r} does not exist. Check the path; relative paths start at the current folder."
+        )
     try:
         import av
     except ImportError as error:
@@ -65,7 +95,7 @@ def read_video(path, num_frames=VIDEO_FRAMES):
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             fps = float(stream.average_rate or 0)
-            # Packets are counted without decoding, so that memory holds only the frames that are kept.
+            # Packets are counted without decoding, so that only the kept frames are in memory.
             total = sum(1 for packet in container.demux(stream) if packet.size)
             container.seek(0)
             wanted = set(np.linspace(0, total - 1, min(num_frames, total)).astype(int).tolist())
@@ -74,32 +104,33 @@ def read_video(path, num_frames=VIDEO_FRAMES):
     except (av.error.FFmpegError, IndexError) as error:
         raise ValueError(f"Video file {str(path)!r} cannot be decoded ({error}). Replace or remove it.") from error
     if not frames or not fps:
-        raise ValueError(f"Video file {str(path)!r} holds no frames or no frame rate. Replace or remove it.")
+        raise ValueError(f"Video file {str(path)!r} has no frames or no frame rate. Replace or remove it.")
     return video_input(np.stack(frames), fps * len(frames) / total)
 
 
-def read_frames(folder, num_frames=VIDEO_FRAMES):
-    """Read evenly spaced frames of a video that is stored as a folder of images, in the order of their numbers.
+def read_frames(folder: str | Path, num_frames: int | None = VIDEO_FRAMES) -> VideoInput:
+    """Read evenly spaced frames of a video that is stored as a folder of numbered images.
 
     Args:
-        folder (`str` or `Path`): Folder of image files of one size.
-        num_frames (`int`, *optional*): Frames to read, evenly spaced from first to last; of a shorter video, and with
-            `None`, all are read, and a single one twice, because Qwen3-VL takes no video of one frame.
+        folder (`str` or `Path`): Folder of image files of the same size.
+        num_frames (`int`, *optional*): Number of frames, evenly spaced from first to last. Shorter videos keep all
+            frames, as with `None`. A single frame is used twice, because Qwen3-VL refuses videos of one frame.
 
     Returns:
-        `dict`: `array`, uint8 of shape `(frames, height, width, 3)`, and `video_metadata`. The stored frames have no
-        rate; 2 per second is the one that processors sample at, so that they keep every frame (a bare list of 8
-        frames loses 4 of them on Qwen3-VL).
+        `dict`: `array`, uint8 of shape `(frames, height, width, 3)`, and `video_metadata`. The frame rate is set to 2
+        per second, at which processors sample, so that they keep every frame. (Without metadata, Qwen3-VL drops 4 of
+        8 frames.)
 
     Raises:
-        FileNotFoundError, ValueError: No such folder, no images in it, or of different sizes.
+        FileNotFoundError: No such folder, or no images in it.
+        ValueError: Images of different sizes, or an image that cannot be decoded.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"Folder of frames {str(folder)!r} does not exist. Unpack its archive.")
     names = [path.name for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
     if not names:
-        raise FileNotFoundError(f"Folder of frames {str(folder)!r} holds no images.")
+        raise FileNotFoundError(f"Folder of frames {str(folder)!r} has no images. Unpack its archive again.")
     names.sort(key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
     kept = len(names) if num_frames is None else min(num_frames, len(names))
     wanted = np.linspace(0, len(names) - 1, max(2, kept)).astype(int)
@@ -107,10 +138,10 @@ def read_frames(folder, num_frames=VIDEO_FRAMES):
     return video_input(frames, fps=2.0)
 
 
-def video_input(frames, fps):
-    """Frames as a video that every loader of a BTok model takes: `{"video": video_input(frames, fps)}`.
+def video_input(frames: np.ndarray, fps: float) -> VideoInput:
+    """Frames with their metadata, as every loader of a BTok model accepts them: `{"video": video_input(frames, fps)}`.
 
-    The metadata describe these frames and no others: processors that sample again do so among them.
+    The metadata describe only these frames. Processors that sample frames choose among them.
 
     Args:
         frames (`numpy.ndarray` of shape `(frames, height, width, 3)`): uint8.

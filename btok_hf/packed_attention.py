@@ -1,64 +1,84 @@
-"""Attention over packed rows: which keys each query may see, and the attention functions that transformers calls."""
+"""Attention over packed rows: the layout of queries and keys, and the attention functions that transformers calls.
 
+`btok_hf/condensation.py` packs the rows. Importing this module registers the attention functions.
+"""
+
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 ATTENTION = "btok_packed"
-# transformers gives the vision tower's whole batch to an attention function whose name holds "flash", in one call with
-# the bounds of the images; any other it calls once per image, in a Python loop.
+# If the name of an attention function contains "flash", transformers calls it once for all images of a batch, with
+# their bounds. It calls any other attention function once per image, in a Python loop.
 VISION_ATTENTION = "btok_flash_packed"
 
 
-class PackedLayout:
-    """Which keys each query of a packed row may see: segments, grouped by shape.
+# (query_start, query_length, key_start, key_length): these queries attend to these keys.
+Segment = tuple[int, int, int, int]
 
-    A group is one call of scaled-dot-product attention. Short causal segments are padded to the lengths of `_padded`,
-    so that a ragged batch of texts takes a handful of calls and not one for every pair of lengths; what is padded is
-    masked and dropped. Long ones, and images, are grouped by their exact shape: few differ, and each is worth a call.
+
+class PackedLayout:
+    """The attention segments of a packed row, grouped by shape.
+
+    Each group is one call of scaled-dot-product attention. Short causal segments are padded to the lengths of
+    `_padded`, so that a batch of texts of many lengths needs few calls. Padding is masked and its outputs are dropped.
+    Long segments and images are grouped by their exact shape, because fewer shapes occur and each call does more work.
 
     Args:
-        segments (`list[tuple[int, int, int, int]]`):
-            `(query_start, query_length, key_start, key_length)` per segment. Causal attention is aligned at the end:
-            the last query sees the last key. Together the queries cover every position once.
-        device (`torch.device`): Where the indices live.
-        causal (`bool`): `False`: every query of a segment sees all of its keys.
+        segments (`Sequence[tuple[int, int, int, int]]`):
+            `(query_start, query_length, key_start, key_length)` of each segment. Causal attention is aligned at the
+            end: the last query attends to the last key. Together the queries cover every position once.
+        device (`torch.device`): Device of the indices and masks.
+        causal (`bool`): `False`: every query of a segment attends to all keys of the segment.
     """
 
-    def __init__(self, segments, device, causal=True):
-        groups = {}
+    def __init__(self, segments: Sequence[Segment], device: torch.device, causal: bool = True) -> None:
+        groups: dict[tuple[int, int], list[Segment]] = {}
         for segment in segments:
             shape = segment[1], segment[3]
-            groups.setdefault(tuple(map(_padded, shape)) if causal else shape, []).append(segment)
-        self.shapes, self.masks, self.causal = [], [], []  # (segments, queries, keys) of each group, …
-        queries, keys, real = [], [], []
+            groups.setdefault((_padded(shape[0]), _padded(shape[1])) if causal else shape, []).append(segment)
+        # Of each group: (segments, queries, keys), mask, and whether it is causal without a mask.
+        self.shapes: list[tuple[int, int, int]] = []
+        self.masks: list[Tensor | None] = []
+        self.causal: list[bool] = []
+        group_queries, group_keys, group_real = [], [], []
         for (rows, columns), members in groups.items():
             query_start, query_length, key_start, key_length = torch.tensor(members).T[..., None]
             row, column = torch.arange(rows), torch.arange(columns)
-            queries.append((query_start + row.minimum(query_length - 1)).flatten())
-            keys.append((key_start + column.minimum(key_length - 1)).flatten())
-            real.append((row < query_length).flatten())
+            group_queries.append((query_start + row.minimum(query_length - 1)).flatten())
+            group_keys.append((key_start + column.minimum(key_length - 1)).flatten())
+            group_real.append((row < query_length).flatten())
             exact = bool((query_length == rows).all() and (key_length == columns).all())
             self.shapes.append((len(members), rows, columns))
             self.causal.append(causal and exact and rows == columns)
             mask = None
             if causal and not self.causal[-1]:
-                # Real queries see no padded key: those stand behind the last key.
+                # Also hides padded keys from real queries: they come after the last key.
                 mask = (column <= row[:, None] + (key_length - query_length)[..., None])[:, None].to(device)
             self.masks.append(mask)
-        queries, real = torch.cat(queries), torch.cat(real)
-        kept = real.nonzero()[:, 0]
-        # Where in the outputs of all groups each packed position stands.
+        queries, kept = torch.cat(group_queries), torch.cat(group_real).nonzero()[:, 0]
+        # The index of each packed position in the concatenated outputs of all groups.
         self.order = kept[queries[kept].argsort()].to(device)
-        self.queries, self.keys = queries.to(device), torch.cat(keys).to(device)
+        self.queries, self.keys = queries.to(device), torch.cat(group_keys).to(device)
 
-    def attend(self, query, key, value, scale):
-        """Attention of `(length, heads, head_dim)` tensors; returns the same shape."""
-        # One gather for all groups: in the backward pass each would fill a gradient of the whole row.
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """Attention over the segments.
+
+        Args:
+            query, key, value (`torch.Tensor` of shape `(length, heads, head_dim)`): Projections of the packed row.
+            scale (`float` or `None`): As in `torch.nn.functional.scaled_dot_product_attention`.
+
+        Returns:
+            `torch.Tensor` of shape `(length, heads, head_dim)`
+        """
+        # One gather for all groups: in the backward pass, each gather allocates a gradient for the full packed row.
         queries = query.index_select(0, self.queries).split([n * rows for n, rows, _ in self.shapes])
         keys, values = (
             x.index_select(0, self.keys).split([n * columns for n, _, columns in self.shapes]) for x in (key, value)
@@ -76,40 +96,60 @@ class PackedLayout:
         return torch.cat(outputs).index_select(0, self.order)
 
 
-def _padded(length):
-    """The length that segments of a similar length share; beyond 128 their own."""
+def _padded(length: int) -> int:
+    """The length that a segment is padded to. Lengths above 128 are not padded."""
     step = 8 if length <= 32 else 16 if length <= 64 else 32 if length <= 128 else 1
     return -(-length // step) * step
 
 
-def _packed_attention(module, query, key, value, attention_mask, scaling=None, packed_layout=None, **kwargs):
-    """Attention function of the language model: packed where a layout is given, transformers' SDPA elsewhere."""
+def _packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    packed_layout: PackedLayout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention function of the language model: packed if a layout is given, otherwise transformers' SDPA."""
     if packed_layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if kwargs.get("sliding_window"):
         raise ValueError("Packed attention does not support sliding windows: set config.use_sliding_window=False.")
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    return packed_layout.attend(*(x[0].transpose(0, 1) for x in (query, key, value)), scaling)[None], None
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    return packed_layout.attend(query, key, value, scaling)[None], None
 
 
 def _vision_attention(
-    module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, vision_layouts=None, **kwargs
-):
-    """Attention function of the vision tower: images (or windows) of the same size in one call.
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    vision_layouts: dict[int, tuple[Tensor, PackedLayout]] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention function of the vision tower: one call for all images (or windows) of the same size.
 
-    `vision_layouts` is a dict in which the layers of a forward share the layouts of their bounds. It holds the bounds
-    too, so that no other tensor can take their id.
+    All layers of a forward share the dict `vision_layouts`. It maps the id of a tensor of bounds to the bounds and
+    their layout. Keeping the bounds in the dict makes sure that no other tensor gets the same id.
     """
+    assert cu_seq_lens_q is not None  # transformers passes it to attention functions named "flash"
     layouts = {} if vision_layouts is None else vision_layouts
     if id(cu_seq_lens_q) not in layouts:
         bounds = pairwise(cu_seq_lens_q.tolist())
         segments = [(start, end - start, start, end - start) for start, end in bounds if end > start]
         layouts[id(cu_seq_lens_q)] = cu_seq_lens_q, PackedLayout(segments, query.device, causal=False)
     _, layout = layouts[id(cu_seq_lens_q)]
-    return layout.attend(*(x[0].transpose(0, 1) for x in (query, key, value)), scaling)[None], None
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    return layout.attend(query, key, value, scaling)[None], None
 
 
 AttentionInterface.register(VISION_ATTENTION, _vision_attention)
 AttentionInterface.register(ATTENTION, _packed_attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # calls without a layout keep their padding mask
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # the padding mask for calls without a packed layout

@@ -1,55 +1,79 @@
-"""The Sentence-Transformers side: the module and model that train, and that check every input before encoding it.
+"""The Sentence-Transformers module and model that are trained, with checks of every input.
 
-An exported repository needs none of this to be loaded: `SentenceTransformer(path)` builds it from stock modules and
-returns the same vectors. The wrapper adds what stock modules cannot do: packed encoding without padding, the
-condensation loss in the same forward, and errors instead of wrong vectors.
+An exported repository does not need them. `SentenceTransformer(path)` loads it with stock modules and gives the same
+vectors. These classes add packed encoding without padding, the condensation loss in the same forward, and errors for
+inputs that would get wrong vectors.
+
+The forward is in `btok_hf/condensation.py`, checks of inputs in `btok_hf/inputs.py`, and saving in
+`btok_hf/export.py`.
 """
 
 import math
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
-from torch import distributed
+from torch import Tensor, distributed
 from torch.nn import functional as F
 from tqdm import tqdm
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from btok_hf.adapters import has_adapters, load_adapters, merge_adapters
 from btok_hf.condensation import condense, reconstruct
 from btok_hf.export import stock_model, untied_head, write_repository
 from btok_hf.features import IGNORED, PIXEL_KEYS
-from btok_hf.inputs import ImageLimits, check_input, estimate_tokens, is_messages
-from btok_hf.modeling.modeling_btok import bottleneck_token_ids, last_positions, load_stock_model
+from btok_hf.inputs import ImageLimits, Input, check_input, estimate_tokens, is_messages
+from btok_hf.modeling.modeling_btok import (
+    Backbone,
+    StockModel,
+    bottleneck_token_ids,
+    last_positions,
+    load_stock_model,
+)
 
-# Tokens that one row of `encode`'s batch_size stands for. The default of 32 rows is 2,048 tokens on a CPU, where more
-# only overrun its caches, and 16,384 elsewhere.
+# Tokens per row of `encode`'s batch_size. The default of 32 rows is 2,048 tokens on a CPU, where larger batches exceed
+# the caches, and 16,384 tokens on other devices.
 CPU_ROW_TOKENS, ROW_TOKENS = 64, 512
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class BottleneckTransformer(Transformer):
-    """Sentence-Transformers input module: any input → row ending in K Bottleneck Tokens → embedding.
+    """Sentence-Transformers input module: any input → row that ends in K Bottleneck Tokens → embedding.
 
-    It writes `sentence_embedding` (fp32, L2-normalised, shape `(batch, hidden)`) into the features. If they hold
-    `target_ids` and `target_labels` (shape `(batch, 1, target_length)`), the same forward also gives
+    It adds `sentence_embedding` (fp32, L2-normalised, shape `(batch, hidden)`) to the features. If they contain
+    `target_ids` and `target_labels` (shape `(batch, 1, target_length)`), the same forward also adds
     `condensation_loss`, the summed cross-entropy of each row's supervised target tokens, shape `(batch,)`.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._check_template()
 
-    def _load_model(self, model_name_or_path, transformer_task, config, backend, is_peft_model, **model_kwargs):
-        """The stock backbone, loaded strictly; an untied head is kept for the condensation loss."""
+    def _load_model(
+        self,
+        model_name_or_path: str,
+        transformer_task: str,
+        config: PreTrainedConfig,
+        backend: str,
+        is_peft_model: bool,
+        **model_kwargs: Any,
+    ) -> PreTrainedModel:
+        """Load the stock backbone strictly. An untied head is kept for the condensation loss."""
         if backend != "torch":
-            raise ValueError(f"BottleneckTransformer needs backend='torch', got {backend!r}.")
+            raise ValueError(f"BottleneckTransformer needs backend='torch', got {backend!r}. Leave backend out.")
         bottleneck_token_ids(config)
         model_kwargs.pop("trust_remote_code", None)
         source, adapter_kwargs = model_name_or_path, {}
         if is_peft_model:
             from peft import PeftConfig
 
-            # The revision is the adapters' own, not the base's.
+            # The revision belongs to the adapters, not to the base model.
             hub = ("revision", "token", "cache_dir", "local_files_only")
             adapter_kwargs = {key: model_kwargs[key] for key in hub if key in model_kwargs}
             model_kwargs.pop("revision", None)
@@ -62,58 +86,69 @@ class BottleneckTransformer(Transformer):
             load_adapters(backbone, model_name_or_path, **adapter_kwargs)
         return backbone
 
-    def _check_template(self):
+    def _check_template(self) -> None:
         row = self.processor.apply_chat_template([{"role": "user", "content": "text"}], tokenize=False)
+        assert self.tokenizer is not None  # every Qwen-VL processor has one
         tail = self.tokenizer(row, add_special_tokens=False)["input_ids"]
         token_ids = bottleneck_token_ids(self.config)
         if tail[-len(token_ids) :] != token_ids or len(set(tail[: -len(token_ids)]) & set(token_ids)):
             raise ValueError(
                 f"The chat template ends rows in the ids {tail[-len(token_ids) :]}, but config.btok_token_ids is "
-                f"{token_ids}: K disagrees. Restore config.json and chat_template.jinja from the exported repository."
+                f"{token_ids}: they disagree on K. Restore config.json and chat_template.jinja from the exported "
+                "repository."
             )
 
-    def preprocess(self, inputs, prompt=None, **kwargs):
-        """Turn inputs into model features, as the stock module does, after checking each of them.
+    # Unlike the superclass, it accepts paths and no audio. `kwargs` has the other arguments.
+    def preprocess(  # type: ignore[override]
+        self, inputs: Sequence[Input], prompt: str | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Check the inputs and turn them into model features.
 
         Args:
-            inputs (`list`): Each a text, image (PIL, array, file path), video (`{"array", "video_metadata"}`, file
-                path), a dict of `text`, `image`, `video` (lists for several), or chat messages. In a row the media
-                always come first, in the order given, then the prompt, then the texts.
+            inputs (`Sequence[Input]`): Each is a text, an image (PIL, array, file path), a video
+                (`{"array", "video_metadata"}`, file path), a dict of `text`, `image`, `video` (lists for several), or
+                chat messages. A row starts with the media in the given order, then the prompt, then the texts.
             prompt (`str`, *optional*): Instruction for every input.
 
+        Returns:
+            `dict[str, Any]`: The features, on the CPU.
+
         Raises:
-            FileNotFoundError, ValueError: An input that cannot be embedded faithfully, shown in short.
+            FileNotFoundError: A file of an input does not exist.
+            ValueError: An input that cannot be embedded correctly. The message shows the input in short.
         """
         limits = ImageLimits(self.processor.image_processor.size["longest_edge"], self.config.vision_config.patch_size)
-        inputs = [check_input(item, limits) for item in inputs]
-        if 0 < sum(map(is_messages, inputs)) < len(inputs):
+        checked = [check_input(item, limits) for item in inputs]
+        messages = sum(map(is_messages, checked))
+        if 0 < messages < len(checked):
             raise ValueError(
-                "Some inputs are chat messages and others are not, which Sentence-Transformers cannot put in one "
-                "batch. Encode them in two calls."
+                f"Inputs must be all chat messages or none, got {messages} of {len(checked)}: Sentence-Transformers "
+                "cannot put both in one batch. Encode them in two calls."
             )
         try:
-            features = super().preprocess(inputs, prompt=prompt, **kwargs)
+            features = super().preprocess(checked, prompt=prompt, **kwargs)
         except ValueError as error:
             if "Likely due to `truncation" not in str(error):
                 raise
             raise ValueError(
-                f"An input with images or video is longer than max_seq_length={self.max_seq_length} tokens. Media are "
-                "never cut: raise max_seq_length, lower max_pixels (processor_kwargs={'max_pixels': …}), or shorten "
-                "the text."
+                f"An input with images or video is longer than max_seq_length={self.max_seq_length} tokens, and media "
+                "are never truncated. Raise max_seq_length, lower max_pixels (processor_kwargs={'max_pixels': …}), or "
+                "shorten the text."
             ) from error
-        if not inputs:
+        if not checked:
             return features
         token_ids = torch.tensor(bottleneck_token_ids(self.config))
         columns = last_positions(features["attention_mask"], len(token_ids))
         if (columns < 0).any() or (features["input_ids"].gather(1, columns) != token_ids).any():
             raise ValueError(
                 f"A row does not end in the {len(token_ids)} Bottleneck Tokens: max_seq_length={self.max_seq_length} "
-                "leaves no room for them, or the processor's chat template was changed."
+                "is too small, or the chat template was changed. Raise max_seq_length, or restore "
+                "chat_template.jinja."
             )
         return features
 
-    def forward(self, features, **kwargs):
-        """Embed a mini-batch, and predict its targets if it has any. Features stay where they are, on the host."""
+    def forward(self, features: Mapping[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Embed a mini-batch and, if it has targets, predict them. The features stay on the host."""
         target_ids, labels = features.get("target_ids"), features.get("target_labels")
         condensed = condense(
             self.model,
@@ -123,64 +158,66 @@ class BottleneckTransformer(Transformer):
             condensation_mask=features.get("condensation_mask", True),
             lm_head=None if self.lm_head is None else self.lm_head.weight,
         )
-        # A dict, because DDP and FSDP look for the outputs' tensors in it.
-        outputs = {**features, "sentence_embedding": condensed.embeddings + self._tie_in_vision(features)}
-        if target_ids is not None:
+        # A dict, because DDP and FSDP search it for output tensors.
+        outputs = {**features, "sentence_embedding": condensed.embeddings + self._vision_gradients(features)}
+        if target_ids is not None and labels is not None:
             rows = (labels[:, 0] != IGNORED).nonzero()[:, 0].to(condensed.token_losses.device)
             losses = condensed.token_losses.new_zeros(len(target_ids))
             outputs["condensation_loss"] = losses.index_add(0, rows, condensed.token_losses)
         return outputs
 
-    def _tie_in_vision(self, features):
-        """0, with zero gradients for the vision tower of a batch without media.
+    def _vision_gradients(self, features: Mapping[str, Any]) -> Tensor:
+        """A zero that gives the vision tower zero gradients if the batch has no media.
 
-        Processes that shard or average gradients must all have the same ones, and another's batch may hold media.
+        Processes that shard or average gradients must have gradients for the same parameters. The batch of another
+        process may contain media.
         """
         zero = torch.zeros((), device=self.model.device)
         shared = distributed.is_available() and distributed.is_initialized()
         if not shared or any(features.get(key) is not None for key in PIXEL_KEYS):
             return zero
-        return sum((p.flatten()[:0].sum() for p in self.model.visual.parameters() if p.requires_grad), zero)
+        parameters = cast(Backbone, self.model).visual.parameters()
+        return sum((p.flatten()[:0].sum() for p in parameters if p.requires_grad), zero)
 
-    def merged(self):
-        """The stock model to publish: adapters, if any, merged into a copy of the weights."""
+    def merged(self) -> StockModel:
+        """The stock model to publish. Adapters are merged into a copy of the weights."""
         backbone = merge_adapters(self.model) if has_adapters(self.model) else self.model
-        return stock_model(backbone, self.lm_head, self.generation_config)
+        return stock_model(cast(Backbone, backbone), self.lm_head, self.generation_config)
 
 
 class BTokSentenceTransformer(SentenceTransformer):
-    """A `SentenceTransformer` made of one `BottleneckTransformer`: the model that `CondensationTrainer` trains.
+    """A `SentenceTransformer` with one `BottleneckTransformer`: the model that `CondensationTrainer` trains.
 
-    `encode` is that of Sentence-Transformers, with the same arguments and results, but batches are filled to a number
-    of tokens and not of rows: many short inputs run together, and few long ones. `batch_size` is that number in rows
-    of 64 tokens on a CPU and of 512 elsewhere; an input that is longer than all of them runs alone. Beside a GPU a
-    thread preprocesses a batch while the one before it is computed.
+    `encode` has the arguments and results of Sentence-Transformers. Batches are limited by tokens instead of rows, so
+    that a batch has many short inputs or few long ones. `batch_size` counts rows of 64 tokens on a CPU and of 512
+    tokens on other devices. An input longer than this limit has its own batch. With a GPU, a thread preprocesses the
+    next batch during the computation.
 
     Args:
-        model_name_or_path (`str`): Local folder or Hub id of a repository with Bottleneck Tokens, as written by
-            `add_bottleneck_tokens` or `export_model`; also a checkpoint that holds only adapters.
+        model_name_or_path (`str` or `Path`): Local folder or Hub id of a repository with Bottleneck Tokens, as written
+            by `add_bottleneck_tokens` or `export_model`, or of a checkpoint with only adapters.
         model_kwargs, processor_kwargs (`dict`, *optional*): For the model (`dtype`, `device_map`) and the processor
             (`max_pixels`).
-        max_seq_length (`int`, *optional*): Longest row in tokens, the K Bottleneck Tokens included. Longer text
-            keeps its end; longer rows with media are refused.
+        max_seq_length (`int`, *optional*): Maximum row length in tokens, including the K Bottleneck Tokens. Longer
+            texts are truncated at the start. Longer rows with media are refused.
         device, prompts, default_prompt_name, similarity_fn_name, truncate_dim: As in `SentenceTransformer`.
         hub_kwargs: `revision`, `token`, `cache_folder`, `local_files_only`.
     """
 
     def __init__(
         self,
-        model_name_or_path,
+        model_name_or_path: str | Path,
         *,
-        device=None,
-        prompts=None,
-        default_prompt_name=None,
-        similarity_fn_name=None,
-        truncate_dim=None,
-        model_kwargs=None,
-        processor_kwargs=None,
-        max_seq_length=None,
-        **hub_kwargs,
-    ):
+        device: str | None = None,
+        prompts: Mapping[str, str] | None = None,
+        default_prompt_name: str | None = None,
+        similarity_fn_name: Literal["cosine", "dot", "euclidean", "manhattan"] | None = None,
+        truncate_dim: int | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+        processor_kwargs: dict[str, Any] | None = None,
+        max_seq_length: int | None = None,
+        **hub_kwargs: Any,
+    ) -> None:
         model_name_or_path = str(model_name_or_path)
         module = BottleneckTransformer.load(
             model_name_or_path, model_kwargs=model_kwargs, processor_kwargs=processor_kwargs, **hub_kwargs
@@ -199,22 +236,28 @@ class BTokSentenceTransformer(SentenceTransformer):
             truncate_dim=truncate_dim or saved.get("truncate_dim"),
         )
 
+    @property
+    def transformer(self) -> BottleneckTransformer:
+        """The module that computes the embeddings."""
+        return cast(BottleneckTransformer, self[0])
+
+    # As in SentenceTransformer, the superclass names fewer arguments.
     @torch.inference_mode()
-    def _inference(
+    def _inference(  # type: ignore[override]
         self,
-        inputs,
+        inputs: list,
         *,
-        prompt,
-        batch_size,
-        show_progress_bar,
-        output_value,
-        save_to_cpu,
-        normalize_embeddings,
-        truncate_dim,
-        device=None,
-        **kwargs,
-    ):
-        """What `encode` calls once its arguments are checked, in worker processes too."""
+        prompt: str | None,
+        batch_size: int,
+        show_progress_bar: bool,
+        output_value: str | None,
+        save_to_cpu: bool,
+        normalize_embeddings: bool,
+        truncate_dim: int | None,
+        device: str | torch.device | None = None,
+        **kwargs: Any,
+    ) -> list[Tensor] | Tensor | list[dict[str, Any]]:
+        """Embed inputs in batches of similar length. `encode` calls this after checking its arguments."""
         if output_value != "sentence_embedding":  # all features of each row, padded
             return super()._inference(
                 inputs,
@@ -232,40 +275,43 @@ class BTokSentenceTransformer(SentenceTransformer):
         self.eval()
         if not inputs:
             return torch.tensor([], device=device)
-        around = estimate_tokens(prompt or "", self.processor) + len(bottleneck_token_ids(self[0].config)) + 4
+        around = estimate_tokens(prompt or "", self.processor) + len(bottleneck_token_ids(self.transformer.config)) + 4
         longest = self.max_seq_length or math.inf
         tokens = [min(around + estimate_tokens(item, self.processor), longest) for item in inputs]
         batches = _batches(tokens, batch_size * (CPU_ROW_TOKENS if device.type == "cpu" else ROW_TOKENS))
 
-        def preprocess(batch):
+        def preprocess(batch: list[int]) -> dict[str, Any]:
             return self.preprocess([inputs[index] for index in batch], prompt=prompt, **kwargs)
 
-        embeddings = []
-        # At its end, in whatever way, the executor waits for the batch in work: no thread is left behind.
+        results = []
+        # Leaving the block, also through an error, waits for the batch in the thread.
         with ThreadPoolExecutor(1) as thread:
-            # Beside CPU cores that compute there is nothing to win, and much to lose: resizing in another thread opens
-            # a second pool of OpenMP threads, and both wait for the same cores.
+            # On a CPU a thread does not help: resizing in another thread starts a second pool of OpenMP threads, which
+            # competes for the same cores.
             prepared = map(preprocess, batches) if device.type == "cpu" else _ahead(thread, preprocess, batches)
-            # Features stay on the CPU: `condense` moves what the device needs, once nothing is left to check.
+            # Features stay on the CPU: `condense` copies them to the device after its checks.
             for features in tqdm(prepared, "Batches", len(batches), disable=not show_progress_bar):
                 rows = self(features, **kwargs)["sentence_embedding"][:, :truncate_dim]
                 rows = F.normalize(rows, dim=1) if normalize_embeddings else rows
-                embeddings.append(rows.cpu() if save_to_cpu else rows)
+                results.append(rows.cpu() if save_to_cpu else rows)
         order = torch.tensor([index for batch in batches for index in batch])
-        embeddings = torch.cat(embeddings)
+        embeddings = torch.cat(results)
         return embeddings[order.argsort().to(embeddings.device)]
 
-    def reconstruct(self, inputs, *, prompt=None, max_new_tokens=32):
-        """The text that each input's Bottleneck Tokens hold, decoded without a look at the input (`reconstruct`).
+    def reconstruct(
+        self, inputs: Sequence[Input], *, prompt: str | None = None, max_new_tokens: int = 32
+    ) -> list[str]:
+        """Decode the text that the Bottleneck Tokens of each input encode (`btok_hf.condensation.reconstruct`).
 
         Args:
-            inputs (`list`), prompt (`str`, *optional*): As in `encode`; one batch.
-            max_new_tokens (`int`): Where a text ends at the latest.
+            inputs (`Sequence[Input]`): As in `encode`. They run as one batch.
+            prompt (`str`, *optional*): As in `encode`.
+            max_new_tokens (`int`): Maximum number of tokens per text.
 
         Returns:
             `list[str]`
         """
-        module, tokenizer = self[0], self.tokenizer
+        module, tokenizer = self.transformer, self.tokenizer
         ids = reconstruct(
             module.model,
             module.preprocess(inputs, prompt=prompt),
@@ -276,31 +322,43 @@ class BTokSentenceTransformer(SentenceTransformer):
         )
         return tokenizer.batch_decode(ids)
 
-    def save(self, path, model_name=None, create_model_card=True, train_datasets=None, safe_serialization=True):
+    def save(
+        self,
+        path: str | Path,
+        model_name: str | None = None,
+        create_model_card: bool = True,
+        train_datasets: list[str] | None = None,
+        safe_serialization: bool = True,
+    ) -> None:
         """Save a repository that stock Sentence-Transformers loads without trust_remote_code.
 
-        With adapters, as in Sentence-Transformers, only they are written, beside a reference to the base: what
-        training resumes from. `btok_hf.export_model` writes the merged repository to publish, with golden vectors.
+        If the model has adapters, only they and a reference to the base are saved, as in Sentence-Transformers.
+        Training resumes from them. To publish, use `btok_hf.export_model`, which writes the merged model.
         """
         if not safe_serialization:
-            raise ValueError("Weights are saved as safetensors only: leave safe_serialization at True.")
-        weights = self[0].model if has_adapters(self[0].model) else self[0].merged()
-        write_repository(path, weights, self[0].processor, model=self)
+            raise ValueError(
+                "Weights are saved only as safetensors, got safe_serialization=False. Leave safe_serialization out."
+            )
+        module = self.transformer
+        weights = module.model if has_adapters(module.model) else module.merged()
+        write_repository(path, weights, self.processor, model=self)
 
 
-def _ahead(thread, function, items):
-    """`map(function, items)`; the executor `thread` works on an item while the one before it is used."""
-    ahead = None
+def _ahead(thread: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """`map(function, items)`, but the executor `thread` computes the next result while one is used."""
+    ahead: Future[Result] | None = None
     for item in items:
         ready, ahead = ahead, thread.submit(function, item)
         if ready:
             yield ready.result()
-    yield ahead.result()
+    if ahead:
+        yield ahead.result()
 
 
-def _batches(tokens, budget):
-    """Indices of inputs in batches of at most `budget` tokens, longest inputs first; one that is longer is alone."""
-    batches, room = [], 0
+def _batches(tokens: Sequence[float], budget: int) -> list[list[int]]:
+    """Batches of input indices with at most `budget` tokens, longest inputs first. A longer input is alone."""
+    batches: list[list[int]] = []
+    room = 0.0
     for index in sorted(range(len(tokens)), key=tokens.__getitem__, reverse=True):
         if not batches or tokens[index] > room:
             batches.append([])

@@ -1,21 +1,29 @@
-"""The README.md of a repository: its metadata, its text, and what only a person can say about a model."""
+"""The model card (README.md) of a repository: metadata, text, and the facts that a person has to state.
+
+The text is in `card.md.jinja`. Facts of a training run are collected in `hub_card/training_run.py`, and the inputs of
+the snippets in `hub_card/examples.py`.
+"""
 
 import json
 import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
-from typing import Union
+from typing import Any, Union
 
 import jinja2
 from huggingface_hub import ModelCardData
+from transformers import PreTrainedConfig, ProcessorMixin
 
 PLACEHOLDER = "path-of-this-repository"
-# What the snippets need on a fresh machine, in the versions that this package itself asks for.
+# Packages that the snippets need, with the versions that this package requires.
 SNIPPET_REQUIREMENTS = ("sentence-transformers", "transformers", "torch", "torchvision", "pillow")
-# (paths of images in the repository, text) of each input of the snippets, where no evaluation data is known.
-EXAMPLES = {
+# An input of a snippet: paths of images in the repository, and text.
+Example = tuple[list[str], str | None]
+# Inputs of the snippets if there is no evaluation data.
+EXAMPLES: dict[str, list[Example]] = {
     "queries": [([], "a cat with hearts for eyes"), ([], "frozen water")],
     "documents": [([], "a smiling cat face"), ([], "ice"), ([], "a receipt from a bakery")],
 }
@@ -23,21 +31,22 @@ EXAMPLES = {
 
 @dataclass
 class CardArguments:
-    """What no run can know about its model; the card says of what is left out that it is unknown.
+    """Card facts that cannot be read from the run. The card shows omitted facts as unknown.
 
     Args:
-        model_license (`str`, *optional*): Id of the weights' licence, from hf.co/docs/hub/repositories-licenses. The
-            text of `apache-2.0` is written as LICENSE; `other` needs the next two.
+        model_license (`str`, *optional*): Licence id of the weights, from hf.co/docs/hub/repositories-licenses. For
+            `apache-2.0` the LICENSE file is written. `other` needs `license_name` and `license_link`.
         license_name, license_link (`str`, *optional*): Name and address of a licence that has no id.
         base_license (`str`, *optional*): Licence of the base model, as its publisher states it.
-        data_licenses (`str` or `dict[str, str]`, *optional*): Licence of the data: one, or one per dataset by its
-            name, evaluation data included.
+        data_licenses (`str` or `dict[str, str]`, *optional*): Licence of all data, or licences by dataset name. The
+            evaluation data is included.
         languages (`list[str]`): ISO 639 codes of the languages in the training data.
-        eval_task (`str`, *optional*): Where the evaluation data is a benchmark on the Hub: the id of its task, from
-            its `eval.yaml`. Writes the main metric to `.eval_results/`, which the benchmark's leaderboard reads.
+        eval_task (`str`, *optional*): Task id from the `eval.yaml` of a benchmark on the Hub that the evaluation data
+            comes from. The main metric is written to `.eval_results/`, which the benchmark's leaderboard reads.
 
     Raises:
-        ValueError: A licence `other` without name and link (or these without it), or an odd language code.
+        ValueError: A licence `other` without name and link (or these with another licence), or an invalid language
+            code.
     """
 
     model_license: str | None = field(default=None, metadata={"help": "Id of the weights' licence."})
@@ -46,90 +55,93 @@ class CardArguments:
     base_license: str | None = field(default=None, metadata={"help": "Licence of the base model."})
     data_licenses: Union[str, None, dict[str, str]] = field(  # noqa: UP007, RUF036 (what HfArgumentParser can read)
         default=None,
-        metadata={"help": "Licence of the data: one, or a mapping (in JSON) from dataset name to licence."},
+        metadata={"help": "Licence of all data, or a mapping (JSON) from dataset name to licence."},
     )
     languages: list[str] = field(
         default_factory=list, metadata={"help": "ISO 639 codes of the languages in the training data."}
     )
     eval_task: str | None = field(
-        default=None, metadata={"help": "Task id, if eval_file is a benchmark on the Hub: adds to its leaderboard."}
+        default=None,
+        metadata={"help": "Task id if eval_file is a benchmark on the Hub; adds the result to its leaderboard."},
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.data_licenses, str) and self.data_licenses.lstrip().startswith("{"):
             self.data_licenses = json.loads(self.data_licenses)
         named = [self.license_name is not None, self.license_link is not None]
         if named != [self.model_license == "other"] * 2:
             raise ValueError(
-                "A licence without an id takes model_license='other', license_name and license_link together, got "
-                f"{self.model_license!r}, {self.license_name!r} and {self.license_link!r}."
+                "A licence without an id needs model_license='other', license_name and license_link together, got "
+                f"{self.model_license!r}, {self.license_name!r} and {self.license_link!r}. Set all three, or use the "
+                "id of a licence alone."
             )
         for code in self.languages:
             if not re.fullmatch(r"[a-z]{2,3}|multilingual", code):
-                raise ValueError(f"languages takes ISO 639 codes (en, de, …) or multilingual, got {code!r}.")
+                raise ValueError(f"languages must be ISO 639 codes (en, de, …) or multilingual, got {code!r}.")
 
-    def check(self, datasets, eval_source=None):
-        """Raise a `ValueError` if a statement does not fit the run: before training, so that no work is lost.
+    def check(self, datasets: Collection[str], eval_source: str | None = None) -> None:
+        """Raise `ValueError` if a fact does not fit the run. Called before training, so that no work is lost.
 
         Args:
-            datasets (`list[str]`): Names of the datasets, the evaluator's included.
+            datasets (`Collection[str]`): Names of the datasets, including the evaluation data.
             eval_source (`str`, *optional*): File or Hub id of the evaluation data.
         """
         unknown = sorted(set(self.data_licenses) - set(datasets)) if isinstance(self.data_licenses, dict) else []
         if unknown:
             raise ValueError(
-                f"data_licenses names {unknown}, but the datasets are {sorted(datasets)}. Use these names."
+                f"data_licenses must name the datasets {sorted(datasets)}, got {unknown}. Use the names of the "
+                "datasets."
             )
         if self.eval_task and not hub_id(eval_source):
             raise ValueError(
-                f"eval_task is {self.eval_task!r}, but the evaluation data is {eval_source!r}. Results are reported "
-                "to benchmarks on the Hub only: evaluate on its Hub id, or leave eval_task out."
+                f"eval_task is {self.eval_task!r}, but the evaluation data is {eval_source!r}. Only benchmarks on the "
+                "Hub accept results: evaluate on the Hub id of the benchmark, or leave eval_task out."
             )
 
-    def data_license(self, name):
-        """The licence of one dataset; `None` if it is not known."""
+    def data_license(self, name: str) -> str | None:
+        """The licence of a dataset; `None` if it is unknown."""
         return self.data_licenses.get(name) if isinstance(self.data_licenses, dict) else self.data_licenses
 
 
-def hub_id(source):
-    """The Hub id of a dataset that was loaded from this source; `None` for files and unknown sources."""
+def hub_id(source: str | None) -> str | None:
+    """The source of a dataset, if it is a Hub id; `None` for files and unknown sources."""
     on_hub = source is not None and not Path(source).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source)
     return source if on_hub else None
 
 
 def render_card(
-    config,
-    processor,
-    prompts,
-    arguments=None,
+    config: PreTrainedConfig,
+    processor: ProcessorMixin,
+    prompts: Mapping[str, str | None],
+    arguments: CardArguments | None = None,
     *,
-    repo_id=None,
-    examples=None,
-    training=None,
-    data=(),
-    evaluation=None,
-    ablation=None,
-):
-    """The README.md of a repository. Without `training` it warns that the embeddings mean nothing.
+    repo_id: str | None = None,
+    examples: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+    data: Sequence[Mapping[str, Any]] = (),
+    evaluation: Mapping[str, Any] | None = None,
+    ablation: Mapping[str, Mapping[str, float]] | None = None,
+) -> str:
+    """Render the README.md of a repository. Without `training`, it warns that the model is untrained.
 
     Args:
-        config (`PreTrainedConfig`): The model's, with its Bottleneck Tokens.
-        processor (`ProcessorMixin`): For the pixel limits.
+        config (`PreTrainedConfig`): Configuration of the model with Bottleneck Tokens.
+        processor (`ProcessorMixin`): Source of the pixel limits.
         prompts (`dict[str, str]`): Instructions by name.
         arguments (`CardArguments`, *optional*): Licences and languages.
         repo_id (`str`, *optional*): Hub id for the snippets. Default: a placeholder.
-        examples (`dict`, *optional*): Inputs of the snippets and what they print, as `measured_examples` returns
-            them. Default: fixed texts, without the similarities.
-        training, data, evaluation, ablation (*optional*): Facts of a run, as `training_run.card_files` collects them.
+        examples (`dict`, *optional*): Inputs and outputs of the snippets, from `measured_examples`. Default: fixed
+            texts without similarities.
+        training, data, evaluation, ablation (*optional*): Facts of a run, from `training_run.card_files`.
 
     Returns:
         `str`
     """
     arguments = arguments or CardArguments()
-    examples = {"similarities": None, **(examples or EXAMPLES)}
+    shown: dict[str, Any] = {"similarities": None, **(examples or EXAMPLES)}
     text_config = config.get_text_config()
     image_processor = processor.image_processor
-    # Each token of an image covers this many pixels.
+    # Pixels per image token.
     patch = (image_processor.patch_size * image_processor.merge_size) ** 2
     limits = image_processor.size
     most = limits["longest_edge"] // patch
@@ -154,14 +166,14 @@ def render_card(
         "install": " ".join(f'"{requirement}"' for requirement in _snippet_requirements()),
         "repository": json.dumps(repo_id or PLACEHOLDER),
         "on_hub": repo_id is not None,
-        "has_images": any(images for images, _ in examples["queries"] + examples["documents"]),
-        "queries": [_as_input(*row) for row in examples["queries"]],
-        "documents": [_as_input(*row) for row in examples["documents"]],
+        "has_images": any(images for images, _ in shown["queries"] + shown["documents"]),
+        "queries": [_as_input(*row) for row in shown["queries"]],
+        "documents": [_as_input(*row) for row in shown["documents"]],
         "conversations": [
-            _as_messages(*examples["queries"][0], prompts.get("query")),
-            _as_messages(*examples["documents"][0], prompts.get("document")),
+            _as_messages(shown["queries"][0], prompts.get("query")),
+            _as_messages(shown["documents"][0], prompts.get("document")),
         ],
-        "similarities": examples["similarities"],
+        "similarities": shown["similarities"],
     }
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
@@ -172,7 +184,13 @@ def render_card(
     return f"---\n{header.to_yaml()}\n---\n\n{template.render(facts)}"
 
 
-def _metadata(config, arguments, base, data, evaluation):
+def _metadata(
+    config: PreTrainedConfig,
+    arguments: CardArguments,
+    base: str | None,
+    data: Sequence[Mapping[str, Any]],
+    evaluation: Mapping[str, Any] | None,
+) -> ModelCardData:
     return ModelCardData(
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",
@@ -188,22 +206,24 @@ def _metadata(config, arguments, base, data, evaluation):
     )
 
 
-def _snippet_requirements():
-    wanted = {re.match(r"[\w.-]+", line)[0]: line for line in metadata.requires("btok-hf") if "extra ==" not in line}
-    return [wanted[name] for name in SNIPPET_REQUIREMENTS]
+def _snippet_requirements() -> list[str]:
+    required = [line for line in metadata.requires("btok-hf") or () if "extra ==" not in line]
+    by_name = {re.split(r"[^\w.-]", line)[0]: line for line in required}
+    return [by_name[name] for name in SNIPPET_REQUIREMENTS]
 
 
-def _as_input(images, text):
-    """Python source of one input for Sentence-Transformers."""
+def _as_input(images: Sequence[str], text: str | None) -> str:
+    """Python source of an input for Sentence-Transformers."""
     if not images:
-        return _quoted(text)
+        return _quoted(text or "")
     paths = [f'f"{{folder}}/{path}"' for path in images]
     image = paths[0] if len(paths) == 1 else f"[{', '.join(paths)}]"
     return f'{{"image": {image}, "text": {_quoted(text)}}}' if text else f'{{"image": {image}}}'
 
 
-def _as_messages(images, text, prompt):
-    """Python source of each message of the same input, the prompt as the first one."""
+def _as_messages(example: Example, prompt: str | None) -> list[str]:
+    """Python source of the chat messages of an input, with the prompt as system message."""
+    images, text = example
     parts = [f'{{"type": "image", "image": f"{{folder}}/{path}"}}' for path in images]
     if text:
         parts.append(f'{{"type": "text", "text": {_quoted(text)}}}')
@@ -211,18 +231,18 @@ def _as_messages(images, text, prompt):
     return [*system, f'{{"role": "user", "content": [{", ".join(parts)}]}}']
 
 
-def _quoted(text):
-    """Python source of a string, in double quotes where they need no escape."""
+def _quoted(text: str) -> str:
+    """Python source of a string, in double quotes unless they need an escape."""
     source = repr(text)
     return source if '"' in source else f'"{source[1:-1]}"'
 
 
-def _as_text(value):
-    """Any text as one line of Markdown that shows it as it is, in a table too."""
+def _as_text(value: Any) -> str:
+    """A value as one line of Markdown text, escaped for use in tables too."""
     return re.sub(r"([\\`*_{}\[\]<>#|~$&])", r"\\\1", " ".join(str(value).split()))
 
 
-def _as_fence(text, language):
-    """A fenced block that the text cannot end."""
+def _as_fence(text: str, language: str) -> str:
+    """A fenced code block with more backticks than the text contains."""
     fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`+", text))])
     return f"{fence}{language}\n{text}\n{fence}"

@@ -1,4 +1,7 @@
-"""The card and its files from a training run: everything in them was measured there or said in `CardArguments`."""
+"""The card and its files for a training run. Their facts are measured in the run or stated in `CardArguments`.
+
+The text of the card is in `card.md.jinja`; how it is rendered is in `hub_card/card.py`.
+"""
 
 import dataclasses
 import datetime
@@ -7,9 +10,11 @@ import json
 import os
 import re
 import shlex
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -20,10 +25,16 @@ from matplotlib.figure import Figure
 from btok_hf.hub_card.card import CardArguments, hub_id, render_card
 from btok_hf.hub_card.examples import evaluation_name, hardware, measured_examples, precision
 
+if TYPE_CHECKING:
+    from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+
+    from btok_hf.training.condensation_config import CondensationConfig
+    from btok_hf.training.condensation_trainer import CondensationTrainer
+
 LOSSES = ("loss", "infonce", "condensation")
 PACKAGES = ("btok-hf", "torch", "transformers", "sentence-transformers", "datasets", "peft")
-# Arguments of `Trainer` that are shown even at their defaults. Those that this library or Sentence-Transformers adds
-# always are, and the others where they were changed, except for what does not change the weights.
+# Arguments of `Trainer` that the card always shows. It also shows all arguments that this library and
+# Sentence-Transformers add, and other arguments if they were changed, unless they do not affect the weights (HIDDEN).
 SHOWN = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type"),
     *("warmup_steps", "weight_decay", "optim", "max_grad_norm", "seed"),
@@ -35,34 +46,33 @@ HIDDEN = re.compile(
 
 
 def card_files(
-    trainer,
-    arguments=None,
+    trainer: "CondensationTrainer",
+    arguments: CardArguments | None = None,
     *,
-    sources=None,
-    evaluator=None,
-    eval_source=None,
-    before=None,
-    after=None,
-    ablation=None,
-    command=None,
-):
-    """Describe a trained model: the files of its repository that are neither weights nor configuration.
+    sources: Mapping[str, str] | None = None,
+    evaluator: "InformationRetrievalEvaluator | None" = None,
+    eval_source: str | None = None,
+    before: Mapping[str, float] | None = None,
+    after: Mapping[str, float] | None = None,
+    ablation: Mapping[str, Mapping[str, float]] | None = None,
+    command: list[str] | None = None,
+) -> dict[str, str | bytes]:
+    """The files that describe a trained model: card, licence, figures and results.
 
     Args:
-        trainer (`CondensationTrainer`): After `train()`. Its model, arguments, datasets and log are described. The
-            snippets use `trainer.args.hub_model_id`, if set.
+        trainer (`CondensationTrainer`): The trainer after `train()`. Its model, arguments, datasets and log are
+            described. The snippets use `trainer.args.hub_model_id`, if set.
         arguments (`CardArguments`, *optional*): Licences and languages.
-        sources (`dict[str, str]`, *optional*): Where the datasets were read from, by name: a file, or the id of a
-            dataset on the Hub.
-        evaluator (`InformationRetrievalEvaluator`, *optional*): What the model was evaluated with. The inputs of the
-            snippets are the first of its queries, their answers and one more candidate.
-        eval_source (`str`, *optional*): File or Hub id that the evaluator was read from.
-        before, after (`dict[str, float]`, *optional*): The evaluator's metrics before and after training. Needed
+        sources (`dict[str, str]`, *optional*): File or Hub id of each dataset, by name.
+        evaluator (`InformationRetrievalEvaluator`, *optional*): The evaluator of the model. The snippets show its
+            first queries, their answers and one more candidate.
+        eval_source (`str`, *optional*): File or Hub id of the evaluation data.
+        before, after (`dict[str, float]`, *optional*): Metrics of the evaluator before and after training. Required
             with an `evaluator`.
-        ablation (`dict[str, dict[str, float]]`, *optional*): The evaluator's metrics of other models, by a name such
+        ablation (`dict[str, dict[str, float]]`, *optional*): Metrics of the evaluator for other models, by a name such
             as `last-token pooling (K = 0)`.
         command (`list[str]`, *optional*): Arguments of the process, `sys.argv`. Tokens are removed, and the home
-            directory is written as `$HOME`.
+            directory is replaced by `$HOME`.
 
     Returns:
         `dict[str, str | bytes]`: Content by path: `README.md`; `LICENSE`, if the licence is `apache-2.0`;
@@ -70,24 +80,32 @@ def card_files(
         `assets/loss.png`, if losses were logged; `assets/example_<n>.png`, the images of the snippets.
 
     Raises:
-        ValueError: Metrics without an evaluator or the reverse, an ablation without some of the metrics, licences of
-            unknown datasets, or an `eval_task` of data that is not on the Hub.
+        ValueError: Metrics without an evaluator or an evaluator without metrics, an ablation that lacks metrics,
+            licences of unknown datasets, or an `eval_task` for data that is not on the Hub.
     """
     model, args = trainer.model, trainer.args
     arguments = arguments or CardArguments()
     _check_metrics(evaluator, before, after, ablation)
     data = _data(trainer.train_dataset, sources or {}, evaluator, eval_source, arguments)
-    files = {}
+    files: dict[str, str | bytes] = {}
     examples = measured_examples(model, evaluator, files)
     curves = loss_curves(trainer.state.log_history)
     if curves is not None:
         files["assets/loss.png"] = curves
     if arguments.eval_task:
-        files[f".eval_results/{Path(eval_source).name}.yaml"] = _eval_results(evaluator, eval_source, after, arguments)
+        assert evaluator is not None and eval_source is not None and after is not None  # checked above
+        results = _eval_results(evaluator, eval_source, arguments.eval_task, after)
+        files[f".eval_results/{Path(eval_source).name}.yaml"] = results
     if arguments.model_license == "apache-2.0":
         files["LICENSE"] = _apache_license()
+    evaluation, compared = None, {}
+    if evaluator is not None:
+        assert before is not None and after is not None  # checked above
+        evaluation = _evaluation(evaluator, eval_source, before, after)
+        for name, metrics in (ablation or {}).items():
+            compared[name] = {_metric(evaluator, key): value for key, value in metrics.items()}
     files["README.md"] = render_card(
-        model.config,
+        model.transformer.config,
         model.processor,
         model.prompts,
         arguments,
@@ -101,36 +119,48 @@ def card_files(
             "matryoshka_dims": args.matryoshka_dims,
         },
         data=data,
-        evaluation=None if evaluator is None else _evaluation(evaluator, eval_source, before, after),
-        ablation={
-            name: {_metric(evaluator, key): value for key, value in metrics.items()}
-            for name, metrics in (ablation or {}).items()
-        },
+        evaluation=evaluation,
+        ablation=compared,
     )
     return files
 
 
-def _check_metrics(evaluator, before, after, ablation):
-    if not (evaluator is None) == (before is None) == (after is None):
-        raise ValueError("evaluator, before and after belong together: pass all three or none.")
+def _check_metrics(
+    evaluator: "InformationRetrievalEvaluator | None",
+    before: Mapping[str, float] | None,
+    after: Mapping[str, float] | None,
+    ablation: Mapping[str, Mapping[str, float]] | None,
+) -> None:
+    given = {"evaluator": evaluator, "before": before, "after": after}
+    present = [name for name, value in given.items() if value is not None]
+    if 0 < len(present) < len(given):
+        raise ValueError(f"evaluator, before and after are needed together, got {present}. Pass all three or none.")
     for name, metrics in (ablation or {}).items():
         if after is None or set(after) - set(metrics):
             raise ValueError(
-                f"The ablation {name!r} has the metrics {sorted(metrics)}, but this model {sorted(after or [])}. "
-                "Evaluate both with the same evaluator."
+                f"The ablation {name!r} must have the metrics {sorted(after or [])}, got {sorted(metrics)}. Evaluate "
+                "both models with the same evaluator."
             )
 
 
-def _apache_license():
-    """The text of Apache-2.0: this package's own licence, from its checkout or from what was installed."""
+def _apache_license() -> str:
+    """The text of Apache-2.0: the licence of this package, from the checkout or the installed distribution."""
     checkout = Path(__file__).parents[1] / "LICENSE"
     if checkout.is_file():
         return checkout.read_text("utf-8")
-    return metadata.distribution("btok-hf").read_text("licenses/LICENSE")
+    installed = metadata.distribution("btok-hf").read_text("licenses/LICENSE")
+    assert installed is not None  # pyproject.toml lists it in license-files
+    return installed
 
 
-def _data(train_dataset, sources, evaluator, eval_source, arguments):
-    """One row of the table of data sets each."""
+def _data(
+    train_dataset: Any,
+    sources: Mapping[str, str],
+    evaluator: "InformationRetrievalEvaluator | None",
+    eval_source: str | None,
+    arguments: CardArguments,
+) -> list[dict[str, Any]]:
+    """Rows of the table of datasets."""
     parts = train_dataset if isinstance(train_dataset, dict) else {"pairs": train_dataset}
     rows = [(name, f"{dataset.num_rows:,} rows", sources.get(name), True) for name, dataset in parts.items()]
     if evaluator is not None:
@@ -149,18 +179,20 @@ def _data(train_dataset, sources, evaluator, eval_source, arguments):
     ]
 
 
-# ---------------------------------------------------------------- evaluation
-
-
-def _metric(evaluator, key):
+def _metric(evaluator: "InformationRetrievalEvaluator", key: str) -> str:
     return key.removeprefix(f"{evaluator.name}_")
 
 
-def _size(evaluator):
+def _size(evaluator: "InformationRetrievalEvaluator") -> str:
     return f"{len(evaluator.queries):,} queries, {len(evaluator.corpus):,} candidates"
 
 
-def _evaluation(evaluator, source, before, after):
+def _evaluation(
+    evaluator: "InformationRetrievalEvaluator",
+    source: str | None,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+) -> dict[str, Any]:
     rows = [(_metric(evaluator, key), before[key], after[key]) for key in after]
     k = max((k for k in evaluator.accuracy_at_k if k < len(evaluator.corpus)), default=min(evaluator.accuracy_at_k))
     return {
@@ -175,11 +207,14 @@ def _evaluation(evaluator, source, before, after):
     }
 
 
-def _eval_results(evaluator, source, after, arguments):
+def _eval_results(
+    evaluator: "InformationRetrievalEvaluator", source: str, task_id: str, after: Mapping[str, float]
+) -> str:
     metric = evaluator.primary_metric
+    assert metric is not None  # set when the evaluator ran
     entry = EvalResultEntry(
         dataset_id=source,
-        task_id=arguments.eval_task,
+        task_id=task_id,
         value=float(after[metric]),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         notes=f"{_metric(evaluator, metric)}, {_size(evaluator)}",
@@ -187,14 +222,8 @@ def _eval_results(evaluator, source, after, arguments):
     return yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)
 
 
-# ---------------------------------------------------------------- snippets
-
-
-# ---------------------------------------------------------------- training
-
-
-def loss_curves(log_history):
-    """The logged losses over the steps, side by side, as PNG; `None` if none was logged.
+def loss_curves(log_history: Sequence[Mapping[str, Any]]) -> bytes | None:
+    """Plots of the logged losses over the steps, as PNG; `None` if no loss was logged.
 
     Args:
         log_history (`list[dict]`): `trainer.state.log_history`.
@@ -220,11 +249,11 @@ def loss_curves(log_history):
     return content.getvalue()
 
 
-def _measured(trainer):
-    """Rows of the table of the run: (what, value)."""
+def _measured(trainer: "CondensationTrainer") -> list[tuple[str, Any]]:
+    """Rows of the table of the run: (name, value)."""
     model, args, state = trainer.model, trainer.args, trainer.state
     logs = [log for log in state.log_history if "loss" in log]
-    rows = [
+    rows: list[tuple[str, Any]] = [
         ("steps", f"{state.global_step:,} ({state.epoch:.2f} epochs)"),
         ("rows per step", args.train_batch_size * args.gradient_accumulation_steps * args.world_size),
     ]
@@ -243,14 +272,14 @@ def _measured(trainer):
         ("precision", f"{precision(model)} weights{autocast}"),
         ("trained parameters", f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,}"),
     ]
-    for adapter in getattr(model[0].model, "peft_config", {}).values():
+    for adapter in getattr(model.transformer.model, "peft_config", {}).values():
         rows.append(("LoRA", f"rank {adapter.r}, alpha {adapter.lora_alpha}, modules {adapter.target_modules}"))
     rows.append(("versions", ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)))
     return rows
 
 
-def _arguments(args):
-    """The arguments that say how the weights came about, as YAML that `--config` takes."""
+def _arguments(args: "CondensationConfig") -> str:
+    """The arguments that affect the weights, as YAML for `--config`."""
     plain = {field.name: field.default for field in dataclasses.fields(transformers.TrainingArguments)}
     values = json.loads(json.dumps(args.to_dict(), default=str))
     chosen = {
@@ -263,8 +292,8 @@ def _arguments(args):
     return yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True, width=100).rstrip()
 
 
-def _command(words, args):
-    """The shell command of the run, without tokens, the home directory written as `$HOME`."""
+def _command(words: list[str], args: "CondensationConfig") -> str:
+    """The shell command of the run, without tokens and with `$HOME` for the home directory."""
     launcher = (
         ["python"] if args.world_size == 1 else ["accelerate", "launch", "--num_processes", str(args.world_size)]
     )

@@ -1,4 +1,4 @@
-"""What travels to the Hub with the weights; installed as `btok_hf.modeling`."""
+"""The model class that is published with the weights; installed as `btok_hf.modeling`."""
 
 from .modeling_btok import BTokForEmbedding, BTokOutput
 

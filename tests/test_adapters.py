@@ -58,7 +58,7 @@ def test_lora_trains_exactly_the_token_rows_and_the_adapters(repo, tmp_path, dor
         again = loader(str(tmp_path / "adapter"), device="cpu")
         np.testing.assert_allclose(again.encode(["find red", "flat thing"]), expected, atol=2e-6)
     if dora:
-        with pytest.raises(ValueError, match=r"leave the magnitudes of DoRA out .* Export the model whole"):
+        with pytest.raises(ValueError, match=r"ignore the magnitudes of DoRA .* Export the merged model"):
             export_adapters(model, tmp_path / "published", "org/start")
 
 

@@ -75,7 +75,7 @@ def test_unsuitable_bases_are_refused(bases, tmp_path):
     with pytest.raises(ValueError, match="got model_type 'bert'"):
         add_bottleneck_tokens(tmp_path / "bert", tmp_path / "repo")
     silent = tiny.build("qwen2_vl", tmp_path / "silent", chat_template=None)
-    with pytest.raises(ValueError, match="no \\(single\\) chat template"):
+    with pytest.raises(ValueError, match="must have one chat template"):
         add_bottleneck_tokens(silent, tmp_path / "repo")
     with pytest.raises(ValueError, match="num_tokens must be 0"):
         add_bottleneck_tokens(bases["qwen2_vl"], tmp_path / "repo", num_tokens=-1)
@@ -89,7 +89,7 @@ def test_max_pixels_bounds_the_tokens_of_an_image(bases, tmp_path):
     processor = AutoProcessor.from_pretrained(repo)
     conversation = [[{"role": "user", "content": [{"type": "image", "image": image(400, 400)}]}]]
     assert process(processor, conversation)["image_grid_thw"].prod() <= 4 * 4
-    with pytest.raises(ValueError, match="min_pixels=10 must not exceed max_pixels=5"):
+    with pytest.raises(ValueError, match="got min_pixels=10 and max_pixels=5"):
         add_bottleneck_tokens(bases["qwen2_vl"], tmp_path / "other", min_pixels=10, max_pixels=5)
 
 

@@ -80,13 +80,13 @@ def test_bad_statements_are_refused(trained):
     for wrong in ({"model_license": "other"}, {"license_name": "x"}, {"model_license": "mit", "license_link": "x"}):
         with pytest.raises(ValueError, match="model_license='other', license_name and license_link together"):
             CardArguments(**wrong)
-    with pytest.raises(ValueError, match=r"languages takes ISO 639 codes .* got 'English'"):
+    with pytest.raises(ValueError, match=r"languages must be ISO 639 codes .* got 'English'"):
         CardArguments(languages=["en", "English"])
-    with pytest.raises(ValueError, match=r"data_licenses names \['picures'\], but the datasets are \['pairs"):
+    with pytest.raises(ValueError, match=r"data_licenses must name the datasets \['pairs.*got \['picures'\]"):
         card_files(trained.trainer, CardArguments(data_licenses={"picures": "mit"}), **trained.facts)
-    with pytest.raises(ValueError, match="belong together"):
+    with pytest.raises(ValueError, match="are needed together"):
         card_files(trained.trainer, **{**trained.facts, "before": None})
-    with pytest.raises(ValueError, match=r"The ablation 'x' has the metrics \['mrr'\]"):
+    with pytest.raises(ValueError, match=r"The ablation 'x' must have the metrics .*got \['mrr'\]"):
         card_files(trained.trainer, **{**trained.facts, "ablation": {"x": {"mrr": 1.0}}})
 
 

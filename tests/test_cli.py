@@ -112,7 +112,7 @@ def test_it_is_installed_and_a_module_of_its_own(btok, tmp_path):
     run = subprocess.run([*python, "push", tmp_path / "nothing", "org/x"], capture_output=True, text=True)
     errors = [line for line in run.stderr.splitlines() if not line.startswith("import time:")]
     assert run.returncode == 1 and run.stdout == ""
-    assert len(errors) == 1 and re.match(r"error: .*nothing is no exported repository", errors[0])
+    assert len(errors) == 1 and re.match(r"error: .*nothing is not an exported repository", errors[0])
     run = subprocess.run([*python, "--help"], capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout.startswith("usage: btok ")
     imported = {line.split("|")[2].strip() for line in run.stderr.splitlines()}

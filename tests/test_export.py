@@ -45,17 +45,17 @@ def test_an_earlier_export_in_other_files_leaves_no_weights_behind(repo, tmp_pat
 def test_adapters_with_a_base_on_the_hub(hub, exported, with_adapters, tmp_path):
     expected = with_adapters.encode(TEXTS)
     with_adapters.save_pretrained(str(tmp_path / "checkpoint"))
-    with pytest.raises(ValueError, match=r"refer to their base by Hub id, got .*Push the repository"):
+    with pytest.raises(ValueError, match=r"base_model must be a Hub id, got .*Push the repository"):
         export_adapters(with_adapters, tmp_path / "wrong")
     for base in (str(exported), "no-namespace", "a/b/c"):
-        with pytest.raises(ValueError, match="by Hub id"):
+        with pytest.raises(ValueError, match="must be a Hub id"):
             export_adapters(with_adapters, tmp_path / "wrong", base)
-    with pytest.raises(ValueError, match="holds a whole model"):
+    with pytest.raises(ValueError, match="contains a merged model"):
         export_adapters(with_adapters, exported, "org/start")
     with pytest.raises(ValueError, match="has no adapters"):
         export_adapters(BTokSentenceTransformer(exported, device="cpu"), tmp_path / "wrong", "org/start")
     assert not (tmp_path / "wrong").exists()
-    with pytest.raises(ValueError, match="name a local folder as their base"):
+    with pytest.raises(ValueError, match=r"must be a Hub id, got .* nobody else"):
         btok_hf.push(tmp_path / "checkpoint", "org/lora")
 
     home, lora = tmp_path / "home", tmp_path / "lora"

@@ -126,7 +126,7 @@ def test_branches_pull_requests_and_private_repositories(hub, exported, tmp_path
     for token in (None, STRANGER_TOKEN):
         arguments = ("-m", "btok_hf", "verify", "org/secret", "--revision", "feat/x")
         run = hub.run(*arguments, home=tmp_path / f"empty {token is None}", token=token, check=False)
-        assert run.returncode == 1 and "neither a folder here nor a repository that can be read" in run.stderr
+        assert run.returncode == 1 and "neither a local folder nor a readable Hub repository" in run.stderr
         run = hub.run(*command, home=tmp_path / "other", token=token, check=False)
         assert run.returncode == 1 and "hf auth login" in run.stderr
 
@@ -138,7 +138,7 @@ def test_a_failed_push_says_how_to_go_on(hub, exported, tmp_path, fault):
     command = ("-m", "btok_hf", "push", exported, repo_id, "--revision", "a b")
     run = hub.run(*command, home=home, check=False)
     assert run.returncode == 1 and "Traceback" not in run.stderr
-    assert f"The upload to {repo_id} failed" in run.stderr and "whole and unchanged" in run.stderr
+    assert f"The upload to {repo_id} failed" in run.stderr and "complete and unchanged" in run.stderr
     assert contents(exported) == before
     if fault != "lose_commit":
         assert served(hub, repo_id, "a b") == {}
@@ -187,7 +187,7 @@ def test_no_token_in_errors(hub, exported, tmp_path):
             lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-2.safetensors"}}'),
             "model-2.safetensors missing",
         ),
-        (lambda f: (f / "README.md").write_text(f"--hub_token {STRANGER_TOKEN}"), "README.md holds a Hub token"),
+        (lambda f: (f / "README.md").write_text(f"--hub_token {STRANGER_TOKEN}"), "README.md contains a Hub token"),
     ],
 )
 def test_only_whole_repositories_without_tokens_are_pushed(copied, spoil, message):
@@ -200,13 +200,13 @@ def test_only_whole_repositories_without_tokens_are_pushed(copied, spoil, messag
 def test_bad_arguments_are_refused_before_anything_is_sent(exported, tmp_path):
     with pytest.raises(ValueError, match="org/a/b"):
         btok_hf.push(exported, "org/a/b")
-    with pytest.raises(ValueError, match="leave out revision or create_pr"):
+    with pytest.raises(ValueError, match="Leave one out"):
         btok_hf.push(exported, "org/a", revision="x", create_pr=True)
-    with pytest.raises(ValueError, match="is no exported repository"):
+    with pytest.raises(ValueError, match="is not an exported repository"):
         btok_hf.push(tmp_path / "nothing", "org/a")
     with pytest.raises(ValueError, match="is a folder and has no revision"):
         btok_hf.verify(exported, revision="main")
-    with pytest.raises(RuntimeError, match="neither a folder here nor"):
+    with pytest.raises(RuntimeError, match="neither a local folder nor"):
         btok_hf.verify(tmp_path / "nothing")
 
 
@@ -224,20 +224,20 @@ def test_verify_in_fresh_processes(exported, tmp_path, capsys):
     assert same.result().returncode == 0 and same.result().stdout.count("  ok\n") == 14, same.result().stderr
     assert float(same.result().stdout.split("verified: largest difference ")[1]) <= 1e-6
 
-    with pytest.raises(RuntimeError, match=r"does not give its golden vectors .*differs by more than 1e-04") as caught:
+    with pytest.raises(RuntimeError, match=r"does not reproduce its golden vectors .*more than 1e-04") as caught:
         noisy.result()
     for loader in ("SentenceTransformer", "AutoModel"):
         for name in ("short text", "prompt query", "image and text", "video"):
             assert f"{loader}, '{name}': " in str(caught.value)
-    assert f"Exported with torch {version('torch')}, " in str(caught.value) and "Restore the files" in str(
+    assert f"Exported with torch {version('torch')}, " in str(caught.value) and "Restore the exported files" in str(
         caught.value
     )
 
     # The stock modules keep their own list of the tokens, and the prompts.
-    with pytest.raises(RuntimeError, match=r"AutoModel fails with ValueError: Row 0 holds 3 .* must hold 3") as caught:
+    with pytest.raises(RuntimeError, match=r"AutoModel fails with ValueError: Row 0 has 3 .* must have 3") as caught:
         other.result()
     assert "SentenceTransformer, 'prompt query'" in str(caught.value) and "'short text'" not in str(caught.value)
-    assert "Exported with torch 2.0, " in str(caught.value) and "libraries of then" in str(caught.value)
+    assert "Exported with torch 2.0, " in str(caught.value) and "package versions of the export" in str(caught.value)
     table = capsys.readouterr().out
     assert table.count("DIFFERS") == 14 + 1 and table.count("  ok\n") == 6
 

@@ -201,11 +201,9 @@ def test_bad_rows_are_refused(repo):
     model = BTokForEmbedding.from_pretrained(repo)
     processor = AutoProcessor.from_pretrained(repo)
     raw = processor(text=["typed <|btok_0|> literally"], return_tensors="pt")
-    with pytest.raises(ValueError, match="Row 0 holds 1 Bottleneck Token"):
+    with pytest.raises(ValueError, match="Row 0 has 1 Bottleneck Token"):
         model(**raw)
-    with pytest.raises(
-        ValueError, match=r"hold 1 image placeholder token\(s\), but the images given with them fill 0"
-    ):
+    with pytest.raises(ValueError, match=r"have 1 image placeholder token\(s\), but the given images need 0"):
         model(**processor.tokenizer("<|vision_start|><|image_pad|><|vision_end|>", return_tensors="pt"))
     with pytest.raises(ValueError, match="empty"):
         model(input_ids=torch.tensor([[5, 6]]), attention_mask=torch.tensor([[0, 0]]))
@@ -213,11 +211,11 @@ def test_bad_rows_are_refused(repo):
         model(inputs_embeds=torch.zeros(1, 2, 64))
     inputs = process(processor, rows("image"))
     inputs["pixel_values"][3, 3] = float("nan")
-    with pytest.raises(ValueError, match="pixel_values holds NaN"):
+    with pytest.raises(ValueError, match="pixel_values has NaN"):
         model(**inputs)
     inputs = process(processor, rows("image"))
     inputs["pixel_values"], inputs["image_grid_thw"] = inputs["pixel_values"][:16], inputs["image_grid_thw"][:1]
-    with pytest.raises(ValueError, match="but the images given with them fill"):  # more placeholders than media
+    with pytest.raises(ValueError, match="but the given images need"):  # more placeholders than media
         model(**inputs)
 
 

@@ -176,7 +176,7 @@ def test_a_file_that_is_missing_or_broken_is_named_with_its_row(tmp_path):
     (frames / "v4").rename(tmp_path / "elsewhere")
     for row, kind, message in (
         (1, ValueError, "cannot be decoded"),
-        (2, FileNotFoundError, "holds no images"),
+        (2, FileNotFoundError, "has no images"),
         (3, ValueError, "same shape"),
         (4, FileNotFoundError, r"v4' does not exist. Unpack its archive"),
     ):
