@@ -621,7 +621,7 @@ def test_refused_arguments(root, tmp_path):
             evaluate(looks, root, tmp_path, name="looks", **nothing)
     with pytest.raises(ValueError, match="batch_tokens must be 1 or more, got 0"):
         evaluate(looks, root, tmp_path, name="looks", batch_tokens=0)
-    with pytest.raises(ValueError, match="A function needs a name, .*: pass name"):
+    with pytest.raises(ValueError, match=r"A function needs a name, .*: pass name"):
         evaluate(looks, root, tmp_path)
     assert not list(tmp_path.iterdir())
 
