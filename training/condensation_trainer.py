@@ -65,7 +65,7 @@ class CondensationTrainer(SentenceTransformerTrainer):
         kwargs: `train_dataset`, `eval_dataset` (a dataset or a dict of them), `evaluator`, `callbacks`, …
     """
 
-    training_args_class = CondensationConfig
+    training_args_class = CondensationConfig  # type: ignore[assignment]  # its output_dir is never None
     data_collator_class = CondensationCollator
     model: BTokSentenceTransformer
     args: CondensationConfig

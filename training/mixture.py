@@ -15,7 +15,7 @@ from btok_hf.training.condensation_config import CONDENSE, CondensationConfig
 from btok_hf.training.data import FORMATS, load_pairs
 from btok_hf.training.sources import SOURCES, load_source
 
-Entry = str | dict[str, Any]  # a file, a Hub id, a source's name, or {file, weight, condense}
+Entry = str | dict[str, Any] | None  # a file, a Hub id or a source's name; {file, weight, condense}; None: the name
 
 
 def load_mixture(
@@ -97,5 +97,5 @@ def condense_of(datasets: Iterable[str], chosen: str | dict[str, str] | None, ow
 
 def source_of(name: str, entry: Entry) -> str:
     """Where a dataset comes from, for the card: a file, or a Hub id."""
-    file = (entry if isinstance(entry, str) else entry.get("file")) or name
+    file = (entry.get("file") if isinstance(entry, dict) else entry) or name
     return SOURCES[file].repo if file in SOURCES else file

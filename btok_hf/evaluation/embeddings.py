@@ -91,7 +91,8 @@ def fingerprint(model: SentenceTransformer, prompt: str | None = None) -> str:
 
 
 def _options(module: torch.nn.Module) -> Any:
-    return module.get_config_dict() if hasattr(module, "get_config_dict") else None
+    read = getattr(module, "get_config_dict", None)
+    return None if read is None else read()
 
 
 def hash_of(*parts: Any) -> str:

@@ -304,7 +304,8 @@ def _records(info: TaskInfo, root: Path, subset: str, columns: list[str]) -> tup
         _check_columns(info, where, columns, records[0] if records else columns)
     else:
         records = []
-        for part in subsets or [None]:
+        parts: list[str | None] = [*subsets] or [None]
+        for part in parts:
             rows, where = _rows(info, root, part, columns)
             records += [{"subset": part, **row} for row in rows.to_table(columns=columns).to_pylist()]
     if not records:

@@ -46,7 +46,7 @@ def check_embeddings(
     for good, problem in ((finite, "NaN or infinite values"), (embeddings.any(1), "nothing but zeros")):
         if not good.all():
             raise ValueError(
-                f"The embedding of {rows[int(np.argmin(good))]} holds {problem} ({(~good).sum()} of {len(good)} rows "
+                f"The embedding of {rows[int(np.argmin(good))]} holds {problem} ({(~good).sum()} of {len(rows)} rows "
                 "do). Check the input and the model's precision."
             )
     return embeddings

@@ -106,7 +106,7 @@ def evaluate(
     if encoder_model is None:
         key = hash_of("function", name, prompt)
     else:
-        if prompt is None:
+        if prompt is None and encoder_model.default_prompt_name is not None:
             prompt = encoder_model.prompts.get(encoder_model.default_prompt_name)
         key = fingerprint(encoder_model, prompt)
     if state.is_main_process:
