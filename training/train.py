@@ -126,7 +126,7 @@ def set_up(arguments: Sequence[str] | None = None) -> "TrainingJob":
     check_push(args)
     evaluator = retrieval_evaluator(script.eval_file) if script.eval_file else None
     if evaluator is None and args.eval_strategy != "no":
-        raise ValueError("eval_strategy asks for evaluation during training: set eval_file.")
+        raise ValueError("eval_strategy needs data to evaluate on: set eval_file.")
     if evaluator is None and args.metric_for_best_model:
         raise ValueError("The best checkpoint is requested, but nothing is evaluated: set eval_file.")
     files = read_mixture(script.train_files)

@@ -241,8 +241,7 @@ def _write_pages(
 class Media:
     """Finds the images and folders of frames of a dataset.
 
-    Archives of different releases unpack to different folders. The first folder that holds the first path asked for is
-    used for all paths.
+    Releases differ in where their archives unpack to. The first folder that holds the first path is used for all.
 
     Args:
         info (`TaskInfo`): The dataset.
