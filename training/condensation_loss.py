@@ -288,16 +288,16 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
         block: Tensor,
     ) -> Tensor:
         """Summed InfoNCE of the queries with indices `block`; false negatives are masked."""
-        false = _any_equal(positive_ids[block], positive_ids) | _any_equal(query_ids[block], query_ids)
-        false.scatter_(1, block[:, None], False)  # a query's own positive stays
-        to_positives = (queries[block] @ positives.T / self.temperature).masked_fill(false, -torch.inf)
+        masked = _any_equal(positive_ids[block], positive_ids) | _any_equal(query_ids[block], query_ids)
+        masked.scatter_(1, block[:, None], False)  # a query's own positive stays
+        to_positives = (queries[block] @ positives.T / self.temperature).masked_fill(masked, -torch.inf)
         to_negatives = (queries[block] @ negatives.T / self.temperature).masked_fill(
             _any_equal(positive_ids[block], negative_ids), -torch.inf
         )
         right = to_positives.gather(1, block[:, None])[:, 0]
         normaliser = torch.cat([to_positives, to_negatives], 1).logsumexp(1)
         if self.symmetric:
-            to_queries = (positives[block] @ queries.T / self.temperature).masked_fill(false, -torch.inf)
+            to_queries = (positives[block] @ queries.T / self.temperature).masked_fill(masked, -torch.inf)
             normaliser = (normaliser + to_queries.logsumexp(1)) / 2
         return (normaliser - right).sum()
 
