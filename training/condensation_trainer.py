@@ -40,7 +40,7 @@ from btok_hf.training.data import check_columns
 from btok_hf.training.sampler import MixtureBatchSampler
 
 if TYPE_CHECKING:  # slow to import, or imported where it is used
-    from peft import PeftConfig
+    from peft import LoraConfig
 
     from btok_hf.hub_card.card import CardArguments
 
@@ -60,7 +60,7 @@ class CondensationTrainer(SentenceTransformerTrainer):
     Args:
         model (`BTokSentenceTransformer`): The model.
         args (`CondensationConfig`): The arguments.
-        peft_config (`PeftConfig`, *optional*): Adapters to add. The Bottleneck Tokens' embedding rows are trained with
+        peft_config (`LoraConfig`, *optional*): Adapters to add. The Bottleneck Tokens' embedding rows are trained with
             them. Without `target_modules`, the projections of the language model are adapted.
         kwargs: `train_dataset`, `eval_dataset` (a dataset or a dict of them), `evaluator`, `callbacks`, …
     """
@@ -77,7 +77,7 @@ class CondensationTrainer(SentenceTransformerTrainer):
         model: BTokSentenceTransformer | None = None,
         args: CondensationConfig | None = None,
         *,
-        peft_config: "PeftConfig | None" = None,
+        peft_config: "LoraConfig | None" = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(model, BTokSentenceTransformer):

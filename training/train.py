@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Union
+from typing import TYPE_CHECKING, Any, Union, cast
 
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
@@ -42,6 +42,9 @@ from btok_hf.hub_card.card import CardArguments
 from btok_hf.training import CondensationConfig, CondensationTrainer
 from btok_hf.training.data import retrieval_evaluator
 from btok_hf.training.mixture import condense_of, load_mixture, read_mixture, source_of
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 logger = logging.get_logger("btok_hf.train")
 
@@ -148,7 +151,7 @@ def set_up(arguments: Sequence[str] | None = None) -> "TrainingJob":
     trainer = CondensationTrainer(
         model=model,
         args=args,
-        peft_config=get_peft_config(model_args),
+        peft_config=cast("LoraConfig | None", get_peft_config(model_args)),  # annotated as its base class
         train_dataset=train_dataset,
         evaluator=evaluator,
     )
@@ -278,7 +281,7 @@ class PushEverySave(TrainerCallback):
 
 
 def starting_point(
-    model_args: ModelArguments, num_tokens: int, pixels: Mapping[str, int], args: CondensationConfig
+    model_args: ModelArguments, num_tokens: int, pixels: Mapping[str, Any], args: CondensationConfig
 ) -> tuple[Path | str, str | None]:
     """Path and revision of the model to train. A base model gets Bottleneck Tokens first, in `output_dir`/start."""
     name, revision = model_args.model_name_or_path, model_args.model_revision
