@@ -284,7 +284,7 @@ def test_what_would_go_wrong_without_a_word_is_refused(repo, tmp_path, monkeypat
     trainer = CondensationTrainer(
         model=model, args=config(tmp_path, batch_sampler="no_duplicates"), train_dataset=grouped
     )
-    with pytest.raises(ValueError, match="takes rows without a group for rows of one group"):
+    with pytest.raises(ValueError, match="treats rows without a group as rows of one group"):
         trainer.get_train_dataloader()
     monkeypatch.setattr(CondensationConfig, "n_gpu", 2)
     with pytest.raises(ValueError, match=r"One process sees 2 GPUs.*accelerate launch"):

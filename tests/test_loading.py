@@ -262,7 +262,7 @@ def test_media_of_two_releases_are_not_mixed(tmp_path):
     folder = tmp_path / "image-tasks" / "VOC2007"
     folder.mkdir()
     (tmp_path / "image-tasks/MMEB/VOC2007/query_1.jpg").rename(folder / "query_1.jpg")
-    with pytest.raises(FileNotFoundError, match=r"VOC2007, row 1 of .*'VOC2007/query_1\.jpg' is not there"):
+    with pytest.raises(FileNotFoundError, match=r"VOC2007, row 1 of .*'VOC2007/query_1\.jpg' is missing"):
         load_task("VOC2007", tmp_path)
 
 
@@ -270,7 +270,7 @@ def test_absent_media_are_named(tmp_path):
     write_dataset(tmp_path, "VOC2007")
     (tmp_path / "image-tasks" / "MMEB" / "VOC2007" / "query_2.jpg").unlink()
     with pytest.raises(
-        FileNotFoundError, match=r"VOC2007, row 2 of .*: 'VOC2007/query_2\.jpg' is not there.*query_1\.jpg"
+        FileNotFoundError, match=r"VOC2007, row 2 of .*: 'VOC2007/query_2\.jpg' is missing.*query_1\.jpg"
     ):
         load_task("VOC2007", tmp_path)
     assert len(load_task("VOC2007", tmp_path, limit=2).queries) == 2
@@ -278,10 +278,10 @@ def test_absent_media_are_named(tmp_path):
     folder = frames_of(tmp_path, "cls", "K700")
     for frame in (folder / "v_1").iterdir():
         frame.unlink()
-    with pytest.raises(FileNotFoundError, match=r"K700, row 1 of .*k700\.jsonl: 'v_1' is not there, or empty"):
+    with pytest.raises(FileNotFoundError, match=r"K700, row 1 of .*k700\.jsonl: 'v_1' is missing or empty"):
         load_task("K700", tmp_path)
     folder.rename(tmp_path / "elsewhere")
-    with pytest.raises(FileNotFoundError, match=r"'v_0' is not .*video_cls/K700/v_0, .*frames/K700/v_0, .*; .* holds"):
+    with pytest.raises(FileNotFoundError, match=r"'v_0' is .*video_cls/K700/v_0, .*frames/K700/v_0, .*; .* holds"):
         load_task("K700", tmp_path)
     picture(tmp_path / "bad.png")
     (tmp_path / "bad.png").write_bytes(b"no image")
@@ -296,7 +296,7 @@ def test_absent_media_are_named(tmp_path):
         ([(0, 1, 1)], {0: "a", 1: "b"}, "query-id 1 of .*no page has a score above 0"),
         ([(0, 9, 1)], {0: "a"}, "query-id 0 .*qrels name the page '9', which the corpus lacks"),
         ([(0, 1, 1)], {0: " "}, "query-id 0 .*the query's text is ' '"),
-        ([(0, 1, 1), (0, 2, None)], {0: "a"}, "row 1 of .*qrels: score None is no number"),
+        ([(0, 1, 1), (0, 2, None)], {0: "a"}, "row 1 of .*qrels: score None is not a number"),
     ],
 )
 def test_queries_for_pages_that_cannot_be_used(tmp_path, grades, queries, message):
@@ -326,7 +326,7 @@ def test_malformed_files_are_named(tmp_path):
         ('{"video_id": "v_0"}\n', r"jsonl has no column 'pos_text'. It holds .*video_id. Is this the format of VLM"),
         ('{"video_id": "v_0", "pos_text": "x"}\n{"video_id"\n', r"k700\.jsonl, line 2 cannot be read \(Expecting ':'"),
         ("", r"k700\.jsonl holds no rows"),
-        ("3\n", r"k700\.jsonl, line 1 is no row but 3"),
+        ("3\n", r"k700\.jsonl, line 1 is not a row: 3"),
     ):  # fmt: skip
         path.write_text(content)
         with pytest.raises(ValueError, match=f"K700: .*{message}"):

@@ -345,9 +345,9 @@ def test_moment_seeker(tmp_path):
     [
         ({"tgt_text": []}, "it has no right candidate"),
         ({"tgt_text": [" ", "a"]}, "the right candidate is an empty text"),
-        ({"tgt_text": ["a", None]}, "candidate None is no text"),
+        ({"tgt_text": ["a", None]}, "candidate None is not a text"),
         ({"tgt_text": None}, "column 'tgt_text' is empty"),
-        ({"qry_img_path": ""}, "'' is not there, or empty"),
+        ({"qry_img_path": ""}, "'' is missing or empty"),
         ({"qry_inst": None}, "column 'qry_inst' is empty"),
     ],
 )

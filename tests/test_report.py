@@ -85,7 +85,7 @@ def test_no_average_over_a_part():
 
 
 def test_unknown_datasets_are_refused():
-    with pytest.raises(ValueError, match="MomentSeeker_1k8: no datasets of MMEB-V2"):
+    with pytest.raises(ValueError, match="MomentSeeker_1k8: not in MMEB-V2"):
         report.summarise({"MomentSeeker_1k8": {"hit@1": 1.0}})
 
 

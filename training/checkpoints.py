@@ -1,7 +1,8 @@
-"""Checkpoints that are either whole or known not to be: each ends with a manifest of its files, their sizes, the time.
+"""Checkpoints on disk: which are complete, which one to resume from, which to delete.
 
-The Trainer writes a checkpoint file by file, and would resume from the newest folder even if it was killed in the
-middle of writing it, with a fresh optimizer where that file is missing.
+The Trainer writes a checkpoint file by file. If it is killed in between, it would resume from the half-written folder,
+with a fresh optimizer where that file is missing. So a manifest is written last: the files, their sizes and the time.
+When a checkpoint is saved is decided in `condensation_trainer.py`.
 """
 
 import json
@@ -9,6 +10,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,8 +19,8 @@ import torch
 MANIFEST = "manifest.json"
 
 
-def mark_complete(folder):
-    """Write the manifest of a checkpoint, the last of its files."""
+def mark_complete(folder: Path | str) -> None:
+    """Write the manifest of a checkpoint. Call it after all other files are written."""
     folder = Path(folder)
     sizes = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
     unfinished = folder / (MANIFEST + ".tmp")
@@ -26,8 +28,8 @@ def mark_complete(folder):
     os.replace(unfinished, folder / MANIFEST)
 
 
-def incomplete_reason(folder):
-    """What keeps a checkpoint from being resumed from; `None` if it is whole."""
+def incomplete_reason(folder: Path | str) -> str | None:
+    """Why a checkpoint cannot be resumed from; `None` if it is complete."""
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
         return f"it has no {MANIFEST}, so it was not written to its end"
@@ -40,13 +42,13 @@ def incomplete_reason(folder):
     return None
 
 
-def checkpoints(output_dir):
-    """Checkpoint folders, the last written first, then those that are not whole.
+def checkpoints(output_dir: Path | str) -> list[Path]:
+    """Checkpoint folders: those with a manifest, newest first, then those without.
 
-    By time and not by step: an earlier run may have gone further in the same folder.
+    The order is by time and not by step, because an earlier run in the same folder may have done more steps.
     """
 
-    def order(path):
+    def order(path: Path) -> tuple[float, int]:
         manifest = path / MANIFEST
         written = json.loads(manifest.read_text("utf-8"))["written"] if manifest.is_file() else 0
         return written, int(path.name.removeprefix("checkpoint-"))
@@ -55,21 +57,21 @@ def checkpoints(output_dir):
     return sorted(found, key=order, reverse=True)
 
 
-def newest_complete(output_dir):
-    """The newest whole checkpoint of a run, a `Path`; `None` without any."""
+def newest_complete(output_dir: Path | str) -> Path | None:
+    """The newest complete checkpoint of a run; `None` if there is none."""
     return next((path for path in checkpoints(output_dir) if incomplete_reason(path) is None), None)
 
 
-def delete(folder):
-    """Delete a checkpoint, the manifest first: half-deleted it is no longer whole."""
+def delete(folder: Path | str) -> None:
+    """Delete a checkpoint. The manifest goes first, so that a half-deleted checkpoint counts as incomplete."""
     Path(folder, MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def rotate(output_dir, limit, best=None):
-    """Delete the oldest checkpoints until `limit` are left, never the newest nor `best`."""
+def rotate(output_dir: Path | str, limit: int, best: str | None = None) -> None:
+    """Delete the oldest checkpoints until `limit` are left. The newest and `best` are never deleted."""
     kept = checkpoints(output_dir)
-    protected = {kept[0], best and Path(best)}
+    protected = {kept[0]} | ({Path(best)} if best else set())
     for path in reversed(kept):
         if len(kept) <= limit:
             break
@@ -79,18 +81,18 @@ def rotate(output_dir, limit, best=None):
 
 
 @contextmanager
-def full_parameters(model, state_dict):
-    """A model sharded by FSDP2 with whole tensors in place of its shards, so that it can be saved.
+def full_parameters(model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Replace the shards of a model (FSDP2) by full tensors inside the context, so that it can be saved.
 
     Args:
         model (`torch.nn.Module`): The sharded model.
-        state_dict (`dict[str, torch.Tensor]`): Its whole tensors, as `Accelerator.get_state_dict` gathers them.
+        state_dict (`dict[str, torch.Tensor]`): Its full tensors, as `Accelerator.get_state_dict` gathers them.
     """
     shards = dict(model.named_parameters())
     for name in shards:
         owner, _, attribute = name.rpartition(".")
-        whole = torch.nn.Parameter(state_dict[name], requires_grad=False)
-        model.get_submodule(owner)._parameters[attribute] = whole
+        full = torch.nn.Parameter(state_dict[name], requires_grad=False)
+        model.get_submodule(owner)._parameters[attribute] = full
     try:
         yield
     finally:
@@ -99,15 +101,15 @@ def full_parameters(model, state_dict):
             model.get_submodule(owner)._parameters[attribute] = shard
 
 
-def checkpoint_to_resume(chosen, output_dir):
-    """The checkpoint that training goes on from, as a `str`; `None` to start anew.
+def checkpoint_to_resume(chosen: bool | str | None, output_dir: Path | str) -> str | None:
+    """The checkpoint to resume from; `None` to train from the start.
 
     Args:
         chosen (`bool` or `str`, *optional*): A checkpoint, or `True` for the newest complete one in `output_dir`.
-        output_dir (`str`): Folder of the run.
+        output_dir (`str` or `Path`): Folder of the run.
 
     Raises:
-        ValueError: No complete checkpoint to go on from.
+        ValueError: There is no complete checkpoint, or `chosen` is not complete.
     """
     if chosen is True:
         newest = newest_complete(output_dir)
@@ -118,9 +120,11 @@ def checkpoint_to_resume(chosen, output_dir):
                 f"({'; '.join(found) or 'there is none at all'}). Train without resume_from_checkpoint."
             )
         return str(newest)
-    if chosen and (reason := incomplete_reason(chosen)):
+    if not chosen:
+        return None
+    if reason := incomplete_reason(chosen):
         raise ValueError(
             f"Checkpoint {str(chosen)!r} is not complete: {reason}. Resume from another one: the newest complete one "
             f"here is {newest_complete(Path(chosen).parent)}."
         )
-    return str(chosen) if chosen else None
+    return str(chosen)

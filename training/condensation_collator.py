@@ -1,9 +1,16 @@
-"""Rows of pairs → a batch of features: sides, negatives, target tokens, hashes of content."""
+"""Rows of pairs → a batch of features: sides, negatives, target tokens, hashes of content.
 
+What the keys of a batch hold is listed in `btok_hf/features.py`; what a cell may hold, in `data.py`.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from btok_hf.features import IGNORED, PIXEL_KEYS
 from btok_hf.inputs import content_hash, text_of
@@ -17,21 +24,31 @@ class CondensationCollator(SentenceTransformerDataCollator):
 
     A target is `<|im_start|>assistant\\n` (unsupervised) + text + `<|im_end|>` (supervised), as in arXiv 2604.11095.
 
-    What a batch holds more than once (the labels of label datasets, with the same target) is preprocessed and encoded
-    once; `…_rows`, int64 of shape `(batch,)`, then says which encoded row each row of the batch is. With sharded
-    parameters that is off: processes must have equally many rows to encode.
+    A batch may hold the same value more than once, as label datasets do with their labels. Equal values with equal
+    targets are preprocessed and encoded once. `…_rows`, int64 of shape `(batch,)`, then gives the encoded row of each
+    row of the batch. With sharded parameters this is off, because processes must encode equally many rows.
+
+    `CondensationTrainer` sets the fields below:
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): Tokenizer of the model, for targets.
+        args (`CondensationConfig`): The arguments of the run.
+        deduplicate (`bool`): Whether equal values are encoded once.
     """
 
-    tokenizer: object = None
-    args: CondensationConfig = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    args: CondensationConfig | None = None
     deduplicate: bool = True
     prompt = "<|im_start|>assistant\n"
 
-    def __call__(self, features):
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        args = self.args
+        assert args is not None
         dataset_name = features[0].get("dataset_name")
         columns = check_columns(features[0], dataset_name)
         name = {} if dataset_name is None else {"dataset_name": dataset_name}
-        # Every query is compared with every negative, so they need no columns, and a row may lack some.
+        # Every query is compared with every negative of the batch. So negatives of all columns form one side, and
+        # rows may have different numbers of them.
         negatives = []
         for column in columns[2:]:
             for row in features:
@@ -41,17 +58,17 @@ class CondensationCollator(SentenceTransformerDataCollator):
         if negatives:
             sides["negative"] = negatives
         targets = {}
-        if self.args.condensation_weight:
-            for encoded, generated in CONDENSE[self.args.condense_for(dataset_name)]:
+        if args.condensation_weight:
+            for encoded, generated in CONDENSE[args.condense_for(dataset_name)]:
                 targets[encoded] = [self._target_text(row, generated, dataset_name) for row in features]
-        batch = {}
+        batch: dict[str, Any] = {}
         for side, values in sides.items():
             hashes = [content_hash(value) for value in values]
             texts = targets.get(side)
             kept = list(range(len(values)))
             if self.deduplicate:
-                first = {}
-                # By type too: "photo.png" is read as a file, {"text": "photo.png"} is a text.
+                first: dict[tuple, int] = {}
+                # The type is part of the key: "photo.png" is read as a file, {"text": "photo.png"} is a text.
                 keys = list(zip(hashes, map(type, values), texts or hashes))
                 kept = [index for index, key in enumerate(keys) if first.setdefault(key, index) == index]
                 if len(kept) < len(values):
@@ -59,23 +76,23 @@ class CondensationCollator(SentenceTransformerDataCollator):
                     batch[f"{side}_rows"] = torch.tensor([place[key] for key in keys])
             batch.update(super().__call__([{side: values[index], **name} for index in kept]))
             for key in (f"{side}_{pixels}" for pixels in PIXEL_KEYS):
-                if self.args.bf16 and key in batch:  # which is what the vision tower would make of them
+                if args.bf16 and key in batch:  # the vision tower would convert them anyway
                     batch[key] = batch[key].to(torch.bfloat16)
             if texts:
                 texts = [texts[index] for index in kept]
                 batch[f"{side}_target_ids"], batch[f"{side}_target_labels"] = self._tokenize(texts)
-            if self.args.mask_false_negatives:
+            if args.mask_false_negatives:
                 batch[f"{side}_hashes"] = torch.tensor([[value] * 2 for value in hashes])
-        if self.args.mask_false_negatives:
+        if args.mask_false_negatives:
             for row, positive in zip(features, batch["positive_hashes"]):
                 if row.get("group") is not None:
                     positive[1] = content_hash({"group": row["group"]})
         return batch
 
-    def maybe_warn_about_column_order(self, column_names):
-        """Nothing: the order is this class's own."""
+    def maybe_warn_about_column_order(self, column_names: list[str]) -> None:
+        """Does nothing: `__call__` puts the columns in order."""
 
-    def _target_text(self, row, generated, dataset_name):
+    def _target_text(self, row: Mapping[str, Any], generated: str, dataset_name: str | None) -> str:
         text = text_of(row["target"] if row.get("target") is not None else row[generated])
         if text is None:
             raise ValueError(
@@ -86,21 +103,22 @@ class CondensationCollator(SentenceTransformerDataCollator):
             )
         return text
 
-    def _tokenize(self, texts):
-        """Target ids and labels, each (batch, 1, length).
+    def _tokenize(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Target ids and labels, each of shape `(rows, 1, length)`.
 
-        The middle axis is there because GradCache cuts the padding off every tensor whose second axis is as long as
-        the rows of the encoded side, and target lengths have nothing to do with those.
+        The middle axis is needed because GradCache trims every tensor whose second axis is as long as the rows of the
+        encoded side. Targets have lengths of their own.
         """
+        assert self.args is not None and self.tokenizer is not None
         # As in the embedding chat template: no text may become a special token.
         texts = [text.replace("<|", "< |") for text in texts]
         prompt = self.tokenizer(self.prompt, add_special_tokens=False)["input_ids"]
         end = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        assert isinstance(end, int)  # one token, one id
         limit = self.args.max_target_length
         bodies = [[*self.tokenizer(text, add_special_tokens=False)["input_ids"][:limit], end] for text in texts]
-        pad = {"batch_first": True, "padding_side": "right"}
-        ids = [torch.tensor(prompt + body) for body in bodies]
-        labels = [torch.tensor([IGNORED] * len(prompt) + body) for body in bodies]
-        ids = torch.nn.utils.rnn.pad_sequence(ids, padding_value=end, **pad)
-        labels = torch.nn.utils.rnn.pad_sequence(labels, padding_value=IGNORED, **pad)
+        ids = pad_sequence([torch.tensor(prompt + body) for body in bodies], batch_first=True, padding_value=end)
+        labels = pad_sequence(
+            [torch.tensor([IGNORED] * len(prompt) + body) for body in bodies], batch_first=True, padding_value=IGNORED
+        )
         return ids[:, None], labels[:, None]

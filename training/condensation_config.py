@@ -1,8 +1,11 @@
-"""Arguments of condensation training."""
+"""Arguments of condensation training.
+
+Every field is a flag of `btok train` and a key of a recipe. Arguments about data and model are in `train.py`.
+"""
 
 import json
 from dataclasses import dataclass, field
-from typing import Union
+from typing import TYPE_CHECKING, Union
 
 from sentence_transformers import SentenceTransformerTrainingArguments
 from transformers.trainer_utils import HubStrategy
@@ -18,50 +21,55 @@ CONDENSE = {
 
 @dataclass
 class CondensationConfig(SentenceTransformerTrainingArguments):
-    """`SentenceTransformerTrainingArguments` plus what Generative Information Condensation adds.
+    """`SentenceTransformerTrainingArguments` plus the arguments of Generative Information Condensation.
 
-    Defaults are the setting of arXiv 2604.11095 where one exists. Memory is set by `mini_batch_size` or
-    `mini_batch_num_tokens`, the length of rows (`max_pixels` of the processor, `max_seq_length` of the model) and
-    `gradient_checkpointing`, not by the batch size: of a batch, the device holds token ids and embeddings, and the
-    host the pixels, 24 bytes each (12 with `bf16`).
+    Defaults are the setting of arXiv 2604.11095 where one exists.
+
+    Device memory depends on `mini_batch_size` or `mini_batch_num_tokens`, on the length of rows (`max_pixels` of the
+    processor, `max_seq_length` of the model) and on `gradient_checkpointing`. It does not depend on the batch size: of
+    the complete batch, the device holds only the embeddings. The host holds the pixels, 24 bytes each (12 with
+    `bf16`).
 
     Args:
-        mini_batch_size (`int`): Rows whose activations are alive at once (GradCache). It changes memory and speed,
-            never the loss.
-        mini_batch_num_tokens (`int`, *optional*): Tokens (those of targets counted) alive at once instead of rows.
-            Bounds memory where lengths differ; a longer row is still embedded, alone.
-        temperature (`float`): Of InfoNCE over cosine similarities.
+        mini_batch_size (`int`): Rows per forward pass (GradCache). It changes memory and speed, not the loss.
+        mini_batch_num_tokens (`int`, *optional*): Tokens per forward pass, target tokens included, instead of rows.
+            Bounds memory where lengths differ. A row that is longer is embedded alone.
+        temperature (`float`): Temperature of InfoNCE over cosine similarities.
         symmetric (`bool`): Average the query → positive and positive → query losses.
-        gather_across_devices (`bool`): Use the other processes' candidates as negatives too.
-        mask_false_negatives (`bool`): Leave a candidate out of a query's negatives if it equals the query's positive
-            in content or `group`, or answers an equal query.
-        matryoshka_dims (`list[int]`, *optional*): Also train the embedding's first dimensions, as many as each number
-            says, to be embeddings of their own; InfoNCE is the mean over them. Name the whole size too.
-        dataset_weights (`dict[str, float]`, *optional*): Draw the dataset of each block of batches by these weights,
-            until `max_steps`. Default: every dataset once an epoch, in proportion to its size.
-        block_size (`int`, *optional*): Rows of the global batch that come from one dataset, with `dataset_weights`.
-            Default: those of one process's batch.
+        gather_across_devices (`bool`): Use the candidates of all processes as negatives.
+        mask_false_negatives (`bool`): Mask in-batch false negatives: candidates with the same content or `group` as
+            the positive, and positives of an identical query.
+        matryoshka_dims (`list[int]`, *optional*): Matryoshka sizes, e.g. `[1536, 512]`; include the full size. InfoNCE
+            is the mean over the embeddings cut to these sizes.
+        dataset_weights (`dict[str, float]`, *optional*): Sampling weight of each dataset. The dataset of each block of
+            batches is drawn by it, until `max_steps`. Default: every dataset once per epoch, in proportion to size.
+        block_size (`int`, *optional*): With `dataset_weights`, rows of the global batch that come from one dataset.
+            Default: the batch of one process.
         condense (`str` or `dict[str, str]`): Which side is generated: `positive` (encode the query, generate the
-            positive's text), `query` (the reverse), `both` or `none`; one value, or one per dataset by its name.
+            positive's text), `query` (the reverse), `both` or `none`. One value, or a mapping from dataset name to
+            value.
         condensation_weight (`float`): λ, the weight of the condensation loss. 0 switches it off.
-        condensation_steps (`int`, *optional*): Optimiser steps after which λ is 0. `None`: never.
-        condensation_mask (`bool`): `False` is the ablation in which the target also sees the encoded side.
-        max_target_length (`int`): Longest target text in tokens; longer text keeps its beginning.
+        condensation_steps (`int`, *optional*): Optimizer steps after which λ is 0. Default: never.
+        condensation_mask (`bool`): Hide the encoded side from the target. `False` is an ablation.
+        max_target_length (`int`): Maximum length of a target text in tokens; longer texts are cut at the end.
     """
+
+    if TYPE_CHECKING:
+        output_dir: str  # TrainingArguments allows None, and replaces it in its __post_init__
 
     learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate of AdamW."})
     warmup_steps: float = field(default=100, metadata={"help": "Steps of linear warm-up."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
     hub_strategy: Union[HubStrategy, str] = field(  # noqa: UP007 (see condense)
         default="end",
-        metadata={"help": "When train.py pushes: end, or every_save (in the background, after every checkpoint)."},
+        metadata={"help": "When to push: end, or every_save (in the background, after every checkpoint)."},
     )
     mini_batch_size: int = field(
-        default=8, metadata={"help": "Rows whose activations are alive at once (GradCache): the memory knob."}
+        default=8, metadata={"help": "Rows per forward pass (GradCache). Lower it to save memory."}
     )
     mini_batch_num_tokens: int | None = field(
         default=None,
-        metadata={"help": "Tokens alive at once instead of rows, targets counted: the other memory knob."},
+        metadata={"help": "Tokens per forward pass, target tokens included, instead of rows."},
     )
     temperature: float = field(default=0.02, metadata={"help": "Temperature of InfoNCE."})
     symmetric: bool = field(default=False, metadata={"help": "Average both directions of InfoNCE."})
@@ -69,35 +77,36 @@ class CondensationConfig(SentenceTransformerTrainingArguments):
         default=True, metadata={"help": "Use the candidates of all processes as negatives."}
     )
     mask_false_negatives: bool = field(
-        default=True, metadata={"help": "Leave copies of the right answer out of a query's negatives."}
+        default=True,
+        metadata={"help": "Mask in-batch false negatives: same content or group, or an identical query."},
     )
     matryoshka_dims: list[int] | None = field(
-        default=None, metadata={"help": "Sizes at which the cut embedding is trained too, the whole one included."}
+        default=None, metadata={"help": "Matryoshka sizes, e.g. 1536 512; include the full size."}
     )
     dataset_weights: Union[str, None, dict[str, float]] = field(  # noqa: UP007, RUF036 (see condense)
-        default=None, metadata={"help": "Mapping (in JSON) from dataset name to the weight it is drawn with."}
+        default=None, metadata={"help": "Mapping (in JSON) from dataset name to sampling weight."}
     )
     block_size: int | None = field(
-        default=None, metadata={"help": "Rows of the global batch from one dataset, with dataset_weights."}
+        default=None, metadata={"help": "With dataset_weights: rows of the global batch that come from one dataset."}
     )
-    condense: Union[str, None, dict[str, str]] = field(  # noqa: UP007, RUF036 (what HfArgumentParser can read)
+    condense: Union[str, None, dict[str, str]] = field(  # noqa: UP007, RUF036 (HfArgumentParser reads no |)
         default="positive",
         metadata={
             "help": "Side whose text is generated: positive, query, both or none. One value, or a mapping (in JSON) "
-            "from dataset name to value. The sources of training/sources.py bring their own where it is positive or "
-            "a mapping that does not name them."
+            "from dataset name to value. Sources of training/sources.py have a value of their own, which is used "
+            "where this is positive or a mapping that does not name them."
         },
     )
     condensation_weight: float = field(default=5.0, metadata={"help": "Weight λ of the condensation loss; 0: off."})
     condensation_steps: int | None = field(
-        default=None, metadata={"help": "Optimiser steps after which λ is 0. Default: never."}
+        default=None, metadata={"help": "Optimizer steps after which λ is 0. Default: never."}
     )
     condensation_mask: bool = field(
         default=True, metadata={"help": "Hide the encoded side from the target. False is an ablation."}
     )
-    max_target_length: int = field(default=256, metadata={"help": "Longest target text in tokens."})
+    max_target_length: int = field(default=256, metadata={"help": "Maximum length of a target text in tokens."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("condense", "dataset_weights"):
             value = getattr(self, name)
@@ -116,13 +125,14 @@ class CondensationConfig(SentenceTransformerTrainingArguments):
         if self.condensation_steps is not None and self.condensation_steps < 0:
             raise ValueError(f"condensation_steps must be 0 or more, got {self.condensation_steps}.")
 
-    def condense_for(self, dataset_name):
-        """The `condense` value of one dataset; `dataset_name` is `None` where there is a single one."""
-        if not isinstance(self.condense, dict):
-            return self.condense
-        if dataset_name not in self.condense:
-            raise ValueError(
-                f"condense names the datasets {sorted(self.condense)} but not {dataset_name!r}. "
-                f"Add it with one of {', '.join(CONDENSE)}."
-            )
-        return self.condense[dataset_name]
+    def condense_for(self, dataset_name: str | None) -> str:
+        """The `condense` value of a dataset; `dataset_name` is `None` if there is only one."""
+        if isinstance(self.condense, dict):
+            if dataset_name is None or dataset_name not in self.condense:
+                raise ValueError(
+                    f"condense names the datasets {sorted(self.condense)} but not {dataset_name!r}. "
+                    f"Add it with one of {', '.join(CONDENSE)}."
+                )
+            return self.condense[dataset_name]
+        assert self.condense is not None  # checked in __post_init__
+        return self.condense

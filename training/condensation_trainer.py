@@ -1,21 +1,30 @@
-"""`SentenceTransformerTrainer` with condensation: collator, loss, adapters, logging."""
+"""`SentenceTransformerTrainer` with condensation: collator, loss, adapters, checkpoints, logging, export.
+
+What is computed in a step is in `condensation_loss.py`; checkpoint files are handled in `checkpoints.py`.
+"""
 
 import shutil
 import time
-from contextlib import nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from datasets import Dataset
 from sentence_transformers import SentenceTransformerTrainer
+from sentence_transformers.base.model import BaseModel
 from sentence_transformers.base.sampler import BatchSamplers
 from torch.distributed.tensor import DTensor
+from torch.utils.data import BatchSampler, ConcatDataset, DataLoader
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from btok_hf.adapters import add_adapters, has_adapters
 from btok_hf.export import export_model
 from btok_hf.features import IGNORED
 from btok_hf.files import check_writable, nearest_existing, write_files
-from btok_hf.sentence_transformer import BTokSentenceTransformer
+from btok_hf.sentence_transformer import BottleneckTransformer, BTokSentenceTransformer
 from btok_hf.training.checkpoints import (
     checkpoint_to_resume,
     delete,
@@ -30,29 +39,47 @@ from btok_hf.training.condensation_loss import CondensationLoss
 from btok_hf.training.data import check_columns
 from btok_hf.training.sampler import MixtureBatchSampler
 
+if TYPE_CHECKING:  # slow to import, or imported where it is used
+    from peft import LoraConfig
+
+    from btok_hf.hub_card.card import CardArguments
+
 logger = logging.get_logger(__name__)
 
 
 class CondensationTrainer(SentenceTransformerTrainer):
     """Trains a `BTokSentenceTransformer` with InfoNCE and Generative Information Condensation.
 
-    Takes what `SentenceTransformerTrainer` takes, except that datasets have the columns `query`, `positive` and
-    optionally `negative…`, `target` and `group`, the loss is `CondensationLoss`, and adapters come as `peft_config`.
+    Takes the arguments of `SentenceTransformerTrainer`, with three differences. Datasets have the columns `query`,
+    `positive` and optionally `negative…`, `target` and `group`. The loss is `CondensationLoss`. Adapters are passed as
+    `peft_config`.
+
     Logs `loss` (the total), `infonce`, `condensation`, `condensation_weight` (λ), `samples_per_second` and
-    `tokens_per_second` (all rows and targets of all processes).
+    `tokens_per_second` (rows and targets of all processes).
 
     Args:
         model (`BTokSentenceTransformer`): The model.
         args (`CondensationConfig`): The arguments.
-        peft_config (`LoraConfig`, *optional*): Adapters to add. The Bottleneck Tokens' rows are always trained with
-            them; the language model's projections are adapted where it names no `target_modules`.
+        peft_config (`LoraConfig`, *optional*): Adapters to add. The Bottleneck Tokens' embedding rows are trained with
+            them. Without `target_modules`, the projections of the language model are adapted.
         kwargs: `train_dataset`, `eval_dataset` (a dataset or a dict of them), `evaluator`, `callbacks`, …
     """
 
-    training_args_class = CondensationConfig
+    training_args_class = CondensationConfig  # type: ignore[assignment]  # its output_dir is never None
     data_collator_class = CondensationCollator
+    model: BTokSentenceTransformer
+    args: CondensationConfig
+    data_collator: CondensationCollator
+    loss: CondensationLoss  # type: ignore[assignment]  # annotated there as dict, which is one form of several
 
-    def __init__(self, model=None, args=None, *, peft_config=None, **kwargs):
+    def __init__(
+        self,
+        model: BTokSentenceTransformer | None = None,
+        args: CondensationConfig | None = None,
+        *,
+        peft_config: "LoraConfig | None" = None,
+        **kwargs: Any,
+    ) -> None:
         if not isinstance(model, BTokSentenceTransformer):
             raise ValueError(
                 f"CondensationTrainer trains a BTokSentenceTransformer, got {type(model).__name__}. "
@@ -64,15 +91,17 @@ class CondensationTrainer(SentenceTransformerTrainer):
             add_adapters(model, peft_config)
         elif any(p.requires_grad and p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
             logger.warning(
-                "Half-precision weights are trained: most steps of a usual learning rate are rounded away. Load the "
-                "model in fp32 and set bf16=True, or train adapters with peft_config."
+                "The trained weights have half precision, which rounds most optimizer steps to zero. Load the model "
+                "in fp32 and set bf16=True, or train adapters with peft_config."
             )
-        self._tokens, self._samples, self._since = 0, 0, None
+        # Counted since the last log.
+        self._tokens, self._samples = 0, 0
+        self._since: float | None = None
         super().__init__(model=model, args=args, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
-                f"One process sees {self.args.n_gpu} GPUs, which would split rows apart from their images. Start a "
-                "process for each with `accelerate launch`, or show it one with CUDA_VISIBLE_DEVICES=0."
+                f"One process sees {self.args.n_gpu} GPUs. DataParallel would separate rows from their images. Start "
+                "one process per GPU with `accelerate launch`, or use a single GPU with CUDA_VISIBLE_DEVICES=0."
             )
         self.data_collator.tokenizer = model.tokenizer
         self.data_collator.args = self.args
@@ -81,16 +110,16 @@ class CondensationTrainer(SentenceTransformerTrainer):
         if self.is_deepspeed_enabled:
             self._check_deepspeed()
 
-    def _check_datasets(self):
-        """Collate one row of each dataset, so that a wrong column or side shows before training starts."""
+    def _check_datasets(self) -> None:
+        """Collate one row of each dataset, so that a wrong column or side is found before training starts."""
         for part in (self.train_dataset, self.eval_dataset):
             for row in _first_rows(part):
-                # Not the dataset's column_names, which a transform may change.
+                # The row's own columns: a transform may change those of the dataset.
                 check_columns(row, row.get("dataset_name"))
                 self.data_collator([row])
 
-    def _check_deepspeed(self):
-        """DeepSpeed's engine refuses GradCache's backward passes (0.19.8); a batch in one mini-batch has only one."""
+    def _check_deepspeed(self) -> None:
+        """Require one mini-batch per batch: DeepSpeed (0.19.8) refuses the several backward passes of GradCache."""
         rows = self.args.per_device_train_batch_size * max(
             len(row.get("negatives") or []) + sum(name == "negative" or name.startswith("negative_") for name in row)
             for row in [{"negative": None}, *_first_rows(self.train_dataset)]
@@ -102,21 +131,22 @@ class CondensationTrainer(SentenceTransformerTrainer):
                 "FSDP2 (training/accelerate/fsdp2.yaml) or DDP."
             )
 
-    def get_train_dataloader(self):
+    def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
         loader.device = None  # a batch stays on the host
         return loader
 
-    def get_eval_dataloader(self, *args, **kwargs):
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         loader = super().get_eval_dataloader(*args, **kwargs)
         loader.device = None
         return loader
 
-    def _prepare_inputs(self, inputs):
-        """Nothing is moved: a batch stays on the host, and `condense` copies what a mini-batch needs to the device."""
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Leave the batch on the host: `condense` copies what a mini-batch needs to the device."""
         return inputs
 
-    def get_default_loss(self, model):
+    def get_default_loss(self, model: BaseModel) -> CondensationLoss:
+        assert isinstance(model, BTokSentenceTransformer)  # checked in __init__
         return CondensationLoss(
             model,
             temperature=self.args.temperature,
@@ -129,32 +159,35 @@ class CondensationTrainer(SentenceTransformerTrainer):
             condensation_mask=self.args.condensation_mask,
         )
 
-    def add_model_card_callback(self, default_args_dict):
-        """None: that of Sentence-Transformers samples texts and fails on images. `export_model` writes ours."""
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        """Add none: the callback of Sentence-Transformers fails on images. `export` writes the model card."""
 
-    def should_dataset_name_column_be_added(self, dataset, args, loss):
+    def should_dataset_name_column_be_added(self, dataset: Any, args: Any, loss: Any) -> bool:
         # The collator needs the name to look up `condense`.
         return isinstance(dataset, dict) or super().should_dataset_name_column_be_added(dataset, args, loss)
 
-    def get_batch_sampler(self, dataset, *args, **kwargs):
-        """`no_duplicates` keeps rows of one `group` apart, which would be false negatives of each other."""
-        if self.args.batch_sampler in (BatchSamplers.NO_DUPLICATES, BatchSamplers.NO_DUPLICATES_HASHED):
+    def get_batch_sampler(self, dataset: Dataset, *args: Any, **kwargs: Any) -> BatchSampler | None:
+        """With `no_duplicates`, a batch holds one row per `group`: others would be false negatives."""
+        sampler = self.args.batch_sampler
+        no_duplicates = (BatchSamplers.NO_DUPLICATES, BatchSamplers.NO_DUPLICATES_HASHED)
+        if isinstance(sampler, BatchSamplers) and sampler in no_duplicates:
             if "group" not in dataset.column_names:
                 raise ValueError(
-                    f"batch_sampler={self.args.batch_sampler.value} compares rows by the column group, but there are "
-                    f"only {dataset.column_names}. Add group (rows of one group answer each other's queries), or "
-                    "leave batch_sampler out: mask_false_negatives already keeps copies of an answer from being "
-                    "negatives."
+                    f"batch_sampler={sampler.value} compares rows by the column group, but the "
+                    f"dataset has only {dataset.column_names}. Add group (rows of one group answer each other's "
+                    "queries), or leave batch_sampler out: mask_false_negatives already masks copies of a positive."
                 )
             if None in dataset["group"]:
                 raise ValueError(
-                    f"batch_sampler={self.args.batch_sampler.value} takes rows without a group for rows of one group: "
-                    "a batch would hold one of them. Give each row a group, or leave batch_sampler out."
+                    f"batch_sampler={sampler.value} treats rows without a group as rows of one group: "
+                    "a batch would hold only one of them. Give each row a group, or leave batch_sampler out."
                 )
             dataset = dataset.select_columns(["group"])
         return super().get_batch_sampler(dataset, *args, **kwargs)
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
         over = self.args.condensation_steps is not None and self.state.global_step >= self.args.condensation_steps
         self.loss.condensation_weight = 0.0 if over else self.args.condensation_weight
         if self._since is None:
@@ -164,27 +197,34 @@ class CondensationTrainer(SentenceTransformerTrainer):
         self._samples += len(inputs.get("query_rows", masks[0])) * self.args.world_size
         self._tokens += sum(int(counted.sum()) for counted in masks + targets) * self.args.world_size
         loss = super().training_step(model, inputs, num_items_in_batch)
-        # The second GradCache pass, in which the condensation loss is computed, happened in the backward pass.
+        # The condensation loss is computed in GradCache's second pass, which is part of the backward pass above.
         self._track()
         if self.loss.condensation is not None and self.loss.cached:
             weighted = self.loss.condensation_weight * self.loss.condensation
             loss = loss + weighted.to(loss.device) / self.current_gradient_accumulation_steps
         return loss
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, Any]]:
         output = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self.model.training:
             self._track()
         return output
 
-    def _track(self):
+    def _track(self) -> None:
         infonce = self.loss.infonce
+        assert infonce is not None  # the loss has been called
         parts = {"infonce": infonce, "condensation_weight": infonce.new_tensor(self.loss.condensation_weight)}
         if self.loss.condensation is not None:
             parts["condensation"] = self.loss.condensation
         self.track_loss_components(parts)
 
-    def log(self, logs, start_time=None):
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._since is not None:
             seconds = time.perf_counter() - self._since
             logs = {
@@ -195,32 +235,38 @@ class CondensationTrainer(SentenceTransformerTrainer):
             self._tokens, self._samples, self._since = 0, 0, None
         super().log(logs, start_time)
 
-    def train(self, resume_from_checkpoint=None, **kwargs):
-        """Train, or go on from a checkpoint.
+    def train(
+        self,
+        resume_from_checkpoint: bool | str | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train, or resume from a checkpoint.
 
         Args:
-            resume_from_checkpoint (`bool` or `str`, *optional*): A checkpoint, or `True` for the newest whole one in
-                `args.output_dir`. Ones that were not written to their end are never loaded.
-            kwargs: As in `Trainer.train`.
+            resume_from_checkpoint (`bool` or `str`, *optional*): A checkpoint, or `True` for the newest complete one
+                in `args.output_dir`. Incomplete checkpoints are never loaded.
+            trial, ignore_keys_for_eval: As in `Trainer.train`.
 
         Raises:
-            ValueError: No whole checkpoint to go on from, or too little disk space to save.
+            ValueError: There is no complete checkpoint to resume from, or too little disk space to save one.
         """
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         if resume_from_checkpoint:
             logger.info(f"Resuming from {resume_from_checkpoint}")
         check_writable(self.args.output_dir)
         self._check_disk_space()
-        return super().train(resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
-    def _check_disk_space(self):
-        """Refuse to start what could not be saved: one checkpoint with AdamW's two fp32 moments."""
+    def _check_disk_space(self) -> None:
+        """Refuse to train without space for one checkpoint, which holds AdamW's two fp32 moments."""
         if self.args.save_strategy == "no":
             return
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        saved = trained if has_adapters(self.model[0].model) else self.model.parameters()
+        backbone = cast(BottleneckTransformer, self.model[0]).model
+        saved = trained if has_adapters(backbone) else list(self.model.parameters())
         needed = sum(p.numel() * p.element_size() for p in saved) + sum(8 * p.numel() for p in trained)
-        # The main process makes the folder, perhaps after another one gets here.
+        # The folder may not exist yet: the main process makes it.
         free = shutil.disk_usage(nearest_existing(self.args.output_dir)).free
         if free < needed:
             raise ValueError(
@@ -228,13 +274,13 @@ class CondensationTrainer(SentenceTransformerTrainer):
                 f"{free / 1e9:.1f} GB free. Free space, or name another output_dir."
             )
 
-    def _save_checkpoint(self, model, trial):
-        """Save a checkpoint that is whole or known not to be, then delete the oldest ones."""
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Save a checkpoint, write its manifest, then delete the oldest ones."""
         folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
         if self.args.should_save and folder.exists():
-            delete(folder)  # of an earlier run; with its manifest, a half-written new one would look whole
+            delete(folder)  # of an earlier run; with its manifest, the new one would look complete too early
         self.accelerator.wait_for_everyone()
-        # The Trainer would delete the older checkpoints before this one has its manifest.
+        # The Trainer would delete older checkpoints before this one has its manifest.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
@@ -243,7 +289,7 @@ class CondensationTrainer(SentenceTransformerTrainer):
             raise RuntimeError(
                 f"{folder} could not be written ({type(error).__name__}: {error}; {free:.1f} GB are free there). The "
                 f"newest complete checkpoint is {newest_complete(folder.parent)}. Free space or name another "
-                "output_dir, then go on with resume_from_checkpoint."
+                "output_dir, then continue with resume_from_checkpoint."
             ) from error
         finally:
             self.args.save_total_limit = limit
@@ -253,71 +299,92 @@ class CondensationTrainer(SentenceTransformerTrainer):
             if limit is not None and limit > 0:
                 rotate(folder.parent, limit, self.state.best_model_checkpoint)
 
-    def evaluate_retrieval(self):
-        """The metrics of the evaluator, by their own names; empty without one. All processes take part."""
+    def evaluate_retrieval(self) -> dict[str, float]:
+        """The metrics of the evaluator by the evaluator's names; empty without one. All processes must call it."""
         if self.evaluator is None:
             return {}
-        own = f"{self.evaluator.name}_"
-        # The Trainer puts "eval_" in front of names that do not begin with it.
+        evaluator: Any = self.evaluator  # evaluators have a name, but not in the annotations of their base class
+        own = f"{evaluator.name}_"
+        # The Trainer prefixes names with "eval_" unless they begin with it.
         metrics = {k if k.startswith(own) else k.removeprefix("eval_"): v for k, v in self.evaluate().items()}
         return {key: value for key, value in metrics.items() if key.startswith(own)}
 
-    def export(self, output_dir, card=None, **details):
+    def export(self, output_dir: Path | str, card: "CardArguments | None" = None, **details: Any) -> None:
         """Write the repository to publish, as `btok_hf.export_model` does, with a card that describes this training.
 
         All processes must call it.
 
         Args:
-            output_dir (`str`): Folder to write.
-            card (`CardArguments`, *optional*): Licences and languages, which the card calls unknown otherwise.
-            details: What else the card can tell: see `btok_hf.hub_card.training_run.card_files`.
+            output_dir (`str` or `Path`): Folder to write.
+            card (`CardArguments`, *optional*): Card facts that cannot be read from the run; omitted ones show as
+                unknown.
+            details: More for the card: see `btok_hf.hub_card.training_run.card_files`.
         """
         from btok_hf.hub_card.training_run import card_files
 
-        sharded = any(isinstance(p, DTensor) for p in self.model.parameters())
-        state_dict = self.accelerator.get_state_dict(self.model) if sharded else None
+        state_dict = self.accelerator.get_state_dict(self.model) if self._is_sharded() else None
         if self.is_world_process_zero():
-            with full_parameters(self.model, state_dict) if sharded else nullcontext():
+            with self._unsharded(state_dict):
                 export_model(self.model, output_dir)
-        # After the model, so that nothing can keep it from being written; by all processes, because of sharded ones
-        # none can encode the card's examples alone.
+        # After the model is written, so that an error of the card cannot lose it. By all processes, because encoding
+        # the card's examples with sharded parameters needs all of them.
         files = card_files(self, card, **details)
         if self.is_world_process_zero():
             write_files(output_dir, files)
         self.accelerator.wait_for_everyone()
 
-    def get_multi_dataset_batch_sampler(self, dataset, batch_samplers, generator=None, seed=0):
-        """Batches drawn by `dataset_weights`, if they are set; never for evaluation."""
-        training = isinstance(self.train_dataset, dict) and all(
-            part is ours for part, ours in zip(dataset.datasets, self.train_dataset.values())
-        )
-        if not (training and self.args.dataset_weights):
+    def get_multi_dataset_batch_sampler(
+        self,
+        dataset: ConcatDataset,
+        batch_samplers: list[BatchSampler],
+        generator: torch.Generator | None = None,
+        seed: int | None = 0,
+    ) -> BatchSampler:
+        """For training with `dataset_weights`, batches drawn by these weights."""
+        weights, datasets = self.args.dataset_weights, self.train_dataset
+        # The method is also called for evaluation datasets.
+        if not (
+            weights
+            and isinstance(datasets, dict)
+            and all(part is ours for part, ours in zip(dataset.datasets, datasets.values()))
+        ):
             return super().get_multi_dataset_batch_sampler(dataset, batch_samplers, generator, seed)
+        assert generator is not None and seed is not None  # Sentence-Transformers passes both
         return MixtureBatchSampler(
             dataset,
             batch_samplers,
             generator,
             seed,
-            names=list(self.train_dataset),
-            weights=self.args.dataset_weights,
+            names=list(datasets),
+            weights=cast(dict[str, float], weights),  # JSON was read in __post_init__
             num_batches=self.args.max_steps * self.args.gradient_accumulation_steps * self.args.world_size,
             block_size=self.args.block_size,
         )
 
-    def _save(self, output_dir=None, state_dict=None):
+    def _is_sharded(self) -> bool:
+        return any(isinstance(p, DTensor) for p in self.model.parameters())
+
+    def _unsharded(self, state_dict: Mapping[str, torch.Tensor] | None) -> AbstractContextManager[None]:
+        """The model with full parameters from `state_dict`; nothing to do if it is not sharded."""
+        if not self._is_sharded():
+            return nullcontext()
+        assert state_dict is not None
+        return full_parameters(self.model, state_dict)
+
+    def _save(self, output_dir: str | None = None, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
         # The Trainer calls this in every process, and Sentence-Transformers writes in every process.
         if self.args.should_save:
-            sharded = any(isinstance(p, DTensor) for p in self.model.parameters())
-            with full_parameters(self.model, state_dict) if sharded else nullcontext():
+            with self._unsharded(state_dict):
                 super()._save(output_dir, state_dict)
 
-    def _load_from_checkpoint(self, checkpoint_path):
+    # The signature is Sentence-Transformers', which differs from transformers'.
+    def _load_from_checkpoint(self, checkpoint_path: str) -> None:  # type: ignore[override]
         loaded = BTokSentenceTransformer(checkpoint_path, device="cpu")
         self.model.load_state_dict(loaded.state_dict())
 
 
-def _first_rows(datasets):
-    """The first row of a dataset, or of each in a dict, with its name."""
+def _first_rows(datasets: Dataset | dict[str, Dataset] | None) -> list[dict[str, Any]]:
+    """The first row of a dataset, or of each dataset of a dict, with its name."""
     if datasets is None:
         return []
     rows = []

@@ -1,9 +1,14 @@
-"""Pair files: what `train.py` trains and evaluates on."""
+"""Pair files: load them, check their columns, decode their cells, evaluate retrieval on them.
 
+Several datasets in one run are in `mixture.py`, the paper's data in `sources.py`.
+"""
+
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import datasets
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
 from btok_hf.inputs import content_hash
@@ -11,7 +16,7 @@ from btok_hf.inputs import content_hash
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
-def load_pairs(source):
+def load_pairs(source: str) -> Dataset:
     """Load pairs with the columns of `CondensationTrainer`.
 
     Args:
@@ -37,20 +42,22 @@ def load_pairs(source):
     return dataset
 
 
-def retrieval_evaluator(source, batch_size=64):
+def retrieval_evaluator(source: str, batch_size: int = 64) -> InformationRetrievalEvaluator:
     """An `InformationRetrievalEvaluator` over a pair file: every distinct query against every distinct positive.
 
     Equal queries are one query with several right answers; equal positives (images: equal pixels) are one candidate.
 
     Args:
-        source (`str`): As in `load_pairs`. Further positives without a query (rows whose `query` is null) are
-            candidates only.
+        source (`str`): As in `load_pairs`. The positive of a row whose `query` is null is a candidate only.
         batch_size (`int`): Rows per forward.
 
     Returns:
-        The evaluator; its metrics are accuracy, recall (at 1 and 10) and mrr (over all candidates).
+        `InformationRetrievalEvaluator`: With accuracy, precision and recall at 1 and 10, nDCG@10, MAP@100, and MRR
+        over all candidates.
     """
-    queries, corpus, relevant = {}, {}, {}
+    queries: dict[str, Any] = {}
+    corpus: dict[str, Any] = {}
+    relevant: dict[str, set[str]] = {}
     for row in load_pairs(source):
         query, positive = decode_cell(row["query"]), decode_cell(row["positive"])
         candidate = str(content_hash(positive))
@@ -74,9 +81,12 @@ def retrieval_evaluator(source, batch_size=64):
     )
 
 
-def decode_cell(cell):
-    """A cell of a dataset as an input: Arrow gives the dicts of a column the same keys, `None` where there is nothing,
-    and images inside dicts come encoded, as `bytes` and `path`."""
+def decode_cell(cell: Any) -> Any:
+    """A cell of a dataset as an input.
+
+    Arrow gives all dicts of a column the same keys; those with `None` are dropped. Images inside dicts come encoded,
+    as `bytes` and `path`; they are decoded.
+    """
     if isinstance(cell, (list, tuple)):
         return [decode_cell(part) for part in cell]
     if not isinstance(cell, dict):
@@ -86,20 +96,20 @@ def decode_cell(cell):
     return {key: part if key == "video" else decode_cell(part) for key, part in cell.items() if part is not None}
 
 
-def check_columns(columns, dataset_name=None):
-    """Refuse columns that training would not know how to use; returns those to embed, in their order."""
+def check_columns(columns: Collection[str], dataset_name: str | None = None) -> list[str]:
+    """Refuse columns that training cannot use. Returns `query`, `positive` and the negatives, in this order."""
     where = "The dataset" if dataset_name is None else f"Dataset {dataset_name!r}"
     embedded = [column for column in columns if column not in ("target", "group", "dataset_name")]
     negatives = [name for name in embedded if name in ("negative", "negatives") or name.startswith("negative_")]
     unknown = sorted(set(embedded) - {"query", "positive", *negatives})
     missing = sorted({"query", "positive"} - set(embedded))
     if unknown or missing:
+        problems = [f"{problem} {names}" for problem, names in (("missing", missing), ("unknown", unknown)) if names]
         raise ValueError(
-            f"{where} has the columns {sorted(columns)}: "
-            + "; ".join(filter(None, [missing and f"missing {missing}", unknown and f"unknown {unknown}"]))
-            + ". Training takes query, positive, negative or negative_1, negative_2, … (each a text, an image, or a "
-            "dict with image, video and text), negatives (a list of them), target (a text to generate instead of the "
-            "other side's own) and group (rows of one group answer each other's queries). "
+            f"{where} has the columns {sorted(columns)}: {'; '.join(problems)}. Training takes query, positive, "
+            "negative or negative_1, negative_2, … (each a text, an image, or a dict with image, video and text), "
+            "negatives (a list of them), target (a text to generate instead of the other side's own) and group (rows "
+            "of one group answer each other's queries). "
             "Rename the columns with dataset.rename_column and drop the rest with dataset.remove_columns."
         )
     return ["query", "positive", *negatives]

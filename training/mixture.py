@@ -1,27 +1,37 @@
-"""The datasets of a training run: what `train_files` may be, and the pairs, weights and sides that it stands for."""
+"""The datasets of a training run: what `train_files` may be, and how it becomes datasets, weights and sides.
+
+One pair file is loaded in `data.py`, one source of the paper in `sources.py`. Batches are drawn in `sampler.py`.
+"""
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
+from datasets import Dataset
 
 from btok_hf.training.condensation_config import CONDENSE, CondensationConfig
 from btok_hf.training.data import FORMATS, load_pairs
 from btok_hf.training.sources import SOURCES, load_source
 
+Entry = str | dict[str, Any] | None  # a file, a Hub id or a source's name; {file, weight, condense}; None: the name
 
-def load_mixture(entries, root=None):
+
+def load_mixture(
+    entries: str | Mapping[str, Entry], root: Path | str | None = None
+) -> tuple[dict[str, Dataset], dict[str, float] | None, dict[str, str]]:
     """Load the datasets of a training run.
 
     Args:
-        entries (`str` or `dict`): A pair file or Hub id as in `load_pairs`, or a name in `SOURCES`; or several, as a
+        entries (`str` or `dict`): A pair file or Hub id as in `load_pairs`, or a name in `SOURCES`. Several are a
             mapping from the dataset's name to one of them or to `{"file": …, "weight": …, "condense": …}`. `file` may
-            be left out where the dataset's name is a source's.
-        root (`str`, *optional*): As in `load_source`.
+            be omitted if the dataset's name is that of a source.
+        root (`str` or `Path`, *optional*): As in `load_source`.
 
     Returns:
-        `tuple`: The datasets by name; their weights by name, `None` if none is given; and by name the sides to
-        generate, of the sources and of the entries that name one.
+        `tuple[dict[str, Dataset], dict[str, float] | None, dict[str, str]]`: The datasets, their weights (`None` if no
+        entry has one) and the sides to generate (of sources, and of entries that name one), each by dataset name.
 
     Raises:
         FileNotFoundError, ValueError: As in `load_source` and `load_pairs`; a malformed entry; weights for some
@@ -29,7 +39,9 @@ def load_mixture(entries, root=None):
     """
     if isinstance(entries, str):
         entries = {Path(entries).stem: entries}
-    files, weights, condense = {}, {}, {}
+    files: dict[str, str] = {}
+    weights: dict[str, float] = {}
+    condense: dict[str, str] = {}
     for name, entry in entries.items():
         entry = dict(entry) if isinstance(entry, dict) else {"file": entry}
         files[name] = file = entry.pop("file", None) or name
@@ -37,7 +49,8 @@ def load_mixture(entries, root=None):
             condense[name] = SOURCES[file].condense
         elif Path(file).suffix.lower() not in FORMATS and "/" not in file and not Path(file).exists():
             raise ValueError(
-                f"Dataset {name!r}: {file!r} is no pair file, Hub id or known source. Known are {', '.join(SOURCES)}."
+                f"Dataset {name!r}: {file!r} is not a pair file, Hub id or known source. Known sources are "
+                f"{', '.join(SOURCES)}."
             )
         if (weight := entry.pop("weight", None)) is not None:
             weights[name] = weight
@@ -48,32 +61,41 @@ def load_mixture(entries, root=None):
         if entry:
             raise ValueError(f"Dataset {name!r} has unknown keys {sorted(entry)}. Known are file, weight, condense.")
     if weights and (missing := sorted(set(files) - set(weights))):
-        raise ValueError(f"Give every dataset a weight, or none: {', '.join(missing)} lack one.")
+        raise ValueError(
+            f"Some datasets have a weight, but {', '.join(missing)} have none. Give all a weight, or none."
+        )
     datasets = {name: load_source(file, root) if file in SOURCES else load_pairs(file) for name, file in files.items()}
     return datasets, weights or None, condense
 
 
-def read_mixture(files):
+def read_mixture(files: str | dict[str, Entry]) -> dict[str, Entry]:
     """`train_files` as a mapping from dataset name to entry."""
     if isinstance(files, dict):
         return files
     if files.lstrip().startswith("{"):
         return json.loads(files)
     if Path(files).suffix in (".yaml", ".yml"):
-        own = Path(__file__).parent / "recipes" / files  # a mixture of this library, wherever it is installed
+        own = Path(__file__).parent / "recipes" / files  # a recipe that comes with this library
         return yaml.safe_load((Path(files) if Path(files).exists() else own).read_text("utf-8"))
     return {Path(files).stem: files}
 
 
-def condense_of(datasets, chosen, own):
-    """What is generated for each dataset: what the user chose, or else what its source or mixture says."""
+def condense_of(datasets: Iterable[str], chosen: str | dict[str, str] | None, own: dict[str, str]) -> dict[str, str]:
+    """The side to generate for each dataset: the user's choice first, then that of its source or entry.
+
+    Args:
+        datasets (`Iterable[str]`): Names of the datasets.
+        chosen (`str` or `dict[str, str]`): `CondensationConfig.condense`. Its default counts as no choice.
+        own (`dict[str, str]`): Sides of sources and entries, by dataset name.
+    """
     if isinstance(chosen, dict):
         return own | chosen
+    assert chosen is not None  # CondensationConfig refuses it
     default = chosen == CondensationConfig.condense
     return dict.fromkeys(datasets, chosen) | (own if default else {})
 
 
-def source_of(name, entry):
+def source_of(name: str, entry: Entry) -> str:
     """Where a dataset comes from, for the card: a file, or a Hub id."""
-    file = (entry if isinstance(entry, str) else entry.get("file")) or name
+    file = (entry.get("file") if isinstance(entry, dict) else entry) or name
     return SOURCES[file].repo if file in SOURCES else file

@@ -1,10 +1,10 @@
-"""The training data of arXiv 2604.11095: where each source lies, and how one of its rows becomes a pair.
+"""The training data of arXiv 2604.11095: where each source is, and how its rows become pairs.
 
-Nothing is decoded ahead of training. `datasets` writes the rows to Arrow files once (below `HF_DATASETS_CACHE`, as
-large as the parquet files) and memory-maps them. A row becomes a pair, its images and frames read, when a worker of
-the data loader asks for it. So memory does not grow with the data.
+No media are decoded before training. `datasets` writes the rows to Arrow files once (in `HF_DATASETS_CACHE`, as large
+as the parquet files) and memory-maps them. When a worker of the data loader asks for a row, its images and frames are
+read and it becomes a pair. So memory does not grow with the data.
 
-Below `root` lies one folder per repository, as these commands leave it (`cd` to the root first):
+`root` holds one folder per repository, as these commands make it (`cd` to the root first):
 
     hf download TIGER-Lab/MMEB-train --repo-type dataset --local-dir MMEB-train
     (cd MMEB-train && for zip in images_zip/*.zip; do unzip -qn $zip -d images; done)
@@ -14,8 +14,11 @@ Below `root` lies one folder per repository, as these commands leave it (`cd` to
     hf download vidore/colpali_train_set --repo-type dataset --local-dir colpali_train_set
     hf download openbmb/VisRAG-Ret-Train-In-domain-data --repo-type dataset --local-dir VisRAG-Ret-Train-In-domain-data
 
-Formats are those of the repositories; instructions and the sides to generate those of the public training code
+Formats are those of the repositories. Instructions and the sides to generate are those of the public training code
 (github TIGER-AI-Lab/VLM2Vec, siryuson/BottleneckTokens).
+
+To add a source, write a function from row to pair and an entry of `SOURCES`. Your own pairs need neither: see
+`data.py`.
 """
 
 import ast
@@ -23,16 +26,17 @@ import io
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from datasets import Dataset, load_dataset
 from datasets import Image as ImageFeature
-from datasets import load_dataset
 from PIL import Image
 
 from btok_hf.media import read_frames
@@ -40,39 +44,43 @@ from btok_hf.training.data import FORMATS
 
 logger = logging.getLogger(__name__)
 
-# Media always come first in a row, so neither their placeholder nor the line breaks around it have a place in a text.
+# Removed from texts, with the white space around it: the chat template puts media before the text.
 PLACEHOLDER = re.compile(r"\s*(<\|image_\d+\|>|<video>)\s*")
 NOTHING = r"^(<\|image_\d+\|>|[\s\[\]'\"])*$"  # a text without content; lists are stored as text
-OPTION = re.compile(r"([A-E])(?:[.)](?:\s+(.*))?)?", re.DOTALL)
+OPTION = re.compile(r"([A-E])(?:[.)](?:\s+(.*))?)?", re.DOTALL)  # "B", "B." or "B) text"
+
+Pair = dict[str, Any]  # query, positive and, for MMEB-train, negative: dicts of text, image and video
 
 # ------------------------------------------------------------------------------------- rows of a layout -> pairs
-# Cells are dicts, because a bare text like "logo.png" would be taken for the name of a file.
+# Cells are dicts, because a string like "logo.png" would be read as a file.
 
 
-def _mmeb_pair(row, folder):
-    """A row of MMEB-train: texts with the instruction in them, paths below the repository's folder, or neither."""
+def _mmeb_pair(row: dict[str, Any], folder: Path) -> Pair:
+    """A row of MMEB-train: each side has a text with its instruction, an image path below `folder`, or both."""
     sides = {"query": ("qry", "qry_image_path"), "positive": ("pos_text", "pos_image_path")}
     if "neg_text" in row:
         sides["negative"] = ("neg_text", "neg_image_path")
-    pair = {}
+    pair: Pair = {}
     for side, (text, image) in sides.items():
         cell = {}
         if row.get(image):
             cell["image"] = str(folder / row[image])
             if not Path(cell["image"]).is_file():
-                raise FileNotFoundError(f"{image} is {cell['image']!r}, which does not exist. Unpack images_zip/*.zip")
-        # The placeholder also stands in texts without an image (queries of WebQA).
+                raise FileNotFoundError(
+                    f"{image} is {cell['image']!r}, which does not exist. Unpack images_zip/*.zip."
+                )
+        # Texts without an image may hold the placeholder too (queries of WebQA).
         if (words := _words(row[text] or "")).strip():
             cell["text"] = words
         pair[side] = cell or None
     if (negative := pair.get("negative")) and "text" not in negative and "text" in pair["positive"]:
-        # VisDial leaves out the instruction of negatives, by which they would be told from positives.
+        # VisDial's negatives lack the instruction of positives: the difference would tell them apart.
         negative["text"] = pair["positive"]["text"]
     return pair
 
 
-def _video_pair(row, folder, instruction="", find_video=False):
-    """A row of LLaVA-Hound: one prompt and its answer about the frames in the folder named by `video`."""
+def _video_pair(row: dict[str, Any], folder: Path, instruction: str = "", find_video: bool = False) -> Pair:
+    """A row of LLaVA-Hound: a prompt and its answer about the frames in the folder `video`."""
     video = {"video": read_frames(folder / "train_300k" / row["video"])}
     prompt, answer = (turn["value"] for turn in row["conversations"][:2])
     if find_video:
@@ -82,15 +90,15 @@ def _video_pair(row, folder, instruction="", find_video=False):
     return {"query": query, "positive": {"text": answer}}
 
 
-def _page_question(row, folder):
-    """A row of colpali_train_set: a question about a page, with options if it has them, and its answer."""
+def _page_question(row: dict[str, Any], folder: Path | None) -> Pair:
+    """A row of colpali_train_set: a page with a question (and its options, if any), and the answer."""
     choices = _texts(row["options"])
     query = row["query"] if choices is None else f"{row['query']} Options: {row['options']}"
     return {"query": {"image": _page(row), "text": query}, "positive": {"text": _answer(row["answer"], choices)}}
 
 
-def _page_search(row, folder):
-    """A row of VisRAG in-domain: a query and the page that answers it, with instructions by the page's origin."""
+def _page_search(row: dict[str, Any], folder: Path | None) -> Pair:
+    """A row of VisRAG in-domain: a query and the page that answers it. Instructions depend on the page's origin."""
     instruction = PAGE_INSTRUCTIONS.get(row["source"])
     if instruction is None:
         return {"query": {"text": row["query"]}, "positive": {"image": _page(row)}}
@@ -98,12 +106,12 @@ def _page_search(row, folder):
     return {"query": {"text": instruction["query"] + row["query"]}, "positive": positive}
 
 
-def _words(text):
+def _words(text: str) -> str:
     return PLACEHOLDER.sub(" ", text).strip(" \t")
 
 
-def _texts(value):
-    """The texts of a list that is stored as text, as in "['one', 'two']"; `None` for anything else."""
+def _texts(value: str | None) -> list[str] | None:
+    """The texts of a list that is stored as text, such as "['one', 'two']"; `None` for anything else."""
     if value is None or not value.startswith("["):
         return None
     try:
@@ -113,10 +121,10 @@ def _texts(value):
     return [str(part) for part in parts] or None
 
 
-def _answer(answer, choices):
-    """The words of an answer, which the data store as a text, as a list in a text, or as an option's letter."""
+def _answer(answer: str, choices: list[str] | None) -> str:
+    """The text of an answer, which is stored as a text, as a list in a text, or as the letter of an option."""
     option = OPTION.fullmatch(answer) if choices else None
-    if option:
+    if choices and option:
         number = ord(option[1]) - ord("A")
         named = choices[number] if option[2] is None and number < len(choices) else answer
         labelled = OPTION.fullmatch(named)
@@ -124,7 +132,7 @@ def _answer(answer, choices):
     return ", ".join(_texts(answer) or [answer])
 
 
-def _page(row):
+def _page(row: dict[str, Any]) -> Image.Image:
     stored = row["image"]
     if stored is None or not stored["bytes"]:
         raise ValueError("column 'image' is empty")
@@ -144,26 +152,27 @@ class Source:
 
     Args:
         repo (`str`): Hub id of its dataset.
-        files (`str`): Its files of rows below the repository's folder, as a glob.
+        files (`str`): Glob of its files of rows, relative to the repository's folder.
         condense (`str`): The side whose text is generated, as in `CondensationConfig`.
-        pair (`Callable`): Row and repository's folder → pair.
-        filled (`tuple[tuple[str, ...], ...]`): Rows are left out in which all columns of one of these are empty.
-        columns (`tuple[str, ...]`): Further columns that `pair` reads.
-        optional (`tuple[str, ...]`): Further columns that `pair` reads where the files have them.
-        rows (`int`, *optional*): Only the first rows belong to the source.
+        pair (`Callable`): Makes a pair from a row and the repository's folder.
+        filled (`tuple[tuple[str, ...], ...]`): Groups of columns. A row is left out if all columns of a group are
+            empty.
+        columns (`tuple[str, ...]`): More columns that `pair` reads.
+        optional (`tuple[str, ...]`): More columns that `pair` reads if the files have them.
+        rows (`int`, *optional*): If set, only this many rows, from the first, belong to the source.
     """
 
     repo: str
     files: str
     condense: str
-    pair: Callable
-    filled: tuple
-    columns: tuple = ()
-    optional: tuple = ()
+    pair: Callable[[dict[str, Any], Any], Pair]
+    filled: tuple[tuple[str, ...], ...]
+    columns: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
     rows: int | None = None
 
 
-def _mmeb(subset, condense):
+def _mmeb(subset: str, condense: str) -> Source:
     return Source(
         "TIGER-Lab/MMEB-train",
         f"{subset}/original-*.parquet",
@@ -174,7 +183,7 @@ def _mmeb(subset, condense):
     )
 
 
-def _llava_hound(file, condense, rows=None, **kwargs):
+def _llava_hound(file: str, condense: str, rows: int | None = None, **kwargs: Any) -> Source:
     return Source(
         "ShareGPTVideo/train_video_and_instruction",
         f"video_instruction/train/sft/{file}.jsonl",
@@ -214,7 +223,7 @@ SOURCES = {
     ),
     "video_caption_300k": _llava_hound("video_caption_300k", "positive"),
     "video_caption_300k-video": _llava_hound("video_caption_300k", "query", find_video=True),
-    # The 15,000 captions after them are in video_caption_300k.
+    # The file ends in 15,000 captions, which are in video_caption_300k too.
     "video_qa_240k": _llava_hound(
         "video_240k_caption_15k",
         "positive",
@@ -223,26 +232,27 @@ SOURCES = {
     ),
 }
 
-# VisRAG: origin of a page → instruction before the query, text beside the page
+# VisRAG: origin of a page → instruction of the query ("query") and of the page ("page")
 PAGE_INSTRUCTIONS = json.loads(Path(__file__).with_name("page_instructions.json").read_text("utf-8"))
 
 
 # --------------------------------------------------------------------------------------------------------- loading
 
 
-def load_source(name, root=None):
-    """Load a source of `SOURCES` as pairs: `query`, `positive` and, of MMEB-train, `negative` (`None` where empty).
+def load_source(name: str, root: Path | str | None = None) -> Dataset:
+    """Load a source of `SOURCES` as pairs: `query`, `positive` and, for MMEB-train, `negative` (may be `None`).
 
-    Rows with an empty side are left out, and their number is logged. Eight rows are read right away, so that a wrong
-    root shows before training starts.
+    Rows with an empty side are left out, and their number is logged. Eight rows are read at once, so that a wrong root
+    is found before training starts.
 
     Args:
         name (`str`): Name of the source.
-        root (`str` or `Path`, *optional*): Folder of downloaded repositories (see the module's top). Without it the
-            rows come from the Hub, which works where they hold the images (colpali_train_set, visrag-indomain).
+        root (`str` or `Path`, *optional*): Folder of the downloaded repositories (see the module's docstring). Without
+            it, rows come from the Hub. That works for sources whose rows hold the images: colpali_train_set and
+            visrag-indomain.
 
     Returns:
-        `datasets.Dataset`: Memory-mapped, with a transform that reads the rows asked for.
+        `datasets.Dataset`: Memory-mapped, with a transform that makes pairs of the rows that are read.
 
     Raises:
         FileNotFoundError, ValueError: No such source, folder, file or column, or a row that cannot be read.
@@ -250,6 +260,7 @@ def load_source(name, root=None):
     if name not in SOURCES:
         raise ValueError(f"Unknown source {name!r}. Known are {', '.join(SOURCES)}.")
     source = SOURCES[name]
+    folder: Path | None = None
     if root is not None:
         folder = Path(root) / source.repo.split("/")[1]
         files = sorted(map(str, folder.glob(source.files)))
@@ -260,11 +271,11 @@ def load_source(name, root=None):
             )
         dataset = load_dataset(FORMATS[Path(files[0]).suffix], data_files=files, split="train")
     elif "image" in source.columns:
-        folder, dataset = None, load_dataset(source.repo, split="train")
+        dataset = load_dataset(source.repo, split="train")
     else:
         raise ValueError(
-            f"Source {name!r} keeps its images or frames in archives of {source.repo}, which must be downloaded and "
-            "unpacked: see btok_hf/training/sources.py. Pass their folder as root (sources_root of train.py)."
+            f"Source {name!r} keeps its images or frames in archives of {source.repo}. Download and unpack them as "
+            "btok_hf/training/sources.py says, and pass their folder as root (sources_root of btok train)."
         )
 
     columns = [column for columns in source.filled for column in columns] + list(source.columns)
@@ -284,7 +295,7 @@ def load_source(name, root=None):
         dataset = dataset.select(range(min(source.rows, len(dataset))))
     if "conversations" in columns:
         _check_conversations(dataset, name)
-    # Before rows are left out: errors name the row of the file.
+    # Numbered before rows are left out, because errors name the row of the file.
     dataset = dataset.add_column("row", np.arange(len(dataset)))
     dataset = _without_empty_sides(dataset, name)
     dataset = dataset.with_transform(partial(_pairs, name=name, folder=folder))
@@ -293,8 +304,8 @@ def load_source(name, root=None):
     return dataset
 
 
-def _pairs(rows, name, folder):
-    """The transform: a batch of raw rows, as a dict of columns, to one of pairs."""
+def _pairs(rows: Mapping[str, list], name: str, folder: Path | None) -> dict[str, list]:
+    """The transform: a batch of raw rows, as a dict of columns, becomes a batch of pairs."""
     source, pairs = SOURCES[name], []
     for values in zip(*rows.values()):
         row = dict(zip(rows, values))
@@ -306,8 +317,8 @@ def _pairs(rows, name, folder):
     return {side: [pair[side] for pair in pairs] for side in pairs[0]} if pairs else {}
 
 
-def _check_conversations(dataset, name):
-    """Refuse a conversation without a prompt and an answer; the first such row is named."""
+def _check_conversations(dataset: Dataset, name: str) -> None:
+    """Refuse conversations without a prompt and an answer. The error names the first such row."""
     turns, row = dataset.data.column("conversations"), 0
     try:
         good = pc.greater_equal(pc.list_value_length(turns), 2).fill_null(False)
@@ -315,7 +326,7 @@ def _check_conversations(dataset, name):
             for turn in (0, 1):
                 good = pc.and_(good, _filled(pc.struct_field(pc.list_element(turns, turn), "value")))
         row = pc.index(good, False).as_py()
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # not a list of turns with a text in "value" at all
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # the column holds no lists of turns with a text in "value"
         pass
     if row >= 0:
         raise ValueError(
@@ -324,8 +335,8 @@ def _check_conversations(dataset, name):
         )
 
 
-def _without_empty_sides(dataset, name):
-    """`dataset` without the rows in which a side of the pair is empty; no image is read for it."""
+def _without_empty_sides(dataset: Dataset, name: str) -> Dataset:
+    """`dataset` without the rows in which a side of the pair is empty. No image is read."""
     keep = np.ones(len(dataset), bool)
     for columns in SOURCES[name].filled:
         side = [_filled(dataset.data.column(column)) for column in columns]
@@ -333,10 +344,13 @@ def _without_empty_sides(dataset, name):
     if not keep.any():
         raise ValueError(f"Source {name!r} has no rows with both sides of a pair in {SOURCES[name].files}.")
     if not keep.all():
-        logger.warning(f"Source {name!r}: {(~keep).sum():,} of {len(keep):,} rows have an empty side and are left out")
+        logger.warning(
+            f"Source {name!r}: {(~keep).sum():,} of {len(keep):,} rows have an empty side and are left out."
+        )
         dataset = dataset.select(np.flatnonzero(keep))
     return dataset
 
 
-def _filled(texts):
+def _filled(texts: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Which texts have content."""
     return pc.invert(pc.match_substring_regex(texts.cast(pa.string()).fill_null(""), NOTHING))

@@ -4,32 +4,33 @@
     accelerate launch --config_file training/accelerate/ddp.yaml -m btok_hf train \\
         --config training/recipes/btok_qwen2vl_2b.yaml --push_to_hub --hub_model_id org/btok-2b
 
-Memory on the device is set by four arguments, the strongest first; the batch size is not one of them:
+Four arguments set the memory on the device. The batch size is not one of them. Strongest first:
 
     --max_pixels              pixels of an image or frame: a token is 28 x 28 of them (32 x 32 for Qwen3-VL)
-    --mini_batch_num_tokens   tokens whose activations are alive at once, or
-    --mini_batch_size         rows whose activations are alive at once
-    --gradient_checkpointing  recomputes the activations of every layer but one, which takes time
+    --mini_batch_num_tokens   tokens per forward pass, or
+    --mini_batch_size         rows per forward pass
+    --gradient_checkpointing  recomputes the activations of all layers but one, which takes time
 
-The host holds the pixels of whole batches, 24 bytes each (12 with --bf16), times 1 + dataloader_num_workers x
-dataloader_prefetch_factor, in every process.
+The host holds the pixels of complete batches in every process: 24 bytes each (12 with --bf16), times 1 +
+dataloader_num_workers x dataloader_prefetch_factor.
 
-Every field of the arguments below is a flag, and a key of the YAML file. A killed run goes on with
-`--resume_from_checkpoint true`.
+Every argument below is a flag and a key of the YAML file. `--resume_from_checkpoint true` continues a run that was
+killed.
 """
 
 import argparse
 import json
 import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Union
+from typing import TYPE_CHECKING, Any, Union, cast
 
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
-from transformers import AutoConfig, TrainerCallback
+from transformers import AutoConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 from trl import ModelConfig, TrlParser, get_peft_config
@@ -42,6 +43,9 @@ from btok_hf.training import CondensationConfig, CondensationTrainer
 from btok_hf.training.data import retrieval_evaluator
 from btok_hf.training.mixture import condense_of, load_mixture, read_mixture, source_of
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
 logger = logging.get_logger("btok_hf.train")
 
 
@@ -50,40 +54,44 @@ class ScriptArguments:
     """What to train on and evaluate with."""
 
     max_pixels: int | None = field(
-        default=None, metadata={"help": "Reduce larger images and frames to this many pixels. The first memory knob."}
+        default=None,
+        metadata={"help": "Reduce larger images and frames to this many pixels. Lower it first to save memory."},
     )
-    train_files: Union[str, None, dict[str, dict]] = field(  # noqa: UP007, RUF036 (what HfArgumentParser can read)
+    train_files: Union[str, None, dict[str, dict]] = field(  # noqa: UP007, RUF036 (HfArgumentParser reads no |)
         default=None,
         metadata={
-            "help": "A pair file (parquet, jsonl, csv), a Hub dataset or a source of training/sources.py; or a "
-            "mapping (in JSON or a YAML file) from dataset name to one of them, or to {file, weight, condense}."
+            "help": "A pair file (parquet, jsonl, csv), a Hub dataset or a source of training/sources.py. Or a "
+            "mapping (in JSON or a YAML file) from dataset name to one of these, or to {file, weight, condense}."
         },
     )
     sources_root: str | None = field(
-        default=None, metadata={"help": "Folder that holds the sources of training/sources.py. Default: the Hub."}
+        default=None, metadata={"help": "Folder with the downloaded sources of training/sources.py. Default: the Hub."}
     )
     eval_file: str | None = field(
         default=None,
-        metadata={"help": "Pair file to evaluate retrieval on before, after and (--eval_strategy) during training."},
+        metadata={"help": "Pair file for retrieval metrics before, after and (--eval_strategy) during training."},
     )
     num_tokens: int = field(
-        default=4, metadata={"help": "K, for a base model without Bottleneck Tokens; 0 is last-token pooling."}
+        default=4,
+        metadata={"help": "Bottleneck Tokens (K) to add to a base model without them; 0 is last-token pooling."},
     )
     min_pixels: int | None = field(default=None, metadata={"help": "Enlarge smaller images to this many pixels."})
 
 
 @dataclass
 class ModelArguments(ModelConfig):
-    """TRL's model arguments with defaults that condensation can work with."""
+    """TRL's model arguments, with defaults that suit condensation."""
 
     lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
     lora_alpha: int = field(default=32, metadata={"help": "LoRA alpha."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Must be 0: GradCache embeds each row twice."})
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "Must be 0: target tokens run in one GradCache pass only."}
+    )
     lora_task_type: str = field(default="FEATURE_EXTRACTION", metadata={"help": "Task type passed to PEFT."})
 
 
-def main(arguments=None):
-    """Train, export and, if asked, push.
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train, export and, with `push_to_hub`, push.
 
     Args:
         arguments (`list[str]`, *optional*): Flags. Default: those of the process.
@@ -91,17 +99,18 @@ def main(arguments=None):
     set_up(arguments).run()
 
 
-def set_up(arguments=None):
-    """Everything before the first step: read the flags, check what can be wrong, load data and model.
+def set_up(arguments: Sequence[str] | None = None) -> "TrainingJob":
+    """Everything before the first step: read the flags, check arguments and data, load the model.
 
     Returns:
-        `TrainingJob`
+        `TrainingJob`: The run, ready to start.
 
     Raises:
         OSError, ValueError: Arguments or data that cannot work.
     """
     parser = TrlParser(
-        (ScriptArguments, CondensationConfig, ModelArguments, CardArguments),
+        # TRL's annotation allows several classes only if they are of one type.
+        (ScriptArguments, CondensationConfig, ModelArguments, CardArguments),  # type: ignore[arg-type]
         description=__doc__,
         usage="btok train --config RECIPE.yaml [--FIELD VALUE …]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -113,16 +122,16 @@ def set_up(arguments=None):
     for name in ("load_in_8bit", "load_in_4bit", "attn_implementation"):
         if getattr(model_args, name):
             raise ValueError(
-                f"{name} is not supported: weights are trained unquantised, in dtype, with adapters if use_peft is "
-                f"set, and the packed forward brings its own attention. Remove {name}."
+                f"{name} is not supported: weights are trained without quantisation, in dtype, and the packed forward "
+                f"has its own attention. Remove {name}; for adapters set use_peft."
             )
     check_writable(args.output_dir)
     check_push(args)
     evaluator = retrieval_evaluator(script.eval_file) if script.eval_file else None
     if evaluator is None and args.eval_strategy != "no":
-        raise ValueError("eval_strategy asks for evaluation during training: set eval_file.")
+        raise ValueError("eval_strategy needs data to evaluate on: set eval_file.")
     if evaluator is None and args.metric_for_best_model:
-        raise ValueError("The best checkpoint is asked for, but nothing is evaluated: set eval_file.")
+        raise ValueError("The best checkpoint is requested, but nothing is evaluated: set eval_file.")
     files = read_mixture(script.train_files)
     train_dataset, weights, condense = load_mixture(files, script.sources_root)
     args.dataset_weights = args.dataset_weights or weights
@@ -137,12 +146,12 @@ def set_up(arguments=None):
         model_kwargs={"dtype": model_args.dtype or "float32"},
         processor_kwargs=pixels or None,
     )
-    # What is pushed is the export; the Trainer would push checkpoints.
+    # The Trainer would push checkpoints. This script pushes the export.
     to_push, args.push_to_hub = args.push_to_hub, False
     trainer = CondensationTrainer(
         model=model,
         args=args,
-        peft_config=get_peft_config(model_args),
+        peft_config=cast("LoraConfig | None", get_peft_config(model_args)),  # annotated as its base class
         train_dataset=train_dataset,
         evaluator=evaluator,
     )
@@ -157,8 +166,8 @@ class TrainingJob:
     """A run that is set up.
 
     Args:
-        trainer (`CondensationTrainer`): With its datasets and, perhaps, evaluator.
-        card (`CardArguments`): For the model card.
+        trainer (`CondensationTrainer`): The trainer with its datasets and, if there is one, its evaluator.
+        card (`CardArguments`): Arguments of the model card.
         sources (`dict[str, str]`): Where each dataset comes from, by name.
         eval_source (`str`, *optional*): Where the evaluator's data comes from.
         to_push (`bool`): Whether to push the export to `args.hub_model_id`.
@@ -170,7 +179,7 @@ class TrainingJob:
     eval_source: str | None
     to_push: bool
 
-    def run(self):
+    def run(self) -> None:
         """Evaluate, train, evaluate again, export, push."""
         trainer, args = self.trainer, self.trainer.args
         before = trainer.evaluate_retrieval()
@@ -197,41 +206,43 @@ class TrainingJob:
         if self.to_push:
             print(f"Pushed to {push_export(args)}")
 
-    def _choose_best_metric(self, metrics):
-        """The evaluator's nDCG@10 where `load_best_model_at_end` names no metric; refuse one that is not measured."""
+    def _choose_best_metric(self, metrics: Mapping[str, float]) -> None:
+        """With `load_best_model_at_end`, nDCG@10 if no metric is named. A metric that is not measured is refused."""
         args = self.trainer.args
         best = args.metric_for_best_model
-        if best == "loss":  # what the Trainer sets where load_best_model_at_end is given without a metric
+        if best == "loss":  # the Trainer's default with load_best_model_at_end
             args.metric_for_best_model = next(name for name in metrics if name.endswith("ndcg@10"))
             args.greater_is_better = True
         elif best and not {best, best.removeprefix("eval_")} & set(metrics):
             raise ValueError(
-                f"metric_for_best_model must be one of {', '.join(metrics)}, got {best!r}. Set it to one of them."
+                f"metric_for_best_model must be one of {', '.join(metrics)}, got {best!r}. Set it to one of these."
             )
 
 
-def check_push(args):
-    """Refuse a push that could not work, before training."""
+def check_push(args: CondensationConfig) -> None:
+    """Before training, refuse a push that cannot work."""
     if not args.push_to_hub:
         return
     if args.hub_model_id is None:
         raise ValueError("push_to_hub needs the repository's id, e.g. --hub_model_id org/btok-2b.")
     if args.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
         raise ValueError(
-            f"hub_strategy must be end or every_save, got {args.hub_strategy.value}: checkpoints stay on disk, and "
-            "what is pushed is always a whole repository."
+            f"hub_strategy must be end or every_save, got {HubStrategy(args.hub_strategy).value}: only complete "
+            "repositories are pushed, checkpoints stay on disk. Set it to one of these."
         )
     try:
         HfApi(token=args.hub_token).whoami()
     except Exception as error:
         # Not chained: the original may hold the token.
         raise ValueError(
-            f"push_to_hub needs a Hub login, but asking who you are failed ({type(error).__name__}). Run `hf auth "
-            "login`, or set HF_TOKEN to a token that may write."
+            f"push_to_hub needs a Hub login, but the Hub did not confirm one ({type(error).__name__}). Run `hf auth "
+            "login`, or set HF_TOKEN to a token with write access."
         ) from None
 
 
-def push_export(args):
+def push_export(args: CondensationConfig) -> str:
+    """Push the export to `args.hub_model_id`; returns its address."""
+    assert args.hub_model_id is not None  # see check_push
     return push(
         args.output_dir,
         args.hub_model_id,
@@ -242,34 +253,39 @@ def push_export(args):
 
 
 class PushEverySave(TrainerCallback):
-    """Exports the model after every checkpoint and pushes it in the background; skipped while the last push runs."""
+    """Exports the model after every checkpoint and pushes it in the background, unless the last push still runs."""
 
-    def __init__(self, trainer, card):
+    def __init__(self, trainer: CondensationTrainer, card: CardArguments) -> None:
         self.trainer, self.card = trainer, card
         self.executor = ThreadPoolExecutor(1)
-        self.running = None
+        self.running: Future | None = None
 
-    def on_save(self, args, state, control, **kwargs):
-        # All processes export together, or none.
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # All processes must export, or none: the main process decides.
         if broadcast_object_list([self.running is not None and not self.running.done()])[0]:
             return
-        self.trainer.export(args.output_dir, self.card)
+        self.trainer.export(self.trainer.args.output_dir, self.card)
         if state.is_world_process_zero:
-            self.running = self.executor.submit(self._push, args)
+            self.running = self.executor.submit(self._push)
 
-    def _push(self, args):
+    def _push(self) -> None:
         try:
-            logger.warning(f"Pushed to {push_export(args)}")
-        except RuntimeError as error:  # Training goes on; the last push, after it, stops with the error.
+            logger.warning(f"Pushed to {push_export(self.trainer.args)}")
+        except RuntimeError as error:  # training continues; the final push raises its error
             logger.warning(str(error))
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self.executor.shutdown()  # waits: the final export writes the same folder
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.executor.shutdown()  # waits for the push, because the final export writes the same folder
 
 
-def starting_point(model_args, num_tokens, pixels, args):
-    """Path and revision of the model to train; a base model is given its Bottleneck Tokens in `output_dir`/start."""
+def starting_point(
+    model_args: ModelArguments, num_tokens: int, pixels: Mapping[str, Any], args: CondensationConfig
+) -> tuple[Path | str, str | None]:
+    """Path and revision of the model to train. A base model gets Bottleneck Tokens first, in `output_dir`/start."""
     name, revision = model_args.model_name_or_path, model_args.model_revision
+    assert name is not None  # checked in set_up
     if hasattr(AutoConfig.from_pretrained(name, revision=revision), "btok_token_ids"):
         return name, revision
     start = Path(args.output_dir, "start")
@@ -291,6 +307,6 @@ def starting_point(model_args, num_tokens, pixels, args):
 
 
 if __name__ == "__main__":
-    with one_line_errors():  # an error of a long run keeps its traceback
+    with one_line_errors():  # only for the set-up: an error during training keeps its traceback
         job = set_up()
     job.run()

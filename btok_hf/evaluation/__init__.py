@@ -1,9 +1,11 @@
-"""MMEB-V2: its 78 datasets, metrics and reports, and the models' metadata for mteb.
+"""Evaluation: the 78 datasets of MMEB-V2, metrics, reports, and model metadata for mteb.
 
-Names are imported on first use, as in `btok_hf`.
+`mmeb.py` runs an evaluation. Datasets are described in `tasks.py` and read by `loading.py` and `readers.py`. Names are
+imported on first use, as in `btok_hf`.
 """
 
 from importlib import import_module
+from typing import Any
 
 _LAZY_IMPORTS = {
     "TASKS": "btok_hf.evaluation.tasks",
@@ -17,11 +19,11 @@ _LAZY_IMPORTS = {
 __all__ = list(_LAZY_IMPORTS)
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name not in _LAZY_IMPORTS:
         raise AttributeError(f"module 'btok_hf.evaluation' has no attribute {name!r}")
     return getattr(import_module(_LAZY_IMPORTS[name]), name)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])

@@ -1,4 +1,7 @@
-"""Read a dataset of MMEB-V2 from disk: its rows as queries and candidates, and where their media are."""
+"""Read a dataset of MMEB-V2 from disk: queries, candidates, and the paths of their media.
+
+This file finds files and checks rows. What a row means is in `readers.py`, what a dataset is in `tasks.py`.
+"""
 
 import hashlib
 import json
@@ -6,16 +9,22 @@ import logging
 import os
 import reprlib
 import sys
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from btok_hf.evaluation.readers import READERS, query_text
-from btok_hf.evaluation.tasks import TASKS, Query, Task
+from btok_hf.evaluation.readers import READERS, Pool, Row, query_text
+from btok_hf.evaluation.tasks import TASKS, Query, Task, TaskInfo, TaskInput
 from btok_hf.media import read_frames, read_image
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.dataset
 
 logger = logging.getLogger(__name__)
 
-# Below the root, in order of preference.
+# Places below the root, in order of preference.
 ROWS = {
     "image": (
         "image-query/{name}/{split}-*.parquet",
@@ -44,44 +53,43 @@ DOWNLOADS = {
 SMALLEST_SIDE, ENLARGED = 28, (56, 56)
 
 
-def read_input(item, num_frames=8):
-    """Decode the media of an input, right before it is encoded.
+def read_input(item: TaskInput, num_frames: int | None = 8) -> dict[str, Any]:
+    """Decode the media of an input. Called right before the input is encoded.
 
     Args:
-        item (`dict`): Input of a `Query` or a candidate.
+        item (`TaskInput`): Input of a `Query` or a candidate.
         num_frames (`int`, *optional*): Frames of a video, evenly spaced (all of a shorter one); `None`: all.
 
     Returns:
-        `dict`: What `encode` takes: `text`, `image` as RGB `PIL.Image.Image`, `video` as in `read_frames`. Images with
-        a side under 28 pixels become 56 x 56, as in the original.
+        `dict[str, Any]`: What `encode` takes: `text`, `image` as RGB `PIL.Image.Image`, `video` as in `read_frames`.
+        Images with a side under 28 pixels become 56 x 56, as in the original evaluation.
 
     Raises:
         FileNotFoundError, ValueError: Media that cannot be read; the message names the file.
     """
-    item = dict(item)
+    decoded: dict[str, Any] = dict(item)
     if "image" in item:
-        item["image"] = read_image(item["image"])
-        if min(item["image"].size) < SMALLEST_SIDE:
-            item["image"] = item["image"].resize(ENLARGED)
+        image = read_image(item["image"])
+        decoded["image"] = image.resize(ENLARGED) if min(image.size) < SMALLEST_SIDE else image
     if "video" in item:
-        item["video"] = read_frames(item["video"], num_frames)
-    return item
+        decoded["video"] = read_frames(item["video"], num_frames)
+    return decoded
 
 
-def load_task(name, root, limit=None):
-    """Read a dataset of MMEB-V2: its rows, and where its media are, without decoding them.
+def load_task(name: str, root: Path | str, limit: int | None = None) -> Task:
+    """Read a dataset of MMEB-V2. Media are looked up, not decoded.
 
     Args:
         name (`str`): A key of `TASKS`.
-        root (`str` or `Path`): Folder of the benchmark (see the module's top).
-        limit (`int`, *optional*): Only the first queries, to try things out. Candidates that are their own or their
-            right ones (all but pages and labels) are fewer with them, so scores are too good.
+        root (`str` or `Path`): Folder of the benchmark (see `btok_hf/evaluation/tasks.py`).
+        limit (`int`, *optional*): Only this many queries, from the first, for a quick trial. Scores are then too high:
+            except for pages and labels, candidates come from the queries' rows, so there are fewer of them too.
 
     Returns:
-        `Task`
+        `Task`: The dataset.
 
     Raises:
-        FileNotFoundError: No rows, or media that a row names; says what was looked for and what is there.
+        FileNotFoundError: Rows or media are missing. The message says where they were looked for and what is there.
         ValueError: No such dataset, or a row that cannot be used; the message names it.
     """
     if name not in TASKS:
@@ -92,53 +100,55 @@ def load_task(name, root, limit=None):
     home = root / f"{info.modality}-tasks"
     if not home.is_dir():
         raise FileNotFoundError(
-            f"{name}: there is no folder {home}; {_holds(home)}. The root is the folder of TIGER-Lab/MMEB-V2, with "
-            "image-tasks, video-tasks and visdoc-tasks in it."
+            f"{name}: there is no folder {home}; {_holds(home)}. The root must be the folder of TIGER-Lab/MMEB-V2, "
+            "with image-tasks, video-tasks and visdoc-tasks in it."
         )
     load = _load_pages if info.modality == "visdoc" else _load_rows
     queries, candidates = load(info, root, limit)
     return Task(info.name, info.modality, info.meta_task, info.metric, queries, candidates, info.num_frames)
 
 
-def _load_rows(info, root, limit):
+def _load_rows(info: TaskInfo, root: Path, limit: int | None) -> tuple[list[Query], Pool]:
     """Queries and candidates of a dataset whose rows hold both."""
     records, where = _records(info, root, info.subset, info.columns.split())
-    numbered = enumerate(records[: info.rows])
-    if info.layout == "moment_seeker":  # one release repeats rows: 1,800 for 1,602
-        unique = {}
+    numbered = list(enumerate(records[: info.rows]))
+    if info.layout == "moment_seeker":  # one release repeats rows: 1,800 instead of 1,602
+        unique: dict[str, tuple[int, Row]] = {}
         for index, row in numbered:
             unique.setdefault(json.dumps(row, sort_keys=True), (index, row))
-        numbered = unique.values()
-    media, pool, queries = _Media(info, root), {}, []
+        numbered = list(unique.values())
+    media = Media(info, root)
+    pool: Pool = {}
+    queries: list[Query] = []
     if info.layout == "video_classification":
         pool = {label: {"text": label} for label in _labels()[info.name]}
-    for index, row in list(numbered)[:limit]:
+    for index, row in numbered[:limit]:
         try:
             _check_filled(info, row)
             item, names, right = READERS[info.layout](info, row, media, pool)
             _check_candidates(names, right, pool)
         except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
             kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-            reason = f"no {error} in it" if isinstance(error, KeyError) else error
+            reason = f"no {error} in it" if isinstance(error, KeyError) else str(error)
             raise kind(f"{info.name}, row {index} of {where}: {reason}") from error
-        # Interned: a name is often a candidate of a thousand queries.
+        # Interned to save memory: a name may be a candidate of a thousand queries.
         local = list(dict.fromkeys(map(sys.intern, names))) if info.scope == "local" else None
         queries.append(Query(str(index), item, local, dict.fromkeys(right, 1.0)))
     return _without_blanks(info, queries, pool)
 
 
-def _check_filled(info, row):
+def _check_filled(info: TaskInfo, row: Row) -> None:
     for column in info.columns.split():
         if row.get(column) is None and column not in ("qry_text", "input_frames"):
             raise ValueError(f"column {column!r} is empty")
 
 
-def _check_candidates(names, right, pool):
+def _check_candidates(names: list[str], right: list[str], pool: Pool) -> None:
     if not right:
         raise ValueError("it has no right candidate")
     for name in names:
         if not isinstance(name, str):
-            raise ValueError(f"candidate {name!r} is no text")
+            raise ValueError(f"candidate {name!r} is not a text")
     for name in right:
         if name not in names:
             raise ValueError(f"the right candidate {name!r} is not among the candidates {names[:8]}")
@@ -146,28 +156,31 @@ def _check_candidates(names, right, pool):
             raise ValueError("the right candidate is an empty text")
 
 
-def _without_blanks(info, queries, pool):
-    """Leave out candidates that are an empty text, which nothing can embed (the original embeds its end token)."""
+def _without_blanks(info: TaskInfo, queries: list[Query], pool: Pool) -> tuple[list[Query], Pool]:
+    """Leave out candidates that are an empty text. (The original evaluation embeds their end token.)"""
     blank = {name for name, item in pool.items() if _is_blank(item)}
     if blank:
-        queries = [query._replace(candidates=[n for n in query.candidates if n not in blank]) for query in queries]
+        queries = [
+            query._replace(candidates=query.candidates and [n for n in query.candidates if n not in blank])
+            for query in queries
+        ]
         pool = {name: item for name, item in pool.items() if name not in blank}
         logger.warning(f"{info.name}: left out {len(blank)} candidates that are an empty text.")
     return queries, pool
 
 
-def _is_blank(item):
+def _is_blank(item: TaskInput) -> bool:
     return item.keys() == {"text"} and not item["text"].strip()
 
 
-def _load_pages(info, root, limit):
+def _load_pages(info: TaskInfo, root: Path, limit: int | None) -> tuple[list[Query], Pool]:
     """Queries and candidates of a dataset with a corpus: tables of queries, pages and grades."""
     asked, where = _records(info, root, "queries", ["query-id", "query"])
-    grades = {}
+    grades: dict[str, dict[str, float]] = {}
     qrels, qrels_place = _records(info, root, "qrels", ["query-id", "corpus-id", "score"])
     for index, row in enumerate(qrels):
         if not isinstance(row["score"], (int, float)):
-            raise ValueError(f"{info.name}, row {index} of {qrels_place}: score {row['score']!r} is no number")
+            raise ValueError(f"{info.name}, row {index} of {qrels_place}: score {row['score']!r} is not a number")
         if row["score"] > 0:
             of_query, name = grades.setdefault(str(row["query-id"]), {}), str(row["corpus-id"])
             of_query[name] = max(of_query.get(name, 0.0), float(row["score"]))
@@ -177,12 +190,12 @@ def _load_pages(info, root, limit):
     folder = next(filter(Path.is_dir, folders), folders[0])
     file_name = _hashed if info.layout == "hashed_pages" else "{}.png".format
     names = dict.fromkeys(map(str, corpus.to_table(columns=["corpus-id"])["corpus-id"].to_pylist()))
-    # Texts, because objects of 10⁵ paths are large.
+    # Strings, because 100,000 Path objects take much memory.
     paths = {name: os.path.join(folder, file_name(name)) for name in names}
     absent = {name: path for name, path in paths.items() if not os.path.isfile(path)}
     if absent:
         _write_pages(info, corpus, place, folder, absent)
-    pool = {name: {"image": path, "text": info.candidate_instruction} for name, path in paths.items()}
+    pool: Pool = {name: {"image": path, "text": info.candidate_instruction} for name, path in paths.items()}
 
     queries = []
     for row in asked[:limit]:
@@ -198,19 +211,21 @@ def _load_pages(info, root, limit):
     return queries, pool
 
 
-def _hashed(name):
-    """The file of a VisRAG page: names are too long for some file systems."""
+def _hashed(name: str) -> str:
+    """File name of a VisRAG page. Names of pages are too long for some file systems."""
     base, suffix = os.path.splitext(name)
     return f"{base[:50]}_{hashlib.md5(name.encode()).hexdigest()[:8]}{suffix}"
 
 
-def _write_pages(info, corpus, place, folder, absent):
-    """Write the pages that are not in the folder of images from the corpus, as the original does."""
+def _write_pages(
+    info: TaskInfo, corpus: "pyarrow.dataset.Dataset", place: str, folder: Path, absent: dict[str, str]
+) -> None:
+    """Write the pages that the folder of images lacks from the corpus, as the original evaluation does."""
     logger.warning(f"{info.name}: writing {len(absent)} pages of {place} to {folder}.")
     folder.mkdir(parents=True, exist_ok=True)
     for batch in corpus.to_batches(columns=["corpus-id", "image"], batch_size=16):
         for row in batch.to_pylist():
-            path = absent.pop(str(row["corpus-id"]), None)  # of two pages with one id the first counts
+            path = absent.pop(str(row["corpus-id"]), None)  # of two pages with one id, the first counts
             if path is None:
                 continue
             if not row["image"] or not row["image"]["bytes"]:
@@ -218,34 +233,43 @@ def _write_pages(info, corpus, place, folder, absent):
                     f"{info.name}: page {row['corpus-id']!r} is neither {path} nor in {place}. Unpack "
                     "visdoc-tasks.images.tar.gz in visdoc-tasks."
                 )
-            part = Path(f"{path}.{os.getpid()}")  # never half a page under its name
+            part = Path(f"{path}.{os.getpid()}")  # renamed when complete
             part.write_bytes(row["image"]["bytes"])
             part.replace(path)
 
 
-class _Media:
-    """Images and folders of frames of a dataset, below the first of its folders that holds what is asked for first."""
+class Media:
+    """Finds the images and folders of frames of a dataset.
 
-    def __init__(self, info, root):
+    Releases differ in where their archives unpack to. The first folder that holds the first path is used for all.
+
+    Args:
+        info (`TaskInfo`): The dataset.
+        root (`Path`): Folder of the benchmark.
+    """
+
+    def __init__(self, info: TaskInfo, root: Path) -> None:
         level = f"video_{info.meta_task[2:].lower()}"
         names = [(pattern, media) for pattern in MEDIA[info.modality] for media in info.media.split("|")]
         self.folders = [root / pattern.format(level=level, media=media) for pattern, media in names]
-        self.found = {}
+        self.found: dict[str, str] = {}
 
-    def image(self, path):
+    def image(self, path: str) -> str:
+        """Path of an image."""
         return self._find(path, Path.is_file)
 
-    def frames(self, path):
+    def frames(self, path: str) -> str:
+        """Path of a folder of frames that is not empty."""
         return self._find(path, lambda folder: folder.is_dir() and any(folder.iterdir()))
 
-    def _find(self, path, exists):
+    def _find(self, path: str, exists: Callable[[Path], bool]) -> str:
         path = str(path)
         if path not in self.found:
             folder = next((folder for folder in self.folders if path and exists(folder / path)), None)
             if folder is None:
                 looked = ", ".join(str(folder / path) for folder in self.folders)
                 raise FileNotFoundError(
-                    f"{path!r} is not there, or empty. Looked for {looked}; {_holds(self.folders[0] / path)}. Unpack "
+                    f"{path!r} is missing or empty. Looked for {looked}; {_holds(self.folders[0] / path)}. Unpack "
                     "the archives of TIGER-Lab/MMEB-V2: see btok_hf/evaluation/tasks.py."
                 )
             self.folders = [folder]
@@ -253,8 +277,8 @@ class _Media:
         return self.found[path]
 
 
-def _holds(path):
-    """The nearest folder above a path that exists, and what is in it."""
+def _holds(path: Path) -> str:
+    """The nearest existing folder of a path, and what it holds."""
     while not path.is_dir():
         path = path.parent
     names = sorted(entry.name for entry in path.iterdir())
@@ -262,13 +286,13 @@ def _holds(path):
 
 
 @cache
-def _labels():
-    """Classes of the datasets of video classification, sorted: all of them are candidates."""
+def _labels() -> dict[str, list[str]]:
+    """Classes of each dataset of video classification, sorted. All classes are candidates."""
     return json.loads(Path(__file__).with_name("labels.json").read_text(encoding="utf-8"))
 
 
-def _records(info, root, subset, columns):
-    """The rows of a dataset, or of one of its tables, as dicts, and where they are from."""
+def _records(info: TaskInfo, root: Path, subset: str, columns: list[str]) -> tuple[list[Row], str]:
+    """The rows of a dataset, or of one of its tables, and the place that they are from."""
     files = _files(info, root, subset)
     subsets = subset.split()
     if files and files[0].suffix != ".parquet":
@@ -279,7 +303,8 @@ def _records(info, root, subset, columns):
         _check_columns(info, where, columns, records[0] if records else columns)
     else:
         records = []
-        for part in subsets or [None]:
+        parts: list[str | None] = [*subsets] or [None]
+        for part in parts:
             rows, where = _rows(info, root, part, columns)
             records += [{"subset": part, **row} for row in rows.to_table(columns=columns).to_pylist()]
     if not records:
@@ -287,8 +312,8 @@ def _records(info, root, subset, columns):
     return records, where
 
 
-def _rows(info, root, subset, columns):
-    """The parquet files below the root, or else those of the Hub, as a `pyarrow.dataset.Dataset`."""
+def _rows(info: TaskInfo, root: Path, subset: str | None, columns: list[str]) -> tuple["pyarrow.dataset.Dataset", str]:
+    """The parquet files below the root, or those of the Hub if there are none, and the place that they are from."""
     import pyarrow.dataset
 
     files = _files(info, root, subset)
@@ -306,7 +331,7 @@ def _rows(info, root, subset, columns):
     return rows, where
 
 
-def _from_hub(info, root, subset):
+def _from_hub(info: TaskInfo, root: Path, subset: str | None) -> "pa.Table":
     """The rows of a repository, as a table in the cache of `datasets`."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
@@ -323,21 +348,24 @@ def _from_hub(info, root, subset):
         ) from error
 
 
-def _files(info, root, subset):
+def _files(info: TaskInfo, root: Path, subset: str | None) -> list[Path]:
     """The files of the first place that has any."""
-    return next(filter(None, (sorted(place.parent.glob(place.name)) for place in _places(info, root, subset))), [])
+    for place in _places(info, root, subset):
+        if files := sorted(place.parent.glob(place.name)):
+            return files
+    return []
 
 
-def _places(info, root, subset):
+def _places(info: TaskInfo, root: Path, subset: str | None) -> list[Path]:
     names = [{**info._asdict(), "subset": subset, "data": data} for data in info.data.split("|")]
     return [root / pattern.format(**name) for pattern in ROWS[info.modality] for name in names]
 
 
-def _read_json(info, file):
-    """The rows of a JSON file, a list, or of one with a row per line."""
+def _read_json(info: TaskInfo, file: Path) -> list[Row]:
+    """The rows of a JSON file, which holds a list, or of a JSON-lines file."""
     text = file.read_text(encoding="utf-8")
     parts = [text] if file.suffix == ".json" else text.split("\n")
-    rows = []
+    rows: list[Row] = []
     for number, part in enumerate(parts, 1):
         place = f"{info.name}: {file}, line {number}"
         try:
@@ -346,12 +374,12 @@ def _read_json(info, file):
             raise ValueError(f"{place} cannot be read ({error}). Download it again.") from error
         read = read if isinstance(read, list) else [read]
         if wrong := [row for row in read if not isinstance(row, dict)]:
-            raise ValueError(f"{place} is no row but {reprlib.repr(wrong[0])}. Is this the format of {info.repo}?")
+            raise ValueError(f"{place} is not a row: {reprlib.repr(wrong[0])}. Is this the format of {info.repo}?")
         rows += read
     return rows
 
 
-def _check_columns(info, where, columns, found):
+def _check_columns(info: TaskInfo, where: str, columns: Sequence[str], found: Collection[str]) -> None:
     if absent := [column for column in columns if column not in found]:
         raise ValueError(
             f"{info.name}: {where} has no column {absent[0]!r}. It holds {', '.join(found)}. Is this the format of "

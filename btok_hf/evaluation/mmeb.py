@@ -1,20 +1,22 @@
 """Evaluate a model on MMEB-V2: encode every input once, rank, score, report.
 
-- An input is known by its text and by the path, size and time of its files. Its embedding is kept on disk under a
-  fingerprint of the model, so datasets share what they have in common, and no model gets another one's embeddings.
-- Embeddings are written 256 at a time, each file in one step. After a kill, the same command goes on from there; a
+- An input is identified by its text and by the path, size and time of its files. Its embedding is kept on disk under a
+  fingerprint of the model. So datasets share embeddings of common inputs, and models never do.
+- Embeddings are written in files of 256, each in one step. After a kill, the same command continues from there. A
   dataset with a score is not read again.
-- Started with `accelerate launch`, every process encodes its share. All must see the same `output_dir`.
-- Candidates are read back in blocks: memory does not grow with a corpus.
+- With `accelerate launch`, every process encodes its share. All processes must see the same `output_dir`.
+- Candidates are read back in blocks, so memory does not grow with the corpus.
 
-The command line is `btok mmeb`.
+The command line is `btok mmeb`. Encoding is in `embeddings.py`, metrics in `metrics.py`, tables in `report.py`.
 """
 
 import json
 import re
 import traceback
+from collections.abc import Callable, Collection, Mapping, Sized
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -27,85 +29,94 @@ from btok_hf.evaluation import report
 from btok_hf.evaluation.embeddings import EmbeddingStore, Encoder, fingerprint, hash_of, task_inputs
 from btok_hf.evaluation.loading import load_task
 from btok_hf.evaluation.metrics import rank, score
-from btok_hf.evaluation.tasks import TASKS
+from btok_hf.evaluation.tasks import TASKS, Task
 from btok_hf.files import replacing
 from btok_hf.sentence_transformer import BTokSentenceTransformer
 
-# Whole rankings are kept up to so many candidates, beyond that the first 100: metrics look at 10, and whole ones of
-# 10⁵ pages for thousands of queries are gigabytes.
-WHOLE_RANKING, RANKING_DEPTH = 2000, 100
-BLOCK = 2048
+# Rankings of at most 2,000 candidates are written in full, longer ones only down to rank 100. Metrics look at 10, and
+# full rankings of 100,000 pages for thousands of queries take gigabytes.
+FULL_RANKING, RANKING_DEPTH = 2000, 100
+BLOCK = 2048  # candidates that are ranked at once
+
+Model = SentenceTransformer | Callable[[list[dict[str, Any]]], Any]
 
 
 def evaluate(
-    model,
-    root,
-    output_dir,
+    model: Model,
+    root: Path | str,
+    output_dir: Path | str,
     *,
-    datasets=None,
-    modalities=None,
-    limit=None,
-    batch_tokens=16384,
-    prompt=None,
-    name=None,
-    cache_dir=None,
-    metadata=None,
-    eval_task=None,
-):
+    datasets: Collection[str] | None = None,
+    modalities: Collection[str] | None = None,
+    limit: int | None = None,
+    batch_tokens: int = 16384,
+    prompt: str | None = None,
+    name: str | None = None,
+    cache_dir: Path | str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    eval_task: str | None = None,
+) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
     """Score a model on datasets of MMEB-V2, and write a report.
 
-    A dataset that is absent or malformed, or that the model fails on, is named in the report; the others go on.
-    A script of several processes should end with `accelerate.PartialState().destroy_process_group()`, because torch
-    aborts some processes at their exit otherwise.
+    If a dataset is missing or malformed, or the model fails on it, the report says so, and the other datasets are
+    evaluated. A script that runs in several processes should end with
+    `accelerate.PartialState().destroy_process_group()`. Otherwise torch aborts some processes when they exit.
 
     Args:
         model (`SentenceTransformer` or `Callable`): Anything with Sentence-Transformers' `encode`, or a function from
             a list of inputs (dicts of `text`, `image`, `video`, decoded) to an array of shape `(inputs, dimension)`.
-        root (`str` or `Path`): Where the datasets are, as `load_task` takes it.
-        output_dir (`str` or `Path`): For `{modality}/{dataset}_score.json` and `_pred.jsonl` (a line per query: the
-            names of its candidates, best first, the relevant names and their grades; of a query with more than 2,000
-            candidates only the first 100), `report.md`, `report.png`, `leaderboard/{name}.json` and
-            `.eval_results/mmeb-v2.yaml`. Belongs to one model and `limit`; the report covers earlier runs in it too.
-        datasets, modalities (`list[str]`, *optional*): Which of the 78 datasets. Default: all.
-        limit (`int`, *optional*): Only the first queries of each dataset, to try things out.
+        root (`str` or `Path`): Folder of the benchmark, as for `load_task`.
+        output_dir (`str` or `Path`): For `{modality}/{dataset}_score.json` and `_pred.jsonl`, `report.md`,
+            `report.png`, `leaderboard/{name}.json` and `.eval_results/mmeb-v2.yaml`. A line of `_pred.jsonl` holds the
+            names of a query's candidates, best first (only 100 if it has more than 2,000), the relevant names and
+            their grades. The folder belongs to one model and `limit`; its report covers earlier runs too.
+        datasets, modalities (`list[str]`, *optional*): Which of the 78 datasets to evaluate. Default: all.
+        limit (`int`, *optional*): Only this many queries of each dataset, from the first, for a quick trial.
         batch_tokens (`int`): About how many tokens a forward pass may take, padding included.
-        prompt (`str`, *optional*): Instruction for every input, besides those that MMEB-V2 puts into the texts.
-            Default: what the model itself uses by default.
-        name (`str`, *optional*): Of the model, in the report. Default: its repository's. A callable needs one: its
-            embeddings are kept under this name, so change it whenever the function changes.
-        cache_dir (`str` or `Path`, *optional*): Where embeddings are kept, for any number of models. Default:
-            `embeddings` in `output_dir`.
-        metadata (`dict`, *optional*): For the leaderboard, beside what is known: see `report.leaderboard`.
-        eval_task (`str`, *optional*): Id of the benchmark's task on the Hub, from the `eval.yaml` of its dataset: once
-            all 78 are scored, writes the `.eval_results` to put into the model's repository.
+        prompt (`str`, *optional*): Instruction before every input, in addition to those in the texts of MMEB-V2.
+            Default: the model's default prompt.
+        name (`str`, *optional*): Name of the model in the report. Default: that of its repository. Required for a
+            function: its embeddings are kept under this name, so change it whenever the function changes.
+        cache_dir (`str` or `Path`, *optional*): Folder for embeddings, which models may share. Default: `embeddings`
+            in `output_dir`.
+        metadata (`dict[str, Any]`, *optional*): More fields for the leaderboard: see `report.leaderboard`.
+        eval_task (`str`, *optional*): Id of the benchmark's task on the Hub, from the `eval.yaml` of its dataset. When
+            all 78 datasets are scored, `.eval_results` is written, to be put into the model's repository.
 
     Returns:
-        `tuple[dict[str, dict[str, float]], dict[str, str]]`: Scores and errors by dataset.
+        `tuple[dict[str, dict[str, float]], dict[str, str]]`: Scores and errors, by dataset.
 
     Raises:
-        ValueError: Unknown datasets, a callable without a name, or an `output_dir` of another model.
+        ValueError: Unknown datasets, a function without a name, or an `output_dir` of another model.
     """
     names = _chosen(datasets, modalities)
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be 1 or more, got {limit}. Leave it out to score every query.")
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens must be 1 or more, got {batch_tokens}.")
-    is_function = not hasattr(model, "encode")
-    if is_function and not name:
-        raise ValueError("A function cannot be told from another one: pass name, and change it with the function.")
-    name = name or _name(model)
+    encoder_model = cast(SentenceTransformer, model) if hasattr(model, "encode") else None  # None: a function
+    if encoder_model is None and not name:
+        raise ValueError(
+            "A function needs a name, under which its embeddings are kept: pass name, and change it whenever the "
+            "function changes."
+        )
+    name = name or _name(cast(SentenceTransformer, model))
     state = processes()
     output_dir, root = Path(output_dir), Path(root)
-    if not is_function and prompt is None:
-        prompt = model.prompts.get(model.default_prompt_name)
-    key = hash_of("function", name, prompt) if is_function else fingerprint(model, prompt)
+    if encoder_model is None:
+        key = hash_of("function", name, prompt)
+    else:
+        if prompt is None and encoder_model.default_prompt_name is not None:
+            prompt = encoder_model.prompts.get(encoder_model.default_prompt_name)
+        key = fingerprint(encoder_model, prompt)
     if state.is_main_process:
         _claim(output_dir / "run.json", {"model": name, "fingerprint": key, "prompt": prompt, "limit": limit})
     state.wait_for_everyone()
     store = EmbeddingStore(Path(cache_dir or output_dir / "embeddings") / key)
     encoder = Encoder(model, prompt, batch_tokens, store, state)
 
-    scores, errors = {}, {}
+    scores: dict[str, dict[str, float]] = {}
+    errors: dict[str, str] = {}
     for number, dataset in enumerate(names, 1):
         folder = output_dir / TASKS[dataset].modality
         done = folder / f"{dataset}_score.json"
@@ -117,11 +128,13 @@ def evaluate(
             task = load_task(dataset, root, limit)
             _check(task)
             encoder.encode(task)
-        except Exception as error:  # the other processes wait for this one
+        except Exception as error:  # reported below: the other processes wait for this one
             problem = _explain(dataset, error)
-        problems = [text for text in gather_object([problem]) if text]  # after which everything is on disk
+        # After this, all processes have written their embeddings.
+        problems = [text for text in gather_object([problem]) if text]
         store.refresh()
         if not problems and state.is_main_process:
+            assert task is not None  # there was no problem
             try:
                 _score(task, store, folder)
             except Exception as error:
@@ -139,17 +152,17 @@ def evaluate(
             tqdm.write(f"[{number}/{len(names)}] {result}")
     if state.is_main_process:
         known = {"model_name": name.rsplit("/", 1)[-1], "embedding_dimension": store.dimension}
-        known |= {} if is_function else _metadata(model)
-        _report(output_dir, errors, known | (metadata or {}), limit, eval_task)
+        known |= {} if encoder_model is None else _metadata(encoder_model)
+        _report(output_dir, errors, known | dict(metadata or {}), limit, eval_task)
     return scores, errors
 
 
-def processes():
-    """The processes that share the work. They wait for each other as long as it takes."""
+def processes() -> PartialState:
+    """The processes that share the work. They wait up to a week for each other."""
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
 
 
-def _chosen(datasets, modalities):
+def _chosen(datasets: Collection[str] | None, modalities: Collection[str] | None) -> list[str]:
     unknown = sorted({*(datasets or ())} - set(TASKS)) + sorted({*(modalities or ())} - set(report.MODALITIES))
     if unknown:
         raise ValueError(
@@ -162,42 +175,45 @@ def _chosen(datasets, modalities):
         if (datasets is None or name in datasets) and (modalities is None or task.modality in modalities)
     ]
     if not chosen:
-        raise ValueError(f"Of datasets {datasets} and modalities {modalities} none is left. Leave out one, or both.")
+        raise ValueError(
+            f"No dataset is both in {datasets} and of the modalities {modalities}. Leave out one of the two."
+        )
     return chosen
 
 
-def _claim(path, run):
-    """Write down whose results a folder holds; refuse another's."""
+def _claim(path: Path, run: Mapping[str, Any]) -> None:
+    """Record which model and settings an output folder belongs to. Refuse a folder of another run."""
     if path.is_file():
         before = json.loads(path.read_text("utf-8"))
         differing = [f"{key} {before.get(key)!r} (now {run[key]!r})" for key in run if before.get(key) != run[key]]
         if differing:
             raise ValueError(
-                f"{path.parent} holds results of another run: {', '.join(differing)}. The fingerprint stands for "
+                f"{path.parent} holds results of another run: {', '.join(differing)}. The fingerprint covers "
                 "weights, settings and library versions. Name another output folder."
             )
     with replacing(path) as file:
         file.write(json.dumps(run, indent=2).encode())
 
 
-def _explain(dataset, error):
+def _explain(dataset: str, error: Exception) -> str:
     text = str(error)
-    if not isinstance(error, (ValueError, OSError)):  # not of the data: show where
+    if not isinstance(error, (ValueError, OSError)):  # not an error of the data
         traceback.print_exception(error)
         advice = ". Lower batch_tokens." if isinstance(error, torch.OutOfMemoryError) else ""
         text = f"{type(error).__name__}: {error}{advice}"
     return text if text.startswith(dataset) else f"{dataset}: {text}"
 
 
-def _check(task):
-    """Refuse what could only be scored wrongly."""
+def _check(task: Task) -> None:
+    """Refuse a task that would be scored wrongly."""
     if not task.queries:
         raise ValueError(f"{task.name} has no queries.")
     for row, query in enumerate(task.queries):
         where = f"{task.name}, query {row} ({query.id!r})"
         if not query.relevance:
             raise ValueError(f"{where} has no relevant candidate: no ranking of it could be scored.")
-        names, own = query.candidates, task.candidates
+        names = query.candidates
+        own: Collection[str] = task.candidates
         if names is not None:
             own = set(names)
             if len(own) < len(names):
@@ -208,12 +224,9 @@ def _check(task):
             raise ValueError(f"{where} refers to {absent[0]!r}, which is not among its {len(own)} candidates.")
 
 
-# ---------------------------------------------------------------- results
-
-
-def _score(task, store, folder):
+def _score(task: Task, store: EmbeddingStore, folder: Path) -> None:
     """Rank the candidates of each query, and write rankings and scores."""
-    keys = [key for key, *_ in task_inputs(task)]
+    keys = [row.key for row in task_inputs(task)]
     queries, keys = store.vectors(keys[: len(task.queries)]), keys[len(task.queries) :]
     names = list(task.candidates)
     if all(query.candidates is None for query in task.queries):
@@ -232,21 +245,21 @@ def _score(task, store, folder):
             graded = sorted(query.relevance.items(), key=lambda pair: -pair[1])
             line = {"prediction": ranking, "label": [n for n, _ in graded], "rel_scores": [g for _, g in graded]}
             file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-    # Last: a dataset with a score is done.
+    # Written last, because a dataset with a score counts as done.
     with replacing(folder / f"{task.name}_score.json") as file:
         file.write(json.dumps(scores, indent=4).encode())
 
 
-def _depth(candidates):
-    return len(candidates) if len(candidates) <= WHOLE_RANKING else RANKING_DEPTH
+def _depth(candidates: Sized) -> int:
+    return len(candidates) if len(candidates) <= FULL_RANKING else RANKING_DEPTH
 
 
-def _name(model):
+def _name(model: SentenceTransformer) -> str:
     return re.sub(r".*/(?=.)", "", str(model.config.name_or_path).rstrip("/")) if model.config is not None else "model"
 
 
-def _metadata(model):
-    """What the leaderboard asks for and a model knows."""
+def _metadata(model: SentenceTransformer) -> dict[str, Any]:
+    """The fields of the leaderboard that can be read from a model."""
     return {
         "model_backbone": getattr(model.config, "btok_base_model", None) or getattr(model.config, "model_type", None),
         "model_size": round(sum(parameter.numel() for parameter in model.parameters()) / 1e9, 2),
@@ -254,8 +267,10 @@ def _metadata(model):
     }
 
 
-def _report(output_dir, errors, metadata, limit, eval_task):
-    """Report on everything that was scored, in this run and before."""
+def _report(
+    output_dir: Path, errors: Mapping[str, str], metadata: Mapping[str, Any], limit: int | None, eval_task: str | None
+) -> None:
+    """Write the report of all scores in the folder, of this run and earlier ones."""
     name = metadata["model_name"]
     files = {dataset: output_dir / task.modality / f"{dataset}_score.json" for dataset, task in TASKS.items()}
     scores = {dataset: json.loads(file.read_text("utf-8")) for dataset, file in files.items() if file.is_file()}
@@ -264,7 +279,7 @@ def _report(output_dir, errors, metadata, limit, eval_task):
         file.write(text.encode())
     print(f"\n{text}")
     if limit is not None:
-        return  # nothing of this compares with published scores
+        return  # the scores are not comparable with published ones
     summary = report.summarise(scores)
     if any(average is not None for average in summary.modalities.values()):
         with replacing(output_dir / "leaderboard" / f"{name}.json") as file:
@@ -276,24 +291,31 @@ def _report(output_dir, errors, metadata, limit, eval_task):
             file.write(report.eval_results(scores, task_id=eval_task).encode())
 
 
-def load_model(repo, *, revision=None, dtype="auto", max_pixels=None, device=None):
-    """Load a model to evaluate: with this library's wrapper, which neither pads nor cuts, if it has Bottleneck Tokens.
+def load_model(
+    repo: Path | str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    max_pixels: int | None = None,
+    device: str | None = None,
+) -> SentenceTransformer:
+    """Load a model to evaluate. A model with Bottleneck Tokens gets this library's wrapper, which encodes unpadded.
 
     Args:
-        repo (`str`): Folder or Hub id of any Sentence-Transformers model.
+        repo (`str` or `Path`): Folder or Hub id of any Sentence-Transformers model.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
         dtype (`str`): Precision to load in. Default: the checkpoint's.
         max_pixels (`int`, *optional*): Larger images and frames are reduced to this many pixels. Default: the model's.
-        device (`str`, *optional*): Default: what Sentence-Transformers finds.
+        device (`str`, *optional*): Device to load it on. Default: the choice of Sentence-Transformers.
 
     Returns:
-        `SentenceTransformer`
+        `SentenceTransformer`: The model.
     """
     config = cached_file(repo, "config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
     with_tokens = config is not None and "btok_token_ids" in json.loads(Path(config).read_text("utf-8"))
-    Model = BTokSentenceTransformer if with_tokens else SentenceTransformer
-    return Model(
-        repo,
+    model_class = BTokSentenceTransformer if with_tokens else SentenceTransformer
+    return model_class(
+        str(repo),
         revision=revision,
         device=device,
         model_kwargs={"dtype": dtype},

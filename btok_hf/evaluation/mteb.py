@@ -1,11 +1,12 @@
-"""Bottleneck-Token models in mteb, with images and videos.
+"""Run models with Bottleneck Tokens in mteb, with images and videos.
 
-mteb encodes what a model's metadata list as its modalities and drops everything else; `mteb_meta` lists text, image
-and video. What mteb measures with it is not MMEB: that is `btok_hf.evaluation.mmeb`.
+mteb encodes only the modalities that a model's metadata lists. `mteb_meta` lists text, image and video. MMEB-V2 is not
+evaluated through mteb: see `mmeb.py`.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from mteb.models import ModelMeta, SentenceTransformerEncoderWrapper
@@ -15,30 +16,32 @@ from transformers.utils import cached_file
 
 from btok_hf.sentence_transformer import BTokSentenceTransformer
 
-# As MMEB-V2 takes them. By default mteb takes two per second, however long a video is.
+# Frames of a video, as in MMEB-V2. The default of mteb is two per second, however long a video is.
 NUM_FRAMES = 8
 
 
-def mteb_meta(repo, revision=None):
+def mteb_meta(repo: Path | str, revision: str | None = None) -> ModelMeta:
     """Metadata with which mteb loads and evaluates a repository: `mteb.evaluate(mteb_meta(repo), tasks)`.
 
-    mteb wants torchcodec for every model that takes videos (`pip install 'mteb[image,video]'`), and FFmpeg's libraries
-    once it decodes one.
+    mteb requires torchcodec for models that take videos (`pip install 'mteb[image,video]'`), and FFmpeg's libraries to
+    decode one.
 
     Args:
-        repo (`str`): Folder or Hub id of a repository with Bottleneck Tokens.
+        repo (`str` or `Path`): Folder or Hub id of a repository with Bottleneck Tokens.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
 
     Returns:
-        `mteb.ModelMeta`: With the modalities text, image and video. What the repository does not say is unknown.
+        `ModelMeta`: With the modalities text, image and video. Facts that the repository does not hold are unknown.
 
     Raises:
         OSError, ValueError: The repository cannot be read, or has no Bottleneck Tokens.
     """
     config = AutoConfig.from_pretrained(repo, revision=revision)
     if not getattr(config, "btok_token_ids", None):
-        raise ValueError(f"{repo} has no Bottleneck Tokens. Give mteb the name of such a model itself.")
-    saved = json.loads(Path(cached_file(repo, "config_sentence_transformers.json", revision=revision)).read_text())
+        raise ValueError(f"{repo} has no Bottleneck Tokens. Pass its name to mteb directly.")
+    path = cached_file(repo, "config_sentence_transformers.json", revision=revision)
+    assert path is not None  # it raises if there is no such file
+    saved = json.loads(Path(path).read_text())
     return ModelMeta.create_empty(
         {
             "loader": _load,
@@ -57,19 +60,21 @@ def mteb_meta(repo, revision=None):
     )
 
 
-def _load(name, revision=None, device=None, **kwargs):
+def _load(
+    name: str, revision: str | None = None, device: str | None = None, **kwargs: Any
+) -> SentenceTransformerEncoderWrapper:
     model = _Model(name, revision=revision, device=device)
     return SentenceTransformerEncoderWrapper(model, **{"num_frames": NUM_FRAMES, **kwargs})
 
 
 class _Model(BTokSentenceTransformer):
-    """Keeps every frame that mteb chose: from frames without a rate, the processor of Qwen3-VL takes half."""
+    """Keeps all frames that mteb chose. Without a frame rate, the processor of Qwen3-VL drops half of them."""
 
-    def encode(self, inputs, *args, **kwargs):
+    def encode(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         return super().encode([_with_rate(item) for item in inputs], *args, **kwargs)
 
 
-def _with_rate(item):
+def _with_rate(item: Any) -> Any:
     if not isinstance(item, dict) or not isinstance(item.get("video"), torch.Tensor):
         return item
     frames = item["video"].permute(0, 2, 3, 1).numpy()  # the rate is that of `read_frames`

@@ -1,12 +1,13 @@
-"""From scores per dataset to a report: averages, tables, a picture, and the file that the MMEB leaderboard takes.
+"""Turn scores of datasets into a report: averages, tables, a picture, and files for leaderboards.
 
-Averages are plain means over datasets, the overall one over all 78 of them. There is no average over a part of a
-group: what is missing is named instead.
+Averages are plain means over datasets; the overall one is over all 78. A group with a missing dataset has no average:
+the report names the missing ones. The scores themselves come from `metrics.py`.
 """
 
 import datetime
 import io
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
@@ -14,11 +15,11 @@ from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 from btok_hf.evaluation.tasks import TASKS
 
 MODALITIES = {"image": "Image", "video": "Video", "visdoc": "VisDoc"}
-# Renamed on the leaderboard since their pages were corrected (November 2025).
+# The pages of these were corrected in November 2025, and the leaderboard renamed them.
 CORRECTED = ("ViDoSeek-page", "MMLongBench-page")
-# Published averages: Image, Video, VisDoc, Overall. Data v2.0.0 has the pages before that correction, which moves
+# Published averages: Image, Video, VisDoc, Overall. Data v2.0.0 has the pages before that correction, which changes
 # VLM2Vec-V2 from 58.0 to 59.2 overall.
-PUBLISHED = {
+PUBLISHED: dict[str, tuple[str, float, float, float, float]] = {
     "ColPali-1.3": ("v2.0.0", 34.9, 28.2, 71.0, 44.4),
     "VLM2Vec-2B": ("v2.0.0", 59.7, 28.6, 41.6, 47.0),
     "GME-2B": ("v2.0.0", 51.9, 33.6, 72.7, 54.1),
@@ -28,9 +29,11 @@ PUBLISHED = {
     "Qwen3-VL-Embedding-8B": ("corrected", 80.1, 67.1, 82.4, 77.8),
 }
 
+Scores = Mapping[str, Mapping[str, float]]  # what `metrics.score` returns, by dataset
+
 
 class Summary(NamedTuple):
-    """Averages of the main metrics, between 0 and 1; `None` where a dataset of the group is missing.
+    """Averages of the main metrics, between 0 and 1; `None` if a dataset of the group is missing.
 
     Args:
         meta_tasks (`dict[str, float | None]`): By meta-task, e.g. `I-CLS`.
@@ -39,33 +42,36 @@ class Summary(NamedTuple):
         missing (`list[str]`): Datasets without a score.
     """
 
-    meta_tasks: dict
-    modalities: dict
+    meta_tasks: dict[str, float | None]
+    modalities: dict[str, float | None]
     overall: float | None
-    missing: list
+    missing: list[str]
 
 
-def summarise(scores):
+def summarise(scores: Scores) -> Summary:
     """Average the main metric of each dataset: hit@1 for images and videos, linear nDCG@5 for pages.
 
     Args:
         scores (`dict[str, dict[str, float]]`): What `metrics.score` returns, by dataset.
 
     Returns:
-        `Summary`
+        `Summary`: The averages.
 
     Raises:
-        ValueError: A dataset that is none of MMEB-V2's.
+        ValueError: A dataset that is not in MMEB-V2.
     """
     if unknown := sorted(set(scores) - set(TASKS)):
-        raise ValueError(f"{', '.join(unknown)}: no datasets of MMEB-V2. Names are those of btok_hf.evaluation.TASKS.")
+        raise ValueError(
+            f"{', '.join(unknown)}: not in MMEB-V2. Names of datasets are the keys of btok_hf.evaluation.TASKS."
+        )
     main = {name: scores[name][task.metric] if name in scores else None for name, task in TASKS.items()}
 
-    def average(names):
+    def average(names: Iterable[str]) -> float | None:
         values = [main[name] for name in names]
-        return None if None in values else sum(values) / len(values)
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known) if len(known) == len(values) else None
 
-    def averages(field):
+    def averages(field: str) -> dict[str, float | None]:
         groups = dict.fromkeys(getattr(task, field) for task in TASKS.values())
         return {group: average([n for n, task in TASKS.items() if getattr(task, field) == group]) for group in groups}
 
@@ -77,8 +83,8 @@ def summarise(scores):
     )
 
 
-def other_counts(scores):
-    """Which datasets have another number of queries than the published scores are of: those scores do not compare.
+def other_counts(scores: Scores) -> dict[str, str]:
+    """Datasets whose number of queries differs from that of the published scores. Their scores are not comparable.
 
     Args:
         scores (`dict[str, dict[str, float]]`): By dataset.
@@ -93,17 +99,17 @@ def other_counts(scores):
     }
 
 
-def markdown(scores, *, name, errors=None, limit=None):
-    """The tables of a report; aligned, so that they can be read on a screen too.
+def markdown(scores: Scores, *, name: str, errors: Mapping[str, str] | None = None, limit: int | None = None) -> str:
+    """The report as Markdown. Tables are aligned, so that they are readable as plain text.
 
     Args:
         scores (`dict[str, dict[str, float]]`): By dataset.
-        name (`str`): Of the model.
-        errors (`dict[str, str]`, *optional*): Why a dataset has no score, by dataset, which the text names too.
-        limit (`int`, *optional*): If only so many queries of each dataset were scored.
+        name (`str`): Name of the model.
+        errors (`dict[str, str]`, *optional*): By dataset, why it has no score. Each text begins with the dataset.
+        limit (`int`, *optional*): Number of queries per dataset, if they were limited.
 
     Returns:
-        `str`
+        `str`: The text.
     """
     summary, errors = summarise(scores), errors or {}
     total = {name: [n for n, task in TASKS.items() if name in (task.meta_task, task.modality)] for name in _groups()}
@@ -145,40 +151,43 @@ def markdown(scores, *, name, errors=None, limit=None):
     return "\n\n".join(parts) + "\n"
 
 
-def _groups():
+def _groups() -> dict[str, None]:
+    """Meta-tasks and modalities, in the order of the table."""
     return dict.fromkeys(group for task in TASKS.values() for group in (task.meta_task, task.modality))
 
 
-def _percent(value):
+def _percent(value: float | None) -> str:
     return "—" if value is None else f"{100 * value:.1f}"
 
 
-def _table(header, rows):
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in [header, *rows]]
     lines.insert(1, " | ".join("-" * width for width in widths))
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def leaderboard(scores, metadata):
-    """The content of the file that the MMEB leaderboard takes.
+def leaderboard(scores: Scores, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of the file for the MMEB leaderboard.
 
-    The leaderboard averages what a file holds, so only modalities are put in that have all their datasets.
+    The leaderboard averages all datasets of the file. So a modality is included only if all its datasets have scores.
 
     Args:
         scores (`dict[str, dict[str, float]]`): By dataset.
-        metadata (`dict`): `model_name`, and what is known of `model_backbone`, `model_size` (billions of parameters),
-            `embedding_dimension`, `max_length_tokens`, `model_release_date` (YYYY-MM-DD), `url`.
+        metadata (`dict[str, Any]`): `model_name` and, where known, `model_backbone`, `model_size` (billions of
+            parameters), `embedding_dimension`, `max_length_tokens`, `model_release_date` (YYYY-MM-DD) and `url`.
 
     Returns:
-        `dict`
+        `dict[str, Any]`: To be written as JSON.
 
     Raises:
         ValueError: No modality is complete.
     """
     complete = [modality for modality, average in summarise(scores).modalities.items() if average is not None]
     if not complete:
-        raise ValueError("No modality has all its datasets: there is nothing to report to the leaderboard yet.")
+        raise ValueError(
+            "No modality has all its datasets, as the leaderboard requires. Evaluate the missing ones first."
+        )
     fields = ("model_name", "model_backbone", "model_size", "embedding_dimension", "max_length_tokens")
     return {
         "metadata": {
@@ -198,15 +207,15 @@ def leaderboard(scores, metadata):
     }
 
 
-def picture(scores, *, name):
-    """The averages beside published ones, as PNG. Needs matplotlib (the `evaluation` extra).
+def picture(scores: Scores, *, name: str) -> bytes:
+    """A bar chart of the averages beside published ones. Needs matplotlib (the `evaluation` extra).
 
     Args:
         scores (`dict[str, dict[str, float]]`): By dataset.
-        name (`str`): Of the model.
+        name (`str`): Name of the model.
 
     Returns:
-        `bytes`
+        `bytes`: A PNG file.
 
     Raises:
         ValueError: No modality is complete.
@@ -218,8 +227,12 @@ def picture(scores, *, name):
     titles = [*MODALITIES.values(), "Overall"]
     shown = [(title, column) for column, title in enumerate(titles) if ours[column] is not None]
     if not shown:
-        raise ValueError("No modality has all its datasets: there is no average to draw.")
-    bars = [(f"{model}*" if data == "v2.0.0" else model, averages) for model, (data, *averages) in PUBLISHED.items()]
+        raise ValueError(
+            "No modality has all its datasets: there is no average to draw. Evaluate the missing ones first."
+        )
+    bars: list[tuple[str, Sequence[float | None]]] = [
+        (f"{model}*" if data == "v2.0.0" else model, averages) for model, (data, *averages) in PUBLISHED.items()
+    ]
     bars.append((name, [None if value is None else 100 * value for value in ours]))
     figure = Figure(figsize=(3 * len(shown) + 1.6, 0.3 * len(bars) + 1), layout="constrained")
     for axes, (title, column) in zip(figure.subplots(1, len(shown), squeeze=False, sharey=True)[0], shown):
@@ -228,7 +241,7 @@ def picture(scores, *, name):
         axes.bar_label(drawn, fmt="%.1f", padding=2, fontsize=8)
         axes.set(title=title, xlim=(0, 100))
         axes.spines[["top", "right"]].set_visible(False)
-    axes.set_yticks(range(len(bars)), [model for model, _ in bars])  # of all: they share the axis
+    axes.set_yticks(range(len(bars)), [model for model, _ in bars])  # the charts share this axis
     axes.invert_yaxis()
     figure.suptitle("MMEB-V2: hit@1, for pages linear nDCG@5")
     notes = ["* published, on the pages before their correction (data v2.0.0)"]
@@ -240,13 +253,13 @@ def picture(scores, *, name):
     return content.getvalue()
 
 
-def eval_results(scores, *, task_id, dataset_id="TIGER-Lab/MMEB-V2"):
-    """The overall average as an entry of `.eval_results/`, which a benchmark's leaderboard on the Hub reads.
+def eval_results(scores: Scores, *, task_id: str, dataset_id: str = "TIGER-Lab/MMEB-V2") -> str:
+    """The overall average as an entry of `.eval_results/`, which leaderboards on the Hub read.
 
     Args:
         scores (`dict[str, dict[str, float]]`): By dataset; all 78.
         task_id (`str`): Id of the benchmark's task, from the `eval.yaml` of its dataset.
-        dataset_id (`str`): The benchmark's dataset on the Hub.
+        dataset_id (`str`): Hub id of the benchmark's dataset.
 
     Returns:
         `str`: YAML.
@@ -256,7 +269,9 @@ def eval_results(scores, *, task_id, dataset_id="TIGER-Lab/MMEB-V2"):
     """
     summary = summarise(scores)
     if summary.overall is None:
-        raise ValueError(f"There is no overall score to report without {', '.join(summary.missing)}.")
+        raise ValueError(
+            f"There is no overall score to report without {', '.join(summary.missing)}. Evaluate these first."
+        )
     counts = "".join(f"; {name} has {count}" for name, count in other_counts(scores).items())
     entry = EvalResultEntry(
         dataset_id=dataset_id,

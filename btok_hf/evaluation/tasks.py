@@ -1,7 +1,7 @@
-"""The 78 datasets of MMEB-V2, and what a dataset read from disk is.
+"""The 78 datasets of MMEB-V2 as data, and the types of a dataset read from disk.
 
-What differs between them is in tasks.csv; what their rows have in common is read by loading.py and readers.py.
-Below `root` lies the benchmark as these commands leave it:
+tasks.csv holds what differs between the datasets. Their files are found by loading.py, their rows read by readers.py.
+`root` is the folder of the benchmark as these commands make it:
 
     hf download TIGER-Lab/MMEB-V2 --repo-type dataset --local-dir MMEB-V2 && cd MMEB-V2
     hf download ziyjiang/MMEB_Test_Instruct --repo-type dataset --local-dir image-query
@@ -12,13 +12,14 @@ Below `root` lies the benchmark as these commands leave it:
         tar -xzf video_ret.tar.gz -C video_ret && tar -xzf video_mret.tar.gz && cat video_qa.tar.gz-* | tar -xz)
     (cd visdoc-tasks && tar -xzf visdoc-tasks.data.tar.gz && tar -xzf visdoc-tasks.images.tar.gz)
 
-Other releases name some folders otherwise; those are looked for too. A dataset whose rows are not there takes them
-from its repository on the Hub. Pages that are not there are written from the corpus, which holds them.
+Other releases use other names for some folders; these are tried too. If the rows of a dataset are missing, they are
+read from its repository on the Hub. Missing pages are written from the corpus, which holds them.
 """
 
 import csv
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 
 class TaskInfo(NamedTuple):
@@ -34,13 +35,14 @@ class TaskInfo(NamedTuple):
         subset (`str`): Its subset, or several, separated by spaces, that make up the dataset.
         data, media (`str`): Names of the file or folder of rows, and of the folder of media; `|` between alternatives.
         columns (`str`): Columns that are read, separated by spaces.
-        query_kind, candidate_kind (`str`): `text`, `image`, `video` or joined by `+`; `|` between alternatives.
+        query_kind, candidate_kind (`str`): `text`, `image`, `video`, or several joined by `+`; `|` between
+            alternatives.
         scope (`str`): `local`, if each query ranks its own candidates, or `global`.
         metric (`str`): The main metric.
-        query_instruction, candidate_instruction (`str`): Empty where the rows hold them (all of `image`).
+        query_instruction, candidate_instruction (`str`): Empty if the rows hold them (all of `image`).
         num_frames (`int`, *optional*): Frames of a video; `None`: all that are stored.
-        rows (`int`, *optional*): Only the first rows belong to the dataset.
-        queries (`int`): How many queries the published scores are of (VLM2Vec's score files, data v2.0.1).
+        rows (`int`, *optional*): If set, only this many rows, from the first, belong to the dataset.
+        queries (`int`): Number of queries behind the published scores (VLM2Vec's score files, data v2.0.1).
     """
 
     name: str
@@ -64,30 +66,45 @@ class TaskInfo(NamedTuple):
     queries: int
 
 
+class TaskInput(TypedDict, total=False):
+    """A query or candidate before its media are decoded; `read_input` decodes them.
+
+    Args:
+        text (`str`): A text.
+        image (`str`): Path of an image.
+        video (`str`): Path of a folder of frames.
+    """
+
+    text: str
+    image: str
+    video: str
+
+
 class Query(NamedTuple):
     """One query.
 
     Args:
         id (`str`): Its id, or the number of its row.
-        input (`dict`): `text`, and `image` (path) or `video` (path of a folder of frames): see `read_input`.
-        candidates (`list[str]`, *optional*): Names of what it ranks, each once; `None`: all candidates of the task.
-        relevance (`dict[str, float]`): Names of the right candidates → grades above 0. Never empty.
+        input (`TaskInput`): What is encoded.
+        candidates (`list[str]`, *optional*): Names of the candidates that it ranks, each once; `None`: all candidates
+            of the task.
+        relevance (`dict[str, float]`): Grades above 0 of the right candidates, by name. Never empty.
     """
 
     id: str
-    input: dict
+    input: TaskInput
     candidates: list[str] | None
     relevance: dict[str, float]
 
 
 class Task(NamedTuple):
-    """A dataset read from disk; media are paths, which were found but not decoded.
+    """A dataset read from disk. Media are paths of existing files, not decoded.
 
     Args:
         name, modality, meta_task, metric, num_frames: As in `TaskInfo`.
         queries (`list[Query]`): In the order of the rows.
-        candidates (`dict[str, dict]`): Names → inputs. Of two candidates with one name the first counts, as in the
-            original: so two captions of one image are one candidate of text-to-image retrieval.
+        candidates (`dict[str, TaskInput]`): Inputs by name. Of two candidates with one name the first counts, as in
+            the original evaluation: in text-to-image retrieval, two captions of one image are one candidate.
     """
 
     name: str
@@ -95,24 +112,16 @@ class Task(NamedTuple):
     meta_task: str
     metric: str
     queries: list[Query]
-    candidates: dict[str, dict]
+    candidates: dict[str, TaskInput]
     num_frames: int | None = 8
 
 
-def _table():
+def _table() -> Iterator[TaskInfo]:
     with open(Path(__file__).with_name("tasks.csv"), newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             numbers = {key: int(row[key]) if row[key] else None for key in ("num_frames", "rows", "queries")}
-            yield TaskInfo(**{**row, **numbers})
+            fields: dict[str, Any] = {**row, **numbers}
+            yield TaskInfo(**fields)
 
 
 TASKS = {info.name: info for info in _table()}
-
-
-# -------------------------------------------------------------------------------------------------- images and videos
-
-
-# ------------------------------------------------------------------------------------------------------------- pages
-
-
-# -------------------------------------------------------------------------------------------------------------- files
