@@ -32,7 +32,7 @@ lint: types
 
 # mypy follows no import hooks: it reads the packages from a tree of links that looks like the installed one.
 types: $(SETUP)
-	rm -rf build/types && mkdir -p build/types/btok_hf
+	rm -rf build/types/btok_hf && mkdir -p build/types/btok_hf
 	ln -s $(CURDIR)/btok_hf/* $(CURDIR)/modeling $(CURDIR)/training $(CURDIR)/hub_card build/types/btok_hf
 	cd build/types && $(abspath $(BIN))/python -m mypy --config-file $(CURDIR)/pyproject.toml -p btok_hf
 

@@ -38,8 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for add_command in (_add_tokens, _train, _export, _verify, _push, _mmeb):
         add_command(commands)
     words = list(sys.argv[1:] if arguments is None else arguments)
-    # Accept `--num_tokens`, as in Python and in recipes, for `--num-tokens`.
-    words = [re.sub(r"^--[\w-]+", lambda flag: flag[0].replace("_", "-"), word) for word in words]
+    if next((word for word in words if not word.startswith("-")), None) != "train":
+        # Accept `--num_tokens`, as in Python and in recipes, for `--num-tokens`. `btok train` reads both.
+        words = [re.sub(r"^--[\w-]+", lambda flag: flag[0].replace("_", "-"), word) for word in words]
     options, rest = parser.parse_known_args(words)
     given = vars(options)
     run, debug = given.pop("run"), given.pop("debug")

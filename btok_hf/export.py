@@ -5,7 +5,6 @@ in `hub_card/`, the golden vectors are in `btok_hf/golden.py`, and the upload is
 """
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from btok_hf.adapters import has_adapters
 from btok_hf.condensation import condense
 from btok_hf.files import check_writable, explain_full_disk, write_files, write_json
 from btok_hf.hub_card.card import render_card
+from btok_hf.hub_names import is_hub_id
 from btok_hf.modeling import modeling_btok
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def export_adapters(
         raise ValueError("The model has no adapters to write. Export the full model with export_model.")
     adapter_config: Any = backbone.peft_config[backbone.active_adapters()[0]]
     base = str(base_model or adapter_config.base_model_name_or_path)
-    if Path(base).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+    if not is_hub_id(base):
         raise ValueError(
             f"base_model must be a Hub id, got {base!r}, which nobody else could load. Push the repository that the "
             "adapters were trained on, and pass its id as base_model, e.g. 'org/btok-start'."

@@ -10,7 +10,6 @@
 
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from btok_hf import golden
+from btok_hf.hub_names import HUB_TOKEN, is_hub_id
 
 # Files of a training folder that are not part of the exported repository.
 NOT_PUBLISHED = [
@@ -41,7 +41,6 @@ NOT_PUBLISHED = [
 # Files of an earlier push that are deleted if this push has none of that name. Loaders would use the old ones.
 REPLACED = ["model*.safetensors", "model.safetensors.index.json", "adapter_*", golden.FILE_NAME]
 MESSAGE = "Upload Bottleneck-Token model with btok-hf"
-HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")
 
 
 def push(
@@ -141,7 +140,7 @@ def _files_to_publish(path: Path, secrets: Collection[str]) -> list[str]:
         )
     if is_adapter:
         base = json.loads(adapter.read_text("utf-8"))["base_model_name_or_path"]
-        if Path(base).exists() or base.count("/") != 1:
+        if not is_hub_id(base):
             raise ValueError(
                 f"The base model of the adapters in {path} must be a Hub id, got {base!r}, which nobody else can "
                 "load. Export them with: btok export CHECKPOINT FOLDER --adapter-only --base-model HUB_ID"

@@ -10,12 +10,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from importlib.resources import files
-from pathlib import Path
 from typing import Any, Union
 
 import jinja2
 from huggingface_hub import ModelCardData
 from transformers import PreTrainedConfig, ProcessorMixin
+
+from btok_hf.hub_names import is_hub_id
 
 PLACEHOLDER = "path-of-this-repository"
 # Packages that the snippets need, with the versions that this package requires.
@@ -105,8 +106,7 @@ class CardArguments:
 
 def hub_id(source: str | None) -> str | None:
     """The source of a dataset, if it is a Hub id; `None` for files and unknown sources."""
-    on_hub = source is not None and not Path(source).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source)
-    return source if on_hub else None
+    return source if source is not None and is_hub_id(source) else None
 
 
 def render_card(

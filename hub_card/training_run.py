@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 
 from btok_hf.hub_card.card import CardArguments, hub_id, render_card
 from btok_hf.hub_card.examples import evaluation_name, hardware, measured_examples, precision
+from btok_hf.hub_names import HUB_TOKEN
 
 if TYPE_CHECKING:
     from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
@@ -303,7 +304,7 @@ def _command(words: list[str], args: "CondensationConfig") -> str:
     home = os.path.expanduser("~")
     shown = []
     for word in [*launcher, *words]:
-        word = re.sub(r"hf_[A-Za-z0-9]{30,}", "***", word.replace(args.hub_token, "***") if args.hub_token else word)
+        word = HUB_TOKEN.sub("***", word.replace(args.hub_token, "***") if args.hub_token else word)
         pieces = word.split(home) if len(home) > 1 else [word]
         shown.append('"$HOME"'.join(shlex.quote(piece) if piece or len(pieces) == 1 else "" for piece in pieces))
     return " ".join(shown)

@@ -57,7 +57,7 @@ def test_targets_are_the_other_sides_text(repo, tmp_path):
 
 def test_every_layout_collates(repo, tmp_path):
     names = all_sources(tmp_path)
-    loaded, _, condense = load_mixture(dict.fromkeys(names), tmp_path)
+    loaded, _, condense, _ = load_mixture(dict.fromkeys(names), tmp_path)
     model = BTokSentenceTransformer(repo, device="cpu")
     collate = CondensationCollator(
         preprocess_fn=model.preprocess,

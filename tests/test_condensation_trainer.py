@@ -19,7 +19,8 @@ from support.processes import TORCHRUN, run_script
 from support.source_tree import all_sources
 from support.training import checkpointed_trainer, config, losses, reference_loss, text_pairs
 
-from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model
+from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model, golden
+from btok_hf.hub_card import training_run
 from btok_hf.training import CondensationConfig, CondensationTrainer
 from btok_hf.training.checkpoints import checkpoints, incomplete_reason
 from btok_hf.training.condensation_collator import CondensationCollator
@@ -293,7 +294,7 @@ def test_what_would_go_wrong_without_a_word_is_refused(repo, tmp_path, monkeypat
 
 def test_every_layout_trains(repo, tmp_path, monkeypatch):
     names = all_sources(tmp_path)
-    loaded, weights, condense = load_mixture({name: {"weight": 1} for name in names}, tmp_path)
+    loaded, weights, condense, _ = load_mixture({name: {"weight": 1} for name in names}, tmp_path)
     args = config(
         tmp_path,
         dataset_weights=weights,
@@ -358,3 +359,34 @@ def test_a_resumed_run_sees_the_batches_it_has_not_seen(repo, tmp_path, monkeypa
     assert rest == whole[12:]
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], tensor, atol=1e-6, rtol=0, msg=name)
+
+
+def test_the_card_is_written_once_and_never_says_less_than_the_run(repo, tmp_path, monkeypatch):
+    """An export that is killed before its last file has no card but that of the run."""
+    trainer = checkpointed_trainer(repo, tmp_path / "run")
+    trainer.train()
+
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(golden, "write_golden", stop)  # the last file
+        with pytest.raises(KeyboardInterrupt):
+            trainer.export(tmp_path / "killed")
+    assert not (tmp_path / "killed" / "golden.json").exists()
+    card = (tmp_path / "killed" / "README.md").read_text("utf-8")
+    assert "last logged losses" in card and "No training is recorded" not in card
+
+
+def test_an_error_of_the_card_does_not_lose_the_model(repo, tmp_path, monkeypatch):
+    trainer = checkpointed_trainer(repo, tmp_path / "run")
+    trainer.train()
+
+    def fail(*arguments, **options):
+        raise RuntimeError("no card")
+
+    monkeypatch.setattr(training_run, "card_files", fail)
+    with pytest.raises(RuntimeError, match="no card"):
+        trainer.export(tmp_path / "exported")
+    assert (tmp_path / "exported" / "golden.json").is_file()
+    assert not (tmp_path / "exported" / "README.md").exists()

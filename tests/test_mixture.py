@@ -20,7 +20,7 @@ def test_a_mixture_of_own_files_and_sources(tmp_path):
     mmeb(tmp_path, "CIRR", [("a", "", "b", "")])
     (tmp_path / "pairs.jsonl").write_text('{"query": "x", "positive": "y"}\n')
     mine = str(tmp_path / "pairs.jsonl")
-    loaded, weights, condense = load_mixture(
+    loaded, weights, condense, _ = load_mixture(
         {
             "mine": {"file": mine, "weight": 3, "condense": "query"},
             "CIRR": {"weight": 0.5},
@@ -32,7 +32,7 @@ def test_a_mixture_of_own_files_and_sources(tmp_path):
     assert weights == {"mine": 3, "CIRR": 0.5, "again": 1}
     assert condense == {"mine": "query", "CIRR": "none", "again": "positive"}
     for entries in (mine, {"pairs": mine}, {"pairs": {"file": mine}}):
-        loaded, weights, condense = load_mixture(entries)
+        loaded, weights, condense, _ = load_mixture(entries)
         assert list(loaded) == ["pairs"] and weights is None and condense == {}
     assert load_mixture({"CIRR": None}, tmp_path)[0]["CIRR"][0]["query"] == {"text": "a"}
     for entries, message in (

@@ -47,7 +47,7 @@ def test_wheel_holds_every_package_and_imports_without_the_checkout(tmp_path):
         "from btok_hf import BTokForEmbedding, BTokSentenceTransformer, add_bottleneck_tokens\n"
         "from btok_hf.training import CondensationTrainer\n"
         "import btok_hf.training.train\n"
-        "from btok_hf.training.train import read_mixture; assert len(read_mixture('mixture_paper.yaml')) == 25\n"
+        "from btok_hf.training.mixture import read_mixture; assert len(read_mixture('mixture_paper.yaml')) == 25\n"
         "print(btok_hf.__file__, sys.modules[BTokForEmbedding.__module__].__file__)\n"
     )
     run = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True)

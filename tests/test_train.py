@@ -187,7 +187,6 @@ def test_training_script_shows_its_flags(run, monkeypatch, capsys):
         ([], "error: Set model_name_or_path"),
         (["--model_name_or_path", "x", "--train_files", "none.csv", "--load_in_4bit"], "error: load_in_4bit is not"),
         (["--model_name_or_path", "x", "--train_files", "missing.csv"], "error: .*missing.csv"),
-        (["--no_such_flag", "1"], "error: .*no.such.flag"),
     ],
 )
 def test_bad_arguments_are_one_line(run, arguments, message, monkeypatch, tmp_path):
@@ -195,6 +194,15 @@ def test_bad_arguments_are_one_line(run, arguments, message, monkeypatch, tmp_pa
     with pytest.raises(SystemExit, match=f"^{message}") as ended:
         run(*arguments, monkeypatch=monkeypatch)
     assert "\n" not in ended.value.code
+
+
+@BOTH
+def test_unknown_flags_and_keys_are_arguments_that_make_no_sense(run, monkeypatch, tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("no_such_key: 1\n")
+    for arguments in (["--no_such_flag", "1"], ["--config", str(tmp_path / "recipe.yaml")]):
+        with pytest.raises(SystemExit) as ended:
+            run(*arguments, monkeypatch=monkeypatch)
+        assert ended.value.code == 2 and "error: unrecognized arguments: --no_such_" in capsys.readouterr().err
 
 
 @BOTH

@@ -15,7 +15,7 @@ The forward of one mini-batch is in `btok_hf/condensation.py`. The keys of a bat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
-from typing import Any, cast
+from typing import Any
 
 import torch
 from sentence_transformers.base.losses.gradcache import (
@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 
 from btok_hf.condensation import backbone_and_head
 from btok_hf.features import IGNORED, PIXEL_KEYS, HostFeatures
-from btok_hf.sentence_transformer import BottleneckTransformer, BTokSentenceTransformer
+from btok_hf.sentence_transformer import BTokSentenceTransformer
 
 SCORE_ROWS = 1024  # queries whose scores against all candidates are in memory at once
 
@@ -150,7 +150,7 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
 
     def _backbone(self) -> PreTrainedModel:
         (model,) = self._inner
-        return backbone_and_head(cast(BottleneckTransformer, model[0]).model)[0]
+        return backbone_and_head(model.transformer.model)[0]
 
     @property
     def _device(self) -> torch.device:

@@ -23,8 +23,8 @@ from transformers.utils import logging
 from btok_hf.adapters import add_adapters, has_adapters
 from btok_hf.export import export_model
 from btok_hf.features import IGNORED
-from btok_hf.files import check_writable, nearest_existing, write_files
-from btok_hf.sentence_transformer import BottleneckTransformer, BTokSentenceTransformer
+from btok_hf.files import check_writable, nearest_existing
+from btok_hf.sentence_transformer import BTokSentenceTransformer
 from btok_hf.training.checkpoints import (
     checkpoint_to_resume,
     delete,
@@ -263,7 +263,7 @@ class CondensationTrainer(SentenceTransformerTrainer):
         if self.args.save_strategy == "no":
             return
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        backbone = cast(BottleneckTransformer, self.model[0]).model
+        backbone = self.model.transformer.model
         saved = trained if has_adapters(backbone) else list(self.model.parameters())
         needed = sum(p.numel() * p.element_size() for p in saved) + sum(8 * p.numel() for p in trained)
         # The folder may not exist yet: the main process makes it.
@@ -322,16 +322,19 @@ class CondensationTrainer(SentenceTransformerTrainer):
         """
         from btok_hf.hub_card.training_run import card_files
 
+        failure = None
+        try:
+            # By all processes, because encoding the card's examples with sharded parameters needs all of them.
+            files = card_files(self, card, **details)
+        except Exception as error:  # an error of the card must not lose the model
+            files, failure = {}, error
         state_dict = self.accelerator.get_state_dict(self.model) if self._is_sharded() else None
         if self.is_world_process_zero():
             with self._unsharded(state_dict):
-                export_model(self.model, output_dir)
-        # After the model is written, so that an error of the card cannot lose it. By all processes, because encoding
-        # the card's examples with sharded parameters needs all of them.
-        files = card_files(self, card, **details)
-        if self.is_world_process_zero():
-            write_files(output_dir, files)
+                export_model(self.model, output_dir, files=files)
         self.accelerator.wait_for_everyone()
+        if failure is not None:
+            raise failure
 
     def get_multi_dataset_batch_sampler(
         self,

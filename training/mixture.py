@@ -6,7 +6,7 @@ One pair file is loaded in `data.py`, one source of the paper in `sources.py`. B
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from datasets import Dataset
@@ -18,27 +18,39 @@ from btok_hf.training.sources import SOURCES, load_source
 Entry = str | dict[str, Any] | None  # a file, a Hub id or a source's name; {file, weight, condense}; None: the name
 
 
-def load_mixture(
-    entries: str | Mapping[str, Entry], root: Path | str | None = None
-) -> tuple[dict[str, Dataset], dict[str, float] | None, dict[str, str]]:
+class Mixture(NamedTuple):
+    """The datasets of a training run, and what is known about each, by dataset name.
+
+    Args:
+        datasets (`dict[str, Dataset]`): The pairs.
+        weights (`dict[str, float]`, *optional*): Weights to draw them with; `None` if no entry has one.
+        condense (`dict[str, str]`): Sides to generate: of sources, and of entries that name one.
+        sources (`dict[str, str]`): Where they come from, for the card: a file or a Hub id.
+    """
+
+    datasets: dict[str, Dataset]
+    weights: dict[str, float] | None
+    condense: dict[str, str]
+    sources: dict[str, str]
+
+
+def load_mixture(train_files: str | Mapping[str, Entry], root: Path | str | None = None) -> Mixture:
     """Load the datasets of a training run.
 
     Args:
-        entries (`str` or `dict`): A pair file or Hub id as in `load_pairs`, or a name in `SOURCES`. Several are a
-            mapping from the dataset's name to one of them or to `{"file": …, "weight": …, "condense": …}`. `file` may
-            be omitted if the dataset's name is that of a source.
+        train_files (`str` or `dict`): A pair file or Hub id as in `load_pairs`, or a name in `SOURCES`. Several are a
+            mapping from the dataset's name to one of them or to `{"file": …, "weight": …, "condense": …}`, as a dict,
+            as JSON or in a YAML file. `file` may be omitted if the dataset's name is that of a source.
         root (`str` or `Path`, *optional*): As in `load_source`.
 
     Returns:
-        `tuple[dict[str, Dataset], dict[str, float] | None, dict[str, str]]`: The datasets, their weights (`None` if no
-        entry has one) and the sides to generate (of sources, and of entries that name one), each by dataset name.
+        `Mixture`
 
     Raises:
         FileNotFoundError, ValueError: As in `load_source` and `load_pairs`; a malformed entry; weights for some
             entries only.
     """
-    if isinstance(entries, str):
-        entries = {Path(entries).stem: entries}
+    entries = read_mixture(train_files)
     files: dict[str, str] = {}
     weights: dict[str, float] = {}
     condense: dict[str, str] = {}
@@ -65,12 +77,13 @@ def load_mixture(
             f"Some datasets have a weight, but {', '.join(missing)} have none. Give all a weight, or none."
         )
     datasets = {name: load_source(file, root) if file in SOURCES else load_pairs(file) for name, file in files.items()}
-    return datasets, weights or None, condense
+    sources = {name: SOURCES[file].repo if file in SOURCES else file for name, file in files.items()}
+    return Mixture(datasets, weights or None, condense, sources)
 
 
-def read_mixture(files: str | dict[str, Entry]) -> dict[str, Entry]:
-    """`train_files` as a mapping from dataset name to entry."""
-    if isinstance(files, dict):
+def read_mixture(files: str | Mapping[str, Entry]) -> Mapping[str, Entry]:
+    """`train_files` as a mapping from dataset name to entry. Nothing is loaded."""
+    if not isinstance(files, str):
         return files
     if files.lstrip().startswith("{"):
         return json.loads(files)
@@ -93,9 +106,3 @@ def condense_of(datasets: Iterable[str], chosen: str | dict[str, str] | None, ow
     assert chosen is not None  # CondensationConfig refuses it
     default = chosen == CondensationConfig.condense
     return dict.fromkeys(datasets, chosen) | (own if default else {})
-
-
-def source_of(name: str, entry: Entry) -> str:
-    """Where a dataset comes from, for the card: a file, or a Hub id."""
-    file = (entry.get("file") if isinstance(entry, dict) else entry) or name
-    return SOURCES[file].repo if file in SOURCES else file

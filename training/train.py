@@ -41,7 +41,7 @@ from btok_hf.files import check_writable
 from btok_hf.hub_card.card import CardArguments
 from btok_hf.training import CondensationConfig, CondensationTrainer
 from btok_hf.training.data import retrieval_evaluator
-from btok_hf.training.mixture import condense_of, load_mixture, read_mixture, source_of
+from btok_hf.training.mixture import condense_of, load_mixture
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -115,7 +115,10 @@ def set_up(arguments: Sequence[str] | None = None) -> "TrainingJob":
         usage="btok train --config RECIPE.yaml [--FIELD VALUE …]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    script, args, model_args, card_args = parser.parse_args_and_config(arguments)
+    *parsed, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    script, args, model_args, card_args = parsed
 
     if model_args.model_name_or_path is None or script.train_files is None:
         raise ValueError("Set model_name_or_path (a Qwen-VL model, with Bottleneck Tokens or not) and train_files.")
@@ -132,11 +135,10 @@ def set_up(arguments: Sequence[str] | None = None) -> "TrainingJob":
         raise ValueError("eval_strategy needs data to evaluate on: set eval_file.")
     if evaluator is None and args.metric_for_best_model:
         raise ValueError("The best checkpoint is requested, but nothing is evaluated: set eval_file.")
-    files = read_mixture(script.train_files)
-    train_dataset, weights, condense = load_mixture(files, script.sources_root)
-    args.dataset_weights = args.dataset_weights or weights
-    args.condense = condense_of(train_dataset, args.condense, condense)
-    card_args.check([*train_dataset, *([evaluator.name] if evaluator else [])], script.eval_file)
+    mixture = load_mixture(script.train_files, script.sources_root)
+    args.dataset_weights = args.dataset_weights or mixture.weights
+    args.condense = condense_of(mixture.datasets, args.condense, mixture.condense)
+    card_args.check([*mixture.datasets, *([evaluator.name] if evaluator else [])], script.eval_file)
 
     pixels = {name: getattr(script, name) for name in ("min_pixels", "max_pixels") if getattr(script, name)}
     path, revision = starting_point(model_args, script.num_tokens, pixels, args)
@@ -152,13 +154,12 @@ def set_up(arguments: Sequence[str] | None = None) -> "TrainingJob":
         model=model,
         args=args,
         peft_config=cast("LoraConfig | None", get_peft_config(model_args)),  # annotated as its base class
-        train_dataset=train_dataset,
+        train_dataset=mixture.datasets,
         evaluator=evaluator,
     )
     if to_push and args.hub_strategy == HubStrategy.EVERY_SAVE:
         trainer.add_callback(PushEverySave(trainer, card_args))
-    sources = {name: source_of(name, entry) for name, entry in files.items()}
-    return TrainingJob(trainer, card_args, sources, script.eval_file, to_push)
+    return TrainingJob(trainer, card_args, mixture.sources, script.eval_file, to_push)
 
 
 @dataclass

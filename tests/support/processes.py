@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+from torch import distributed
+
 from support import ROOT
 
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
@@ -19,3 +21,12 @@ def run_script(name, *arguments, launcher=(), **options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
     command = [sys.executable, *launcher, str(ROOT / "tests" / "support" / name), *map(str, arguments)]
     return subprocess.run(command, env=environment, text=True, timeout=300, **options)
+
+
+def leave():
+    """End a process of a group. Left to exit by itself, it is sometimes aborted by threads of torch ("terminate called …")."""
+    distributed.barrier()
+    distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from btok_hf import BTokSentenceTransformer
 from btok_hf.training import CondensationLoss
 from btok_hf.training.checkpoints import full_parameters
+from support.processes import leave
 from support.training import batch_features
 
 
@@ -72,7 +73,7 @@ def main(repo, folder):
     for how in ("ddp", "fsdp2"):
         save_gradients(repo, folder, how)
     save_refusal(repo, folder)
-    distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from support.processes import leave
 from support.training import checkpointed_trainer, losses
 
 
@@ -18,7 +19,7 @@ def main(repo, folder):
     if whole.is_world_process_zero():
         torch.save(whole.model.state_dict(), f"{folder}/weights.pt")
         Path(folder, "losses.json").write_text(json.dumps([losses(whole), losses(resumed)]))
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

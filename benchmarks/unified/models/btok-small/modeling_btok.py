@@ -1,28 +1,39 @@
-"""Remote code of a Bottleneck-Token model: the one Python file that travels to the Hub with the weights.
+"""Remote code of a Bottleneck-Token model: the only Python file that is published with the weights.
 
-A Bottleneck-Token (BTok) model on disk is a stock Qwen-VL checkpoint whose vocabulary holds K more words. Every input
-row ends in those K tokens, and the L2-normalised mean of their last hidden states is the embedding
-(Bottleneck Tokens, arXiv 2604.11095). `BTokForEmbedding` is the stock backbone plus exactly that: it imports nothing
-but torch and transformers, defines no parameter of its own, and reads and writes the stock checkpoint layout.
+A Bottleneck-Token (BTok) checkpoint is a stock Qwen-VL checkpoint whose vocabulary has K more tokens. Every input row
+ends in these K tokens. The L2-normalised mean of their last hidden states is the embedding (Bottleneck Tokens,
+arXiv 2604.11095). `BTokForEmbedding` adds this pooling to the stock backbone. It has no parameters of its own, and it
+reads and writes the stock checkpoint layout.
+
+Import only torch, transformers and the standard library here. Training and packed attention are in
+`btok_hf/condensation.py`.
 """
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch.nn.functional import normalize
 from transformers import (
     AutoConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLModel,
     Qwen2VLForConditionalGeneration,
+    Qwen2VLModel,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLModel,
 )
 from transformers.utils import ModelOutput
 
-STOCK_CLASSES = {
+Backbone = Qwen2VLModel | Qwen2_5_VLModel | Qwen3VLModel
+StockModel = Qwen2VLForConditionalGeneration | Qwen2_5_VLForConditionalGeneration | Qwen3VLForConditionalGeneration
+STOCK_CLASSES: dict[str, type[PreTrainedModel]] = {
     "qwen2_vl": Qwen2VLForConditionalGeneration,
     "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
     "qwen3_vl": Qwen3VLForConditionalGeneration,
@@ -34,23 +45,23 @@ class BTokOutput(ModelOutput):
     """Output of `BTokForEmbedding`.
 
     Args:
-        last_hidden_state (`torch.FloatTensor` of shape `(batch, length, hidden)`):
-            Hidden states after the backbone's final norm. If the Bottleneck Tokens had to be appended, `length`
-            covers them and every row starts at column 0.
-        pooler_output (`torch.FloatTensor` of shape `(batch, hidden)` or `(batch, truncate_dim)`):
+        last_hidden_state (`torch.Tensor` of shape `(batch, length, hidden)`):
+            Hidden states after the backbone's final norm. If Bottleneck Tokens were appended, `length` includes them
+            and every row is right-padded.
+        pooler_output (`torch.Tensor` of shape `(batch, hidden)` or `(batch, truncate_dim)`):
             The embedding: fp32, L2-normalised mean of the hidden states at the K Bottleneck Tokens.
-        hidden_states (`tuple(torch.FloatTensor)`, *optional*): Per layer, with `output_hidden_states=True`.
-        attentions (`tuple(torch.FloatTensor)`, *optional*): Per layer, with `output_attentions=True`.
+        hidden_states (`tuple[torch.Tensor, ...]`, *optional*): Per layer, with `output_hidden_states=True`.
+        attentions (`tuple[torch.Tensor, ...]`, *optional*): Per layer, with `output_attentions=True`.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    pooler_output: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    last_hidden_state: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
-def stock_class(config):
-    """The transformers class of the whole model behind `config`; raises if it is none of the Qwen-VL families."""
+def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The `…ForConditionalGeneration` class for `config`; raises `ValueError` for an unsupported backbone."""
     if config.model_type not in STOCK_CLASSES:
         raise ValueError(
             f"Bottleneck Tokens support the backbones {sorted(STOCK_CLASSES)}, got model_type {config.model_type!r}. "
@@ -59,21 +70,28 @@ def stock_class(config):
     return STOCK_CLASSES[config.model_type]
 
 
-def load_stock_model(source, config, *args, needs_head=True, **kwargs):
-    """Load the stock model and its loading info; raise if any of its tensors is random or any tensor is left over.
+def load_stock_model(
+    source: str | Path, config: PreTrainedConfig, *args: Any, needs_head: bool = True, **kwargs: Any
+) -> tuple[StockModel, dict[str, Any]]:
+    """Load the stock model and its loading info. Missing, unexpected and wrongly shaped tensors are errors.
 
-    The whole `...ForConditionalGeneration` is loaded even where only its backbone is wanted: it reads every layout
-    that Qwen-VL checkpoints come in, while the bare backbone class leaves the vision tower of one of them random.
+    The full `…ForConditionalGeneration` is loaded even if only its backbone is needed. It reads every layout of
+    Qwen-VL checkpoints. The backbone class alone leaves the vision tower of one layout randomly initialised.
 
     Args:
         source (`str` or `Path`): Local folder or Hub id.
-        config (`PreTrainedConfig`): Its configuration.
-        needs_head (`bool`): Whether an untied `lm_head.weight` must be there too.
+        config (`PreTrainedConfig`): Configuration of the checkpoint.
+        needs_head (`bool`): Whether an untied `lm_head.weight` is required.
         args, kwargs: For `from_pretrained`.
+
+    Returns:
+        `tuple`: The model, and the loading info of `from_pretrained`.
+
+    Raises:
+        ValueError: An unsupported backbone, or tensors that do not match the model.
     """
-    model, info = stock_class(config).from_pretrained(
-        source, *args, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-    )
+    load: Any = stock_class(config).from_pretrained  # annotated without the loading info
+    model, info = load(source, *args, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     missing = sorted(info["missing_keys"] - (set() if needs_head else {"lm_head.weight"}))
     mismatched = sorted(str(key) for key in info["mismatched_keys"])
     unexpected = sorted(info["unexpected_keys"])
@@ -81,20 +99,20 @@ def load_stock_model(source, config, *args, needs_head=True, **kwargs):
         if keys:
             raise ValueError(
                 f"The checkpoint {source} {kind} {len(keys)} tensor(s): {', '.join(keys[:8])}"
-                f"{', …' if len(keys) > 8 else ''}. It is not loaded, because random weights would give "
+                f"{', …' if len(keys) > 8 else ''}. It was not loaded, because random weights would give "
                 "meaningless embeddings. Use the weights that belong to this config.json."
             )
     return model, info
 
 
-def bottleneck_token_ids(config):
-    """The K token ids that every row ends in, read from `config.btok_token_ids` and checked."""
+def bottleneck_token_ids(config: PreTrainedConfig) -> list[int]:
+    """The ids of the K Bottleneck Tokens, from `config.btok_token_ids`; raises `ValueError` if they are not valid."""
     ids = getattr(config, "btok_token_ids", None)
     vocab_size = config.get_text_config().vocab_size
     if not ids:
         raise ValueError(
             "config.btok_token_ids is missing: this checkpoint has no Bottleneck Tokens. "
-            "Make one that has them with btok_hf.add_bottleneck_tokens(base, output_dir)."
+            "Add them with btok_hf.add_bottleneck_tokens(base, output_dir)."
         )
     if len(set(ids)) != len(ids) or not all(isinstance(i, int) and 0 <= i < vocab_size for i in ids):
         raise ValueError(
@@ -104,30 +122,35 @@ def bottleneck_token_ids(config):
     return ids
 
 
-def last_positions(attention_mask, count):
-    """Columns of the last `count` real tokens of each row, whichever side the padding is on. Shape (batch, count)."""
+def last_positions(attention_mask: torch.Tensor, count: int) -> torch.Tensor:
+    """Columns of the last `count` real tokens of each row, for left or right padding. Shape (batch, count)."""
     last = attention_mask.shape[1] - 1 - attention_mask.long().flip(1).argmax(1)
     return last[:, None] - torch.arange(count - 1, -1, -1, device=attention_mask.device)
 
 
-def end_in_bottleneck(input_ids, attention_mask, token_ids, mm_token_type_ids=None):
-    """Make every row end in the Bottleneck Tokens.
+def append_bottleneck_tokens(
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    token_ids: list[int],
+    mm_token_type_ids: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Append the Bottleneck Tokens to every row that does not end in them.
 
-    Rows that already end in them are left alone. If any row does not, all rows come back right-padded, the tokens
-    appended where they were absent.
+    If all rows end in them, the inputs are returned unchanged. Otherwise all rows are returned right-padded.
 
     Args:
         input_ids (`torch.LongTensor` of shape `(batch, length)`): Token ids, padded on either side.
-        attention_mask (`torch.Tensor` of shape `(batch, length)` or `None`): 1 for real tokens; `None`: all are real.
+        attention_mask (`torch.Tensor` of shape `(batch, length)` or `None`):
+            1 for real tokens. `None`: all tokens are real.
         token_ids (`list[int]`): The K Bottleneck Token ids.
         mm_token_type_ids (`torch.Tensor` of shape `(batch, length)`, *optional*): 0 text, 1 image, 2 video.
 
     Returns:
-        `input_ids`, `attention_mask`, `mm_token_type_ids`, each of shape `(batch, length')` (the last one `None` if
-        it was).
+        `tuple`: `input_ids`, `attention_mask` and `mm_token_type_ids`, each of shape `(batch, new_length)`.
+        `mm_token_type_ids` is `None` if it was not given.
 
     Raises:
-        ValueError: A row is empty, or holds a Bottleneck Token anywhere but at its end.
+        ValueError: A row is empty, or has Bottleneck Tokens in other places than its end.
     """
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     real = attention_mask.bool()
@@ -142,26 +165,26 @@ def end_in_bottleneck(input_ids, attention_mask, token_ids, mm_token_type_ids=No
     if wrong.any():
         row = int(wrong.nonzero()[0])
         raise ValueError(
-            f"Row {row} holds {int(held[row])} Bottleneck Token(s) but must hold {count}, at its end only "
-            f"(ids {token_ids}). Either the text contains such a token literally (render it with "
-            "processor.apply_chat_template, which breaks it up) or config.btok_token_ids and the chat template "
+            f"Row {row} has {int(held[row])} Bottleneck Token(s) but must have {count}, all at its end "
+            f"(ids {token_ids}). Either the text contains such a token (render it with "
+            "processor.apply_chat_template, which escapes it), or config.btok_token_ids and the chat template "
             "disagree on K (restore both from the exported repository)."
         )
     if ends.all():
         return input_ids, attention_mask, mm_token_type_ids
 
-    def append(values, tail):
+    def append(values: torch.Tensor, tail: torch.Tensor) -> torch.Tensor:
         rows = [torch.cat([row[keep], tail[:0] if done else tail]) for row, keep, done in zip(values, real, ends)]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
-    # 0 is a valid id and never read: attention_mask marks these columns as padding.
+    # The padding id 0 is never read, because attention_mask is 0 there.
     if mm_token_type_ids is not None:
         mm_token_type_ids = append(mm_token_type_ids, mm_token_type_ids.new_zeros(count))
     return append(input_ids, tokens), append(attention_mask, attention_mask.new_ones(count)), mm_token_type_ids
 
 
-def check_media(config, input_ids, features):
-    """Raise if media placeholders and media do not match, or if pixels are not finite."""
+def check_media(config: PreTrainedConfig, input_ids: torch.Tensor, features: Mapping[str, Any]) -> None:
+    """Raise `ValueError` if the media do not match their placeholder tokens, or if pixels are not finite."""
     for kind, token_id, pixel_key, grid_key in (
         ("image", config.image_token_id, "pixel_values", "image_grid_thw"),
         ("video", config.video_token_id, "pixel_values_videos", "video_grid_thw"),
@@ -171,48 +194,54 @@ def check_media(config, input_ids, features):
         given = 0 if grid is None else int(grid.prod(1).sum()) // config.vision_config.spatial_merge_size**2
         if placeholders != given:
             raise ValueError(
-                f"input_ids hold {placeholders} {kind} placeholder token(s), but the {kind}s given with them fill "
-                f"{given}. Pass texts and {kind}s through the processor together, and everything it returns on."
+                f"input_ids have {placeholders} {kind} placeholder token(s), but the given {kind}s need {given}. "
+                f"Process texts and {kind}s together, and pass everything that the processor returns."
             )
         if pixels is not None and not torch.isfinite(pixels).all():
             raise ValueError(
-                f"{pixel_key} holds NaN or infinite values. Check the {kind} that the processor was given."
+                f"{pixel_key} has NaN or infinite values. Check the {kind} that was given to the processor."
             )
 
 
 class BTokForEmbedding(PreTrainedModel):
-    """A Qwen-VL backbone that returns one embedding per row, pooled from its K Bottleneck Tokens.
+    """A Qwen-VL backbone that returns one embedding per row, pooled from the K Bottleneck Tokens.
 
-    The configuration is the backbone's own plus `btok_token_ids`. Load it with
-    `AutoModel.from_pretrained(repo, trust_remote_code=True)`, or without the flag to get the stock backbone.
+    The configuration is that of the backbone, with `btok_token_ids`. Load the model with
+    `AutoModel.from_pretrained(repo, trust_remote_code=True)`. Without the flag, `AutoModel` gives the stock backbone.
     """
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    input_modalities = ("text", "image", "video")
+    input_modalities = ("text", "image", "video")  # type: ignore[assignment]  # a tuple in stock models too
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     _auto_class = "AutoModel"
 
-    def __init__(self, config, backbone=None):
+    def __init__(self, config: PreTrainedConfig, backbone: Backbone | None = None) -> None:
         super().__init__(config)
         bottleneck_token_ids(config)
-        self.model = stock_class(config)(config).model if backbone is None else backbone
+        self.model = cast(StockModel, stock_class(config)(config)).model if backbone is None else backbone
         self._no_split_modules = self.model._no_split_modules
         self.post_init()
 
+    # `kwargs` has the superclass's other arguments.
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | Path, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
         """Load from a local folder or Hub id. Arguments are those of `PreTrainedModel.from_pretrained`.
 
-        The stock class does the loading, so that transformers' own conversions of older checkpoint layouts apply
-        (they are skipped for custom classes, which leaves tensors random).
+        The stock class loads the weights, because transformers converts older checkpoint layouts only for its own
+        classes. In a custom class some tensors would stay randomly initialised.
+
+        Returns:
+            [`BTokForEmbedding`], or a tuple of the model and its loading info with `output_loading_info=True`.
 
         Raises:
-            ValueError: Unsupported backbone, no Bottleneck Tokens in the config, or any missing, unexpected or
-                wrongly shaped tensor.
+            ValueError: An unsupported backbone, no Bottleneck Tokens in the config, or missing, unexpected or wrongly
+                shaped tensors.
         """
         kwargs.pop("trust_remote_code", None)
-        # From AutoModel. In a repository of adapters it points at them: the missing weights are named below.
+        # AutoModel passes it. For a repository of adapters, the missing weights raise an error below.
         kwargs.pop("adapter_kwargs", None)
         config = kwargs.pop("config", None)
         if config is None:
@@ -225,65 +254,68 @@ class BTokForEmbedding(PreTrainedModel):
         model = cls(stock.config, stock.model).eval()
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
-        """Write a folder that every stock loader reads: stock weights and config, plus this file and its `auto_map`.
+    # `kwargs` has the superclass's other arguments.
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Write the stock weights and configuration, this file, and the `auto_map` that refers to it.
 
-        Arguments are those of `PreTrainedModel.save_pretrained`; to upload, call `push_to_hub` instead.
+        Arguments are those of `PreTrainedModel.save_pretrained`. To upload, call `push_to_hub`.
         """
         if push_to_hub:
             raise ValueError("save_pretrained(push_to_hub=True) is not supported: call model.push_to_hub(repo_id).")
         self.model.save_pretrained(save_directory, **kwargs)
         path = Path(save_directory, "config.json")
-        if path.exists():  # absent when only an adapter was saved
+        if path.exists():  # absent if only an adapter was saved
             path.write_text(json.dumps(with_auto_map(json.loads(path.read_text("utf-8"))), indent=2) + "\n", "utf-8")
         shutil.copyfile(__file__, Path(save_directory, "modeling_btok.py"))
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> torch.nn.Module:
         return self.model.get_input_embeddings()
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: torch.nn.Module) -> None:
         self.model.set_input_embeddings(value)
 
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        mm_token_type_ids=None,
-        truncate_dim=None,
-        return_dict=None,
-        **kwargs,
-    ) -> BTokOutput:
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        truncate_dim: int | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BTokOutput | tuple:
         """Embed a batch.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, length)`):
-                Token ids as the processor returns them. The Bottleneck Tokens are appended where they are absent.
+                Token ids from the processor. Bottleneck Tokens are appended to rows that do not end in them.
             attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): 1 for real tokens.
             mm_token_type_ids (`torch.Tensor` of shape `(batch, length)`, *optional*):
-                0 text, 1 image, 2 video; required with images or video (the processor returns it).
+                0 text, 1 image, 2 video. Required with images or video; the processor returns it.
             truncate_dim (`int`, *optional*):
-                Keep only the first dimensions of the mean, then normalise (Matryoshka embeddings).
+                Number of leading dimensions to keep before normalisation (Matryoshka embeddings).
             return_dict (`bool`, *optional*): `False` returns a tuple.
-            kwargs: Pixels, grids and anything else the backbone takes.
+            kwargs: Pixels, grids and other arguments of the backbone.
 
         Returns:
-            [`BTokOutput`]
+            [`BTokOutput`] or `tuple`
 
         Raises:
-            ValueError: No `input_ids`, rows with misplaced Bottleneck Tokens, placeholders without media, pixels
-                that are not finite, or a `truncate_dim` outside 1 … hidden size.
+            ValueError: No `input_ids`, misplaced Bottleneck Tokens, media that do not match their placeholders, pixels
+                that are not finite, or a `truncate_dim` that is not between 1 and the hidden size.
         """
         if input_ids is None:
             raise ValueError(
-                "BTokForEmbedding needs input_ids: the Bottleneck Tokens and media placeholders are found by their "
-                "ids. inputs_embeds alone are not supported."
+                "BTokForEmbedding needs input_ids, got None: it finds Bottleneck Tokens and media placeholders by "
+                "their ids. Pass input_ids instead of inputs_embeds."
             )
         hidden_size = self.config.get_text_config().hidden_size
         if truncate_dim is not None and not 1 <= truncate_dim <= hidden_size:
             raise ValueError(f"truncate_dim must be between 1 and the hidden size {hidden_size}, got {truncate_dim}.")
         token_ids = bottleneck_token_ids(self.config)
         check_media(self.config, input_ids, kwargs)
-        input_ids, attention_mask, mm_token_type_ids = end_in_bottleneck(
+        input_ids, attention_mask, mm_token_type_ids = append_bottleneck_tokens(
             input_ids, attention_mask, token_ids, mm_token_type_ids
         )
         if mm_token_type_ids is not None:
@@ -303,20 +335,21 @@ class BTokForEmbedding(PreTrainedModel):
 
 
 class _NoConfigClass:
-    """An absent attribute: transformers before 5.19 wants `config_class` to be that of the checkpoint, or not there.
+    """An attribute that does not exist.
 
-    There are three: the class serves every backbone's own configuration.
+    transformers before 5.19 requires that `config_class` is the class of the checkpoint's configuration, or absent.
+    `BTokForEmbedding` supports the configuration classes of all its backbones, so it has to be absent.
     """
 
-    def __get__(self, instance, owner=None):
+    def __get__(self, instance: object, owner: type | None = None) -> None:
         raise AttributeError("BTokForEmbedding has no config_class of its own.")
 
 
-BTokForEmbedding.config_class = _NoConfigClass()
+BTokForEmbedding.config_class = _NoConfigClass()  # type: ignore[assignment]  # hides the superclass's attribute
 
 
-def with_auto_map(config):
-    """The config.json content of an exported repository: stock architecture, and the class of this file."""
+def with_auto_map(config: dict[str, Any]) -> dict[str, Any]:
+    """`config.json` of an exported repository: the stock architecture, and the class of this file as `AutoModel`."""
     return {
         **config,
         "architectures": [STOCK_CLASSES[config["model_type"]].__name__],
