@@ -24,7 +24,7 @@ def run_script(name, *arguments, launcher=(), **options):
 
 
 def leave():
-    """End a process of a group. Left to exit by itself, it is sometimes aborted by threads of torch ("terminate called …")."""
+    """End a process of a group. If it exits by itself, threads of torch sometimes abort it ("terminate called …")."""
     distributed.barrier()
     distributed.destroy_process_group()
     sys.stdout.flush()
