@@ -1,19 +1,24 @@
-"""Reading images and videos. Errors name the file, before a processor fails or silently accepts it.
+"""Reading images and videos: what comes out is upright, on white, with 8 bits per colour. Errors name the file.
 
 What counts as an input, and checks of its parts, are in `btok_hf/inputs.py`.
 """
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, BinaryIO, TypedDict
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tiff", ".webp")
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".wmv", ".flv", ".mkv", ".webm")
+# What strings are recognised by. A `Path`, and a string that names an existing file, may have any suffix.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".avif", ".jp2")
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".avi", ".mov", ".wmv", ".flv", ".mkv", ".webm")
 VIDEO_FRAMES = 8
+ORIENTATION = 0x0112  # EXIF tag
+MAX_RATIO = 200  # of a longer to a shorter side; Qwen-VL's processors accept no more
 
 
 class VideoMetadata(TypedDict):
@@ -35,35 +40,184 @@ class VideoInput(TypedDict):
     video_metadata: VideoMetadata
 
 
-def read_image(path: str | Path, max_pixels: int | None = None) -> Image.Image:
-    """Read an image file as RGB `PIL.Image.Image` with its EXIF rotation applied, like datasets and transformers 5.23.
+def read_image(path: str | Path | BinaryIO, max_pixels: int | None = None) -> Image.Image:
+    """Read an image file as a person sees it (`as_rgb`).
 
     Args:
-        path (`str` or `Path`): The file.
+        path (`str`, `Path` or binary file): The file.
         max_pixels (`int`, *optional*): The size that the processor will reduce the image to. A JPEG is decoded at a
             half, a quarter or an eighth of its size (Pillow's `draft`) if at least four times as many pixels are left.
             The processor's reduction then gives nearly the same image. Default: decode the full size.
 
     Returns:
-        `PIL.Image.Image`
+        `PIL.Image.Image`: In mode RGB.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is not a readable image.
+        ValueError: The file is not a readable image, has more pixels than Pillow allows, or more than 8 bits whose
+            range is unknown.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"Image file {str(path)!r} does not exist. Check the path; relative paths start at the current folder."
-        )
+    if isinstance(path, (str, Path)):
+        path = Path(path)
+        name = f"Image file {str(path)!r}"
+        if path.is_dir():
+            raise ValueError(f"{name} is a folder. Name a file; read_frames reads a folder of frames.")
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{name} does not exist. Check the path; relative paths start at the current folder."
+            )
+        if path.suffix.lower() == ".pdf":
+            raise ValueError(f"{name} is a PDF. Render its pages as images, e.g. with pypdfium2, and embed these.")
+    else:
+        name = "The image"
     try:
         with Image.open(path) as image:
             if max_pixels is not None:
                 scale = min(1.0, (4 * max_pixels / (image.width * image.height)) ** 0.5)
                 image.draft("RGB", (math.ceil(image.width * scale), math.ceil(image.height * scale)))
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"Image file {str(path)!r} cannot be decoded ({error}). Replace or remove it.") from error
+            return as_rgb(image)
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"{name} is larger than Pillow allows ({error}). Reduce it, or raise PIL.Image.MAX_IMAGE_PIXELS."
+        ) from error
+    except UnidentifiedImageError as error:
+        raise ValueError(
+            f"{name} is not an image that Pillow can read. Convert it to PNG or JPEG (HEIC: install and register "
+            "pillow-heif), or remove it."
+        ) from error
+    except (ValueError, OSError, SyntaxError) as error:
+        raise ValueError(f"{name} cannot be decoded ({error}). Replace or remove it.") from error
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """The picture that a person sees: upright (EXIF), transparency on white, 8 bits per colour.
+
+    Args:
+        image (`PIL.Image.Image`): In any mode, open.
+
+    Returns:
+        `PIL.Image.Image`: In mode RGB.
+
+    Raises:
+        ValueError: The image is closed or truncated, or its mode has more than 8 bits and an unknown range.
+    """
+    try:
+        image.load()
+        if image.getexif().get(ORIENTATION, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+    except (ValueError, OSError, SyntaxError) as error:
+        raise ValueError(f"the image cannot be decoded ({error}); is its file closed or truncated?") from error
+    if image.mode.startswith(("I", "F")):
+        array = np.asarray(image)
+        # Pillow reads 16-bit files as 32-bit integers (mode I) too.
+        wide = image.mode.startswith("I;16") or (image.mode == "I" and 255 < array.max() < 2**16 and array.min() >= 0)
+        return Image.fromarray(as_uint8(array.astype(np.uint16) if wide else array)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def as_uint8(pixels: np.ndarray | torch.Tensor) -> np.ndarray:
+    """Pixels with values from 0 to 255, by type and range where both are certain.
+
+    uint8 stays. Booleans and floats from 0 to 1 are scaled by 255, uint16 by 255 / 65,535. Other integers and floats
+    up to 255 are taken as they are.
+
+    Args:
+        pixels (`numpy.ndarray` or `torch.Tensor`): Of any shape and on any device.
+
+    Returns:
+        `numpy.ndarray`: uint8, of the same shape.
+
+    Raises:
+        ValueError: No pixels, values that are not finite or negative, or a range that could mean several things.
+    """
+    if isinstance(pixels, torch.Tensor):
+        pixels = pixels.detach().cpu()
+        pixels = (pixels.float() if pixels.dtype == torch.bfloat16 else pixels).numpy()
+    if pixels.dtype == np.uint8:
+        return pixels
+    if pixels.size == 0:
+        raise ValueError(f"an array of shape {pixels.shape} has no pixels")
+    if pixels.dtype == bool:
+        return pixels.astype(np.uint8) * 255
+    if pixels.dtype.kind not in "uif":
+        raise ValueError(f"pixels have type {pixels.dtype}; convert them to uint8")
+    if not np.isfinite(pixels).all():
+        raise ValueError("pixels are NaN or infinite; replace them")
+    low, high = float(pixels.min()), float(pixels.max())
+    if pixels.dtype == np.uint16 and high > 255:
+        return np.rint(pixels / 257).astype(np.uint8)
+    if pixels.dtype.kind == "f" and low >= 0 and high <= 1:
+        return np.rint(pixels.astype(np.float64) * 255).astype(np.uint8)
+    if low < 0 or high > 255 or pixels.dtype == np.uint16:
+        raise ValueError(
+            f"pixels of type {pixels.dtype} lie between {low:g} and {high:g}, which has no single meaning. Convert "
+            "them to uint8 (0 to 255) or to floats from 0 to 1"
+        )
+    return np.rint(pixels).astype(np.uint8)
+
+
+def array_as_rgb(array: np.ndarray | torch.Tensor) -> Image.Image:
+    """An array as the picture that a person sees (`as_rgb`).
+
+    Args:
+        array (`numpy.ndarray` or `torch.Tensor`): `(height, width)`, `(height, width, channels)` or
+            `(channels, height, width)`, with 1, 3 or 4 channels and values as in `as_uint8`.
+
+    Raises:
+        ValueError: Another shape, or values that `as_uint8` refuses.
+    """
+    return Image.fromarray(_rgb_frames(as_uint8(array)[None])[0])
+
+
+def _rgb_frames(frames: np.ndarray) -> np.ndarray:
+    """uint8 frames of shape `(frames, height, width, 3)`, from ones with channels first or last, or without."""
+    shape = frames.shape[1:]
+    if len(shape) == 2:
+        frames = frames[..., None]
+    elif len(shape) != 3 or not {shape[0], shape[-1]} & {1, 3, 4}:
+        raise ValueError(f"an array of shape {shape} is no image: use (height, width, 3) or (3, height, width)")
+    elif shape[-1] not in (1, 3, 4):
+        frames = np.moveaxis(frames, 1, -1)
+    elif shape[0] in (1, 3, 4):
+        raise ValueError(f"an array of shape {shape} may have its channels first or last; it is too small to embed")
+    if frames.shape[-1] == 4:
+        alpha = frames[..., 3:] / 255
+        return np.rint(frames[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
+    return np.ascontiguousarray(np.broadcast_to(frames, (*frames.shape[:-1], 3)))
+
+
+def frames_as_rgb(frames: Any) -> np.ndarray:
+    """The frames of a video as one array.
+
+    Args:
+        frames (`numpy.ndarray`, `torch.Tensor` or `list`): An array with one more axis than `array_as_rgb` takes, or a
+            list of images and arrays of one size.
+
+    Returns:
+        `numpy.ndarray`: uint8 of shape `(frames, height, width, 3)`. A single frame is there twice, because Qwen3-VL
+        accepts no video of one frame.
+
+    Raises:
+        ValueError: No frames, frames of different sizes, or pixels that `as_uint8` refuses.
+    """
+    if isinstance(frames, (list, tuple)):
+        arrays: list[Any] = [
+            np.asarray(as_rgb(frame)) if isinstance(frame, Image.Image) else frame for frame in frames
+        ]
+        if len({tuple(array.shape) for array in arrays}) > 1:
+            sizes = sorted({str(tuple(array.shape)) for array in arrays})
+            raise ValueError(f"the frames of a video differ in shape: {', '.join(sizes)}; resize them to one size")
+        if arrays and all(isinstance(array, torch.Tensor) for array in arrays):
+            frames = torch.stack(arrays)
+        else:
+            frames = np.stack([np.asarray(array) for array in arrays]) if arrays else np.empty((0, 0, 0, 3), np.uint8)
+    if len(frames) == 0:
+        raise ValueError("the video has no frames")
+    rgb = _rgb_frames(as_uint8(frames))
+    return np.repeat(rgb, 2, 0) if len(rgb) == 1 else rgb
 
 
 def read_video(path: str | Path, num_frames: int = VIDEO_FRAMES) -> VideoInput:
@@ -91,21 +245,40 @@ def read_video(path: str | Path, num_frames: int = VIDEO_FRAMES) -> VideoInput:
         import av
     except ImportError as error:
         raise ImportError("Reading video files needs PyAV: pip install av.") from error
+    name = f"Video file {str(path)!r}"
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
-            fps = float(stream.average_rate or 0)
-            # Packets are counted without decoding, so that only the kept frames are in memory.
-            total = sum(1 for packet in container.demux(stream) if packet.size)
+            # Packets are counted without decoding, so that only the kept frames are in memory. A file that was cut
+            # without encoding it again has packets that no player shows.
+            shown = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
+            total = len(shown)
             container.seek(0)
             wanted = set(np.linspace(0, total - 1, min(num_frames, total)).astype(int).tolist())
-            decoded = enumerate(container.decode(stream))
-            frames = [frame.to_ndarray(format="rgb24") for index, frame in decoded if index in wanted]
+            frames = []
+            for index, frame in enumerate(container.decode(stream)):
+                if index in wanted:
+                    # Phones store frames as the sensor lies, with a rotation in degrees counter-clockwise.
+                    frames.append(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
+            fps = _frame_rate(shown, stream)
     except (av.error.FFmpegError, IndexError) as error:
-        raise ValueError(f"Video file {str(path)!r} cannot be decoded ({error}). Replace or remove it.") from error
+        raise ValueError(f"{name} cannot be decoded ({error}). Replace or remove it.") from error
     if not frames or not fps:
-        raise ValueError(f"Video file {str(path)!r} has no frames or no frame rate. Replace or remove it.")
-    return video_input(np.stack(frames), fps * len(frames) / total)
+        raise ValueError(f"{name} has no frames or no frame rate. Replace or remove it.")
+    if len(frames) < len(wanted):
+        raise ValueError(
+            f"{name} has a hole: {total} frames are announced, but only {len(frames)} of the {len(wanted)} asked for "
+            "can be decoded. Encode it again, or remove it."
+        )
+    return video_input(frames_as_rgb(frames), fps * len(frames) / total)
+
+
+def _frame_rate(shown: Sequence[int | None], stream: Any) -> float:
+    """Frames per second of a stream: by the times of its shown frames, or else what the file announces."""
+    times = sorted(time for time in shown if time is not None)
+    if len(times) > 1 and len(times) == len(shown) and times[-1] > times[0]:
+        return (len(times) - 1) / float((times[-1] - times[0]) * stream.time_base)
+    return float(stream.average_rate or 0)
 
 
 def read_frames(folder: str | Path, num_frames: int | None = VIDEO_FRAMES) -> VideoInput:

@@ -100,7 +100,11 @@ class BottleneckTransformer(Transformer):
 
     # Unlike the superclass, it accepts paths and no audio. `kwargs` has the other arguments.
     def preprocess(  # type: ignore[override]
-        self, inputs: Sequence[Input], prompt: str | None = None, **kwargs: Any
+        self,
+        inputs: Sequence[Input],
+        prompt: str | None = None,
+        positions: Sequence[int] | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Check the inputs and turn them into model features.
 
@@ -109,16 +113,19 @@ class BottleneckTransformer(Transformer):
                 (`{"array", "video_metadata"}`, file path), a dict of `text`, `image`, `video` (lists for several), or
                 chat messages. A row starts with the media in the given order, then the prompt, then the texts.
             prompt (`str`, *optional*): Instruction for every input.
+            positions (`Sequence[int]`, *optional*): Where each input stands in the user's list, for errors. Default:
+                in `inputs`.
 
         Returns:
             `dict[str, Any]`: The features, on the CPU.
 
         Raises:
             FileNotFoundError: A file of an input does not exist.
-            ValueError: An input that cannot be embedded correctly. The message shows the input in short.
+            ValueError: An input that cannot be embedded correctly. The message has its position and shows it in short.
         """
         limits = ImageLimits(self.processor.image_processor.size["longest_edge"], self.config.vision_config.patch_size)
-        checked = [check_input(item, limits) for item in inputs]
+        places = range(len(inputs)) if positions is None else positions
+        checked = [check_input(item, limits, place) for item, place in zip(inputs, places)]
         messages = sum(map(is_messages, checked))
         if 0 < messages < len(checked):
             raise ValueError(
@@ -201,6 +208,7 @@ class BTokSentenceTransformer(SentenceTransformer):
         max_seq_length (`int`, *optional*): Maximum row length in tokens, including the K Bottleneck Tokens. Longer
             texts are truncated at the start. Longer rows with media are refused.
         device, prompts, default_prompt_name, similarity_fn_name, truncate_dim: As in `SentenceTransformer`.
+        trust_remote_code (`bool`): Accepted as in `SentenceTransformer`, and not needed: no remote code is run.
         hub_kwargs: `revision`, `token`, `cache_folder`, `local_files_only`.
     """
 
@@ -216,6 +224,7 @@ class BTokSentenceTransformer(SentenceTransformer):
         model_kwargs: dict[str, Any] | None = None,
         processor_kwargs: dict[str, Any] | None = None,
         max_seq_length: int | None = None,
+        trust_remote_code: bool = False,
         **hub_kwargs: Any,
     ) -> None:
         model_name_or_path = str(model_name_or_path)
@@ -241,6 +250,13 @@ class BTokSentenceTransformer(SentenceTransformer):
         """The module that computes the embeddings."""
         return cast(BottleneckTransformer, self[0])
 
+    def preprocess(self, inputs: Sequence[Input], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Check inputs and turn them into features, as `BottleneckTransformer.preprocess` does.
+
+        Sentence-Transformers would first guess what each input is, and answer a `TypeError` by leaving the prompt out.
+        """
+        return self.transformer.preprocess(inputs, prompt=prompt, **kwargs)
+
     # As in SentenceTransformer, the superclass names fewer arguments.
     @torch.inference_mode()
     def _inference(  # type: ignore[override]
@@ -258,7 +274,12 @@ class BTokSentenceTransformer(SentenceTransformer):
         **kwargs: Any,
     ) -> list[Tensor] | Tensor | list[dict[str, Any]]:
         """Embed inputs in batches of similar length. `encode` calls this after checking its arguments."""
-        if output_value != "sentence_embedding":  # all features of each row, padded
+        if output_value not in ("sentence_embedding", None):
+            raise ValueError(
+                f"output_value must be 'sentence_embedding', or None for all features, got {output_value!r}: packed "
+                "encoding gives no states of single tokens. Load the repository with SentenceTransformer for them."
+            )
+        if output_value is None:  # all features of each row, padded
             return super()._inference(
                 inputs,
                 prompt=prompt,
@@ -281,7 +302,7 @@ class BTokSentenceTransformer(SentenceTransformer):
         batches = _batches(tokens, batch_size * (CPU_ROW_TOKENS if device.type == "cpu" else ROW_TOKENS))
 
         def preprocess(batch: list[int]) -> dict[str, Any]:
-            return self.preprocess([inputs[index] for index in batch], prompt=prompt, **kwargs)
+            return self.preprocess([inputs[index] for index in batch], prompt=prompt, positions=batch, **kwargs)
 
         results = []
         # Leaving the block, also through an error, waits for the batch in the thread.

@@ -1,14 +1,20 @@
 """Inputs: their sizes in tokens, their texts and hashes, and those that are refused."""
 
+import base64
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image as PILImage
 from sentence_transformers import SentenceTransformer
+from support import pictures
 from support.inputs import TOLERANCE
 from support.media import image, video
 
 from btok_hf import BTokSentenceTransformer
 from btok_hf.inputs import content_hash, estimate_tokens, text_of
+from btok_hf.media import video_input
 
 
 def test_estimated_tokens_of_media_are_those_of_the_processor(repo, tmp_path):
@@ -38,8 +44,8 @@ def test_bad_inputs_are_refused_and_shown(repo, tmp_path):
         ({"image": str(tmp_path / "missing.png")}, FileNotFoundError, "missing.png' does not exist"),
         (str(tmp_path / "missing.png"), FileNotFoundError, "missing.png' does not exist"),
         ({"video": str(tmp_path / "missing.mp4")}, FileNotFoundError, "missing.mp4' does not exist"),
-        ({"image": str(broken)}, ValueError, "cannot be decoded"),
-        (str(broken), ValueError, "cannot be decoded"),
+        ({"image": str(broken)}, ValueError, "is not an image that Pillow can read"),
+        (str(broken), ValueError, "is not an image that Pillow can read"),
         (image(10, 60), ValueError, "10 x 60 pixels is smaller than one patch of 14"),
         ({"image": [image(60, 60), image(60, 5)], "text": "x"}, ValueError, "smaller than one patch"),
         ({"image": nan}, ValueError, "NaN"),
@@ -51,7 +57,7 @@ def test_bad_inputs_are_refused_and_shown(repo, tmp_path):
     for item, error, message in cases:
         with pytest.raises(error, match=message) as caught:
             model.encode(["fine", item])
-        assert "Input " in str(caught.value)
+        assert "Input 1 " in str(caught.value)
     for empty in ("", "  ", {"text": ""}):
         for loader in (model, SentenceTransformer(repo, device="cpu")):
             with pytest.raises(Exception, match="An input is empty"):
@@ -85,3 +91,232 @@ def test_text_of_every_kind_of_side():
     assert text_of({"role": "user", "content": [{"type": "image", "image": 1}, {"type": "text", "text": "m"}]}) == "m"
     for nothing in (image(30, 30), {"image": 1}, "", "photo.png", None):
         assert text_of(nothing) is None
+
+
+# ---------------------------------------------------------------- one vector, whatever the form
+
+
+@pytest.fixture(scope="module")
+def both(repos):
+    """The wrapper, and stock Sentence-Transformers, which gets the picture that a person sees."""
+    return BTokSentenceTransformer(repos["qwen2_vl"], device="cpu"), SentenceTransformer(
+        repos["qwen2_vl"], device="cpu"
+    )
+
+
+def assert_seen_as(both, item, picture):
+    wrapper, stock = both
+    (expected,) = stock.encode([{"image": picture}])
+    (actual,) = wrapper.encode([item])
+    assert np.abs(actual - expected).max() <= TOLERANCE
+
+
+# bf16 and half hold the values of a picture only roughly, so their picture is what they hold.
+EXACT = [name for name in pictures.forms() if name not in ("bfloat16 to 255", "half")]
+
+
+@pytest.mark.parametrize("form", EXACT)
+def test_a_picture_has_one_vector_in_every_form(both, form):
+    assert_seen_as(both, pictures.forms()[form], PILImage.fromarray(pictures.colours()))
+
+
+@pytest.mark.parametrize("form", ["bfloat16 to 255", "half"])
+def test_rounded_tensors(both, form):
+    tensor = pictures.forms()[form]
+    values = tensor.float().permute(1, 2, 0).numpy() * (255 if form == "half" else 1)
+    assert_seen_as(both, tensor, PILImage.fromarray(np.rint(values).astype(np.uint8)))
+
+
+def test_truth_values_are_black_and_white(both):
+    mask = pictures.colours()[..., 0] > 100
+    grey = np.repeat(mask[..., None].astype(np.uint8) * 255, 3, 2)
+    assert_seen_as(both, mask, PILImage.fromarray(grey))
+    assert_seen_as(both, torch.from_numpy(mask)[None], PILImage.fromarray(grey))
+
+
+@pytest.mark.parametrize("name", ["rgba_magenta.png", "la.png", "rgba.webp"])
+def test_transparency_is_white(both, name):
+    with PILImage.open(pictures.MEDIA / name) as image:
+        pixels = np.asarray(image.convert("RGBA"))
+    seen = pictures.on_white(pixels[..., :3], pixels[..., 3])
+    for item in (str(pictures.MEDIA / name), pictures.MEDIA / name, PILImage.open(pictures.MEDIA / name), pixels):
+        assert_seen_as(both, item, seen)
+        assert_seen_as(both, {"image": item}, seen)
+
+
+def test_transparent_palettes_are_white(both, tmp_path):
+    palette = PILImage.fromarray(pictures.colours()).quantize(16)
+    palette.info["transparency"] = 3
+    palette.save(tmp_path / "palette.png")
+    indices, colours = np.asarray(palette), np.array(palette.getpalette()[: 3 * 16]).reshape(-1, 3)
+    seen = pictures.on_white(colours[indices], np.where(indices == 3, 0, 255).astype(np.uint8))
+    for item in (palette, tmp_path / "palette.png"):
+        assert_seen_as(both, item, seen)
+
+
+def test_open_photographs_are_upright(both):
+    path = pictures.MEDIA / "exif.jpg"
+    with PILImage.open(path) as image:
+        orientation = image.getexif()[0x0112]
+        turned = {6: PILImage.Transpose.ROTATE_270, 8: PILImage.Transpose.ROTATE_90, 3: PILImage.Transpose.ROTATE_180}
+        seen = PILImage.fromarray(np.asarray(image.convert("RGB"))).transpose(turned[orientation])
+    message = [{"role": "user", "content": [{"type": "image", "image": PILImage.open(path)}]}]
+    for item in (PILImage.open(path), str(path), {"image": PILImage.open(path)}, message):
+        assert_seen_as(both, item, seen)
+
+
+@pytest.mark.parametrize("name", ["g16.png", "g12.png"])
+def test_16_bit_grey_is_scaled(both, name):
+    values = np.asarray(PILImage.open(pictures.MEDIA / name)).astype(np.float64)
+    grey = np.rint(values / 257).astype(np.uint8)
+    seen = PILImage.fromarray(np.repeat(grey[..., None], 3, 2))
+    integers = PILImage.fromarray(np.asarray(PILImage.open(pictures.MEDIA / name)).astype(np.int32))
+    for item in (pictures.MEDIA / name, PILImage.open(pictures.MEDIA / name), integers):
+        assert_seen_as(both, item, seen)
+
+
+@pytest.mark.parametrize("name", ["scan.tif", "scan.jfif", "scan.avif", "scan.jp2"])
+def test_files_are_files_whatever_their_suffix(both, name, tmp_path):
+    with PILImage.open(pictures.MEDIA / name) as image:
+        seen = image.convert("RGB")
+    odd = tmp_path / "scan.of.today"
+    odd.write_bytes((pictures.MEDIA / name).read_bytes())
+    for item in (str(pictures.MEDIA / name), pictures.MEDIA / name, str(odd), odd, {"image": odd}):
+        assert_seen_as(both, item, seen)
+
+
+def test_cells_of_datasets_and_data_addresses(both, tmp_path):
+    seen = PILImage.fromarray(pictures.colours())
+    seen.save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    cell = {"bytes": content, "path": "a.png"}
+    address = "data:image/png;base64," + base64.b64encode(content).decode()
+    cells = (cell, {"image": cell}, {"image": {"bytes": None, "path": str(tmp_path / "a.png")}})
+    for item in (*cells, address, {"image": address}):
+        assert_seen_as(both, item, seen)
+
+
+@pytest.mark.parametrize("backbone", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_a_video_has_one_vector_in_every_form(repos, backbone):
+    wrapper, stock = BTokSentenceTransformer(repos[backbone], device="cpu"), SentenceTransformer(repos[backbone])
+    frames = np.stack([np.roll(pictures.colours(), 14 * index, 1) for index in range(4)])
+    (expected,) = stock.encode([{"video": video_input(frames, 2.0)}])
+    for form in (
+        frames,
+        np.moveaxis(frames, -1, 1),
+        torch.from_numpy(frames / 255),
+        {"video": list(frames)},
+        {"video": [PILImage.fromarray(frame) for frame in frames]},
+        {"video": [torch.from_numpy(frame).permute(2, 0, 1) for frame in frames]},
+        {"video": {"array": frames / 255, "video_metadata": video_input(frames, 2.0)["video_metadata"]}},
+        {"array": frames},
+    ):
+        (actual,) = wrapper.encode([form])
+        assert np.abs(actual - expected).max() <= TOLERANCE
+
+
+def test_a_video_of_one_frame_is_embedded_by_every_backbone(repos):
+    frame = pictures.colours()
+    for repo in repos.values():
+        model = BTokSentenceTransformer(repo, device="cpu")
+        twice = model.encode([{"video": np.stack([frame, frame])}])
+        for one in ({"video": [frame]}, frame[None], {"video": pictures.MEDIA / "n1.mp4"}):
+            vector = model.encode([one])
+            assert np.isfinite(vector).all() and vector.any()
+        assert np.abs(model.encode([frame[None]]) - twice).max() <= TOLERANCE
+
+
+# ---------------------------------------------------------------- refused by name
+
+WRONG = [
+    (pictures.colours() / 127.5 - 1, ValueError, r"float64 lie between -1 and .* no single meaning"),
+    (pictures.colours().astype(np.int32) * 9, ValueError, "int32 lie between 0 and"),
+    (pictures.colours().astype(np.uint16), ValueError, "uint16 lie between"),
+    (np.zeros((0, 56, 3)), ValueError, "has no pixels"),
+    (np.zeros((56, 56, 3), complex), ValueError, "type complex128"),
+    (np.zeros((56, 56, 2), np.uint8), ValueError, r"shape \(56, 56, 2\) is no image"),
+    (np.zeros((3, 56, 3), np.uint8), ValueError, "channels first or last"),
+    (np.zeros((10, 56, 3), np.uint8), ValueError, "56 x 10 pixels is smaller than one patch of 14"),
+    (np.zeros((1, 1, 1, 56, 3), np.uint8), ValueError, "is no image"),
+    (np.full((56, 56, 3), np.inf), ValueError, "NaN or infinite"),
+    ({"image": PILImage.new("RGB", (6000, 28))}, ValueError, "more than 200 times as long"),
+    ({"video": []}, ValueError, "'video' is an empty list"),
+    ({"video": np.zeros((0, 56, 56, 3), np.uint8)}, ValueError, "the video has no frames"),
+    ({"video": [np.zeros((56, 56, 3), np.uint8), np.zeros((28, 56, 3), np.uint8)]}, ValueError, "differ in shape"),
+    ({"video": np.zeros((4, 8, 8, 3), np.uint8)}, ValueError, "8 x 8 pixels is smaller"),
+    ({"image": [], "text": "a"}, ValueError, "'image' is an empty list"),
+    ({"text": ""}, ValueError, "An input is empty"),
+    ({"text": [" ", "\n"]}, ValueError, "An input is empty"),
+    ("broken \ud83d here", ValueError, "lone surrogate"),
+    ({"text": "\udcff"}, ValueError, "lone surrogate"),
+    ([{"role": "user", "content": "half \ud800"}], ValueError, "lone surrogate"),
+    ([{"role": "user", "content": [{"type": "text", "text": "\t"}]}], ValueError, "An input is empty"),
+    (
+        [{"role": "user", "content": [{"type": "image", "image": np.zeros((8, 8, 3), np.uint8)}]}],
+        ValueError,
+        "smaller than one patch",
+    ),
+    ([{"role": "user", "content": 3}], ValueError, "must be a text or a list of parts"),
+    ("IMG_0012.jpg", FileNotFoundError, r'does not exist. If it is a text, give it as \{"text": …\}'),
+    ("example.com/a.png", FileNotFoundError, r'\{"text": …\}'),
+    (Path("nothing.tif"), FileNotFoundError, "nothing.tif' does not exist"),
+    (Path("no suffix"), FileNotFoundError, "does not exist"),
+    (b"bytes", ValueError, r"type bytes. Decode an image with PIL.Image.open"),
+    (None, ValueError, "cannot be of type NoneType"),
+    (3.5, ValueError, "cannot be of type float"),
+    (["two", "texts"], ValueError, r'cannot be of type list.*\{"text": \[…\]\}'),
+    ({"image": 5}, ValueError, "got int"),
+    ({"video": 5}, ValueError, "got int"),
+    ("http://127.0.0.1:9/a.png", ValueError, "cannot be downloaded"),
+    ({"image": "data:image/png;base64,AAAA"}, ValueError, "is not an image that Pillow can read"),
+]
+
+
+@pytest.mark.parametrize("item, error, message", WRONG, ids=[message for *_, message in WRONG])
+def test_what_cannot_be_read_is_refused_by_place_and_reason(both, item, error, message):
+    with pytest.raises(error, match=message) as caught:
+        both[0].encode(["a long first text, which encode runs before the others", "fine", item, "x"])
+    assert str(caught.value).startswith("Input 2 ")
+
+
+def test_files_that_are_no_images(both, tmp_path):
+    (tmp_path / "report.pdf").write_bytes(b"%PDF-1.7")
+    (tmp_path / "notes").write_text("words")
+    (tmp_path / "cut.png").write_bytes((pictures.MEDIA / "rgba_magenta.png").read_bytes()[:300])
+    closed = PILImage.open(pictures.MEDIA / "scan.tif")
+    closed.close()
+    for item, message in (
+        (tmp_path / "report.pdf", "is a PDF. Render its pages"),
+        (str(tmp_path / "report.pdf"), "is a PDF. Render its pages"),
+        (tmp_path / "notes", "is not an image that Pillow can read"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "cut.png", "cannot be decoded"),
+        (PILImage.open(tmp_path / "cut.png"), "closed or truncated"),
+        (closed, "closed or truncated"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            both[0].encode([item])
+
+
+def test_scans_beyond_pillows_limit_are_named(both, tmp_path, monkeypatch):
+    PILImage.new("RGB", (200, 100)).save(tmp_path / "scan.png")
+    monkeypatch.setattr(PILImage, "MAX_IMAGE_PIXELS", 5000)
+    with pytest.raises(ValueError, match=r"scan.png' is larger than Pillow allows .*raise PIL.Image.MAX_IMAGE_PIXELS"):
+        both[0].encode([tmp_path / "scan.png"])
+
+
+def test_texts_that_look_like_something_else_are_texts(both, tmp_path, monkeypatch):
+    """Addresses of pages, strings in {"text": …}, and names of folders."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "LICENSE").write_text("words")
+    wrapper, stock = both
+    texts = ["https://example.com/page", "https://youtu.be/xyz", "data: the new oil", "https://[[x", "data", "a.b"]
+    texts += ["read photo.png now"]
+    expected = stock.encode([[{"role": "user", "content": text}] for text in texts])
+    assert np.abs(wrapper.encode(texts) - expected).max() <= TOLERANCE
+    named = ["IMG_0012.jpg", "LICENSE", "https://example.com/a.png"]
+    expected = stock.encode([[{"role": "user", "content": text}] for text in named])
+    assert np.abs(wrapper.encode([{"text": text} for text in named]) - expected).max() <= TOLERANCE
+    with pytest.raises(ValueError, match="not an image that Pillow can read"):
+        wrapper.encode(["LICENSE"])

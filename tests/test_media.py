@@ -1,5 +1,8 @@
 """Reading images, videos and folders of frames."""
 
+import itertools
+
+import av
 import numpy as np
 import pytest
 import transformers
@@ -7,10 +10,11 @@ from packaging.version import Version
 from PIL import Image
 from support.inputs import TOLERANCE
 from support.media import image
+from support.pictures import MEDIA
 
 from btok_hf import BTokSentenceTransformer, read_video
 from btok_hf.inputs import ImageLimits, check_input
-from btok_hf.media import read_frames
+from btok_hf.media import array_as_rgb, read_frames
 
 
 def test_an_mp4_path_is_read_through_pyav(loaded, mp4):
@@ -35,7 +39,10 @@ def test_large_jpegs_are_decoded_at_a_reduced_size(loaded, tmp_path):
     page.resize((170, 128)).save(tmp_path / "small.jpg")
     image_processor = model.processor.image_processor
     limits = ImageLimits(image_processor.size["longest_edge"], image_processor.patch_size)
-    sizes = {name: check_input(str(tmp_path / name), limits).size for name in ("large.jpg", "large.png", "small.jpg")}
+    sizes = {
+        name: check_input(str(tmp_path / name), limits)["image"].size
+        for name in ("large.jpg", "large.png", "small.jpg")
+    }
     assert sizes == {"large.jpg": (400, 300), "large.png": (1600, 1200), "small.jpg": (170, 128)}
     assert 400 * 300 >= 4 * limit > 200 * 150
     assert check_input({"image": tmp_path / "large.jpg"}, limits)["image"].size == (400, 300)
@@ -73,3 +80,67 @@ def test_frames(tmp_path, repos, count, kept):
     for path in repos.values():  # no processor samples them again
         grid = BTokSentenceTransformer(path, device="cpu").preprocess([{"video": video}])["video_grid_thw"]
         assert grid[0, 0] == (len(video["array"]) + 1) // 2
+
+
+def test_rotated_videos_are_upright():
+    """A phone's video with a rotation flag, and the same pixels without it."""
+    rotated, stored = (read_video(MEDIA / name) for name in ("rotated.mp4", "upright.mp4"))
+    assert stored["array"].shape == (8, 112, 160, 3) and rotated["array"].shape == (8, 160, 112, 3)
+    assert np.array_equal(
+        rotated["array"], np.rot90(stored["array"], -1, axes=(1, 2))
+    )  # clockwise, as players show it
+    assert rotated["video_metadata"] == stored["video_metadata"]
+
+
+def test_frames_that_no_player_shows_are_not_sampled():
+    """A video of 24 frames, cut out of one of 300 without encoding it again."""
+    video = read_video(MEDIA / "cut.mp4")
+    metadata = video["video_metadata"]
+    assert len(video["array"]) == metadata["total_num_frames"] == 8
+    assert metadata["duration"] == pytest.approx(2.4) and metadata["fps"] == pytest.approx(8 / 2.4)
+    with av.open(str(MEDIA / "cut.mp4")) as container:
+        shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(shown) == 24
+    wanted = np.linspace(0, 23, 8).astype(int)
+    assert np.array_equal(video["array"], np.stack([shown[index] for index in wanted]))
+
+
+def test_a_video_of_one_frame_is_that_frame_twice():
+    video = read_video(MEDIA / "n1.mp4")
+    assert len(video["array"]) == 2 and np.array_equal(*video["array"])
+    assert video["video_metadata"]["total_num_frames"] == 2
+
+
+def test_a_hole_in_a_video_is_said(mp4, tmp_path, monkeypatch):
+    """Packets that the decoder drops without an error."""
+    decode = av.container.InputContainer.decode
+
+    class Holed:
+        def __init__(self, container):
+            self.container = container
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.container.close()
+
+        def __getattr__(self, name):
+            return getattr(self.container, name)
+
+        def decode(self, stream):
+            return itertools.islice(decode(self.container, stream), 3)
+
+    opened = av.open
+    monkeypatch.setattr(av, "open", lambda path: Holed(opened(path)))
+    with pytest.raises(ValueError, match=r"has a hole: \d+ frames are announced, but only \d of the 8 asked for"):
+        read_video(mp4)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_channels_may_stand_first_or_last(channels):
+    last = np.random.default_rng(0).integers(0, 255, (40, 50, channels), dtype=np.uint8)
+    first, second = array_as_rgb(last), array_as_rgb(np.moveaxis(last, -1, 0))
+    assert first.size == (50, 40) and np.array_equal(first, second)
+    if channels == 3:
+        assert np.array_equal(first, last)

@@ -15,6 +15,11 @@ from transformers import AutoModel
 from btok_hf import BTokSentenceTransformer, read_video
 
 
+def executor_threads():
+    """Threads of executors; progress bars have one of their own."""
+    return {thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")}
+
+
 @pytest.fixture(scope="module")
 def inputs(mp4, tmp_path_factory):
     """Every kind of input."""
@@ -229,21 +234,21 @@ def test_next_batch_is_preprocessed_while_one_is_computed(beside_gpu, monkeypatc
             started.set()
         return preprocess(inputs, **kwargs)
 
-    last, threads = [False], threading.active_count()
+    last, threads = [False], executor_threads()
     monkeypatch.setattr(model, "forward", waits)
     monkeypatch.setattr(model, "preprocess", tells)
     assert np.abs(model.encode(texts, batch_size=1) - expected).max() <= TOLERANCE
-    assert threading.active_count() == threads
+    assert executor_threads() == threads
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_failures_leave_no_thread_behind(beside_gpu, monkeypatch, error):
     model = beside_gpu
-    threads = threading.active_count()
+    threads = executor_threads()
     # Errors in a later batch, which a thread preprocesses, read like those in the first.
-    with pytest.raises(FileNotFoundError, match=r"Input 'missing.png': .*does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"Input 1 'missing.png': .*does not exist"):
         model.encode(["long " * 350, "missing.png"], batch_size=1)
-    with pytest.raises(ValueError, match=r"Input \{'picture': 'x'\}: unknown keys"):
+    with pytest.raises(ValueError, match=r"Input 1 \{'picture': 'x'\}: unknown keys"):
         model.encode(["long " * 350, {"picture": "x"}], batch_size=1)
 
     def fails(features, **kwargs):
@@ -252,7 +257,7 @@ def test_failures_leave_no_thread_behind(beside_gpu, monkeypatch, error):
     monkeypatch.setattr(model, "forward", fails)
     with pytest.raises(error, match="stop"):
         model.encode(["long " * 350, "middling " * 150, "short"], batch_size=1)
-    assert threading.active_count() == threads
+    assert executor_threads() == threads
 
 
 def test_long_text_is_cut_and_keeps_its_bottleneck_tokens(repo):
@@ -299,3 +304,16 @@ def test_changed_template_is_refused(repo, tmp_path):
     Path(tmp_path, "repo", "chat_template.jinja").write_text(template)
     with pytest.raises(ValueError, match="disagree on K"):
         BTokSentenceTransformer(tmp_path / "repo", device="cpu")
+
+
+def test_output_values_that_packed_encoding_has(repo):
+    model = BTokSentenceTransformer(repo, device="cpu")
+    with pytest.raises(ValueError, match=r"'sentence_embedding', or None .*got 'token_embeddings'"):
+        model.encode(["a"], output_value="token_embeddings")
+    (features,) = model.encode(["a"], output_value=None)
+    assert np.abs(features["sentence_embedding"].numpy() - model.encode(["a"])[0]).max() <= TOLERANCE
+
+
+def test_trust_remote_code_is_accepted_and_not_needed(repo):
+    trusting = BTokSentenceTransformer(repo, device="cpu", trust_remote_code=True)
+    assert np.array_equal(trusting.encode(["a"]), BTokSentenceTransformer(repo, device="cpu").encode(["a"]))
