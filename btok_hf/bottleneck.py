@@ -90,6 +90,8 @@ def add_bottleneck_tokens(
     """
     if num_tokens < 0:
         raise ValueError(f"num_tokens must be 0 (last-token pooling) or more, got {num_tokens}.")
+    if noise_std < 0:
+        raise ValueError(f"noise_std must be 0 or more, got {noise_std}.")
     if Path(output_dir, "config.json").exists():
         raise ValueError(f"{output_dir} already holds a model. Remove it or name another output_dir.")
     on_hub = not Path(base).exists()

@@ -10,12 +10,13 @@ parser and a function that runs it, and list the former in `main`.
 import argparse
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from btok_hf.errors import one_line_errors
+from btok_hf.errors import RESUME, one_line_errors, take_debug
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,20 +31,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="btok",
         description="Create, train, publish, verify and evaluate embedding models with Bottleneck Tokens.",
-        epilog="`btok COMMAND --help` shows the flags and an example. Flags may be written with - or _.",
+        epilog="`btok COMMAND --help` shows the flags and an example. Flags may be written with - or _.\n"
+        "Exit status: 0 success, 1 an error or a failed dataset of `btok mmeb`, 2 invalid arguments, 130 interrupted.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--version", action="version", version=f"btok-hf {version('btok-hf')}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for add_command in (_add_tokens, _train, _export, _verify, _push, _mmeb):
         add_command(commands)
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words, bare_debug = take_debug(sys.argv[1:] if arguments is None else arguments)
     if next((word for word in words if not word.startswith("-")), None) != "train":
         # Accept `--num_tokens`, as in Python and in recipes, for `--num-tokens`. `btok train` reads both.
         words = [re.sub(r"^--[\w-]+", lambda flag: flag[0].replace("_", "-"), word) for word in words]
     options, rest = parser.parse_known_args(words)
     given = vars(options)
-    run, debug = given.pop("run"), given.pop("debug")
+    run, debug = given.pop("run"), given.pop("debug") or bare_debug
     if run is _run_train:
         given["words"] = rest
     elif rest:
@@ -53,8 +56,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             outcome = run(**given)
         # `btok train` returns a function that runs the training. Errors of a long run keep their traceback.
         return (outcome() if callable(outcome) else outcome) or 0
+    except _UsageError as error:
+        parser.error(str(error))
     except KeyboardInterrupt:
+        print("interrupted" + RESUME * (run is _run_train), file=sys.stderr)
         return 130
+
+
+class _UsageError(Exception):
+    """Arguments that are valid one by one, but not together."""
 
 
 def _command(commands: Any, name: str, run: Any, description: str, example: str) -> argparse.ArgumentParser:
@@ -62,8 +72,9 @@ def _command(commands: Any, name: str, run: Any, description: str, example: str)
     parser = commands.add_parser(
         name,
         help=description[0].lower() + description.partition(".")[0][1:],
-        description=description,
+        description=textwrap.fill(description, 79),
         epilog=f"example: {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # which leaves the example on one line
     )
     # SUPPRESS, because a default would overwrite `btok --debug COMMAND`.
     parser.add_argument(
@@ -150,12 +161,12 @@ def _run_export(
     from btok_hf.sentence_transformer import BTokSentenceTransformer
 
     if base_model and not adapter_only:
-        raise ValueError(
+        raise _UsageError(
             f"--base-model needs --adapter-only, got --base-model {base_model} without it: merged weights have no "
             "base. Add --adapter-only, or leave --base-model out."
         )
     if Path(output_dir).resolve() == Path(checkpoint).resolve():
-        raise ValueError(
+        raise _UsageError(
             f"output_dir must not be the checkpoint, got {output_dir}: training could not resume from it. Choose "
             "another folder."
         )
@@ -256,7 +267,13 @@ def _run_mmeb(
     from accelerate import PartialState
 
     from btok_hf.evaluation import mmeb
+    from btok_hf.files import check_writable
 
+    # Before the model is loaded.
+    mmeb.chosen(options["datasets"], modality)
+    if not Path(data).is_dir():
+        raise FileNotFoundError(f"There is no folder {data!r} with the benchmark. docs/evaluation.md downloads it.")
+    check_writable(output)
     loaded = mmeb.load_model(
         model, revision=revision, dtype=dtype, max_pixels=max_pixels, device=str(mmeb.processes().device)
     )

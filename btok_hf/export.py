@@ -168,6 +168,9 @@ def write_repository(
             for path in output_dir.glob("model*.safetensors*"):
                 path.unlink()
         weights.save_pretrained(output_dir, max_shard_size=max_shard_size)
+        # What the last call set. Saved, it would override the max_seq_length of whoever loads the repository.
+        processor.tokenizer.backend_tokenizer.no_truncation()
+        processor.tokenizer.backend_tokenizer.no_padding()
         processor.save_pretrained(output_dir)
         if is_full_model:
             # Loaders would prefer adapters that were saved in this folder earlier.
@@ -192,11 +195,17 @@ def _write_golden(output_dir: Path, weights: modeling_btok.StockModel, model: "B
     backbone.load_state_dict(weights.model.state_dict())
     inputs = golden.golden_inputs(model.prompts)
     embeddings = []
-    with torch.no_grad():
-        for item, prompt_name in inputs.values():
-            prompt = None if prompt_name is None else model.prompts[prompt_name]
-            features = model.transformer.preprocess([item], prompt=prompt)
-            embeddings.append(condense(backbone, {k: _to_cpu(v) for k, v in features.items()}).embeddings[0].numpy())
+    # Golden inputs are never truncated: their vectors do not depend on the model's max_seq_length.
+    limit, model.max_seq_length = model.max_seq_length, golden.longest(weights.config)
+    try:
+        with torch.no_grad():
+            for item, prompt_name in inputs.values():
+                prompt = None if prompt_name is None else model.prompts[prompt_name]
+                features = model.transformer.preprocess([item], prompt=prompt)
+                features = {key: _to_cpu(value) for key, value in features.items()}
+                embeddings.append(condense(backbone, features).embeddings[0].numpy())
+    finally:
+        model.max_seq_length = limit
     with explain_full_disk(output_dir):
         closest = golden.write_golden(output_dir / golden.FILE_NAME, inputs, model.prompts, np.stack(embeddings))
     if not closest > golden.DISTINCT * golden.TOLERANCE:

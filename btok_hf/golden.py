@@ -108,9 +108,19 @@ def write_golden(
     return closest
 
 
+def longest(config: Any) -> int:
+    """The most tokens that a row of this model may have."""
+    return config.get_text_config().max_position_embeddings
+
+
 def read_golden(path: str | Path) -> dict[str, Any]:
     """The content of a golden file, with decoded images, frames and embeddings."""
     golden = json.loads(Path(path).read_text("utf-8"))
+    absent = [key for key in ("inputs", "tolerance", "closest", "versions") if key not in golden]
+    if absent:
+        raise ValueError(
+            f"{path} has no {', '.join(absent)}: it is no file of golden vectors. Export the model again."
+        )
     for row in golden["inputs"]:
         row["embedding"] = np.frombuffer(base64.b64decode(row["embedding"]), "<f4")
         if "image" in row:
@@ -178,6 +188,7 @@ def _sentence_transformer(source: str, revision: str | None, device: str) -> Enc
 
     model = SentenceTransformer(source, revision=revision, device=device, model_kwargs={"dtype": "float32"})
     model.truncate_dim = None
+    model.max_seq_length = longest(model[0].config)
 
     def encode(rows: list[dict[str, Any]]) -> np.ndarray:
         embeddings: dict[int, np.ndarray] = {}

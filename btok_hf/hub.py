@@ -230,6 +230,9 @@ def verify(
                 problems.append(f"{loader}, {name!r}: {max(pair):.1e}")
     if not problems:
         return largest
+    failures = [difference for difference in answer["results"].values() if isinstance(difference, str)]
+    if len(failures) == len(answer["results"]):
+        raise RuntimeError(_scrub(f"{source} cannot be loaded and run: {failures[0]}", _secrets(token)))
     then, now = content["versions"], answer["versions"]
     advice = (
         "Restore the exported files, or export the model again."

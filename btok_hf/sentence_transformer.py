@@ -95,7 +95,7 @@ class BottleneckTransformer(Transformer):
             raise ValueError(
                 f"The chat template ends rows in the ids {tail[-len(token_ids) :]}, but config.btok_token_ids is "
                 f"{token_ids}: they disagree on K. Restore config.json and chat_template.jinja from the exported "
-                "repository."
+                "repository; give a base model its tokens with `btok add-tokens`."
             )
 
     # Unlike the superclass, it accepts paths and no audio. `kwargs` has the other arguments.

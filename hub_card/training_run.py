@@ -298,7 +298,7 @@ def _command(words: list[str], args: "CondensationConfig") -> str:
     launcher = (
         ["python"] if args.world_size == 1 else ["accelerate", "launch", "--num_processes", str(args.world_size)]
     )
-    if Path(words[0]).name in ("btok", "__main__.py"):
+    if Path(words[0]).name == "btok" or Path(words[0]).parts[-2:] == ("btok_hf", "__main__.py"):
         launcher = ["btok"] if args.world_size == 1 else [*launcher, "-m", "btok_hf"]
         words = words[1:]
     home = os.path.expanduser("~")

@@ -89,7 +89,7 @@ def test_an_interrupt_ends_with_status_130(btok, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "_run_verify", interrupt)
-    assert btok("verify", "a") == (130, "", "")
+    assert btok("verify", "a") == (130, "", "interrupted\n")
 
 
 def test_flags_may_be_written_with_underscores(btok, monkeypatch):
@@ -164,6 +164,8 @@ def test_mmeb(mmeb_root, tmp_path, repo):
 
 
 def test_options_of_mmeb(tmp_path, repo, bases, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
     loaded, evaluated = [], []
     for name in ("BTokSentenceTransformer", "SentenceTransformer"):
 

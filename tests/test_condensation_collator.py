@@ -1,12 +1,14 @@
 """The collator: targets, equal inputs, pixels."""
 
+import pytest
 import torch
+from datasets import Dataset
 from support.media import image
 from support.source_tree import all_sources
 from support.training import batch_features, collator, config
 
 from btok_hf import BTokSentenceTransformer
-from btok_hf.training import CondensationConfig, CondensationLoss
+from btok_hf.training import CondensationConfig, CondensationLoss, CondensationTrainer
 from btok_hf.training.condensation_collator import CondensationCollator
 from btok_hf.training.mixture import load_mixture
 
@@ -81,3 +83,14 @@ def test_every_layout_collates(repo, tmp_path):
         side, text = targets[name]
         ids, labels = batch[f"{side}_target_ids"][1, 0], batch[f"{side}_target_labels"][1, 0]
         assert model.tokenizer.decode(ids[labels != -100]).endswith(text + "<|im_end|>"), name
+
+
+@pytest.mark.parametrize("negatives", ["one text", {"text": "one"}])
+def test_negatives_are_a_list(repo, tmp_path, negatives):
+    rows = [{"query": "a", "positive": "b", "negatives": negatives}]
+    with pytest.raises(ValueError, match=r"'negatives' must be a list of inputs, got (str|dict).*'negative'"):
+        CondensationTrainer(
+            model=BTokSentenceTransformer(repo, device="cpu"),
+            args=config(tmp_path),
+            train_dataset=Dataset.from_list(rows),
+        )

@@ -389,4 +389,4 @@ def test_an_error_of_the_card_does_not_lose_the_model(repo, tmp_path, monkeypatc
     with pytest.raises(RuntimeError, match="no card"):
         trainer.export(tmp_path / "exported")
     assert (tmp_path / "exported" / "golden.json").is_file()
-    assert not (tmp_path / "exported" / "README.md").exists()
+    assert "No training is recorded" in (tmp_path / "exported" / "README.md").read_text("utf-8")

@@ -1,5 +1,6 @@
 """Pair files, their cells, and the evaluator over them."""
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
@@ -7,7 +8,8 @@ from support.media import image
 from support.training import collator
 
 from btok_hf import BTokSentenceTransformer
-from btok_hf.training.data import load_pairs, retrieval_evaluator
+from btok_hf.media import video_input
+from btok_hf.training.data import decode_cell, first_rows, load_pairs, retrieval_evaluator
 
 
 def test_dicts_are_what_they_were_before_arrow(repo, tmp_path):
@@ -52,3 +54,30 @@ def test_pair_files(tmp_path, repo):
     evaluator = retrieval_evaluator(str(tmp_path / "pairs.jsonl"))
     assert len(evaluator.queries) == 1 and len(evaluator.corpus) == 2
     assert evaluator(BTokSentenceTransformer(repo, device="cpu"))["pairs_cosine_accuracy@10"] == 1.0
+
+
+def test_cells_of_csv_files_are_texts(tmp_path):
+    path = tmp_path / "a[1].csv"
+    path.write_text(
+        "query,positive,group\nnull,NA,007\n12,2026-11-26,None\n,only a candidate,x\n", encoding="utf-8-sig"
+    )
+    rows = list(load_pairs(str(path)))
+    assert rows[0] == {"query": "null", "positive": "NA", "group": "007"}
+    assert rows[1] == {"query": "12", "positive": "2026-11-26", "group": "None"}
+    assert rows[2]["query"] is None
+
+
+def test_videos_in_columns_are_videos_again():
+    video = video_input(np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3), 2.0)
+    stored = Dataset.from_list(
+        [{"positive": {"video": video, "text": "t"}}, {"positive": {"video": None, "text": "u"}}]
+    )
+    cell = decode_cell(stored[0]["positive"])
+    assert cell["video"]["array"].dtype == np.uint8 and np.array_equal(cell["video"]["array"], video["array"])
+    assert cell["video"]["video_metadata"] == video["video_metadata"]
+    assert decode_cell(stored[1]["positive"]) == {"text": "u"}
+
+
+def test_streamed_datasets_are_refused():
+    with pytest.raises(ValueError, match=r"'a' is streamed .IterableDataset.*Load it without streaming"):
+        first_rows({"a": Dataset.from_list([{"query": "a"}]).to_iterable_dataset()})

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 from support import tiny
 from support.repositories import TEXTS, add_noise
 
@@ -96,3 +97,19 @@ def test_further_files_replace_the_default_card(repo, tmp_path):
     folder = export_model(model, tmp_path / "model", files=files)
     assert (folder / "README.md").read_text("utf-8") == files["README.md"]
     assert (folder / "assets" / "a" / "x.bin").read_bytes() == b"\x00\xff"
+
+
+def test_a_saved_repository_truncates_nothing_by_itself(repo, tmp_path):
+    """What the tokenizer was set to by the last call is not saved: every loader's max_seq_length is obeyed."""
+    model = BTokSentenceTransformer(repo, device="cpu", max_seq_length=12)
+    model.encode(["a text that is longer than twelve tokens", "short"])
+    export_model(model, tmp_path / "model")  # with golden vectors of longer inputs
+    assert model.max_seq_length == 12
+    assert btok_hf.verify(tmp_path / "model") <= 1e-6
+    state = json.loads((tmp_path / "model" / "tokenizer.json").read_text("utf-8"))
+    assert state["truncation"] is None and state["padding"] is None
+    for length in (8, 30):
+        for cls in (BTokSentenceTransformer, SentenceTransformer):
+            loaded = cls(str(tmp_path / "model"), device="cpu")
+            loaded.max_seq_length = length
+            assert loaded.preprocess(["long " * 20])["input_ids"].shape[1] == length

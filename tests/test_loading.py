@@ -285,7 +285,7 @@ def test_absent_media_are_named(tmp_path):
         load_task("K700", tmp_path)
     picture(tmp_path / "bad.png")
     (tmp_path / "bad.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"bad\.png' cannot be decoded"):
+    with pytest.raises(ValueError, match=r"bad\.png' is not an image"):
         read_input({"image": str(tmp_path / "bad.png"), "text": "a"})
 
 

@@ -175,7 +175,7 @@ def test_a_file_that_is_missing_or_broken_is_named_with_its_row(tmp_path):
     image(20, 20).save(frames / "v3" / "c01_0001.jpeg")
     (frames / "v4").rename(tmp_path / "elsewhere")
     for row, kind, message in (
-        (1, ValueError, "cannot be decoded"),
+        (1, ValueError, "is not an image that Pillow can read"),
         (2, FileNotFoundError, "has no images"),
         (3, ValueError, "same shape"),
         (4, FileNotFoundError, r"v4' does not exist. Unpack its archive"),

@@ -5,6 +5,7 @@ import runpy
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,9 +21,10 @@ from trl import TrlParser, get_peft_config
 from btok_hf import BTokSentenceTransformer, cli
 from btok_hf.hub_card.card import CardArguments
 from btok_hf.training import CondensationConfig, CondensationTrainer
+from btok_hf.training.data import metric_names, retrieval_evaluator
 from btok_hf.training.mixture import read_mixture
 from btok_hf.training.sources import SOURCES
-from btok_hf.training.train import ModelArguments, ScriptArguments, main, starting_point
+from btok_hf.training.train import ModelArguments, ScriptArguments, choose_best_metric, main, starting_point
 
 
 @pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "training" / "recipes").glob("[!m]*.yaml")))
@@ -160,6 +162,7 @@ def run_as_command(*arguments, monkeypatch):
     return cli.main(["train", *arguments])
 
 
+MODEL = ["--model_name_or_path", "x", "--train_files"]
 BOTH = pytest.mark.parametrize("run", [run_as_script, run_as_command])
 
 
@@ -186,11 +189,28 @@ def test_training_script_shows_its_flags(run, monkeypatch, capsys):
     [
         ([], "error: Set model_name_or_path"),
         (["--model_name_or_path", "x", "--train_files", "none.csv", "--load_in_4bit"], "error: load_in_4bit is not"),
-        (["--model_name_or_path", "x", "--train_files", "missing.csv"], "error: .*missing.csv"),
+        ([*MODEL, "missing.csv"], "error: Pair file 'missing.csv' does not exist. Check the path"),
+        ([*MODEL, "missing.yaml"], "error: Mixture file 'missing.yaml' does not exist, here or among"),
+        ([*MODEL, "empty.jsonl"], "error: Pair file 'empty.jsonl' is empty"),
+        ([*MODEL, "broken.jsonl"], "error: Pair file 'broken.jsonl' cannot be read"),
+        ([*MODEL, "list.yaml"], "error: train_files must be a file, .* got .'a.csv'"),
+        ([*MODEL, "broken.yaml"], "error: Mixture file 'broken.yaml' is not YAML"),
+        ([*MODEL, "{}"], "error: train_files must be a file"),
+        ([*MODEL, '{"a": 3}'], "error: Dataset 'a': a file must be a text, got 3"),
+        ([*MODEL, '{"a": ["x.jsonl"]}'], "error: Dataset 'a': a file must be a text"),
+        (["--config", "missing.yaml"], "error: No such file or directory: 'missing.yaml'"),
+        (["--config", "broken.yaml"], "error: The file of --config is not YAML"),
+        ([*MODEL, "pairs.jsonl", "--resume_from_checkpoint", "true"], "error: There is no complete checkpoint in"),
+        ([*MODEL, "pairs.jsonl", "--resume_from_checkpoint", "nope"], "error: Checkpoint 'nope' is not complete"),
     ],
 )
 def test_bad_arguments_are_one_line(run, arguments, message, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "broken.jsonl").write_text('{"query": "a", "posi')
+    (tmp_path / "list.yaml").write_text("- a.csv\n")
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    (tmp_path / "pairs.jsonl").write_text('{"query": "a", "positive": "b"}\n')
     with pytest.raises(SystemExit, match=f"^{message}") as ended:
         run(*arguments, monkeypatch=monkeypatch)
     assert "\n" not in ended.value.code
@@ -199,7 +219,8 @@ def test_bad_arguments_are_one_line(run, arguments, message, monkeypatch, tmp_pa
 @BOTH
 def test_unknown_flags_and_keys_are_arguments_that_make_no_sense(run, monkeypatch, tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text("no_such_key: 1\n")
-    for arguments in (["--no_such_flag", "1"], ["--config", str(tmp_path / "recipe.yaml")]):
+    recipe = str(tmp_path / "recipe.yaml")
+    for arguments in (["--no_such_flag", "1"], ["--config", recipe], [f"--config={recipe}"]):
         with pytest.raises(SystemExit) as ended:
             run(*arguments, monkeypatch=monkeypatch)
         assert ended.value.code == 2 and "error: unrecognized arguments: --no_such_" in capsys.readouterr().err
@@ -215,3 +236,26 @@ def test_an_error_in_training_keeps_its_traceback(run, repo, tmp_path, monkeypat
     arguments = ["--model_name_or_path", repo, "--train_files", str(tmp_path / "pairs.jsonl"), "--use_cpu", "true"]
     with pytest.raises(ValueError, match=r"^in training$"):
         run(*arguments, "--output_dir", str(tmp_path / "out"), "--report_to", "none", monkeypatch=monkeypatch)
+
+
+@BOTH
+def test_debug_shows_where_an_error_was_raised(run, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"missing\.csv"):
+        run(*MODEL, "missing.csv", "--debug", monkeypatch=monkeypatch)
+
+
+def test_metrics_are_known_before_anything_is_evaluated(repo, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"query": "a", "positive": "b"}\n{"query": "c", "positive": "d"}\n')
+    evaluator = retrieval_evaluator(str(tmp_path / "pairs.jsonl"))
+    model = BTokSentenceTransformer(repo, device="cpu")
+    names = metric_names(evaluator, model)
+    assert set(names) == set(evaluator(model))
+    args = SimpleNamespace(metric_for_best_model="loss", greater_is_better=None)
+    choose_best_metric(args, names)
+    assert args.metric_for_best_model == "pairs_cosine_ndcg@10" and args.greater_is_better
+    args.metric_for_best_model = "eval_pairs_cosine_recall@1"
+    choose_best_metric(args, names)
+    args.metric_for_best_model = "nonsense"
+    with pytest.raises(ValueError, match=r"must be one of pairs_cosine_accuracy@1, .*got 'nonsense'"):
+        choose_best_metric(args, names)

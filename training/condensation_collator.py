@@ -53,6 +53,11 @@ class CondensationCollator(SentenceTransformerDataCollator):
         for column in columns[2:]:
             for row in features:
                 cell = row[column] if column == "negatives" else [row[column]]
+                if cell is not None and not isinstance(cell, (list, tuple)):
+                    raise ValueError(
+                        f"'negatives' must be a list of inputs, got {type(cell).__name__}. Name a column of single "
+                        "negatives 'negative' (in CSV: negative_1, negative_2, …)."
+                    )
                 negatives += [decode_cell(value) for value in cell or () if value is not None]
         sides = {side: [decode_cell(row[side]) for row in features] for side in ("query", "positive")}
         if negatives:

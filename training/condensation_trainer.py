@@ -36,7 +36,7 @@ from btok_hf.training.checkpoints import (
 from btok_hf.training.condensation_collator import CondensationCollator
 from btok_hf.training.condensation_config import CondensationConfig
 from btok_hf.training.condensation_loss import CondensationLoss
-from btok_hf.training.data import check_columns
+from btok_hf.training.data import check_columns, first_rows
 from btok_hf.training.sampler import MixtureBatchSampler
 
 if TYPE_CHECKING:  # slow to import, or imported where it is used
@@ -113,7 +113,7 @@ class CondensationTrainer(SentenceTransformerTrainer):
     def _check_datasets(self) -> None:
         """Collate one row of each dataset, so that a wrong column or side is found before training starts."""
         for part in (self.train_dataset, self.eval_dataset):
-            for row in _first_rows(part):
+            for row in first_rows(part):
                 # The row's own columns: a transform may change those of the dataset.
                 check_columns(row, row.get("dataset_name"))
                 self.data_collator([row])
@@ -122,7 +122,7 @@ class CondensationTrainer(SentenceTransformerTrainer):
         """Require one mini-batch per batch: DeepSpeed (0.19.8) refuses the several backward passes of GradCache."""
         rows = self.args.per_device_train_batch_size * max(
             len(row.get("negatives") or []) + sum(name == "negative" or name.startswith("negative_") for name in row)
-            for row in [{"negative": None}, *_first_rows(self.train_dataset)]
+            for row in [{"negative": None}, *first_rows(self.train_dataset)]
         )
         if self.args.mini_batch_num_tokens or self.args.mini_batch_size < rows:
             raise ValueError(
@@ -255,10 +255,10 @@ class CondensationTrainer(SentenceTransformerTrainer):
         if resume_from_checkpoint:
             logger.info(f"Resuming from {resume_from_checkpoint}")
         check_writable(self.args.output_dir)
-        self._check_disk_space()
+        self.check_disk_space()
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
-    def _check_disk_space(self) -> None:
+    def check_disk_space(self) -> None:
         """Refuse to train without space for one checkpoint, which holds AdamW's two fp32 moments."""
         if self.args.save_strategy == "no":
             return
@@ -322,13 +322,13 @@ class CondensationTrainer(SentenceTransformerTrainer):
         """
         from btok_hf.hub_card.training_run import card_files
 
-        failure = None
+        state_dict = self.accelerator.get_state_dict(self.model) if self._is_sharded() else None
+        files, failure = None, None
         try:
             # By all processes, because encoding the card's examples with sharded parameters needs all of them.
             files = card_files(self, card, **details)
-        except Exception as error:  # an error of the card must not lose the model
-            files, failure = {}, error
-        state_dict = self.accelerator.get_state_dict(self.model) if self._is_sharded() else None
+        except Exception as error:  # the model is written all the same, with a card that knows no training
+            failure = error
         if self.is_world_process_zero():
             with self._unsharded(state_dict):
                 export_model(self.model, output_dir, files=files)
@@ -384,15 +384,3 @@ class CondensationTrainer(SentenceTransformerTrainer):
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:  # type: ignore[override]
         loaded = BTokSentenceTransformer(checkpoint_path, device="cpu")
         self.model.load_state_dict(loaded.state_dict())
-
-
-def _first_rows(datasets: Dataset | dict[str, Dataset] | None) -> list[dict[str, Any]]:
-    """The first row of a dataset, or of each dataset of a dict, with its name."""
-    if datasets is None:
-        return []
-    rows = []
-    for name, dataset in (datasets if isinstance(datasets, dict) else {None: datasets}).items():
-        if len(dataset) == 0:
-            raise ValueError(f"{'The dataset' if name is None else f'Dataset {name!r}'} has no rows.")
-        rows.append({**({} if name is None else {"dataset_name": name}), **dataset[0]})
-    return rows

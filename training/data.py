@@ -3,12 +3,17 @@
 Several datasets in one run are in `mixture.py`, the paper's data in `sources.py`.
 """
 
+import csv
+import glob
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetsError
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
 from btok_hf.inputs import content_hash
@@ -32,14 +37,35 @@ def load_pairs(source: str) -> Dataset:
     suffix = Path(source).suffix.lower()
     if suffix in FORMATS:
         if not Path(source).is_file():
-            raise FileNotFoundError(f"Pair file {source!r} does not exist.")
-        dataset = load_dataset(FORMATS[suffix], data_files=str(source), split="train")
+            raise FileNotFoundError(
+                f"Pair file {source!r} does not exist. Check the path; relative paths start at the current folder."
+            )
+        if Path(source).stat().st_size == 0:
+            raise ValueError(f"Pair file {source!r} is empty.")
+        try:
+            dataset = load_dataset(
+                FORMATS[suffix], data_files=glob.escape(str(source)), split="train", **_options(source)
+            )
+        except DatasetsError as error:
+            raise ValueError(
+                f"Pair file {source!r} cannot be read ({error.__cause__ or error}). Correct it."
+            ) from error
     elif Path(source).exists():
         raise ValueError(f"Pair file {source!r} has an unknown format. Use one of {', '.join(FORMATS)}.")
     else:
         dataset = load_dataset(source, split="train")
     check_columns(dataset.column_names, source)
     return dataset
+
+
+def _options(source: str) -> dict[str, Any]:
+    """How to read a file. In CSV every cell is a text, also `007`, `NA` and `null`; an empty one is no value."""
+    if Path(source).suffix.lower() != ".csv":
+        return {}
+    with open(source, newline="", encoding="utf-8-sig") as file:
+        columns = next(csv.reader(file), [])
+    features = datasets.Features(dict.fromkeys(columns, datasets.Value("string")))
+    return {"features": features, "keep_default_na": False, "na_values": [""]}
 
 
 def retrieval_evaluator(source: str, batch_size: int = 64) -> InformationRetrievalEvaluator:
@@ -81,11 +107,25 @@ def retrieval_evaluator(source: str, batch_size: int = 64) -> InformationRetriev
     )
 
 
+def metric_names(evaluator: InformationRetrievalEvaluator, model: SentenceTransformer) -> list[str]:
+    """Names of the metrics that an evaluator of `retrieval_evaluator` gives for this model."""
+    cutoffs = {
+        "accuracy": evaluator.accuracy_at_k,
+        "precision": evaluator.precision_recall_at_k,
+        "recall": evaluator.precision_recall_at_k,
+        "ndcg": evaluator.ndcg_at_k,
+        "mrr": evaluator.mrr_at_k,
+        "map": evaluator.map_at_k,
+    }
+    start = f"{evaluator.name}_{model.similarity_fn_name}"
+    return [f"{start}_{metric}@{k}" for metric, ks in cutoffs.items() for k in ks]
+
+
 def decode_cell(cell: Any) -> Any:
     """A cell of a dataset as an input.
 
     Arrow gives all dicts of a column the same keys; those with `None` are dropped. Images inside dicts come encoded,
-    as `bytes` and `path`; they are decoded.
+    as `bytes` and `path`, and frames as lists; they are decoded.
     """
     if isinstance(cell, (list, tuple)):
         return [decode_cell(part) for part in cell]
@@ -93,7 +133,9 @@ def decode_cell(cell: Any) -> Any:
         return cell
     if set(cell) == {"bytes", "path"}:
         return datasets.Image().decode_example(cell)
-    return {key: part if key == "video" else decode_cell(part) for key, part in cell.items() if part is not None}
+    if "array" in cell:  # a video, whose frames Arrow stores as lists
+        return {**cell, "array": np.asarray(cell["array"], np.uint8)}
+    return {key: decode_cell(part) for key, part in cell.items() if part is not None}
 
 
 def check_columns(columns: Collection[str], dataset_name: str | None = None) -> list[str]:
@@ -113,3 +155,21 @@ def check_columns(columns: Collection[str], dataset_name: str | None = None) -> 
             "Rename the columns with dataset.rename_column and drop the rest with dataset.remove_columns."
         )
     return ["query", "positive", *negatives]
+
+
+def first_rows(parts: Dataset | dict[str, Dataset] | None) -> list[dict[str, Any]]:
+    """The first row of a dataset, or of each dataset of a dict, with its name."""
+    if parts is None:
+        return []
+    rows = []
+    for name, dataset in (parts if isinstance(parts, dict) else {None: parts}).items():
+        where = "The dataset" if name is None else f"Dataset {name!r}"
+        if not hasattr(dataset, "__len__"):
+            raise ValueError(
+                f"{where} is streamed ({type(dataset).__name__}), but batches are drawn from rows by number. Load it "
+                "without streaming: datasets keeps rows in Arrow files on disk and not in memory."
+            )
+        if len(dataset) == 0:
+            raise ValueError(f"{where} has no rows.")
+        rows.append({**({} if name is None else {"dataset_name": name}), **dataset[0]})
+    return rows

@@ -51,12 +51,19 @@ def load_mixture(train_files: str | Mapping[str, Entry], root: Path | str | None
             entries only.
     """
     entries = read_mixture(train_files)
+    if not isinstance(entries, Mapping) or not entries:
+        raise ValueError(
+            "train_files must be a file, a Hub id, a source, or a mapping from dataset names to them, "
+            f"got {entries!r}."
+        )
     files: dict[str, str] = {}
     weights: dict[str, float] = {}
     condense: dict[str, str] = {}
     for name, entry in entries.items():
         entry = dict(entry) if isinstance(entry, dict) else {"file": entry}
         files[name] = file = entry.pop("file", None) or name
+        if not isinstance(file, str):
+            raise ValueError(f"Dataset {name!r}: a file must be a text, got {file!r}.")
         if file in SOURCES:
             condense[name] = SOURCES[file].condense
         elif Path(file).suffix.lower() not in FORMATS and "/" not in file and not Path(file).exists():
@@ -89,7 +96,13 @@ def read_mixture(files: str | Mapping[str, Entry]) -> Mapping[str, Entry]:
         return json.loads(files)
     if Path(files).suffix in (".yaml", ".yml"):
         own = Path(__file__).parent / "recipes" / files  # a recipe that comes with this library
-        return yaml.safe_load((Path(files) if Path(files).exists() else own).read_text("utf-8"))
+        path = next((path for path in (Path(files), own) if path.is_file()), None)
+        if path is None:
+            raise FileNotFoundError(f"Mixture file {files!r} does not exist, here or among the library's recipes.")
+        try:
+            return yaml.safe_load(path.read_text("utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"Mixture file {files!r} is not YAML ({error}).") from error
     return {Path(files).stem: files}
 
 

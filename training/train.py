@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, cast
 
+import yaml
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
 from transformers import AutoConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -36,11 +37,12 @@ from transformers.utils import logging
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, push
-from btok_hf.errors import one_line_errors
+from btok_hf.errors import RESUME, one_line_errors, take_debug
 from btok_hf.files import check_writable
 from btok_hf.hub_card.card import CardArguments
 from btok_hf.training import CondensationConfig, CondensationTrainer
-from btok_hf.training.data import retrieval_evaluator
+from btok_hf.training.checkpoints import checkpoint_to_resume
+from btok_hf.training.data import metric_names, retrieval_evaluator
 from btok_hf.training.mixture import condense_of, load_mixture
 
 if TYPE_CHECKING:
@@ -115,7 +117,14 @@ def set_up(arguments: Sequence[str] | None = None) -> "TrainingJob":
         usage="btok train --config RECIPE.yaml [--FIELD VALUE …]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    *parsed, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if words[-1:] == ["--config"]:
+        parser.error("argument --config: expected one argument")
+    try:
+        *parsed, unknown = parser.parse_args_and_config(words, return_remaining_strings=True)
+    except yaml.YAMLError as error:
+        raise ValueError(f"The file of --config is not YAML ({error}).") from error
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     script, args, model_args, card_args = parsed
@@ -128,6 +137,8 @@ def set_up(arguments: Sequence[str] | None = None) -> "TrainingJob":
                 f"{name} is not supported: weights are trained without quantisation, in dtype, and the packed forward "
                 f"has its own attention. Remove {name}; for adapters set use_peft."
             )
+    resume = args.resume_from_checkpoint
+    args.resume_from_checkpoint = checkpoint_to_resume(True if resume in ("true", "True") else resume, args.output_dir)
     check_writable(args.output_dir)
     check_push(args)
     evaluator = retrieval_evaluator(script.eval_file) if script.eval_file else None
@@ -148,6 +159,8 @@ def set_up(arguments: Sequence[str] | None = None) -> "TrainingJob":
         model_kwargs={"dtype": model_args.dtype or "float32"},
         processor_kwargs=pixels or None,
     )
+    if evaluator is not None:
+        choose_best_metric(args, metric_names(evaluator, model))
     # The Trainer would push checkpoints. This script pushes the export.
     to_push, args.push_to_hub = args.push_to_hub, False
     trainer = CondensationTrainer(
@@ -159,6 +172,7 @@ def set_up(arguments: Sequence[str] | None = None) -> "TrainingJob":
     )
     if to_push and args.hub_strategy == HubStrategy.EVERY_SAVE:
         trainer.add_callback(PushEverySave(trainer, card_args))
+    trainer.check_disk_space()
     return TrainingJob(trainer, card_args, mixture.sources, script.eval_file, to_push)
 
 
@@ -184,9 +198,7 @@ class TrainingJob:
         """Evaluate, train, evaluate again, export, push."""
         trainer, args = self.trainer, self.trainer.args
         before = trainer.evaluate_retrieval()
-        self._choose_best_metric(before)
-        resume = args.resume_from_checkpoint
-        trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         after = trainer.evaluate_retrieval()
 
         measured = {"evaluator": trainer.evaluator, "eval_source": self.eval_source, "before": before, "after": after}
@@ -207,17 +219,17 @@ class TrainingJob:
         if self.to_push:
             print(f"Pushed to {push_export(args)}")
 
-    def _choose_best_metric(self, metrics: Mapping[str, float]) -> None:
-        """With `load_best_model_at_end`, nDCG@10 if no metric is named. A metric that is not measured is refused."""
-        args = self.trainer.args
-        best = args.metric_for_best_model
-        if best == "loss":  # the Trainer's default with load_best_model_at_end
-            args.metric_for_best_model = next(name for name in metrics if name.endswith("ndcg@10"))
-            args.greater_is_better = True
-        elif best and not {best, best.removeprefix("eval_")} & set(metrics):
-            raise ValueError(
-                f"metric_for_best_model must be one of {', '.join(metrics)}, got {best!r}. Set it to one of these."
-            )
+
+def choose_best_metric(args: CondensationConfig, names: Sequence[str]) -> None:
+    """With `load_best_model_at_end`, nDCG@10 if no metric is named. A metric that is not measured is refused."""
+    best = args.metric_for_best_model
+    if best == "loss":  # the Trainer's default with load_best_model_at_end
+        args.metric_for_best_model = next(name for name in names if name.endswith("ndcg@10"))
+        args.greater_is_better = True
+    elif best and not {best, best.removeprefix("eval_")} & set(names):
+        raise ValueError(
+            f"metric_for_best_model must be one of {', '.join(names)}, got {best!r}. Set it to one of them."
+        )
 
 
 def check_push(args: CondensationConfig) -> None:
@@ -308,6 +320,11 @@ def starting_point(
 
 
 if __name__ == "__main__":
-    with one_line_errors():  # only for the set-up: an error during training keeps its traceback
-        job = set_up()
-    job.run()
+    sys.argv[1:], debug = take_debug(sys.argv[1:])
+    try:
+        with one_line_errors(debug):  # an error of a long run keeps its traceback
+            job = set_up()
+        job.run()
+    except KeyboardInterrupt:
+        print("interrupted" + RESUME, file=sys.stderr)
+        sys.exit(130)

@@ -89,7 +89,7 @@ def evaluate(
     Raises:
         ValueError: Unknown datasets, a function without a name, or an `output_dir` of another model.
     """
-    names = _chosen(datasets, modalities)
+    names = chosen(datasets, modalities)
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be 1 or more, got {limit}. Leave it out to score every query.")
     if batch_tokens < 1:
@@ -162,7 +162,8 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
 
 
-def _chosen(datasets: Collection[str] | None, modalities: Collection[str] | None) -> list[str]:
+def chosen(datasets: Collection[str] | None, modalities: Collection[str] | None) -> list[str]:
+    """Names of the datasets that are both in `datasets` and of `modalities` (`None`: all). Refuses unknown names."""
     unknown = sorted({*(datasets or ())} - set(TASKS)) + sorted({*(modalities or ())} - set(report.MODALITIES))
     if unknown:
         raise ValueError(
