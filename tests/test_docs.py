@@ -154,6 +154,27 @@ def _check_training_flags(words):
             assert flag != "--config" or Path(value).is_file(), f"no such recipe: {value}"
 
 
+def test_commands_page_has_every_flag(capsys):
+    """In the section of its command. Those of `btok train` are in its help and the API reference."""
+    general, *sections = PAGES["docs/commands.md"].split("\n## btok ")
+    sections = {section.split("\n", 1)[0]: section for section in sections}
+    shown = _help([], capsys)
+    assert sections.keys() == set(re.findall(r"^    ([a-z-]+)(?:\s|$)", shown, flags=re.M))
+    assert _flags(shown) <= _flags(general)
+    for command in sections.keys() - {"train"}:
+        assert _flags(_help([command], capsys)) - _flags(general) == _flags(sections[command]), command
+
+
+def _help(words, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--help"])
+    return capsys.readouterr().out
+
+
+def _flags(text):
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
+
+
 # ---------------------------------------------------------------- files, links, numbers
 
 
