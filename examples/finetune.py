@@ -12,6 +12,7 @@ from pathlib import Path
 from peft import LoraConfig
 
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens
+from btok_hf.errors import one_line_errors
 from btok_hf.training import CondensationConfig, CondensationTrainer
 from btok_hf.training.data import load_pairs
 
@@ -23,19 +24,21 @@ parser.add_argument("--steps", type=int, default=1000)
 parser.add_argument("--condense", default="positive", help="side whose text is generated: positive, query, both, none")
 arguments = parser.parse_args()
 
-start = f"{arguments.output}-{Path(arguments.base).name}"
-if not Path(start).exists():
-    add_bottleneck_tokens(arguments.base, start, num_tokens=4, max_pixels=501_760)
-model = BTokSentenceTransformer(start)
-args = CondensationConfig(
-    output_dir=arguments.output + "-run",
-    per_device_train_batch_size=64,
-    mini_batch_size=8,  # rows whose activations are in memory at once; the loss does not depend on it
-    condense=arguments.condense,  # positive: encode the query, generate the positive's text
-    max_steps=arguments.steps,
-    report_to="none",
-)
-lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0)  # the Bottleneck Tokens' rows are trained too
-trainer = CondensationTrainer(model=model, args=args, train_dataset=load_pairs(arguments.pairs), peft_config=lora)
+with one_line_errors():
+    pairs = load_pairs(arguments.pairs)  # first, because nothing is written if they cannot be used
+    args = CondensationConfig(
+        output_dir=arguments.output + "-run",
+        per_device_train_batch_size=64,
+        mini_batch_size=8,  # rows whose activations are in memory at once; the loss does not depend on it
+        condense=arguments.condense,  # positive: encode the query, generate the positive's text
+        max_steps=arguments.steps,
+        report_to="none",
+    )
+    start = f"{arguments.output}-{Path(arguments.base).name}"
+    if not Path(start).exists():
+        add_bottleneck_tokens(arguments.base, start, num_tokens=4, max_pixels=501_760)
+    model = BTokSentenceTransformer(start)
+    lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0)  # the Bottleneck Tokens' rows are trained too
+    trainer = CondensationTrainer(model=model, args=args, train_dataset=pairs, peft_config=lora)
 trainer.train()
 trainer.export(arguments.output)  # merged weights, remote code, card: a Hub repository

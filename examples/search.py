@@ -14,43 +14,56 @@ and terms of textbooks. For photographs and documents use a large model.
 import argparse
 from pathlib import Path
 
-import torch
 from sentence_transformers.util import semantic_search
 
 from btok_hf import BTokSentenceTransformer
+from btok_hf.errors import one_line_errors
+from btok_hf.inputs import ImageLimits, check_input
 from btok_hf.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 MODEL = Path(__file__).resolve().parents[1] / "benchmarks" / "unified" / "models" / "btok-small"
 TEXT_SUFFIXES = (".txt", ".md")
-UNREADABLE = (OSError, ValueError, ImportError)  # no such file, broken content, PyAV is not installed
 
 
-def read(path):
-    """A file as an input of the model, which opens images and videos itself."""
-    suffix = path.suffix.lower()
-    if suffix in IMAGE_SUFFIXES:
-        return {"image": str(path)}
-    if suffix in VIDEO_SUFFIXES:
-        return {"video": str(path)}
-    if suffix not in TEXT_SUFFIXES:
-        raise ValueError("not an image, a text (.txt, .md) or a video")
+def as_input(path):
+    """A file as an input of the model, which opens images and videos itself. So few of them are in memory at once."""
+    if path.suffix.lower() in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
+        return path
+    if path.suffix.lower() not in TEXT_SUFFIXES:
+        raise ValueError(f"{path.name} is not an image, a text (.txt, .md) or a video")
     text = path.read_text("utf-8").strip()
     if not text:
-        raise ValueError("holds no text")
+        raise ValueError(f"{path.name} holds no text")
     return {"text": text}
 
 
-def encode(model, paths):
-    """The files that can be read and their vectors. A batch that fails is halved until the bad file is alone."""
+def attempt(path, read, *arguments):
+    """The result of `read`. If the file cannot be read, it is named, and the result is `None`."""
     try:
-        return paths, list(model.encode_document([read(path) for path in paths], convert_to_tensor=True))
-    except UNREADABLE as error:
-        if len(paths) == 1:
-            print(f"skipped {paths[0]}: {error}")
-            return [], []
-        middle = len(paths) // 2
-        (first, some), (second, others) = encode(model, paths[:middle]), encode(model, paths[middle:])
-        return first + second, some + others
+        return read(*arguments)
+    except (ImportError, OSError, ValueError) as error:  # without PyAV, videos raise an ImportError
+        # `check_input` puts the input before its error. The line names the file already.
+        print(f"skipped {path}: {error.__cause__ if str(error).startswith('Input ') else error}")
+
+
+def search(folder, query, image, model, top):
+    """Print the files that are nearest to a text, or to an image or video."""
+    item = {"text": query} if image is None else as_input(image)
+    files = {path: attempt(path, as_input, path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    nothing = f"{folder} holds no file that can be read"
+    if not any(files.values()):
+        raise ValueError(nothing)
+    model = BTokSentenceTransformer(model)
+    query = model.encode_query([item], convert_to_tensor=True)
+    processor, vision = model.transformer.processor, model.transformer.config.vision_config
+    limits = ImageLimits(processor.image_processor.size["longest_edge"], vision.patch_size)
+    # The files are checked one by one, so that a bad one does not end the encoding. Images are not kept.
+    paths = [path for path, item in files.items() if item and attempt(path, check_input, item, limits)]
+    if not paths:
+        raise ValueError(nothing)
+    vectors = model.encode_document([files[path] for path in paths], convert_to_tensor=True)
+    for hit in semantic_search(query, vectors, top_k=top)[0]:
+        print(f"{hit['score']:.3f}  {paths[hit['corpus_id']]}")
 
 
 def main():
@@ -65,17 +78,14 @@ def main():
         parser.error(f"{arguments.folder} is not a folder. Give the folder to search first, then the query.")
     if (arguments.query is None) == (arguments.image is None):
         parser.error("give a text or --image, and not both")
-
-    model = BTokSentenceTransformer(arguments.model)
-    try:
-        query = model.encode_query([arguments.query or read(arguments.image)], convert_to_tensor=True)
-    except UNREADABLE as error:
-        parser.error(f"cannot read the query {arguments.image}: {error}")
-    paths, vectors = encode(model, sorted(path for path in arguments.folder.rglob("*") if path.is_file()))
-    if not paths:
-        parser.error(f"{arguments.folder} holds no file that can be read")
-    for hit in semantic_search(query, torch.stack(vectors), top_k=arguments.top)[0]:
-        print(f"{hit['score']:.3f}  {paths[hit['corpus_id']]}")
+    if arguments.query is not None and not arguments.query.strip():
+        parser.error("the query is empty. Give a text to search for.")
+    if arguments.image is not None and not arguments.image.is_file():
+        parser.error(f"--image {arguments.image} is not a file")
+    if arguments.top < 1:
+        parser.error(f"--top must be 1 or more, got {arguments.top}")
+    with one_line_errors():
+        search(**vars(arguments))
 
 
 if __name__ == "__main__":

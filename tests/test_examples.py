@@ -8,6 +8,7 @@ from pathlib import Path
 import nbclient
 import nbformat
 import pytest
+from PIL import Image
 from sentence_transformers import SentenceTransformer
 from support import ROOT
 from support.media import image
@@ -46,12 +47,21 @@ def test_search_takes_an_image_and_names_what_it_skips(capsys, monkeypatch, tmp_
         (tmp_path / name).write_bytes(content)
     (tmp_path / "latin.txt").write_bytes("Käse".encode("latin-1"))
     (tmp_path / "long.txt").write_text("A long text. " * 5000)
+    Image.new("RGB", (400, 400)).save(tmp_path / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)
     lines = run_search(capsys, monkeypatch, tmp_path, "--image", EXAMPLES / "files" / "turtle.png")
     skipped = [line for line in lines if line.startswith("skipped ")]
-    names = ["broken.mp4", "broken.png", "empty.txt", "latin.txt", "table.csv"]
-    assert [Path(line.split(": ")[0]).name for line in skipped] == names
+    names = ["broken.mp4", "broken.png", "empty.txt", "huge.png", "latin.txt", "table.csv"]
+    assert sorted(Path(line.split(": ")[0]).name for line in skipped) == names
+    assert not any("Input" in line for line in skipped)
     hits = [line.split(maxsplit=1)[1] for line in lines if line not in skipped]
     assert hits[0].endswith("a turtle.png") and len(hits) == 4
+
+
+def test_a_text_that_looks_like_a_file_is_a_text(capsys, monkeypatch, tmp_path):
+    (tmp_path / "name.txt").write_text("tiger.png")
+    lines = run_search(capsys, monkeypatch, tmp_path, "tiger.png")
+    assert [line.split()[1] for line in lines] == [str(tmp_path / "name.txt")]
 
 
 @pytest.mark.parametrize(
@@ -59,13 +69,18 @@ def test_search_takes_an_image_and_names_what_it_skips(capsys, monkeypatch, tmp_
     [
         (["nowhere", "tiger"], "nowhere is not a folder"),
         ([EXAMPLES / "files"], "give a text or --image"),
-        ([EXAMPLES / "files", "--image", "nothing.png"], "cannot read the query nothing.png"),
+        ([EXAMPLES / "files", ""], "the query is empty"),
+        ([EXAMPLES / "files", "tiger", "--top", "0"], "--top must be 1 or more, got 0"),
+        ([EXAMPLES / "files", "--image", "nothing.png"], "--image nothing.png is not a file"),
+        # Before the model is loaded.
+        ([ROOT / "training" / "recipes", "tiger", "--model", "nope"], "recipes holds no file that can be read"),
+        ([EXAMPLES / "files", "tiger", "--model", "nope"], "error: "),
     ],
 )
 def test_search_explains_wrong_arguments(capsys, monkeypatch, arguments, message):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stop:
         run_search(capsys, monkeypatch, *arguments)
-    assert message in capsys.readouterr().err
+    assert message in f"{stop.value} {capsys.readouterr().err}"
 
 
 def test_the_notebook_runs_in_a_fresh_kernel():
@@ -84,6 +99,14 @@ def test_the_notebook_runs_in_a_fresh_kernel():
 def test_scripts_explain_themselves(script):
     run = subprocess.run([sys.executable, EXAMPLES / script, "--help"], capture_output=True, text=True, check=True)
     assert "usage:" in run.stdout and f"python examples/{script}" in run.stdout
+
+
+def test_fine_tuning_checks_the_pairs_before_it_writes(bases, tmp_path):
+    (tmp_path / "pairs.csv").write_text("question,positive\na,b\n")
+    command = [sys.executable, "examples/finetune.py", tmp_path / "pairs.csv", tmp_path / "mine"]
+    run = subprocess.run([*command, "--base", bases["qwen2_vl"]], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1 and "error: Dataset" in run.stderr and "Traceback" not in run.stderr
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("mine")] == []
 
 
 def test_the_example_fine_tunes_on_a_csv_of_texts_and_image_paths(bases, tmp_path):

@@ -142,8 +142,17 @@ def make(size, output):
         size=size, parameters=parameters, steps=args.max_steps, batch=BASE_BATCH, loss=sum(losses) / len(losses)
     )
     (folder / "README.md").write_text(card, "utf-8")
-    model[0].merged().save_pretrained(folder)  # last, because the folder counts as complete once it has weights
+    # The weights are last, because the folder counts as complete once it has them.
+    without_tokens(model[0].merged()).save_pretrained(folder)
     return folder
+
+
+def without_tokens(model):
+    """A stock model whose configuration does not name Bottleneck Tokens and remote code. The base has neither."""
+    for name in list(vars(model.config)):
+        if name.startswith("btok_") or name == "auto_map":
+            delattr(model.config, name)
+    return model
 
 
 def text_columns(part):
