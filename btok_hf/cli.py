@@ -11,7 +11,8 @@ import argparse
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -56,15 +57,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             outcome = run(**given)
         # `btok train` returns a function that runs the training. Errors of a long run keep their traceback.
         return (outcome() if callable(outcome) else outcome) or 0
-    except _UsageError as error:
+    except argparse.ArgumentError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         print("interrupted" + RESUME * (run is _run_train), file=sys.stderr)
         return 130
 
 
-class _UsageError(Exception):
-    """Arguments that are valid one by one, but not together."""
+@contextmanager
+def _named(source: str) -> Iterator[None]:
+    """Add the name of a model to an error of reading it, which transformers leaves out."""
+    try:
+        yield
+    except OSError as error:
+        if Path(source).exists() or source in str(error):
+            raise
+        raise OSError(
+            f"{source} is neither a local folder nor a readable Hub repository ({error}). Check the name and, for a "
+            "private one, your login (`hf auth login`, HF_TOKEN)."
+        ) from error
 
 
 def _command(commands: Any, name: str, run: Any, description: str, example: str) -> argparse.ArgumentParser:
@@ -116,9 +127,10 @@ def _run_add_tokens(query_prompt: str | None, document_prompt: str | None, outpu
 
     check_writable(output_dir)
     prompts = {"query": query_prompt, "document": document_prompt}
-    add_bottleneck_tokens(
-        output_dir=output_dir, prompts={name: text for name, text in prompts.items() if text}, **options
-    )
+    with _named(options["base"]):
+        add_bottleneck_tokens(
+            output_dir=output_dir, prompts={name: text for name, text in prompts.items() if text}, **options
+        )
     print(f"Written to {output_dir}")
 
 
@@ -161,17 +173,20 @@ def _run_export(
     from btok_hf.sentence_transformer import BTokSentenceTransformer
 
     if base_model and not adapter_only:
-        raise _UsageError(
+        raise argparse.ArgumentError(
+            None,
             f"--base-model needs --adapter-only, got --base-model {base_model} without it: merged weights have no "
-            "base. Add --adapter-only, or leave --base-model out."
+            "base. Add --adapter-only, or leave --base-model out.",
         )
     if Path(output_dir).resolve() == Path(checkpoint).resolve():
-        raise _UsageError(
+        raise argparse.ArgumentError(
+            None,
             f"output_dir must not be the checkpoint, got {output_dir}: training could not resume from it. Choose "
-            "another folder."
+            "another folder.",
         )
     check_writable(output_dir)
-    model = BTokSentenceTransformer(checkpoint, device="cpu")
+    with _named(checkpoint):
+        model = BTokSentenceTransformer(checkpoint, device="cpu")
     if adapter_only:
         export_adapters(model, output_dir, base_model)
     else:
@@ -274,9 +289,10 @@ def _run_mmeb(
     if not Path(data).is_dir():
         raise FileNotFoundError(f"There is no folder {data!r} with the benchmark. docs/evaluation.md downloads it.")
     check_writable(output)
-    loaded = mmeb.load_model(
-        model, revision=revision, dtype=dtype, max_pixels=max_pixels, device=str(mmeb.processes().device)
-    )
+    with _named(model):
+        loaded = mmeb.load_model(
+            model, revision=revision, dtype=dtype, max_pixels=max_pixels, device=str(mmeb.processes().device)
+        )
     _, errors = mmeb.evaluate(
         loaded, data, output, modalities=modality, name=Path(model).name, cache_dir=cache, **options
     )

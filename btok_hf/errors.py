@@ -1,5 +1,6 @@
 """Errors on the command line: one line for the user, and the traceback only on request."""
 
+import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
     """
     try:
         yield
+    except argparse.ArgumentError:
+        raise  # invalid arguments: the parser ends the process, with status 2
     except Exception as error:
         if debug:
             raise
