@@ -15,8 +15,6 @@ from btok_hf.modeling.modeling_btok import bottleneck_token_ids
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig
 
-    from btok_hf.sentence_transformer import BTokSentenceTransformer
-
 # Default target modules of LoRA: the projections of the language model.
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
@@ -69,11 +67,12 @@ def has_adapters(backbone: PreTrainedModel) -> bool:
     return bool(getattr(backbone, "_hf_peft_config_loaded", False))
 
 
-def add_adapters(model: "BTokSentenceTransformer", peft_config: "LoraConfig") -> None:
+def add_adapters(backbone: PreTrainedModel, lm_head: torch.nn.Module | None, peft_config: "LoraConfig") -> None:
     """Add LoRA adapters to the language model. The embedding rows of the Bottleneck Tokens are trained with them.
 
     Args:
-        model (`BTokSentenceTransformer`): The model to train.
+        backbone (`PreTrainedModel`): The stock backbone to train.
+        lm_head (`torch.nn.Module`, *optional*): Its untied head, which is frozen.
         peft_config (`LoraConfig`): Target modules, if unset, and trainable token indices are set in place.
 
     Raises:
@@ -92,12 +91,11 @@ def add_adapters(model: "BTokSentenceTransformer", peft_config: "LoraConfig") ->
             f"trainable_token_indices must be unset, got {peft_config.trainable_token_indices}: it is set to the "
             "Bottleneck Tokens here. Leave it out."
         )
-    module = model.transformer
-    if module.config.btok_num_tokens:
-        peft_config.trainable_token_indices = {"embed_tokens": list(bottleneck_token_ids(module.config))}
-    add_adapters_in_fp32(module.model, peft_config)
-    if module.lm_head is not None:  # PEFT froze only the backbone, which has no untied head
-        module.lm_head.requires_grad_(False)
+    if backbone.config.btok_num_tokens:
+        peft_config.trainable_token_indices = {"embed_tokens": list(bottleneck_token_ids(backbone.config))}
+    add_adapters_in_fp32(backbone, peft_config)
+    if lm_head is not None:  # PEFT froze only the backbone, which has no untied head
+        lm_head.requires_grad_(False)
 
 
 def merge_adapters(backbone: PreTrainedModel) -> PreTrainedModel:

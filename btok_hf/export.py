@@ -24,8 +24,8 @@ from btok_hf.hub_card.card import render_card
 from btok_hf.hub_names import is_hub_id
 from btok_hf.modeling import modeling_btok
 
-if TYPE_CHECKING:
-    from btok_hf.sentence_transformer import BTokSentenceTransformer
+if TYPE_CHECKING:  # BTokSentenceTransformer imports this module
+    from sentence_transformers import SentenceTransformer
 
 logger = logging.get_logger(__name__)
 
@@ -45,7 +45,7 @@ STOCK_MODULES = (
 
 
 def export_model(
-    model: "BTokSentenceTransformer",
+    model: "SentenceTransformer",
     output_dir: str | Path,
     *,
     files: Mapping[str, str | bytes] | None = None,
@@ -68,16 +68,17 @@ def export_model(
     Raises:
         OSError: `output_dir` cannot be written to, or the disk is full.
     """
-    weights = model.transformer.merged()
+    module: Any = model[0]
+    weights = module.merged()
     output_dir = write_repository(
-        output_dir, weights, model.processor, model=model, files=files, max_shard_size=max_shard_size
+        output_dir, weights, module.processor, model=model, files=files, max_shard_size=max_shard_size
     )
     _write_golden(output_dir, weights, model)
     return output_dir
 
 
 def export_adapters(
-    model: "BTokSentenceTransformer",
+    model: "SentenceTransformer",
     output_dir: str | Path,
     base_model: str | None = None,
     *,
@@ -102,7 +103,8 @@ def export_adapters(
         ValueError: No adapters, DoRA, a base that is not a Hub id, or a merged model in `output_dir`.
         OSError: `output_dir` cannot be written to, or the disk is full.
     """
-    backbone = model.transformer.model
+    module: Any = model[0]
+    backbone = module.model
     if not has_adapters(backbone):
         raise ValueError("The model has no adapters to write. Export the full model with export_model.")
     adapter_config: Any = backbone.peft_config[backbone.active_adapters()[0]]
@@ -119,7 +121,7 @@ def export_adapters(
         )
     if Path(output_dir, "config.json").exists():
         raise ValueError(f"{output_dir} contains a merged model, which loaders would prefer. Choose another folder.")
-    output_dir = write_repository(output_dir, backbone, model.processor, model=model, files=files)
+    output_dir = write_repository(output_dir, backbone, module.processor, model=model, files=files)
     path = output_dir / "adapter_config.json"
     write_json(path, {**json.loads(path.read_text("utf-8")), "base_model_name_or_path": base})
     return output_dir
@@ -130,7 +132,7 @@ def write_repository(
     weights: PreTrainedModel,
     processor: ProcessorMixin,
     *,
-    model: "BTokSentenceTransformer | None" = None,
+    model: "SentenceTransformer | None" = None,
     prompts: Mapping[str, str | None] | None = None,
     files: Mapping[str, str | bytes] | None = None,
     max_shard_size: str = "50GB",
@@ -184,7 +186,7 @@ def write_repository(
     return output_dir
 
 
-def _write_golden(output_dir: Path, weights: modeling_btok.StockModel, model: "BTokSentenceTransformer") -> None:
+def _write_golden(output_dir: Path, weights: modeling_btok.StockModel, model: "SentenceTransformer") -> None:
     """Write the golden vectors of the weights in memory. `btok_hf.verify` compares the written files with them.
 
     They are computed in fp32 on the CPU, for any precision and device of the weights. The weights are copied into a
@@ -193,6 +195,7 @@ def _write_golden(output_dir: Path, weights: modeling_btok.StockModel, model: "B
     """
     backbone = type(weights.model)(weights.config).float().eval()
     backbone.load_state_dict(weights.model.state_dict())
+    module: Any = model[0]
     inputs = golden.golden_inputs(model.prompts)
     embeddings = []
     # Golden inputs are never truncated: their vectors do not depend on the model's max_seq_length.
@@ -201,7 +204,7 @@ def _write_golden(output_dir: Path, weights: modeling_btok.StockModel, model: "B
         with torch.no_grad():
             for item, prompt_name in inputs.values():
                 prompt = None if prompt_name is None else model.prompts[prompt_name]
-                features = model.transformer.preprocess([item], prompt=prompt)
+                features = module.preprocess([item], prompt=prompt)
                 features = {key: _to_cpu(value) for key, value in features.items()}
                 embeddings.append(condense(backbone, features).embeddings[0].numpy())
     finally:
@@ -222,7 +225,7 @@ def _to_cpu(value: Any) -> Any:
 def _write_sentence_transformers_files(
     output_dir: Path,
     config: PreTrainedConfig,
-    model: "BTokSentenceTransformer | None",
+    model: "SentenceTransformer | None",
     prompts: Mapping[str, str | None] | None,
 ) -> None:
     """Write a pipeline of stock modules. Word weights of 1 for Bottleneck Tokens and 0 for all other tokens make the

@@ -27,10 +27,8 @@ from btok_hf.hub_card.examples import evaluation_name, hardware, measured_exampl
 from btok_hf.hub_names import HUB_TOKEN
 
 if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformerTrainer
     from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
-
-    from btok_hf.training.condensation_config import CondensationConfig
-    from btok_hf.training.condensation_trainer import CondensationTrainer
 
 LOSSES = ("loss", "infonce", "condensation")
 PACKAGES = ("btok-hf", "torch", "transformers", "sentence-transformers", "datasets", "peft")
@@ -47,7 +45,7 @@ HIDDEN = re.compile(
 
 
 def card_files(
-    trainer: "CondensationTrainer",
+    trainer: "SentenceTransformerTrainer",
     arguments: CardArguments | None = None,
     *,
     sources: Mapping[str, str] | None = None,
@@ -84,7 +82,9 @@ def card_files(
         ValueError: Metrics without an evaluator or an evaluator without metrics, an ablation that lacks metrics,
             licences of unknown datasets, or an `eval_task` for data that is not on the Hub.
     """
-    model, args = trainer.model, trainer.args
+    # A BTokSentenceTransformer and a CondensationConfig: naming them here would import what imports this module.
+    model: Any = trainer.model
+    args: Any = trainer.args
     arguments = arguments or CardArguments()
     _check_metrics(evaluator, before, after, ablation)
     data = _data(trainer.train_dataset, sources or {}, evaluator, eval_source, arguments)
@@ -250,9 +250,11 @@ def loss_curves(log_history: Sequence[Mapping[str, Any]]) -> bytes | None:
     return content.getvalue()
 
 
-def _measured(trainer: "CondensationTrainer") -> list[tuple[str, Any]]:
+def _measured(trainer: "SentenceTransformerTrainer") -> list[tuple[str, Any]]:
     """Rows of the table of the run: (name, value)."""
-    model, args, state = trainer.model, trainer.args, trainer.state
+    model: Any = trainer.model
+    args: Any = trainer.args
+    state = trainer.state
     logs = [log for log in state.log_history if "loss" in log]
     rows: list[tuple[str, Any]] = [
         ("steps", f"{state.global_step:,} ({state.epoch:.2f} epochs)"),
@@ -279,7 +281,7 @@ def _measured(trainer: "CondensationTrainer") -> list[tuple[str, Any]]:
     return rows
 
 
-def _arguments(args: "CondensationConfig") -> str:
+def _arguments(args: Any) -> str:
     """The arguments that affect the weights, as YAML for `--config`."""
     plain = {field.name: field.default for field in dataclasses.fields(transformers.TrainingArguments)}
     values = json.loads(json.dumps(args.to_dict(), default=str))
@@ -293,7 +295,7 @@ def _arguments(args: "CondensationConfig") -> str:
     return yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True, width=100).rstrip()
 
 
-def _command(words: list[str], args: "CondensationConfig") -> str:
+def _command(words: list[str], args: Any) -> str:
     """The shell command of the run, without tokens and with `$HOME` for the home directory."""
     launcher = (
         ["python"] if args.world_size == 1 else ["accelerate", "launch", "--num_processes", str(args.world_size)]

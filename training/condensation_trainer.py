@@ -88,7 +88,7 @@ class CondensationTrainer(SentenceTransformerTrainer):
         if kwargs.get("loss") is not None and not isinstance(kwargs["loss"], CondensationLoss):
             raise ValueError(f"loss must be a CondensationLoss, got {type(kwargs['loss']).__name__}.")
         if peft_config is not None:
-            add_adapters(model, peft_config)
+            add_adapters(model.transformer.model, model.transformer.lm_head, peft_config)
         elif any(p.requires_grad and p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
             logger.warning(
                 "The trained weights have half precision, which rounds most optimizer steps to zero. Load the model "

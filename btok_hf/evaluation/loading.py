@@ -9,13 +9,13 @@ import logging
 import os
 import reprlib
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from btok_hf.evaluation.readers import READERS, Pool, Row, query_text
-from btok_hf.evaluation.tasks import TASKS, Query, Task, TaskInfo, TaskInput
+from btok_hf.evaluation.tasks import MEDIA, TASKS, Media, Query, Task, TaskInfo, TaskInput, holds
 from btok_hf.media import read_frames, read_image
 
 if TYPE_CHECKING:
@@ -33,17 +33,6 @@ ROWS = {
     ),
     "video": ("video-tasks/data/{data}",),
     "visdoc": ("visdoc-tasks/data/{data}/{subset}/{split}-*.parquet",),
-}
-MEDIA = {
-    "image": ("image-tasks/MMEB", "image-tasks", "image-tasks/mmeb_v1/MMEB"),
-    "video": (
-        "video-tasks/frames/{level}/{media}",
-        "video-tasks/frames/{media}",
-        "video-tasks/frames/{level}/{level}/{media}",
-        "video-tasks/frames/{level}/data/ziyan/video_retrieval/{media}/frames",
-        "video-tasks/frames/data/ziyan/video_retrieval/{media}/frames",
-    ),
-    "visdoc": ("visdoc-tasks/images/{media}", "visdoc-tasks/{media}"),
 }
 DOWNLOADS = {
     "image": "{repo} --repo-type dataset --local-dir {root}/image-query",
@@ -100,7 +89,7 @@ def load_task(name: str, root: Path | str, limit: int | None = None) -> Task:
     home = root / f"{info.modality}-tasks"
     if not home.is_dir():
         raise FileNotFoundError(
-            f"{name}: there is no folder {home}; {_holds(home)}. The root must be the folder of TIGER-Lab/MMEB-V2, "
+            f"{name}: there is no folder {home}; {holds(home)}. The root must be the folder of TIGER-Lab/MMEB-V2, "
             "with image-tasks, video-tasks and visdoc-tasks in it."
         )
     load = _load_pages if info.modality == "visdoc" else _load_rows
@@ -238,53 +227,6 @@ def _write_pages(
             part.replace(path)
 
 
-class Media:
-    """Finds the images and folders of frames of a dataset.
-
-    Releases differ in where their archives unpack to. The first folder that holds the first path is used for all.
-
-    Args:
-        info (`TaskInfo`): The dataset.
-        root (`Path`): Folder of the benchmark.
-    """
-
-    def __init__(self, info: TaskInfo, root: Path) -> None:
-        level = f"video_{info.meta_task[2:].lower()}"
-        names = [(pattern, media) for pattern in MEDIA[info.modality] for media in info.media.split("|")]
-        self.folders = [root / pattern.format(level=level, media=media) for pattern, media in names]
-        self.found: dict[str, str] = {}
-
-    def image(self, path: str) -> str:
-        """Path of an image."""
-        return self._find(path, Path.is_file)
-
-    def frames(self, path: str) -> str:
-        """Path of a folder of frames that is not empty."""
-        return self._find(path, lambda folder: folder.is_dir() and any(folder.iterdir()))
-
-    def _find(self, path: str, exists: Callable[[Path], bool]) -> str:
-        path = str(path)
-        if path not in self.found:
-            folder = next((folder for folder in self.folders if path and exists(folder / path)), None)
-            if folder is None:
-                looked = ", ".join(str(folder / path) for folder in self.folders)
-                raise FileNotFoundError(
-                    f"{path!r} is missing or empty. Looked for {looked}; {_holds(self.folders[0] / path)}. Unpack "
-                    "the archives of TIGER-Lab/MMEB-V2: see btok_hf/evaluation/tasks.py."
-                )
-            self.folders = [folder]
-            self.found[path] = str(folder / path)
-        return self.found[path]
-
-
-def _holds(path: Path) -> str:
-    """The nearest existing folder of a path, and what it holds."""
-    while not path.is_dir():
-        path = path.parent
-    names = sorted(entry.name for entry in path.iterdir())
-    return f"{path} holds {', '.join(names[:8]) or 'nothing'}{', …' if names[8:] else ''}"
-
-
 @cache
 def _labels() -> dict[str, list[str]]:
     """Classes of each dataset of video classification, sorted. All classes are candidates."""
@@ -297,7 +239,7 @@ def _records(info: TaskInfo, root: Path, subset: str, columns: list[str]) -> tup
     subsets = subset.split()
     if files and files[0].suffix != ".parquet":
         if absent := sorted(set(subsets) - {file.stem for file in files} if len(subsets) > 1 else ()):
-            raise FileNotFoundError(f"{info.name}: no {absent[0]}{files[0].suffix}; {_holds(files[0].parent)}.")
+            raise FileNotFoundError(f"{info.name}: no {absent[0]}{files[0].suffix}; {holds(files[0].parent)}.")
         records = [{"subset": file.stem, **row} for file in files for row in _read_json(info, file)]
         where = str(files[0] if len(files) == 1 else files[0].parent)
         _check_columns(info, where, columns, records[0] if records else columns)
@@ -343,7 +285,7 @@ def _from_hub(info: TaskInfo, root: Path, subset: str | None) -> "pa.Table":
     except (OSError, ValueError, DatasetsError) as error:
         download = DOWNLOADS[info.modality].format(root=root, **info._asdict())
         raise FileNotFoundError(
-            f"{info.name}: no rows. Looked for {', '.join(map(str, places))}; {_holds(places[0])}. {info.repo} on the "
+            f"{info.name}: no rows. Looked for {', '.join(map(str, places))}; {holds(places[0])}. {info.repo} on the "
             f"Hub cannot be read ({error}). Get them where there is a network: hf download {download}"
         ) from error
 

@@ -4,7 +4,7 @@ Texts are those of the public evaluation code (github TIGER-AI-Lab/VLM2Vec), apa
 part of the text, followed by a line break or a space. Here the chat template puts it before the text. So a text starts
 at its first word and ends as in the original, line breaks included (as in the training data).
 
-A reader takes the dataset's `TaskInfo`, a row, `loading.Media`, which finds media, and the pool of candidates by name.
+A reader takes the dataset's `TaskInfo`, a row, `Media`, which finds media, and the pool of candidates by name.
 It adds new candidates to the pool. It returns the query's input, the names of its candidates, and the names of the
 right ones. To find files or check rows, see `loading.py`.
 """
@@ -12,12 +12,9 @@ right ones. To find files or check rows, see `loading.py`.
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from string import ascii_uppercase
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from btok_hf.evaluation.tasks import TaskInfo, TaskInput
-
-if TYPE_CHECKING:  # loading imports this module
-    from btok_hf.evaluation.loading import Media
+from btok_hf.evaluation.tasks import Media, TaskInfo, TaskInput
 
 Row = dict[str, Any]
 Pool = dict[str, TaskInput]
@@ -26,7 +23,7 @@ Read = tuple[TaskInput, list[str], list[str]]  # input, names of the candidates,
 PLACEHOLDER = "<|image_1|>"
 
 
-def _image_to_text(info: TaskInfo, row: Row, media: "Media", pool: Pool) -> Read:
+def _image_to_text(info: TaskInfo, row: Row, media: Media, pool: Pool) -> Read:
     """An image (with a question, or without); candidates are classes, answers or captions."""
     instruction = row["qry_inst"].replace(PLACEHOLDER, "")
     if info.layout == "image_question":
@@ -37,7 +34,7 @@ def _image_to_text(info: TaskInfo, row: Row, media: "Media", pool: Pool) -> Read
     return item, row["tgt_text"], row["tgt_text"][:1]
 
 
-def _text_to_image(info: TaskInfo, row: Row, media: "Media", pool: Pool) -> Read:
+def _text_to_image(info: TaskInfo, row: Row, media: Media, pool: Pool) -> Read:
     """A text; candidates are images. The instructions of WebQA and EDIS mention an image that queries do not have."""
     text = query_text(row["qry_inst"].replace(PLACEHOLDER, ""), row["qry_text"]).lstrip() + "\n"
     if info.name == "VisDial":
@@ -46,7 +43,7 @@ def _text_to_image(info: TaskInfo, row: Row, media: "Media", pool: Pool) -> Read
     return {"text": text}, *_images(row, names, media, pool, end="\n")
 
 
-def _image_to_image(info: TaskInfo, row: Row, media: "Media", pool: Pool) -> Read:
+def _image_to_image(info: TaskInfo, row: Row, media: Media, pool: Pool) -> Read:
     """An image and a text; candidates are images, or parts of the query's image."""
     text = _image_text(row["qry_inst"].replace(PLACEHOLDER, "").strip(), row["qry_text"])
     # A dataset may ask for several objects of one image, so the caption is a part of the name.
@@ -54,7 +51,7 @@ def _image_to_image(info: TaskInfo, row: Row, media: "Media", pool: Pool) -> Rea
     return {"image": media.image(row["qry_img_path"]), "text": text}, *_images(row, names, media, pool, end="")
 
 
-def _images(row: Row, names: list[str], media: "Media", pool: Pool, end: str) -> tuple[list[str], list[str]]:
+def _images(row: Row, names: list[str], media: Media, pool: Pool, end: str) -> tuple[list[str], list[str]]:
     """Candidates with an image. Without captions, their text is the instruction followed by `end`."""
     paths, captions = row["tgt_img_path"], row["tgt_text"]
     if len(paths) != len(captions):
@@ -73,7 +70,7 @@ def _image_text(instruction: str, text: str = "", end: str = "\n") -> str:
     return joined.replace(" \n", "\n").lstrip() + end
 
 
-def _video_class(info: TaskInfo, row: Row, media: "Media", pool: Pool) -> Read:
+def _video_class(info: TaskInfo, row: Row, media: Media, pool: Pool) -> Read:
     label = row["pos_text"]
     names = row["neg_text"] if info.layout == "video_options" else [label]
     for name in names:
@@ -81,7 +78,7 @@ def _video_class(info: TaskInfo, row: Row, media: "Media", pool: Pool) -> Read:
     return {"video": media.frames(row["video_id"]), "text": info.query_instruction}, names, [label]
 
 
-def _video_retrieval(info: TaskInfo, row: Row, media: "Media", pool: Pool) -> Read:
+def _video_retrieval(info: TaskInfo, row: Row, media: Media, pool: Pool) -> Read:
     column, caption = info.columns.split()
     name, caption = str(row[column]), row[caption]
     if column == "video":  # the path of a file
@@ -93,7 +90,7 @@ def _video_retrieval(info: TaskInfo, row: Row, media: "Media", pool: Pool) -> Re
     return {"text": query_text(info.query_instruction, caption)}, [name], [name]
 
 
-def _moment_retrieval(info: TaskInfo, row: Row, media: "Media", pool: Pool) -> Read:
+def _moment_retrieval(info: TaskInfo, row: Row, media: Media, pool: Pool) -> Read:
     """A text and a video; candidates are its clips, in folders beside that of the full video, `query`."""
     video = Path(row["video_path"]).stem
     item: TaskInput = {
@@ -107,7 +104,7 @@ def _moment_retrieval(info: TaskInfo, row: Row, media: "Media", pool: Pool) -> R
     return item, names, [f"{video}/{folder.name}" for folder in folders if folder.name.startswith("positive")]
 
 
-def _moment_seeker(info: TaskInfo, row: Row, media: "Media", pool: Pool) -> Read:
+def _moment_seeker(info: TaskInfo, row: Row, media: Media, pool: Pool) -> Read:
     """A text, alone or with an image or a video segment; candidates are clips. Each kind has its own instruction."""
     alone, with_image, with_video = info.query_instruction.split("|")
     asked = row["input_frames"] or ""
@@ -131,7 +128,7 @@ def _clip(path: str) -> str:
     return "video_frames/" + path.split(".mp4")[0].replace("/", "_")
 
 
-def _video_question(info: TaskInfo, row: Row, media: "Media", pool: Pool) -> Read:
+def _video_question(info: TaskInfo, row: Row, media: Media, pool: Pool) -> Read:
     video, text, options, right = QUESTIONS[info.name](row)
     for name, option in options.items():
         pool.setdefault(name, {"text": option})
@@ -145,7 +142,7 @@ def query_text(instruction: str, text: Any) -> str:
     return f"{instruction} {text}"
 
 
-READERS: dict[str, Callable[[TaskInfo, Row, "Media", Pool], Read]] = {
+READERS: dict[str, Callable[[TaskInfo, Row, Media, Pool], Read]] = {
     "image_to_label": _image_to_text,
     "image_question": _image_to_text,
     "text_to_image": _text_to_image,

@@ -17,7 +17,7 @@ read from its repository on the Hub. Missing pages are written from the corpus, 
 """
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -125,3 +125,63 @@ def _table() -> Iterator[TaskInfo]:
 
 
 TASKS = {info.name: info for info in _table()}
+
+# Below the root, in order of preference.
+MEDIA = {
+    "image": ("image-tasks/MMEB", "image-tasks", "image-tasks/mmeb_v1/MMEB"),
+    "video": (
+        "video-tasks/frames/{level}/{media}",
+        "video-tasks/frames/{media}",
+        "video-tasks/frames/{level}/{level}/{media}",
+        "video-tasks/frames/{level}/data/ziyan/video_retrieval/{media}/frames",
+        "video-tasks/frames/data/ziyan/video_retrieval/{media}/frames",
+    ),
+    "visdoc": ("visdoc-tasks/images/{media}", "visdoc-tasks/{media}"),
+}
+
+
+class Media:
+    """Finds the images and folders of frames of a dataset.
+
+    Releases differ in where their archives unpack to. The first folder that holds the first path is used for all.
+
+    Args:
+        info (`TaskInfo`): The dataset.
+        root (`Path`): Folder of the benchmark.
+    """
+
+    def __init__(self, info: TaskInfo, root: Path) -> None:
+        level = f"video_{info.meta_task[2:].lower()}"
+        names = [(pattern, media) for pattern in MEDIA[info.modality] for media in info.media.split("|")]
+        self.folders = [root / pattern.format(level=level, media=media) for pattern, media in names]
+        self.found: dict[str, str] = {}
+
+    def image(self, path: str) -> str:
+        """Path of an image."""
+        return self._find(path, Path.is_file)
+
+    def frames(self, path: str) -> str:
+        """Path of a folder of frames that is not empty."""
+        return self._find(path, lambda folder: folder.is_dir() and any(folder.iterdir()))
+
+    def _find(self, path: str, exists: Callable[[Path], bool]) -> str:
+        path = str(path)
+        if path not in self.found:
+            folder = next((folder for folder in self.folders if path and exists(folder / path)), None)
+            if folder is None:
+                looked = ", ".join(str(folder / path) for folder in self.folders)
+                raise FileNotFoundError(
+                    f"{path!r} is missing or empty. Looked for {looked}; {holds(self.folders[0] / path)}. Unpack "
+                    "the archives of TIGER-Lab/MMEB-V2: see btok_hf/evaluation/tasks.py."
+                )
+            self.folders = [folder]
+            self.found[path] = str(folder / path)
+        return self.found[path]
+
+
+def holds(path: Path) -> str:
+    """The nearest existing folder of a path, and what it holds."""
+    while not path.is_dir():
+        path = path.parent
+    names = sorted(entry.name for entry in path.iterdir())
+    return f"{path} holds {', '.join(names[:8]) or 'nothing'}{', …' if names[8:] else ''}"

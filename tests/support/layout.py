@@ -20,7 +20,7 @@ def modules(root):
 
 
 def imports(root):
-    """The modules that each module imports, those inside functions too; blocks for type checkers do not count."""
+    """The modules that each module imports, also inside functions and for type checkers (not in faces of packages)."""
     files = modules(root)
     trees = {name: ast.parse(path.read_text("utf-8")) for name, path in files.items()}
     lazy = {name: _lazy_imports(tree) for name, tree in trees.items()}
@@ -28,7 +28,7 @@ def imports(root):
     for name, tree in trees.items():
         package = name if files[name].name == "__init__.py" else name.rpartition(".")[0]
         graph[name] = set()
-        for node in _nodes(tree):
+        for node in _nodes(tree, for_types=files[name].name != "__init__.py"):
             if isinstance(node, ast.Import):
                 graph[name] |= {alias.name for alias in node.names if alias.name in files}
             elif isinstance(node, ast.ImportFrom):
@@ -42,11 +42,11 @@ def imports(root):
     return graph
 
 
-def _nodes(tree):
+def _nodes(tree, for_types):
     for node in ast.iter_child_nodes(tree):
-        if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
+        if for_types or not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
             yield node
-            yield from _nodes(node)
+            yield from _nodes(node, for_types)
 
 
 def _lazy_imports(tree):
