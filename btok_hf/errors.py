@@ -27,7 +27,7 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
             raise
         # An OSError of this library has its sentence as strerror; as a text it would begin with a number.
         text = " ".join(str(getattr(error, "strerror", None) or error).split())
-        if isinstance(error, OSError) and error.filename and error.filename not in text:
+        if isinstance(error, OSError) and error.filename and str(error.filename) not in text:
             text += f": {error.filename!r}"
         if not isinstance(error, EXPECTED):
             text = f"{type(error).__name__}: {text} (`btok --debug COMMAND …` shows where)"

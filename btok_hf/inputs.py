@@ -185,7 +185,10 @@ def _read_video(video: Any, limits: ImageLimits) -> Any:
     elif isinstance(video, Mapping) and "array" in video:
         frames = frames_as_rgb(video["array"])
         metadata = video.get("video_metadata")
-        video = video_input(frames, 2.0) if metadata is None else {**video, "array": frames}
+        if metadata is None or len(frames) != len(video["array"]):  # no metadata, or those of a single frame
+            video = video_input(frames, 2.0)
+        else:
+            video = {**video, "array": frames}
     elif isinstance(video, (list, tuple, *Array)):
         # Frames alone have no rate. At 2 per second processors keep all of them.
         video = video_input(frames_as_rgb(video), 2.0)

@@ -220,10 +220,12 @@ def test_a_video_of_one_frame_is_embedded_by_every_backbone(repos):
     for repo in repos.values():
         model = BTokSentenceTransformer(repo, device="cpu")
         twice = model.encode([{"video": np.stack([frame, frame])}])
-        for one in ({"video": [frame]}, frame[None], {"video": pictures.MEDIA / "n1.mp4"}):
+        with_metadata = {"video": video_input(frame[None], 2.0)}
+        for one in ({"video": [frame]}, frame[None], with_metadata, {"video": pictures.MEDIA / "n1.mp4"}):
             vector = model.encode([one])
             assert np.isfinite(vector).all() and vector.any()
-        assert np.abs(model.encode([frame[None]]) - twice).max() <= TOLERANCE
+        for one in (frame[None], with_metadata):
+            assert np.abs(model.encode([one]) - twice).max() <= TOLERANCE
 
 
 # ---------------------------------------------------------------- refused by name
