@@ -5,11 +5,14 @@ only the `train` extra installs it.
 """
 
 import copy
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
 
+from btok_hf.hub_names import is_hub_id
 from btok_hf.modeling.modeling_btok import bottleneck_token_ids
 
 if TYPE_CHECKING:
@@ -17,6 +20,21 @@ if TYPE_CHECKING:
 
 # Default target modules of LoRA: the projections of the language model.
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+# Options of LoRA that train what a merge leaves out, or that merge only for some inputs.
+NOT_MERGED = (
+    "lora_bias",
+    "layer_replication",
+    "target_parameters",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "velora_config",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
+)
+# Initialisations that change the base weights, which a checkpoint of adapters does not hold.
+KEEPS_BASE = (True, False, "gaussian", "orthogonal")
 
 
 def add_adapters_in_fp32(backbone: PreTrainedModel, peft_config: "PeftConfig") -> None:
@@ -76,8 +94,10 @@ def add_adapters(backbone: PreTrainedModel, lm_head: torch.nn.Module | None, pef
         peft_config (`LoraConfig`): Target modules, if unset, and trainable token indices are set in place.
 
     Raises:
-        ValueError: `lora_dropout` above 0, or `trainable_token_indices` set in `peft_config`.
+        ValueError: `lora_dropout` above 0, `trainable_token_indices` set in `peft_config`, another kind of adapters
+            than LoRA, or an option of LoRA that could not be exported.
     """
+    _check_exportable(peft_config)
     if peft_config.lora_dropout > 0:
         raise ValueError(
             f"lora_dropout must be 0, got {peft_config.lora_dropout}: GradCache embeds each row twice and replays the "
@@ -98,25 +118,147 @@ def add_adapters(backbone: PreTrainedModel, lm_head: torch.nn.Module | None, pef
         lm_head.requires_grad_(False)
 
 
-def merge_adapters(backbone: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a transformers model with its PEFT adapters merged into the weights."""
+def adapter_config(backbone: PreTrainedModel) -> Any:
+    """The PEFT configuration of a transformers model with adapters."""
+    return backbone.peft_config[backbone.active_adapters()[0]]
+
+
+def _check_exportable(peft_config: "LoraConfig") -> None:
+    """Refuse adapters that could be trained and then not be published as they are."""
+    if getattr(peft_config.peft_type, "value", peft_config.peft_type) != "LORA":
+        raise ValueError(
+            f"peft_config must be a LoraConfig, got {type(peft_config).__name__}: other adapters have not been shown "
+            "to give the same vectors once merged. Use peft.LoraConfig, or train without peft_config."
+        )
+    options = [name for name in NOT_MERGED if getattr(peft_config, name, None)]
+    if peft_config.bias != "none":
+        options.append("bias")
+    if options:
+        given = ", ".join(f"{name}={getattr(peft_config, name)!r}" for name in options)
+        raise ValueError(
+            f"LoRA with {given} cannot be exported: merging leaves out what it trains, and loaders would give other "
+            f"vectors. Leave {' and '.join(options)} out."
+        )
+    if peft_config.init_lora_weights not in KEEPS_BASE:
+        raise ValueError(
+            f"init_lora_weights={peft_config.init_lora_weights!r} changes the base weights, which checkpoints of "
+            f"adapters do not hold. Use one of {', '.join(map(repr, KEEPS_BASE))}."
+        )
+
+
+class MergedTensors(Mapping[str, torch.Tensor]):
+    """The tensors of a transformers model as they are without adapters: merged where there are adapters.
+
+    A merged tensor is computed on the CPU when it is read, from a copy of its own layer, and is not kept. So a model
+    can be written with little more memory than the model needs, and is not changed. All other tensors are the model's.
+
+    Args:
+        backbone (`PreTrainedModel`): A stock backbone, with or without adapters.
+        lm_head (`torch.nn.Linear`, *optional*): Head of an untied model.
+
+    The names are those of the stock `…ForConditionalGeneration`.
+    """
+
+    def __init__(self, backbone: PreTrainedModel, lm_head: torch.nn.Module | None = None) -> None:
+        self._layers = {f"model.{name}": layer for name, layer in _adapted_layers(backbone).items()}
+        self._tensors = {
+            f"model.{name}": tensor
+            for name, tensor in backbone.state_dict().items()
+            if self._owner(f"model.{name}") is None
+        }
+        for name, layer in self._layers.items():
+            self._tensors |= {f"{name}.{key}": tensor for key, tensor in _plain_layer(layer).state_dict().items()}
+        if lm_head is not None:
+            self._tensors |= {f"lm_head.{key}": tensor for key, tensor in lm_head.state_dict().items()}
+
+    def _owner(self, name: str) -> str | None:
+        """The adapted layer that a tensor belongs to."""
+        return next((layer for layer in self._layers if name.startswith(layer + ".")), None)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def empty(self, name: str) -> torch.Tensor:
+        """A tensor of the same shape and dtype on the meta device."""
+        return torch.empty_like(self._tensors[name], device="meta")
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        plain = self._tensors[name]
+        owner = self._owner(name)
+        if owner is None:
+            return plain
+        key = name.removeprefix(owner + ".")
+        return _merged_layer(self._layers[owner]).state_dict()[key].to("cpu", plain.dtype)
+
+
+def _adapted_layers(backbone: PreTrainedModel) -> dict[str, torch.nn.Module]:
+    """The layers that PEFT replaced, by their names in the model without adapters."""
+    if not has_adapters(backbone):
+        return {}
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    merged = copy.deepcopy(backbone)
-    # The wrapper of the trained token rows contains another tuner layer. Only the outer one is merged.
-    layers: list[tuple[str, Any]]
-    layers = [(name, x) for name, x in merged.named_modules() if isinstance(x, AuxiliaryTrainingWrapper)]
-    inside = tuple(name + "." for name, _ in layers)
-    layers += [
-        (name, layer)
-        for name, layer in merged.named_modules()
-        if isinstance(layer, BaseTunerLayer) and not name.startswith(inside)
-    ]
-    for name, layer in layers:
-        tuner = layer.token_adapter if isinstance(layer, AuxiliaryTrainingWrapper) else layer
-        tuner.merge(safe_merge=True)
-        parent, _, attribute = name.rpartition(".")
-        setattr(merged.get_submodule(parent), attribute, tuner.get_base_layer())
-    merged._hf_peft_config_loaded = False
-    return merged
+    found: dict[str, torch.nn.Module] = {}
+    for name, module in backbone.named_modules():  # parents first
+        inside = any(name.startswith(outer + ".") for outer in found)
+        # The wrapper of the trained token rows contains another tuner layer. Only the outer one counts.
+        if isinstance(module, (AuxiliaryTrainingWrapper, BaseTunerLayer)) and not inside:
+            found[name] = module
+    return found
+
+
+def _plain_layer(layer: Any) -> torch.nn.Module:
+    """The layer that PEFT replaced, as it was before training."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    if isinstance(layer, ModulesToSaveWrapper):
+        return layer.original_module
+    return getattr(layer, "token_adapter", layer).get_base_layer()
+
+
+def _merged_layer(layer: Any) -> torch.nn.Module:
+    """A copy of a layer on the CPU, merged with its adapter."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    if isinstance(layer, ModulesToSaveWrapper):  # a trained copy of the layer: nothing to merge
+        return layer.modules_to_save[layer.active_adapters[0]]
+    copied = copy.deepcopy(layer).to("cpu")
+    tuner = getattr(copied, "token_adapter", copied)
+    tuner.merge(safe_merge=True)
+    return tuner.get_base_layer()
+
+
+def find_base(adapters: str, base: str) -> str:
+    """The folder or Hub id of the base model of adapters.
+
+    The path in `adapter_config.json` may be relative to the folder that training ran in, or the run may have been
+    moved. Then the base is looked for beside the adapters: in the folder that contains them, and in those above it.
+
+    Args:
+        adapters (`str`): Folder or Hub id of the adapters.
+        base (`str`): Base model as their configuration names it.
+
+    Returns:
+        `str`
+
+    Raises:
+        FileNotFoundError: The base is a folder and is in none of these places.
+    """
+    path = Path(base)
+    if is_hub_id(base) or Path(path, "config.json").is_file():
+        return base
+    tried = [base]
+    for above in Path(adapters).resolve().parents[:3]:
+        # runs/a/start, recorded in full or from the working directory, lies beside runs/a/checkpoint-100.
+        for place in dict.fromkeys((above / path, above / path.name)):
+            if Path(place, "config.json").is_file():
+                return str(place)
+            tried.append(str(place))
+    raise FileNotFoundError(
+        f"The adapters in {adapters} belong to the base model {base!r}, which is in none of these places: "
+        f"{', '.join(dict.fromkeys(tried))}. Put the base model (of a run of `btok train`: its folder start) beside "
+        "the checkpoint, or write its path into base_model_name_or_path of adapter_config.json."
+    )

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoProcessor, ProcessorMixin
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from btok_hf.export import stock_model, untied_head, write_repository
+from btok_hf.export import untied_head, write_repository
 from btok_hf.modeling.modeling_btok import StockModel, load_stock_model, stock_class
 
 REQUIRED_TOKENS = (
@@ -137,10 +137,14 @@ def add_bottleneck_tokens(
     # placeholders, the processor raises an error. Both places are set, because save_pretrained compares them.
     tokenizer.truncation_side = tokenizer.init_kwargs["truncation_side"] = "left"
     _set_pixels(processor, min_pixels, max_pixels)
-    # A new model around the same tensors: the loaded one would be saved in the layout that it was read from, and stock
-    # AutoModel leaves the vision tower of one layout randomly initialised.
-    model = stock_model(model.model, untied_head(model), model.generation_config)
-    return write_repository(output_dir, model, processor, prompts=prompts)
+    return write_repository(
+        output_dir,
+        model.model,
+        processor,
+        lm_head=untied_head(model),
+        generation_config=model.generation_config,
+        prompts=prompts,
+    )
 
 
 def _check_base(base: str | Path, processor: ProcessorMixin, known: Collection[str]) -> None:

@@ -160,9 +160,7 @@ def _export(commands: Any) -> None:
     parser.add_argument("output_dir", help="folder to write")
     parser.add_argument("--adapter-only", action="store_true", help="write the adapters without merging them")
     parser.add_argument("--base-model", help="with --adapter-only: Hub id of the base that the adapters belong to")
-    parser.add_argument(
-        "--max-shard-size", default="50GB", help="maximum size of a weight file (default: %(default)s)"
-    )
+    parser.add_argument("--max-shard-size", default="5GB", help="maximum size of a weight file (default: %(default)s)")
 
 
 def _run_export(

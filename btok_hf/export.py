@@ -4,25 +4,27 @@ All repositories are written here. Golden vectors come last, so that an export w
 in `hub_card/`, the golden vectors are in `btok_hf/golden.py`, and the upload is in `btok_hf/hub.py`.
 """
 
+import copy
 import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import transformers
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
 from btok_hf import golden
-from btok_hf.adapters import has_adapters
+from btok_hf.adapters import MergedTensors, adapter_config, has_adapters
 from btok_hf.condensation import condense
 from btok_hf.files import check_writable, explain_full_disk, write_files, write_json
 from btok_hf.hub_card.card import render_card
 from btok_hf.hub_names import is_hub_id
 from btok_hf.modeling import modeling_btok
+from btok_hf.weights import MAX_SHARD_SIZE, compute_in_fp32, names_on_disk, plan_shards, write_weights
 
 if TYPE_CHECKING:  # BTokSentenceTransformer imports this module
     from sentence_transformers import SentenceTransformer
@@ -34,6 +36,14 @@ REQUIREMENTS = {
     "transformers": {
         "specifier": ">=5.17,<6",
         "reason": "older releases miss parts of the Qwen-VL processors and loading checks that the embeddings rely on",
+    }
+}
+# No release of PEFT fulfils it, so that stock loaders refuse with the reason.
+NO_DORA = {
+    "peft": {
+        "specifier": "<0",
+        "reason": "These are adapters with DoRA, whose magnitudes stock loaders ignore (transformers 5.23). Load them "
+        "with btok_hf.BTokSentenceTransformer, and publish the merged model of btok_hf.export_model.",
     }
 }
 STOCK_MODULES = (
@@ -49,11 +59,12 @@ def export_model(
     output_dir: str | Path,
     *,
     files: Mapping[str, str | bytes] | None = None,
-    max_shard_size: str = "50GB",
+    max_shard_size: str = MAX_SHARD_SIZE,
 ) -> Path:
     """Write a trained model as a Hub repository that stock loaders read, with golden vectors to verify it.
 
-    LoRA adapters are merged into a copy of the weights. `model` is not changed and can be trained further.
+    LoRA adapters are merged layer by layer, on the CPU. `model` is not changed and can be trained further. Beside it,
+    an export needs memory for one shard of merged weights, or for the embedding matrix in fp32 if that is larger.
 
     Args:
         model (`BTokSentenceTransformer`): The model to publish.
@@ -67,13 +78,20 @@ def export_model(
 
     Raises:
         OSError: `output_dir` cannot be written to, or the disk is full.
+        ValueError: `max_shard_size` is not a size.
     """
     module: Any = model[0]
-    weights = module.merged()
     output_dir = write_repository(
-        output_dir, weights, module.processor, model=model, files=files, max_shard_size=max_shard_size
+        output_dir,
+        module.model,
+        module.processor,
+        lm_head=module.lm_head,
+        generation_config=module.generation_config,
+        model=model,
+        files=files,
+        max_shard_size=max_shard_size,
     )
-    _write_golden(output_dir, weights, model)
+    _write_golden(output_dir, model)
     return output_dir
 
 
@@ -107,21 +125,20 @@ def export_adapters(
     backbone = module.model
     if not has_adapters(backbone):
         raise ValueError("The model has no adapters to write. Export the full model with export_model.")
-    adapter_config: Any = backbone.peft_config[backbone.active_adapters()[0]]
-    base = str(base_model or adapter_config.base_model_name_or_path)
+    base = str(base_model or adapter_config(backbone).base_model_name_or_path)
     if not is_hub_id(base):
         raise ValueError(
             f"base_model must be a Hub id, got {base!r}, which nobody else could load. Push the repository that the "
             "adapters were trained on, and pass its id as base_model, e.g. 'org/btok-start'."
         )
-    if adapter_config.use_dora:
+    if adapter_config(backbone).use_dora:
         raise ValueError(
             "Adapters with use_dora=True cannot be exported: stock loaders ignore the magnitudes of DoRA "
             "(transformers 5.23) and would give other vectors. Export the merged model with export_model."
         )
     if Path(output_dir, "config.json").exists():
         raise ValueError(f"{output_dir} contains a merged model, which loaders would prefer. Choose another folder.")
-    output_dir = write_repository(output_dir, backbone, module.processor, model=model, files=files)
+    output_dir = write_repository(output_dir, backbone, module.processor, adapters_only=True, model=model, files=files)
     path = output_dir / "adapter_config.json"
     write_json(path, {**json.loads(path.read_text("utf-8")), "base_model_name_or_path": base})
     return output_dir
@@ -129,21 +146,26 @@ def export_adapters(
 
 def write_repository(
     output_dir: str | Path,
-    weights: PreTrainedModel,
+    backbone: PreTrainedModel,
     processor: ProcessorMixin,
     *,
+    lm_head: torch.nn.Module | None = None,
+    generation_config: GenerationConfig | None = None,
+    adapters_only: bool = False,
     model: "SentenceTransformer | None" = None,
     prompts: Mapping[str, str | None] | None = None,
     files: Mapping[str, str | bytes] | None = None,
-    max_shard_size: str = "50GB",
+    max_shard_size: str = MAX_SHARD_SIZE,
 ) -> Path:
     """Write all files of a repository except the golden vectors.
 
     Args:
         output_dir (`str` or `Path`): Folder to write.
-        weights (`PreTrainedModel`): A stock `…ForConditionalGeneration`, or a backbone with adapters. For the latter
-            only the adapters are written.
+        backbone (`PreTrainedModel`): The stock backbone, e.g. a `Qwen2VLModel`. Adapters are merged.
         processor (`ProcessorMixin`): Processor with the embedding chat template.
+        lm_head (`torch.nn.Linear`, *optional*): Head of an untied model.
+        generation_config (`GenerationConfig`, *optional*): Saved with the model.
+        adapters_only (`bool`): Write only the adapters of the backbone.
         model (`BTokSentenceTransformer`, *optional*): Source of prompts, similarity and dimensions.
         prompts (`dict[str, str]`, *optional*): Prompts if there is no `model`.
         files (`dict[str, str | bytes]`, *optional*): Additional files by relative path.
@@ -154,52 +176,72 @@ def write_repository(
 
     Raises:
         OSError: `output_dir` cannot be written to, or the disk is full.
+        ValueError: `max_shard_size` is not a size.
     """
     check_writable(output_dir)
     output_dir = Path(output_dir)
-    config = weights.config
-    is_full_model = isinstance(weights, modeling_btok.stock_class(config))
-    needed = sum(p.numel() * p.element_size() for p in weights.parameters()) if is_full_model else None
+    config = backbone.config
+    requirements: dict[str, Any] = REQUIREMENTS
+    if adapters_only:
+        needed = None
+        if adapter_config(backbone).use_dora:
+            requirements = requirements | NO_DORA
+    else:
+        tensors = MergedTensors(backbone, lm_head)
+        in_memory = names_on_disk(modeling_btok.stock_class(config), config, tensors)
+        empty = {name: tensors.empty(in_memory[name]) for name in in_memory}
+        plan = plan_shards(empty, max_shard_size)
+        needed = sum(tensor.nbytes for tensor in empty.values())
     if files is None:
         files = {"README.md": render_card(config, processor, model.prompts if model is not None else prompts or {})}
     with explain_full_disk(output_dir, needed):
         output_dir.mkdir(parents=True, exist_ok=True)
         # Vectors of an earlier export belong to other weights.
         (output_dir / golden.FILE_NAME).unlink(missing_ok=True)
-        if is_full_model:  # old weights in another number of files would remain, and loaders could prefer them
-            for path in output_dir.glob("model*.safetensors*"):
+        if adapters_only:
+            backbone.save_pretrained(output_dir)
+        else:
+            # Old weights in another number of files would remain, and loaders could prefer them or old adapters. The
+            # model may be a memory map of files in this folder, which must not be written over but replaced.
+            for path in (*output_dir.glob("model*.safetensors*"), *output_dir.glob("adapter_*")):
                 path.unlink()
-        weights.save_pretrained(output_dir, max_shard_size=max_shard_size)
+            write_weights(output_dir, lambda name: tensors[in_memory[name]], plan)
+            _write_config(output_dir, config, tensors.empty("model.language_model.embed_tokens.weight").dtype)
+            if generation_config is not None:
+                generation_config.save_pretrained(output_dir)
         # What the last call set. Saved, it would override the max_seq_length of whoever loads the repository.
         processor.tokenizer.backend_tokenizer.no_truncation()
         processor.tokenizer.backend_tokenizer.no_padding()
         processor.save_pretrained(output_dir)
-        if is_full_model:
-            # Loaders would prefer adapters that were saved in this folder earlier.
-            for name in ("adapter_config.json", "adapter_model.safetensors"):
-                (output_dir / name).unlink(missing_ok=True)
-            path = output_dir / "config.json"
-            write_json(path, modeling_btok.with_auto_map(json.loads(path.read_text("utf-8"))))
-            shutil.copyfile(modeling_btok.__file__, output_dir / "modeling_btok.py")
-        _write_sentence_transformers_files(output_dir, config, model, prompts)
+        _write_sentence_transformers_files(output_dir, config, model, prompts, requirements)
         write_files(output_dir, files)
     return output_dir
 
 
-def _write_golden(output_dir: Path, weights: modeling_btok.StockModel, model: "SentenceTransformer") -> None:
-    """Write the golden vectors of the weights in memory. `btok_hf.verify` compares the written files with them.
+def _write_config(output_dir: Path, config: PreTrainedConfig, dtype: torch.dtype) -> None:
+    """Write `config.json` of the full model, and the remote code that it names."""
+    config = copy.deepcopy(config)
+    config.dtype = dtype
+    config.save_pretrained(output_dir)
+    path = output_dir / "config.json"
+    write_json(path, modeling_btok.with_auto_map(json.loads(path.read_text("utf-8"))))
+    shutil.copyfile(modeling_btok.__file__, output_dir / "modeling_btok.py")
 
-    They are computed in fp32 on the CPU, for any precision and device of the weights. The weights are copied into a
-    new backbone. A copy of a module that was cast to bf16 would keep its rounded rotary frequencies, which loaders
-    compute without rounding.
+
+def _write_golden(output_dir: Path, model: "SentenceTransformer") -> None:
+    """Write the golden vectors of the weights in `output_dir`. `btok_hf.verify` compares loaders with them.
+
+    They are computed in fp32 on the CPU, for any precision and device of the model. The weights stay on disk and are
+    converted layer by layer.
     """
-    backbone = type(weights.model)(weights.config).float().eval()
-    backbone.load_state_dict(weights.model.state_dict())
+    config = AutoConfig.from_pretrained(output_dir)
+    backbone = modeling_btok.load_stock_model(output_dir, config, dtype="auto")[0].model.eval()
+    compute_in_fp32(backbone)
     module: Any = model[0]
     inputs = golden.golden_inputs(model.prompts)
     embeddings = []
     # Golden inputs are never truncated: their vectors do not depend on the model's max_seq_length.
-    limit, model.max_seq_length = model.max_seq_length, golden.longest(weights.config)
+    limit, model.max_seq_length = model.max_seq_length, golden.longest(config)
     try:
         with torch.no_grad():
             for item, prompt_name in inputs.values():
@@ -227,6 +269,7 @@ def _write_sentence_transformers_files(
     config: PreTrainedConfig,
     model: "SentenceTransformer | None",
     prompts: Mapping[str, str | None] | None,
+    requirements: Mapping[str, Any],
 ) -> None:
     """Write a pipeline of stock modules. Word weights of 1 for Bottleneck Tokens and 0 for all other tokens make the
     mean pooling average the Bottleneck Tokens."""
@@ -260,7 +303,7 @@ def _write_sentence_transformers_files(
             "default_prompt_name": None if model is None else model.default_prompt_name,
             "similarity_fn_name": "cosine" if model is None else model.similarity_fn_name,
             "truncate_dim": None if model is None else model.truncate_dim,
-            "requirements": REQUIREMENTS,
+            "requirements": requirements,
         },
     )
     # One character per vocabulary entry: "B" for a Bottleneck Token, "." for any other.
@@ -280,31 +323,3 @@ def _write_sentence_transformers_files(
 def untied_head(model: modeling_btok.StockModel) -> torch.nn.Linear | None:
     """The language-modelling head of a stock model; `None` if it is tied to the input embedding."""
     return None if model.lm_head.weight is model.get_input_embeddings().weight else model.lm_head
-
-
-def stock_model(
-    backbone: modeling_btok.Backbone,
-    lm_head: torch.nn.Linear | None = None,
-    generation_config: GenerationConfig | None = None,
-) -> modeling_btok.StockModel:
-    """The stock `…ForConditionalGeneration` around a backbone. It shares the backbone's tensors.
-
-    Args:
-        backbone (`PreTrainedModel`): e.g. a `Qwen2VLModel`.
-        lm_head (`torch.nn.Linear`, *optional*): Head of an untied model.
-        generation_config (`GenerationConfig`, *optional*): Saved with the model.
-
-    Returns:
-        `PreTrainedModel`
-    """
-    # Copying through to_dict drops the attention implementation, which transformers would not accept in a new model.
-    config = type(backbone.config).from_dict(backbone.config.to_dict())
-    with torch.device("meta"):
-        model = cast(modeling_btok.StockModel, modeling_btok.stock_class(config)(config))
-    model.model = backbone
-    if lm_head is not None:
-        model.lm_head = lm_head
-    model.tie_weights()
-    if generation_config is not None:
-        model.generation_config = generation_config
-    return model

@@ -6,6 +6,7 @@ loaders. This file must not import btok_hf, so that only the repository is teste
 """
 
 import base64
+import gc
 import io
 import json
 import sys
@@ -162,6 +163,7 @@ def check(source: str, golden: str, revision: str | None, device: str) -> dict[s
     """
     rows = read_golden(golden)["inputs"]
     results: dict[str, dict[str, list[float]] | str] = {}
+    encode: Encode | None
     for name, load in (("SentenceTransformer", _sentence_transformer), ("AutoModel", _auto_model)):
         try:
             encode = load(source, revision, device)
@@ -172,6 +174,8 @@ def check(source: str, golden: str, revision: str | None, device: str) -> dict[s
             }
         except Exception as error:  # any error of a loader is its result
             results[name] = f"{type(error).__name__}: {error}"
+        encode = None  # frees the model, so that only one is in memory
+        gc.collect()
     return results
 
 

@@ -20,20 +20,22 @@ from sentence_transformers.base.modules import Transformer
 from torch import Tensor, distributed
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils.peft_utils import find_adapter_config_file
 
-from btok_hf.adapters import has_adapters, load_adapters, merge_adapters
+from btok_hf.adapters import find_base, has_adapters, load_adapters
 from btok_hf.condensation import condense, reconstruct
-from btok_hf.export import stock_model, untied_head, write_repository
+from btok_hf.export import untied_head, write_repository
 from btok_hf.features import IGNORED, PIXEL_KEYS
 from btok_hf.inputs import ImageLimits, Input, check_input, estimate_tokens, is_messages
 from btok_hf.modeling.modeling_btok import (
     Backbone,
-    StockModel,
     bottleneck_token_ids,
     last_positions,
     load_stock_model,
 )
+
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
 
 # Tokens per row of `encode`'s batch_size. The default of 32 rows is 2,048 tokens on a CPU, where larger batches exceed
 # the caches, and 16,384 tokens on other devices.
@@ -55,6 +57,21 @@ class BottleneckTransformer(Transformer):
         super().__init__(*args, **kwargs)
         self._check_template()
 
+    def _load_config(
+        self, model_name_or_path: str, backend: str, config_kwargs: dict[str, Any]
+    ) -> tuple[PreTrainedConfig, bool]:
+        """The configuration, for adapters that of their base, and whether there are adapters."""
+        hub = {key: value for key, value in config_kwargs.items() if key in HUB_ARGUMENTS}
+        if find_adapter_config_file(model_name_or_path, **hub) is None:
+            return super()._load_config(model_name_or_path, backend, config_kwargs)
+        from peft import PeftConfig
+
+        saved = PeftConfig.from_pretrained(model_name_or_path, **hub)
+        self._base = find_base(model_name_or_path, saved.base_model_name_or_path)
+        # The revision belongs to the adapters, not to the base model.
+        of_base = {key: value for key, value in config_kwargs.items() if key not in ("revision", "subfolder")}
+        return AutoConfig.from_pretrained(self._base, **of_base), True
+
     def _load_model(
         self,
         model_name_or_path: str,
@@ -71,13 +88,9 @@ class BottleneckTransformer(Transformer):
         model_kwargs.pop("trust_remote_code", None)
         source, adapter_kwargs = model_name_or_path, {}
         if is_peft_model:
-            from peft import PeftConfig
-
-            # The revision belongs to the adapters, not to the base model.
-            hub = ("revision", "token", "cache_dir", "local_files_only")
-            adapter_kwargs = {key: model_kwargs[key] for key in hub if key in model_kwargs}
+            adapter_kwargs = {key: model_kwargs[key] for key in HUB_ARGUMENTS if key in model_kwargs}
             model_kwargs.pop("revision", None)
-            source = PeftConfig.from_pretrained(model_name_or_path, **adapter_kwargs).base_model_name_or_path
+            source = self._base
         model, _ = load_stock_model(source, config, **model_kwargs)
         self.lm_head = untied_head(model)
         self.generation_config = model.generation_config
@@ -185,11 +198,6 @@ class BottleneckTransformer(Transformer):
             return zero
         parameters = cast(Backbone, self.model).visual.parameters()
         return sum((p.flatten()[:0].sum() for p in parameters if p.requires_grad), zero)
-
-    def merged(self) -> StockModel:
-        """The stock model to publish. Adapters are merged into a copy of the weights."""
-        backbone = merge_adapters(self.model) if has_adapters(self.model) else self.model
-        return stock_model(cast(Backbone, backbone), self.lm_head, self.generation_config)
 
 
 class BTokSentenceTransformer(SentenceTransformer):
@@ -361,8 +369,15 @@ class BTokSentenceTransformer(SentenceTransformer):
                 "Weights are saved only as safetensors, got safe_serialization=False. Leave safe_serialization out."
             )
         module = self.transformer
-        weights = module.model if has_adapters(module.model) else module.merged()
-        write_repository(path, weights, self.processor, model=self)
+        write_repository(
+            path,
+            module.model,
+            module.processor,
+            lm_head=module.lm_head,
+            generation_config=module.generation_config,
+            adapters_only=has_adapters(module.model),
+            model=self,
+        )
 
 
 def _ahead(thread: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:

@@ -1,16 +1,23 @@
 """Adapters: what they train, in which precision, and what an export makes of them."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 from packaging.version import Version
-from peft import LoraConfig
+from peft import IA3Config, LoHaConfig, LoraConfig
 from sentence_transformers import SentenceTransformer
 from support import tiny
+from support.pictures import colours
 from support.training import config, text_pairs
 
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_adapters, export_model
+from btok_hf.adapters import MergedTensors, has_adapters
 from btok_hf.training import CondensationTrainer
 
 
@@ -58,6 +65,8 @@ def test_lora_trains_exactly_the_token_rows_and_the_adapters(repo, tmp_path, dor
         again = loader(str(tmp_path / "adapter"), device="cpu")
         np.testing.assert_allclose(again.encode(["find red", "flat thing"]), expected, atol=2e-6)
     if dora:
+        with pytest.raises(ImportError, match="adapters with DoRA, whose magnitudes stock loaders ignore"):
+            SentenceTransformer(str(tmp_path / "adapter"), device="cpu")
         with pytest.raises(ValueError, match=r"ignore the magnitudes of DoRA .* Export the merged model"):
             export_adapters(model, tmp_path / "published", "org/start")
 
@@ -104,3 +113,84 @@ def test_lora_freezes_an_untied_head_and_exports_it(tmp_path):
     exported = BTokSentenceTransformer(tmp_path / "export", device="cpu")
     assert torch.equal(exported[0].lm_head.weight, head)
     np.testing.assert_allclose(exported.encode(["a b"]), model.encode(["a b"]), atol=2e-6)
+
+
+COLOURS = ["red", "green", "blue", "white", "black", "grey"]
+
+
+def solid(colour):
+    return PIL.Image.new("RGB", (56, 56), colour)
+
+
+def trained(repo, folder, **options):
+    """A model with adapters that moved, and its trainer."""
+    model = BTokSentenceTransformer(repo, device="cpu")
+    trainer = CondensationTrainer(
+        model=model,
+        args=config(folder, per_device_train_batch_size=6, max_steps=2, learning_rate=1e-2, condense="query"),
+        train_dataset=Dataset.from_dict({"query": COLOURS, "positive": [solid(c) for c in COLOURS]}),
+        peft_config=LoraConfig(r=4, lora_dropout=0.0, **options),
+    )
+    trainer.train()
+    return model, trainer
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"modules_to_save": ["merger"]},
+        {"use_rslora": True},
+        {"target_modules": ["qkv", "q_proj"], "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"qkv": 3}},
+    ],
+)
+def test_what_is_trained_is_exported_and_resumed(repo, tmp_path, options):
+    model, _ = trained(repo, tmp_path / "run", **options)
+    inputs = ["a b", {"image": colours(), "text": "c"}]
+    expected = model.encode(inputs)
+    start = BTokSentenceTransformer(repo, device="cpu")
+    moved = MergedTensors(model.transformer.model)
+    changed = {name for name, x in MergedTensors(start.transformer.model).items() if not torch.equal(x, moved[name])}
+    kind = "merger" if "modules_to_save" in options else "q"
+    assert any(kind in name.rsplit(".", 2)[-2] or kind in name for name in changed)
+    exported = BTokSentenceTransformer(export_model(model, tmp_path / "export"), device="cpu")
+    np.testing.assert_allclose(exported.encode(inputs), expected, atol=2e-6)
+    np.testing.assert_array_equal(model.encode(inputs), expected)  # untouched by the export
+    model.save(tmp_path / "saved")
+    np.testing.assert_allclose(BTokSentenceTransformer(tmp_path / "saved").encode(inputs), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "peft_config, named",
+    [
+        (LoraConfig(r=2, bias="all"), "bias='all'"),
+        (LoraConfig(r=2, bias="lora_only"), "bias='lora_only'"),
+        (LoraConfig(r=2, lora_bias=True), "lora_bias=True"),
+        (LoraConfig(r=2, target_parameters=["q_proj.weight"]), "target_parameters="),
+        (LoraConfig(r=2, init_lora_weights="pissa"), "init_lora_weights='pissa'"),
+        (IA3Config(), "IA3Config"),
+        (LoHaConfig(), "LoHaConfig"),
+    ],
+)
+def test_what_could_not_be_exported_is_refused_before_training(repo, tmp_path, peft_config, named):
+    model = BTokSentenceTransformer(repo, device="cpu")
+    with pytest.raises(ValueError, match=named):
+        CondensationTrainer(model=model, args=config(tmp_path), train_dataset=text_pairs(6), peft_config=peft_config)
+    assert not has_adapters(model.transformer.model)
+
+
+def test_the_base_is_found_when_the_run_was_moved(repo, tmp_path, monkeypatch):
+    """Training names the base by a relative path; the run is then moved and loaded from elsewhere."""
+    run = tmp_path / "runs" / "a"
+    shutil.copytree(repo, run / "start")
+    monkeypatch.chdir(tmp_path)
+    model, trainer = trained("runs/a/start", Path("runs/a"))
+    trainer.save_model("runs/a/checkpoint-2")
+    expected = model.encode(["a b"])
+    shutil.move(run, tmp_path / "moved")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = BTokSentenceTransformer(tmp_path / "moved" / "checkpoint-2", device="cpu")
+    np.testing.assert_allclose(again.encode(["a b"]), expected, atol=2e-6)
+    shutil.rmtree(tmp_path / "moved" / "start")
+    with pytest.raises(FileNotFoundError, match=r"'runs/a/start'.*moved/start.*its folder start.*adapter_config.json"):
+        BTokSentenceTransformer(tmp_path / "moved" / "checkpoint-2", device="cpu")

@@ -1,13 +1,12 @@
 """Golden vectors: they match for every model and loader, and differ for changed repositories."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from support import tiny
-from support.repositories import add_noise, differences
+from support.repositories import differences
 
 import btok_hf
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model, golden
@@ -57,19 +56,8 @@ def test_golden_vectors_of_special_models(bases, repo, with_adapters, tmp_path):
     assert models["cast"][0].model.dtype == torch.bfloat16  # the export leaves the model as it was
 
 
-def test_golden_vectors_come_from_memory_and_stay_small(exported, monkeypatch, tmp_path, repo):
-    """If the written weights differ from those in memory, the check fails."""
+def test_golden_vectors_stay_small(exported):
     assert (exported / "golden.json").stat().st_size < 15_000  # at 64 dimensions; 100 kB at 1,536
-    model = BTokSentenceTransformer(repo, device="cpu")
-    save = type(model[0].merged()).save_pretrained
-
-    def save_others(self, folder, **kwargs):
-        save(self, folder, **kwargs)
-        add_noise(Path(folder), 0.01)
-
-    monkeypatch.setattr(type(model[0].merged()), "save_pretrained", save_others)
-    found = differences(export_model(model, tmp_path / "model"))
-    assert min(found.values()) > golden.TOLERANCE
 
 
 def test_golden_vectors_that_prove_nothing_are_refused(exported, copied, repo, tmp_path):

@@ -8,12 +8,13 @@ that sees the full input, without a contrastive loss. A killed run resumes from 
 """
 
 import argparse
+import copy
 import shutil
 from pathlib import Path
 
 import jinja2
 from datasets import Dataset
-from transformers import AutoProcessor
+from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 
 from benchmarks import ROOT
 from benchmarks.unified.inputs import books
@@ -143,16 +144,14 @@ def make(size, output):
     )
     (folder / "README.md").write_text(card, "utf-8")
     # The weights are last, because the folder counts as complete once it has them.
-    without_tokens(model[0].merged()).save_pretrained(folder)
+    config = copy.deepcopy(model.transformer.config)
+    for name in [name for name in vars(config) if name.startswith("btok_") or name == "auto_map"]:
+        delattr(config, name)  # the base has neither Bottleneck Tokens nor remote code
+    base = Qwen2VLForConditionalGeneration(config)
+    base.model.load_state_dict(model.transformer.model.state_dict())
+    base.generation_config = model.transformer.generation_config
+    base.save_pretrained(folder)
     return folder
-
-
-def without_tokens(model):
-    """A stock model whose configuration does not name Bottleneck Tokens and remote code. The base has neither."""
-    for name in list(vars(model.config)):
-        if name.startswith("btok_") or name == "auto_map":
-            delattr(model.config, name)
-    return model
 
 
 def text_columns(part):
