@@ -7,7 +7,7 @@ only the `train` extra installs it.
 import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -206,7 +206,7 @@ def _adapted_layers(backbone: PreTrainedModel) -> dict[str, torch.nn.Module]:
         inside = any(name.startswith(outer + ".") for outer in found)
         # The wrapper of the trained token rows contains another tuner layer. Only the outer one counts.
         if isinstance(module, (AuxiliaryTrainingWrapper, BaseTunerLayer)) and not inside:
-            found[name] = module
+            found[name] = cast(torch.nn.Module, module)
     return found
 
 
