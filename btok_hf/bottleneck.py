@@ -3,12 +3,12 @@
 K = 0 is the last-token-pooling baseline. No tokens are added, and every row ends in the EOS token. The rest of the
 library treats EOS as the only Bottleneck Token.
 
-The files are written by `btok_hf/export.py`. The row layout is in `embedding_template.jinja`.
+The files are written by `btok_hf/export.py`. The row layouts are in `templates/`.
 """
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from transformers import AutoConfig, AutoProcessor, ProcessorMixin
@@ -26,9 +26,10 @@ REQUIRED_TOKENS = (
     "<|video_pad|>",
 )
 
-# Used without a generation prompt. Renders media, instruction (system message), text and Bottleneck Tokens, separated
-# by one space. `<|` in user text is escaped, so that no text can become a special token.
-EMBEDDING_TEMPLATE = Path(__file__).with_name("embedding_template.jinja").read_text("utf-8")
+# The order of a row's content: media, instruction, text (as in the paper), or as the user gives it. Parts are
+# separated by one space. `<|` in user text is escaped, so that no text can become a special token. The templates use
+# no filter but `replace`, because llama.cpp reads only part of Jinja.
+ORDERS = ("media_first", "as_given")
 
 
 def bottleneck_token(index: int) -> str:
@@ -36,13 +37,13 @@ def bottleneck_token(index: int) -> str:
     return f"<|btok_{index}|>"
 
 
-def embedding_chat_template(base_template: str, suffix: str) -> str:
+def embedding_chat_template(base_template: str, suffix: str, order: str = "media_first") -> str:
     """A chat template for embedding rows that end in `suffix`; with a generation prompt, the base's own template."""
     return (
         "{%- if add_generation_prompt -%}\n"
         + base_template
         + "{%- else -%}\n"
-        + EMBEDDING_TEMPLATE
+        + Path(__file__).with_name("templates").joinpath(f"{order}.jinja").read_text("utf-8")
         + ("{{- '" + suffix + "' -}}\n{%- endif -%}\n")
     )
 
@@ -52,6 +53,7 @@ def add_bottleneck_tokens(
     output_dir: str | Path,
     num_tokens: int = 4,
     *,
+    order: Literal["media_first", "as_given"] = "media_first",
     noise_std: float = 0.0,
     seed: int = 0,
     min_pixels: int | None = None,
@@ -70,6 +72,9 @@ def add_bottleneck_tokens(
             Local folder or Hub id of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint with its processor.
         output_dir (`str` or `Path`): Folder to write. Must not contain a model.
         num_tokens (`int`): K. 4 in the paper; 0 is the last-token-pooling baseline.
+        order (`str`): Order of a row's content. `media_first` is the paper's: media, instruction, text. `as_given`
+            keeps the order of message parts and of the keys of input dicts, e.g. of images between texts; the
+            instruction comes first.
         noise_std (`float`): Standard deviation of normal noise added to each row, relative to that of the EOS row.
         seed (`int`): Seed of the noise.
         min_pixels (`int`, *optional*): Smaller images are enlarged to this many pixels. Default: the base's.
@@ -84,12 +89,14 @@ def add_bottleneck_tokens(
         `Path`: `output_dir`.
 
     Raises:
-        ValueError: A model in `output_dir`, an unsupported backbone, a base without a chat template or the Qwen-VL
-            special tokens, a base with another number of Bottleneck Tokens, or a checkpoint with missing or
-            unexpected tensors.
+        ValueError: A model in `output_dir`, an unknown order, an unsupported backbone, a base without a chat template
+            or the Qwen-VL special tokens, a base with another number of Bottleneck Tokens or another order, or a
+            checkpoint with missing or unexpected tensors.
     """
     if num_tokens < 0:
         raise ValueError(f"num_tokens must be 0 (last-token pooling) or more, got {num_tokens}.")
+    if order not in ORDERS:
+        raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}.")
     if noise_std < 0:
         raise ValueError(f"noise_std must be 0 or more, got {noise_std}.")
     if Path(output_dir, "config.json").exists():
@@ -112,6 +119,12 @@ def add_bottleneck_tokens(
             f"Use num_tokens={len(present)}, or start from a base without Bottleneck Tokens."
         )
 
+    if present and getattr(config, "btok_order", ORDERS[0]) != order:
+        raise ValueError(
+            f"{base} already has Bottleneck Tokens and the order {getattr(config, 'btok_order', ORDERS[0])!r}, got "
+            f"order={order!r}. Use its order, or start from a base without Bottleneck Tokens."
+        )
+
     model, _ = load_stock_model(base, config, dtype=dtype, **hub_kwargs)
     if not present:
         tokenizer.add_tokens(names, special_tokens=True)
@@ -123,8 +136,9 @@ def add_bottleneck_tokens(
             # Their rows start equal to the EOS row, so that they would be as likely as EOS in plain generation.
             model.generation_config.suppress_tokens = ids
         processor.chat_template = embedding_chat_template(
-            processor.chat_template, "".join(names) or tokenizer.eos_token
+            processor.chat_template, "".join(names) or tokenizer.eos_token, order
         )
+        model.config.btok_order = order
         model.config.btok_token_ids = ids
         model.config.btok_num_tokens = num_tokens
         model.config.btok_initialisation = {"row": tokenizer.eos_token, "noise_std": noise_std, "seed": seed}

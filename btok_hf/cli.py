@@ -107,6 +107,12 @@ def _add_tokens(commands: Any) -> None:
     parser.add_argument("output_dir", help="folder to write")
     parser.add_argument("--num-tokens", type=int, default=4, help="K; 0 is last-token pooling (default: %(default)s)")
     parser.add_argument(
+        "--order",
+        choices=["media_first", "as_given"],
+        default="media_first",
+        help="order of a row's content: media, instruction, text; or as given (default: %(default)s)",
+    )
+    parser.add_argument(
         "--noise-std",
         type=float,
         default=0.0,

@@ -238,7 +238,10 @@ def _write_golden(output_dir: Path, model: "SentenceTransformer") -> None:
     backbone = modeling_btok.load_stock_model(output_dir, config, dtype="auto")[0].model.eval()
     compute_in_fp32(backbone)
     module: Any = model[0]
-    inputs = golden.golden_inputs(model.prompts)
+    images = module.processor.image_processor
+    inputs = golden.golden_inputs(
+        model.prompts, 2 * images.patch_size * images.merge_size, getattr(config, "btok_order", "media_first")
+    )
     embeddings = []
     # Golden inputs are never truncated: their vectors do not depend on the model's max_seq_length.
     limit, model.max_seq_length = model.max_seq_length, golden.longest(config)
@@ -246,7 +249,7 @@ def _write_golden(output_dir: Path, model: "SentenceTransformer") -> None:
         with torch.no_grad():
             for item, prompt_name in inputs.values():
                 prompt = None if prompt_name is None else model.prompts[prompt_name]
-                features = module.preprocess([item], prompt=prompt)
+                features = module.preprocess([item.get("messages", item)], prompt=prompt)
                 features = {key: _to_cpu(value) for key, value in features.items()}
                 embeddings.append(condense(backbone, features).embeddings[0].numpy())
     finally:

@@ -35,26 +35,51 @@ TEXTS = {
 }
 
 
-def golden_inputs(prompts: Mapping[str, str | None]) -> dict[str, tuple[dict[str, Any], str | None]]:
-    """The golden inputs: dicts of `text`, `image` and `video`, as in Sentence-Transformers.
+def golden_inputs(
+    prompts: Mapping[str, str | None], side: int = 56, order: str = "media_first"
+) -> dict[str, tuple[dict[str, Any], str | None]]:
+    """The golden inputs: dicts of `text`, `image` and `video`, as in Sentence-Transformers, or of `messages`.
 
     Args:
         prompts (`dict[str, str]`): The model's instructions by name. One text is embedded with each non-empty prompt.
+        side (`int`): Side of a frame of the long video in pixels, two tokens: 56 or, with patches of 16 pixels, 64.
+        order (`str`): Order of content. With `as_given`, texts and images alternate in one input.
 
     Returns:
         `dict[str, tuple[dict, str | None]]`: By name, the input and the name of its prompt.
     """
+    short = TEXTS["short text"]
     inputs: dict[str, tuple[dict[str, Any], str | None]] = {
         name: ({"text": text}, None) for name, text in TEXTS.items()
     }
     for prompt in sorted(name for name, text in prompts.items() if text):
-        inputs[f"prompt {prompt}"] = ({"text": TEXTS["short text"]}, prompt)
+        inputs[f"prompt {prompt}"] = ({"text": short}, prompt)
     inputs["image"] = ({"image": _tiles(224, 224)}, None)
-    inputs["image and text"] = ({"image": _tiles(448, 224, 5), "text": TEXTS["short text"]}, None)
-    frames = np.stack([np.asarray(_tiles(224, 224, 3 * index)) for index in range(4)])
-    metadata = {"fps": 2.0, "total_num_frames": 4, "duration": 2.0, "frames_indices": [0, 1, 2, 3]}
-    inputs["video"] = ({"video": {"array": frames, "video_metadata": metadata}}, None)
+    inputs["image and text"] = ({"image": _tiles(448, 224, 5), "text": short}, None)
+    inputs["two images"] = ({"image": [_tiles(224, 224, 2), _tiles(448, 224, 11)], "text": short}, None)
+    inputs["video"] = ({"video": _clip(224, 4)}, None)
+    # The temporal positions exceed those of the frame. Releases differ in where the text after it goes on.
+    inputs["long video"] = ({"video": _clip(side, 32), "text": short}, None)
+    system = {"role": "system", "content": "Find a page that answers."}
+    content = [_part(_tiles(224, 224, 7)), _part(short)]
+    inputs["system message"] = ({"messages": [system, {"role": "user", "content": content}]}, None)
+    if order == "as_given":
+        content = [_part("First:"), _part(_tiles(224, 224, 3)), _part("then"), _part(_tiles(224, 224, 9)), _part("!")]
+        inputs["texts and images"] = ({"messages": [{"role": "user", "content": content}]}, None)
+        inputs["text and image"] = ({"text": short, "image": _tiles(448, 224, 5)}, None)
     return inputs
+
+
+def _part(value: str | Image.Image) -> dict[str, Any]:
+    """One part of a message."""
+    return {"type": "text", "text": value} if isinstance(value, str) else {"type": "image", "image": value}
+
+
+def _clip(side: int, count: int) -> dict[str, Any]:
+    """A video of computed frames at 2 frames per second."""
+    frames = np.stack([np.asarray(_tiles(side, side, 3 * index)) for index in range(count)])
+    metadata = {"fps": 2.0, "total_num_frames": count, "duration": count / 2, "frames_indices": list(range(count))}
+    return {"array": frames, "video_metadata": metadata}
 
 
 def _tiles(width: int, height: int, shift: int = 0) -> Image.Image:
@@ -89,12 +114,12 @@ def write_golden(
         row = {"name": name, **item}
         if prompt is not None:
             row |= {"prompt_name": prompt, "prompt": prompts[prompt]}
-        if "image" in item:
-            row["image"] = _encode_image(item["image"])
-        if "video" in item:
-            frames = [_encode_image(Image.fromarray(frame)) for frame in item["video"]["array"]]
-            row["video"] = {**item["video"], "array": frames}
-        rows.append({**row, "embedding": base64.b64encode(embedding.astype("<f4").tobytes()).decode()})
+        rows.append(
+            {
+                **_convert(row, _encode_image, _encode_video),
+                "embedding": base64.b64encode(embedding.astype("<f4").tobytes()).decode(),
+            }
+        )
     content = {
         "about": "Inputs and their embeddings, computed at export in fp32 on the CPU from the weights in memory. "
         "Check them with: btok verify PATH_OR_REPO. Images and frames are PNG, embeddings little-endian "
@@ -123,13 +148,20 @@ def read_golden(path: str | Path) -> dict[str, Any]:
             f"{path} has no {', '.join(absent)}: it is no file of golden vectors. Export the model again."
         )
     for row in golden["inputs"]:
+        row |= _convert(row, _decode_image, _decode_video)
         row["embedding"] = np.frombuffer(base64.b64decode(row["embedding"]), "<f4")
-        if "image" in row:
-            row["image"] = _decode_image(row["image"])
-        if "video" in row:
-            frames = np.stack([np.asarray(_decode_image(frame)) for frame in row["video"]["array"]])
-            row["video"] = {**row["video"], "array": frames}
     return golden
+
+
+def _convert(value: Any, of_image: Callable, of_video: Callable, key: str | None = None) -> Any:
+    """A copy of a row with its images and videos converted, wherever they are."""
+    if key == "video":
+        return of_video(value)
+    if isinstance(value, dict):
+        return {name: _convert(part, of_image, of_video, name) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_convert(part, of_image, of_video, key) for part in value]
+    return of_image(value) if key == "image" else value
 
 
 def _encode_image(image: Image.Image) -> str:
@@ -141,6 +173,14 @@ def _encode_image(image: Image.Image) -> str:
 def _decode_image(text: str) -> Image.Image:
     with Image.open(io.BytesIO(base64.b64decode(text))) as image:
         return image.convert("RGB")
+
+
+def _encode_video(video: dict[str, Any]) -> dict[str, Any]:
+    return {**video, "array": [_encode_image(Image.fromarray(frame)) for frame in video["array"]]}
+
+
+def _decode_video(video: dict[str, Any]) -> dict[str, Any]:
+    return {**video, "array": np.stack([np.asarray(_decode_image(frame)) for frame in video["array"]])}
 
 
 def versions() -> dict[str, str]:
@@ -183,6 +223,11 @@ def _difference(expected: np.ndarray, actual: np.ndarray) -> float:
     return float(np.abs(expected - actual).max()) if expected.shape == actual.shape else float("inf")
 
 
+def _content(row: dict[str, Any]) -> dict[str, Any]:
+    """The parts of an input, in their order."""
+    return {key: value for key, value in row.items() if key in ("image", "video", "text")}
+
+
 Encode = Callable[[list[dict[str, Any]]], np.ndarray]  # embeds rows of a golden file
 
 
@@ -196,11 +241,12 @@ def _sentence_transformer(source: str, revision: str | None, device: str) -> Enc
 
     def encode(rows: list[dict[str, Any]]) -> np.ndarray:
         embeddings: dict[int, np.ndarray] = {}
-        for prompt_name in {row.get("prompt_name") for row in rows}:  # `encode` takes one prompt per call
-            chosen = [index for index, row in enumerate(rows) if row.get("prompt_name") == prompt_name]
-            items: list[Any] = [
-                {key: rows[index][key] for key in ("image", "video", "text") if key in rows[index]} for index in chosen
-            ]
+        # `encode` takes one prompt per call, and either messages or other inputs.
+        kinds = [(row.get("prompt_name"), "messages" in row) for row in rows]
+        for kind in dict.fromkeys(kinds):
+            prompt_name = kind[0]
+            chosen = [index for index, other in enumerate(kinds) if other == kind]
+            items: list[Any] = [rows[index].get("messages") or _content(rows[index]) for index in chosen]
             # An empty prompt replaces the default prompt of the repository.
             prompt = {"prompt": ""} if prompt_name is None else {"prompt_name": prompt_name}
             for index, embedding in zip(chosen, model.encode(items, batch_size=len(rows), **prompt)):
@@ -222,13 +268,15 @@ def _auto_model(source: str, revision: str | None, device: str) -> Encode:
     def encode(rows: list[dict[str, Any]]) -> np.ndarray:
         conversations, metadata = [], []
         for row in rows:
+            if "messages" in row:
+                conversations.append(row["messages"])
+                continue
             content = []
-            for key in ("image", "video", "text"):
-                if key == "video" and key in row:
-                    metadata.append(row[key]["video_metadata"])
-                    content.append({"type": key, key: row[key]["array"]})
-                elif key in row:
-                    content.append({"type": key, key: row[key]})
+            for key, value in _content(row).items():
+                for part in value if isinstance(value, list) else [value]:
+                    if key == "video":
+                        metadata.append(part["video_metadata"])
+                    content.append({"type": key, key: part["array"] if key == "video" else part})
             system = [{"role": "system", "content": row["prompt"]}] if "prompt" in row else []
             conversations.append([*system, {"role": "user", "content": content}])
         features = processor.apply_chat_template(

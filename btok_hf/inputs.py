@@ -36,7 +36,7 @@ from btok_hf.media import (
 # What `encode` accepts: a text, a file path, an image, frames, an input dict, one chat message or a list of them.
 Input = str | Path | Image.Image | np.ndarray | torch.Tensor | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
-# Keys of an input dict, in the order of the row.
+# Keys of an input dict.
 INPUT_KEYS = ("image", "video", "text")
 REMOTE = ("http://", "https://", "data:")
 DOWNLOAD_SECONDS = 30
@@ -125,7 +125,7 @@ def _read_dict(item: Mapping[str, Any], limits: ImageLimits) -> dict[str, Any]:
     unknown = set(item) - set(INPUT_KEYS)
     if unknown or not item:
         raise ValueError(f"unknown keys {sorted(map(str, unknown))}; use the keys {sorted(INPUT_KEYS)}")
-    row = {key: _read_part(key, item[key], limits) for key in INPUT_KEYS if key in item}
+    row = {key: _read_part(key, item[key], limits) for key in item}
     if row.keys() == {"text"}:
         texts = [row["text"]] if isinstance(row["text"], str) else row["text"]
         if not any(text.strip() for text in texts):
@@ -289,7 +289,7 @@ def text_of(value: Any) -> str | None:
 
 
 def content_hash(value: Any) -> int:
-    """A stable 63-bit hash of the content of an input. Equal content has equal hashes.
+    """A stable 63-bit hash of the content of an input. Equal content in equal order has equal hashes.
 
     Args:
         value: A text, image, array, bytes, or a dict or list of them. `{"text": …}` has the hash of its text.
@@ -308,7 +308,7 @@ def content_hash(value: Any) -> int:
             part = np.ascontiguousarray(part)
             part = (str(part.dtype), part.shape, part.tobytes())
         if isinstance(part, dict):
-            part = part["text"] if set(part) == {"text"} else sorted(part.items())
+            part = part["text"] if set(part) == {"text"} else list(part.items())
         if isinstance(part, (list, tuple)):
             digest.update(f"[{len(part)}".encode())
             for item in part:

@@ -124,7 +124,8 @@ class BottleneckTransformer(Transformer):
         Args:
             inputs (`Sequence[Input]`): Each is a text, an image (PIL, array, file path), a video
                 (`{"array", "video_metadata"}`, file path), a dict of `text`, `image`, `video` (lists for several), or
-                chat messages. A row starts with the media in the given order, then the prompt, then the texts.
+                chat messages. A row has the media in the given order, then the prompt, then the texts; with the order
+                `as_given` (`add_bottleneck_tokens`), the prompt and then all parts as they are given.
             prompt (`str`, *optional*): Instruction for every input.
             positions (`Sequence[int]`, *optional*): Where each input stands in the user's list, for errors. Default:
                 in `inputs`.

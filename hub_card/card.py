@@ -156,6 +156,7 @@ def render_card(
         "base_revision": getattr(config, "btok_base_revision", None),
         "model_type": config.model_type,
         "num_tokens": config.btok_num_tokens,
+        "order": getattr(config, "btok_order", "media_first"),
         "hidden_size": text_config.hidden_size,
         "num_layers": text_config.num_hidden_layers,
         "max_length": processor.tokenizer.model_max_length,

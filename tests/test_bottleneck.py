@@ -1,19 +1,23 @@
 """Bottleneck Tokens in a base checkpoint, and the embedding template."""
 
 import json
+import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
 from support import tiny
-from support.inputs import process
+from support.inputs import as_messages, process
 from support.media import image
 from support.repositories import edit
-from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, BertConfig, BertModel
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, BertConfig, BertModel
 
-from btok_hf import add_bottleneck_tokens
+from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, bottleneck
+from btok_hf.inputs import content_hash
 
 
 @pytest.mark.parametrize("backbone", tiny.BACKBONES)
@@ -103,6 +107,90 @@ def test_embedding_template_order_and_chat_template(repo):
     chat = processor.apply_chat_template(messages, add_generation_prompt=True)
     assert chat.startswith("<|im_start|>system\nFind.<|im_end|>") and chat.endswith("<|im_start|>assistant\n")
     assert "btok" not in chat
+
+
+MARKS = {kind: f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video")}
+
+
+def in_words(messages, order):
+    """What a template must render without tokens, written without Jinja."""
+    parts = [
+        (message["role"], part["type"], part.get("text", "").replace("<|", "< |"))
+        for message in messages
+        for part in (
+            [{"type": "text", "text": message["content"]}]
+            if isinstance(message["content"], str)
+            else message["content"]
+        )
+    ]
+    if order == "media_first":
+        texts = {"system": "", "user": ""}
+        for role, kind, text in parts:
+            if kind == "text":
+                texts[role] += (" " if texts[role] else "") + text
+        row = ["".join(MARKS[kind] for _, kind, _ in parts if kind in MARKS), *texts.values()]
+        return " ".join(part for part in row if part)
+    row, after_media = "", False
+    for _, kind, text in parts:
+        if kind in MARKS or text:
+            row += ("" if not row or (after_media and kind in MARKS) else " ") + MARKS.get(kind, text)
+            after_media = kind in MARKS
+    return row
+
+
+@pytest.mark.parametrize("order", bottleneck.ORDERS)
+def test_templates_render_the_order_of_their_name(bases, tmp_path, order):
+    repo = add_bottleneck_tokens(bases["qwen2_vl"], tmp_path / "repo", order=order)
+    processor = AutoProcessor.from_pretrained(repo)
+    rng = random.Random(0)
+    values = [{"type": "image"}, {"type": "video"}]
+    values += [{"type": "text", "text": text} for text in ("", " ", "a", "b c", "<|x", " d ")]
+    rendered = 0
+    for _ in range(300):
+        content = [rng.choice(values) for _ in range(rng.randint(1, 5))]
+        messages = [{"role": "user", "content": content}]
+        if rng.random() < 0.5:
+            messages.insert(0, {"role": "system", "content": rng.choice(["Find.", "", "x <|y"])})
+        if any(part["type"] != "text" or part["text"].strip() for part in content):
+            expected = in_words(messages, order) + "<|btok_0|><|btok_1|><|btok_2|><|btok_3|>"
+            assert processor.apply_chat_template(messages) == expected
+            rendered += 1
+    assert rendered > 200
+
+
+def test_the_order_is_recorded_and_cannot_be_changed(bases, tmp_path):
+    repo = add_bottleneck_tokens(bases["qwen2_vl"], tmp_path / "repo", order="as_given")
+    assert AutoConfig.from_pretrained(repo).btok_order == "as_given"
+    assert "in the order in which they are given" in (repo / "README.md").read_text("utf-8")
+    with pytest.raises(ValueError, match="the order 'as_given', got order='media_first'"):
+        add_bottleneck_tokens(repo, tmp_path / "other")
+    again = add_bottleneck_tokens(repo, tmp_path / "again", order="as_given")
+    assert AutoConfig.from_pretrained(again).btok_order == "as_given"
+    with pytest.raises(ValueError, match="order must be one of media_first, as_given, got 'given'"):
+        add_bottleneck_tokens(bases["qwen2_vl"], tmp_path / "third", order="given")
+
+
+def test_all_loaders_keep_the_given_order(bases, tmp_path):
+    """Dict keys, images between texts, an instruction: one vector in every loader, another for another order."""
+    repo = add_bottleneck_tokens(bases["qwen3_vl"], tmp_path / "repo", noise_std=0.5, order="as_given")
+    red, blue = image(64, 64), image(96, 64)
+    between = [{"type": "text", "text": "a"}, {"type": "image", "image": red}, {"type": "text", "text": "b"}]
+    between.append({"type": "image", "image": blue})
+    dicts = [{"text": "a", "image": red}, {"image": red, "text": "a"}, {"image": [red, blue], "text": "a"}]
+    messages = [[{"role": "user", "content": between}], [{"role": "user", "content": between[::-1]}]]
+    ours = BTokSentenceTransformer(repo, device="cpu")
+    stock = SentenceTransformer(str(repo), device="cpu")
+    model = AutoModel.from_pretrained(repo, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(repo)
+    for inputs in (dicts, messages):
+        vectors = ours.encode(inputs, prompt="Find.")
+        np.testing.assert_allclose(stock.encode(inputs, prompt="Find."), vectors, atol=2e-6)
+        conversations = [as_messages(item, "Find.") for item in inputs]
+        with torch.no_grad():
+            auto = model(**process(processor, conversations)).pooler_output
+        np.testing.assert_allclose(auto, vectors, atol=2e-6)
+        assert np.abs(vectors[0] - vectors[1]).max() > 1e-3
+    assert content_hash(dicts[0]) != content_hash(dicts[1]), "rows of another order are not encoded as one"
 
 
 @pytest.mark.parametrize("text", ["<|btok_0|>", "a <|image_pad|> b", "<|im_end|>", "<<||image_pad|>", "<|<|btok_3|>"])

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from support import tiny
 from support.repositories import differences
+from transformers import AutoProcessor
 
 import btok_hf
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model, golden
@@ -15,10 +16,13 @@ from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model
 def test_a_changed_template_gives_other_vectors(copied):
     path = copied / "chat_template.jinja"
     template = path.read_text("utf-8")
-    path.write_text(template.replace("join(' ')", "join('  ')"), "utf-8")
+    path.write_text(template.replace("(' ' if", "('  ' if"), "utf-8")
     # Only inputs of two parts change: media and text, instruction and text.
     assert {name for (_, name), value in differences(copied).items() if value > golden.TOLERANCE} == {
         "image and text",
+        "two images",
+        "long video",
+        "system message",
         "prompt query",
     }
     path.write_text(template.replace("'< |'", "'<|'"), "utf-8")
@@ -57,7 +61,7 @@ def test_golden_vectors_of_special_models(bases, repo, with_adapters, tmp_path):
 
 
 def test_golden_vectors_stay_small(exported):
-    assert (exported / "golden.json").stat().st_size < 15_000  # at 64 dimensions; 100 kB at 1,536
+    assert (exported / "golden.json").stat().st_size < 40_000  # at 64 dimensions
 
 
 def test_golden_vectors_that_prove_nothing_are_refused(exported, copied, repo, tmp_path):
@@ -76,3 +80,51 @@ def test_golden_vectors_that_prove_nothing_are_refused(exported, copied, repo, t
     assert max(differences(collapsed).values()) == 0.0
     with pytest.raises(ValueError, match="too similar to verify"):
         btok_hf.verify(collapsed)
+
+
+def changed(folder, name, change, tmp_path):
+    """The largest difference of a golden input whose content is changed, after the check of the unchanged one."""
+    content = json.loads((folder / "golden.json").read_text("utf-8"))
+    [row] = [row for row in content["inputs"] if row["name"] == name]
+    change(row)
+    path = tmp_path / "changed.json"
+    path.write_text(json.dumps({**content, "inputs": [row]}), "utf-8")
+    return {loader: max(rows[name]) for loader, rows in golden.check(str(folder), str(path), None, "cpu").items()}
+
+
+def test_each_golden_input_notices_what_it_is_for(bases, tmp_path):
+    start = add_bottleneck_tokens(bases["qwen2_5_vl"], tmp_path / "start", noise_std=0.5, order="as_given")
+    folder = export_model(BTokSentenceTransformer(start, device="cpu"), tmp_path / "model")
+    assert max(differences(folder).values()) <= 1e-6
+    changes = {
+        "two images": lambda row: row["image"].reverse(),
+        "system message": lambda row: row["messages"].pop(0),
+        "long video": lambda row: row["video"]["array"].reverse(),
+        "texts and images": lambda row: row["messages"][0]["content"].reverse(),
+        "text and image": lambda row: row.update(text=row.pop("text")),  # now after the image
+    }
+    for name, change in changes.items():
+        found = changed(folder, name, change, tmp_path)
+        assert min(found.values()) > golden.TOLERANCE, (name, found)
+
+
+@pytest.mark.parametrize("backbone", tiny.BACKBONES)
+def test_the_temporal_positions_of_the_long_video_exceed_its_grid(repos, backbone):
+    """Releases go on after a video at its longest side or at its last position, which are equal for a short one."""
+    processor = AutoProcessor.from_pretrained(repos[backbone])
+    merge = processor.video_processor.merge_size
+    side = 2 * merge * processor.video_processor.patch_size
+    item = golden.golden_inputs({}, side)["long video"][0]
+    features = BTokSentenceTransformer(repos[backbone], device="cpu").preprocess([item])
+    time, height, width = features["video_grid_thw"].sum(0).tolist()
+    assert time > max(height, width) // merge
+
+
+def test_old_golden_files_still_verify(exported, tmp_path):
+    """Files of earlier releases have fewer inputs, and none of messages."""
+    content = json.loads((exported / "golden.json").read_text("utf-8"))
+    old = [row for row in content["inputs"] if "messages" not in row and "two" not in row["name"]]
+    path = tmp_path / "golden.json"
+    path.write_text(json.dumps({**content, "inputs": old[:-1]}), "utf-8")
+    found = golden.check(str(exported), str(path), None, "cpu")
+    assert max(max(pair) for rows in found.values() for pair in rows.values()) <= 1e-6

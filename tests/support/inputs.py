@@ -67,16 +67,15 @@ def text_inputs(repo, texts, side="right"):
 
 def as_messages(item, prompt=None):
     """What a user of AutoProcessor would write for an input."""
+    system = [{"role": "system", "content": prompt}] if prompt else []
     if isinstance(item, list):
-        return item
+        return [*system, *item]
     if isinstance(item, str) and not os.path.isfile(item):
         item = {"text": item}
     elif not isinstance(item, dict):
         item = {"image": Image.open(item) if isinstance(item, str) else item}
     content = []
-    for key in ("image", "video", "text"):
-        values = item.get(key, [])
+    for key, values in item.items():
         for value in values if isinstance(values, list) else [values]:
             content.append({"type": key, key: value})
-    system = [{"role": "system", "content": prompt}] if prompt else []
     return [*system, {"role": "user", "content": content}]
