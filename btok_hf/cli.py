@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--version", action="version", version=f"btok-hf {version('btok-hf')}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add_command in (_add_tokens, _train, _export, _verify, _push, _mmeb):
+    for add_command in (_add_tokens, _mine, _train, _export, _verify, _push, _mmeb):
         add_command(commands)
     words, bare_debug = take_debug(sys.argv[1:] if arguments is None else arguments)
     if next((word for word in words if not word.startswith("-")), None) != "train":
@@ -152,6 +152,49 @@ def _run_train(words: list[str]) -> Callable[[], None]:
     from btok_hf.training.train import set_up
 
     return set_up(words).run
+
+
+def _mine(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "mine",
+        _run_mine,
+        "Mine hard negatives for pairs with a model, and write pairs with a column of negatives to train with.",
+        "btok mine pairs.parquet mined.parquet --model org/btok-2b --relative-margin 0.05",
+    )
+    parser.add_argument("pairs", help="pair file or Hub id, as for `btok train`")
+    parser.add_argument("output", help="parquet file to write")
+    parser.add_argument("--model", required=True, help="folder or Hub id")
+    parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
+    parser.add_argument("--num-negatives", type=int, default=3, help="most negatives of a row (default: %(default)s)")
+    parser.add_argument("--range-min", type=int, default=0, help="nearest candidates to skip (default: %(default)s)")
+    parser.add_argument("--range-max", type=int, help="nearest candidates to consider")
+    parser.add_argument("--max-score", type=float, help="highest cosine of a negative")
+    parser.add_argument("--min-score", type=float, help="lowest cosine of a negative")
+    parser.add_argument("--absolute-margin", type=float, help="distance of a negative's cosine to the positive's")
+    parser.add_argument("--relative-margin", type=float, help="the same, as a fraction of the positive's cosine")
+    parser.add_argument(
+        "--sampling-strategy",
+        choices=["top", "random"],
+        default="top",
+        help="take the nearest, or draw from them (default: %(default)s)",
+    )
+    parser.add_argument("--batch-size", type=int, default=32, help="as in encode (default: %(default)s)")
+    parser.add_argument("--use-faiss", action="store_true", help="search with faiss instead of torch")
+    parser.add_argument("--seed", type=int, default=0, help="seed of random sampling (default: %(default)s)")
+
+
+def _run_mine(pairs: str, output: str, model: str, revision: str | None, **options: Any) -> None:
+    from btok_hf.files import check_writable
+    from btok_hf.sentence_transformer import BTokSentenceTransformer
+    from btok_hf.training.data import load_pairs
+    from btok_hf.training.mining import mine_hard_negatives
+
+    check_writable(Path(output).parent)
+    dataset = load_pairs(pairs)
+    with _named(model):
+        loaded = BTokSentenceTransformer(model, revision=revision)
+    print(mine_hard_negatives(dataset, loaded, output, **options))
 
 
 def _export(commands: Any) -> None:

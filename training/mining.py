@@ -1,0 +1,291 @@
+"""Hard negatives for pairs of texts, images and videos, mined with a model.
+
+The options and their meaning are those of `sentence_transformers.util.mine_hard_negatives`. That function is not used
+underneath, because it compares inputs as strings and knows no groups. Here an input is known by its content, so that a
+side can be anything that training takes, and what training would mask as a false negative is never mined.
+"""
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from datasets import Dataset, Features, List
+from sentence_transformers import SentenceTransformer
+from tqdm import tqdm, trange
+
+from btok_hf.files import check_writable, replacing
+from btok_hf.inputs import content_hash
+from btok_hf.training.data import decode_cell
+
+ROWS = 1024  # that are read, embedded and written at a time
+
+
+@dataclass
+class MiningReport:
+    """What was mined and what was left out.
+
+    Args:
+        rows (`int`): Rows written.
+        negatives (`Counter`): Number of rows by their number of negatives.
+        left_out (`Counter`): Number of candidates by the reason that they are no negatives: `content` (the positive of
+            the same query, or the query itself), `group`, `absolute_margin`, `relative_margin`, `max_score`,
+            `min_score`. Only candidates among the nearest count.
+        positive_scores, negative_scores (`list[float]`): Cosines of the pairs, and of queries and mined negatives.
+    """
+
+    rows: int = 0
+    negatives: Counter[int] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
+    positive_scores: list[float] = field(default_factory=list)
+    negative_scores: list[float] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{self.rows:,} rows with {sum(k * n for k, n in self.negatives.items()):,} negatives"]
+        lines += [f"  {count:,} of them with {number}" for number, count in sorted(self.negatives.items())]
+        for name, scores in (("positives", self.positive_scores), ("negatives", self.negative_scores)):
+            if scores:
+                cuts = " ".join(f"{value:.3f}" for value in np.percentile(scores, [0, 25, 50, 75, 100]))
+                lines.append(f"  cosines of {name} (least, quartiles, most): {cuts}")
+        lines += [f"  left out by {reason}: {count:,}" for reason, count in self.left_out.most_common()]
+        return "\n".join(lines)
+
+
+def mine_hard_negatives(
+    pairs: Dataset,
+    model: SentenceTransformer,
+    output: str | Path,
+    *,
+    num_negatives: int = 3,
+    range_min: int = 0,
+    range_max: int | None = None,
+    max_score: float | None = None,
+    min_score: float | None = None,
+    absolute_margin: float | None = None,
+    relative_margin: float | None = None,
+    sampling_strategy: Literal["random", "top"] = "top",
+    batch_size: int = 32,
+    use_faiss: bool = False,
+    faiss_batch_size: int = 1024,
+    seed: int = 0,
+) -> MiningReport:
+    """Write pairs with a column `negatives`, which training takes, as a parquet file.
+
+    The candidates are the distinct positives of all rows. Rows whose query is null are candidates only and are not
+    written. No negative of a row has the content of its query, of a positive of the same query, or of a positive of
+    the same `group`. Memory: the embeddings of all distinct queries and positives, in fp32.
+
+    Args:
+        pairs (`datasets.Dataset`): As from `load_pairs`, without a column `negatives`.
+        model (`SentenceTransformer`): The model to mine with. `encode_query` and `encode_document` embed the sides.
+        output (`str` or `Path`): Parquet file to write. It appears when it is complete.
+        num_negatives (`int`): Most negatives of a row. A row may have fewer.
+        range_min (`int`): Number of nearest remaining candidates to skip.
+        range_max (`int`, *optional*): Number of nearest candidates to consider. Default: `range_min + num_negatives`,
+            and ten times as many negatives with a margin or a bound.
+        max_score, min_score (`float`, *optional*): Bounds of the cosine of query and negative.
+        absolute_margin (`float`, *optional*): A negative's cosine is at least this much below the lowest of the
+            query's positives.
+        relative_margin (`float`, *optional*): The same, as a fraction of that positive's cosine. 0.05 is the
+            recommendation of NV-Retriever (arXiv 2407.15831).
+        sampling_strategy (`str`): `top` takes the nearest candidates, `random` draws from them.
+        batch_size (`int`): As in `encode`.
+        use_faiss (`bool`): Search with a flat index of faiss instead of torch. The results are equal.
+        faiss_batch_size (`int`): Queries searched at a time.
+        seed (`int`): Seed of `random`.
+
+    Returns:
+        `MiningReport`
+
+    Raises:
+        ValueError: Options that do not fit, a column `negatives`, or no pair.
+        ImportError: `use_faiss` without faiss.
+    """
+    bounded = (max_score, min_score, absolute_margin, relative_margin) != (None,) * 4
+    if range_max is None:
+        range_max = range_min + num_negatives * (10 if bounded else 1)
+    _check_options(pairs, num_negatives, range_min, range_max, sampling_strategy, use_faiss)
+    check_writable(Path(output).parent)
+    sides = {name: _Side(pairs, name) for name in ("query", "positive")}
+    if not sides["query"].rows:
+        raise ValueError("The pairs have no row with a query. Give them queries, or another file.")
+    queries = sides["query"].embed(model.encode_query, batch_size)
+    corpus = sides["positive"].embed(model.encode_document, batch_size)
+    report, rng = MiningReport(), random.Random(seed)
+    found: list[list[int]] = []
+    excluded = _FalseNegatives(pairs, sides["query"], sides["positive"])
+    search = _faiss_search(corpus) if use_faiss else _torch_search(corpus)
+    for start in trange(0, len(queries), faiss_batch_size, desc="Searching"):
+        numbers = range(start, min(start + faiss_batch_size, len(queries)))
+        reasons = [excluded.of(number) for number in numbers]
+        most = min(len(corpus), range_max + max(map(len, reasons)))
+        for number, reason, scores, candidates in zip(numbers, reasons, *search(queries[numbers], most)):
+            report.left_out.update(reason[int(i)] for i in candidates if int(i) in reason)
+            kept = [(s, i) for s, i in zip(scores.tolist(), candidates.tolist()) if i not in reason][:range_max]
+            own = corpus[excluded.positives(number)] @ queries[number]
+            lowest = float(own.min())
+            bounds = {
+                "absolute_margin": None if absolute_margin is None else lowest - absolute_margin,
+                "relative_margin": None if relative_margin is None else lowest - abs(lowest) * relative_margin,
+                "max_score": max_score,
+            }
+            for name, bound in bounds.items():
+                if bound is not None:
+                    report.left_out[name] += sum(score > bound for score, _ in kept)
+                    kept = [pair for pair in kept if pair[0] <= bound]
+            if min_score is not None:
+                report.left_out["min_score"] += sum(score < min_score for score, _ in kept)
+                kept = [pair for pair in kept if pair[0] >= min_score]
+            kept = kept[range_min:]
+            if sampling_strategy == "random":
+                kept = sorted(rng.sample(kept, min(num_negatives, len(kept))), reverse=True)
+            kept = kept[:num_negatives]
+            report.positive_scores += own.tolist()
+            report.negative_scores += [score for score, _ in kept]
+            found.append([sides["positive"].first[candidate] for _, candidate in kept])
+    report.left_out = +report.left_out  # without zeros
+    _write(pairs, Path(output), sides["query"], found, report)
+    return report
+
+
+def _check_options(
+    pairs: Dataset, num_negatives: int, range_min: int, range_max: int, sampling_strategy: str, use_faiss: bool
+) -> None:
+    if num_negatives < 1 or range_min < 0:
+        raise ValueError(
+            f"num_negatives must be 1 or more and range_min 0 or more, got {num_negatives} and {range_min}."
+        )
+    if num_negatives > range_max - range_min:
+        raise ValueError(
+            f"{num_negatives} negatives do not fit between range_min={range_min} and range_max={range_max}. Lower "
+            "num_negatives or range_min, or raise range_max."
+        )
+    if sampling_strategy not in ("top", "random"):
+        raise ValueError(f"sampling_strategy must be 'top' or 'random', got {sampling_strategy!r}.")
+    if "negatives" in pairs.column_names:
+        raise ValueError(
+            "The pairs already have a column 'negatives'. Remove it: dataset.remove_columns('negatives')."
+        )
+    if use_faiss:
+        try:
+            import faiss  # noqa: F401
+        except ImportError as error:
+            raise ImportError("use_faiss needs faiss: pip install faiss-cpu. Or leave use_faiss out.") from error
+
+
+class _Side:
+    """The distinct inputs of a column.
+
+    `numbers[row]` is the number of a row's input, -1 without one; `first[number]` is the first row that has it;
+    `rows[number]` are all of them; `hashes[number]` is the hash of its content.
+    """
+
+    def __init__(self, pairs: Dataset, column: str) -> None:
+        self.pairs, self.column = pairs.select_columns([column]), column
+        self.numbers = np.full(len(pairs), -1)
+        self.first: list[int] = []
+        self.rows: list[list[int]] = []
+        self.hashes: list[int] = []
+        known: dict[int, int] = {}
+        for row in trange(len(pairs), desc=f"Reading {column}"):
+            value = decode_cell(self.pairs[row][column])
+            if value is None:
+                continue
+            content = content_hash(value)
+            number = known.setdefault(content, len(known))
+            if number == len(self.first):
+                self.first.append(row)
+                self.rows.append([])
+                self.hashes.append(content)
+            self.rows[number].append(row)
+            self.numbers[row] = number
+
+    def embed(self, encode: Any, batch_size: int) -> np.ndarray:
+        """Unit vectors of the distinct inputs, fp32 of shape `(inputs, hidden)`."""
+        parts = []
+        for start in tqdm(range(0, len(self.first), ROWS), desc=f"Embedding {self.column}"):
+            rows = self.first[start : start + ROWS]
+            inputs = [decode_cell(self.pairs[row][self.column]) for row in rows]
+            parts.append(encode(inputs, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False))
+        return np.concatenate(parts).astype(np.float32)
+
+
+class _FalseNegatives:
+    """Which candidates answer a query, as training decides it: by content or by group."""
+
+    def __init__(self, pairs: Dataset, queries: _Side, candidates: _Side) -> None:
+        self._queries, self._candidates = queries, candidates
+        self._number = {content: number for number, content in enumerate(candidates.hashes)}
+        self._groups = pairs["group"] if "group" in pairs.column_names else [None] * len(pairs)
+        self._of_group: dict[Any, set[int]] = defaultdict(set)
+        for row, group in enumerate(self._groups):
+            if group is not None and candidates.numbers[row] >= 0:
+                self._of_group[group].add(int(candidates.numbers[row]))
+
+    def positives(self, query: int) -> list[int]:
+        """The distinct positives of a query."""
+        return list(dict.fromkeys(int(self._candidates.numbers[row]) for row in self._queries.rows[query]))
+
+    def of(self, query: int) -> dict[int, str]:
+        """Reason by candidate."""
+        reasons = {}
+        for row in self._queries.rows[query]:
+            if self._groups[row] is not None:
+                reasons |= dict.fromkeys(self._of_group[self._groups[row]], "group")
+        reasons |= dict.fromkeys(self.positives(query), "content")
+        own = self._number.get(self._queries.hashes[query])
+        return reasons if own is None else {**reasons, own: "content"}
+
+
+def _torch_search(corpus: np.ndarray) -> Any:
+    """Function from queries `(batch, hidden)` and k to the k highest cosines and their candidates, `(batch, k)`."""
+    candidates = torch.from_numpy(corpus)
+
+    def search(queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        scores, indices = (torch.from_numpy(queries) @ candidates.T).topk(count)
+        return scores.numpy(), indices.numpy()
+
+    return search
+
+
+def _faiss_search(corpus: np.ndarray) -> Any:
+    """As `_torch_search`, with an exact index of faiss."""
+    import faiss
+
+    index = faiss.IndexFlatIP(corpus.shape[1])
+    index.add(corpus)
+    return index.search
+
+
+def _write(pairs: Dataset, output: Path, queries: _Side, found: Sequence[list[int]], report: MiningReport) -> None:
+    """Write the rows that have a query, with the positives of other rows as their negatives."""
+    features = Features({**pairs.features, "negatives": List(pairs.features["positive"])})
+    schema = features.arrow_schema
+    # Rows and negatives are taken from Arrow, so that media stay as they are stored.
+    table = pairs.with_format("arrow")
+    rows = [row for row in range(len(pairs)) if queries.numbers[row] >= 0]
+    with replacing(output) as file, pq.ParquetWriter(file, schema) as writer:
+        for chunk in _chunks(rows):
+            negatives = [found[queries.numbers[row]] for row in chunk]
+            report.rows += len(chunk)
+            report.negatives.update(map(len, negatives))
+            flat = [index for part in negatives for index in part]
+            values = table.select(flat)[:]["positive"] if flat else table.select([0])[:]["positive"].slice(0, 0)
+            offsets = np.cumsum([0, *map(len, negatives)])
+            column = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), _one_array(values))
+            own = table.select(chunk)[:]
+            writer.write_table(own.append_column("negatives", column).cast(schema))
+
+
+def _one_array(values: Any) -> pa.Array:
+    return values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+
+
+def _chunks(rows: list[int]) -> Iterator[list[int]]:
+    return (rows[start : start + ROWS] for start in range(0, len(rows), ROWS))
