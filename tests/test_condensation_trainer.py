@@ -212,6 +212,7 @@ def test_the_best_checkpoint_is_kept_and_loaded(repo, tmp_path):
         repo,
         tmp_path,
         evaluator=evaluator,
+        weight_decay=0.0,
         **{"per_device_train_batch_size": 12, "max_steps": 16, "save_steps": 4, "eval_strategy": "steps"},
         **{"eval_steps": 4, "learning_rate": 0.05, "warmup_steps": 16, "max_grad_norm": 0.0, "save_total_limit": 1},
         **{"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": True},

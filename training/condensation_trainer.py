@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from btok_hf.adapters import add_adapters, has_adapters
 from btok_hf.export import export_model
-from btok_hf.features import IGNORED
+from btok_hf.features import IGNORED, PIXEL_KEYS
 from btok_hf.files import check_writable, nearest_existing
 from btok_hf.sentence_transformer import BTokSentenceTransformer
 from btok_hf.training.checkpoints import (
@@ -97,6 +97,7 @@ class CondensationTrainer(SentenceTransformerTrainer):
         # Counted since the last log.
         self._tokens, self._samples = 0, 0
         self._since: float | None = None
+        self._media = False  # since the last step of the optimizer
         super().__init__(model=model, args=args, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -197,12 +198,25 @@ class CondensationTrainer(SentenceTransformerTrainer):
         self._samples += len(inputs.get("query_rows", masks[0])) * self.args.world_size
         self._tokens += sum(int(counted.sum()) for counted in masks + targets) * self.args.world_size
         loss = super().training_step(model, inputs, num_items_in_batch)
+        self._media |= any(key.endswith(PIXEL_KEYS) for key in inputs)
+        if self.accelerator.sync_gradients:
+            self._drop_empty_gradients()
         # The condensation loss is computed in GradCache's second pass, which is part of the backward pass above.
         self._track()
         if self.loss.condensation is not None and self.loss.cached:
             weighted = self.loss.condensation_weight * self.loss.condensation
             loss = loss + weighted.to(loss.device) / self.current_gradient_accumulation_steps
         return loss
+
+    def _drop_empty_gradients(self) -> None:
+        """Without media in any process, remove the vision tower's zero gradients, so that its weights do not decay.
+
+        They exist only with several processes (`BottleneckTransformer.forward`). In one process there are none.
+        """
+        media, self._media = torch.tensor(int(self._media), device=self.args.device), False
+        if self.args.world_size > 1 and not self.accelerator.reduce(media).item():
+            for parameter in cast(Any, self.model.transformer.model).visual.parameters():
+                parameter.grad = None
 
     def compute_loss(
         self,
