@@ -289,10 +289,11 @@ def text_of(value: Any) -> str | None:
 
 
 def content_hash(value: Any) -> int:
-    """A stable 63-bit hash of the content of an input. Equal content in equal order has equal hashes.
+    """A stable 63-bit hash of the content of an input. Equal content has equal hashes.
 
     Args:
         value: A text, image, array, bytes, or a dict or list of them. `{"text": …}` has the hash of its text.
+            The order of keys does not count.
 
     Returns:
         `int`: At least 0.
@@ -308,7 +309,7 @@ def content_hash(value: Any) -> int:
             part = np.ascontiguousarray(part)
             part = (str(part.dtype), part.shape, part.tobytes())
         if isinstance(part, dict):
-            part = part["text"] if set(part) == {"text"} else list(part.items())
+            part = part["text"] if set(part) == {"text"} else sorted(part.items())
         if isinstance(part, (list, tuple)):
             digest.update(f"[{len(part)}".encode())
             for item in part:

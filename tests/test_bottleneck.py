@@ -17,7 +17,6 @@ from support.repositories import edit
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, BertConfig, BertModel
 
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, bottleneck
-from btok_hf.inputs import content_hash
 
 
 @pytest.mark.parametrize("backbone", tiny.BACKBONES)
@@ -190,7 +189,6 @@ def test_all_loaders_keep_the_given_order(bases, tmp_path):
             auto = model(**process(processor, conversations)).pooler_output
         np.testing.assert_allclose(auto, vectors, atol=2e-6)
         assert np.abs(vectors[0] - vectors[1]).max() > 1e-3
-    assert content_hash(dicts[0]) != content_hash(dicts[1]), "rows of another order are not encoded as one"
 
 
 @pytest.mark.parametrize("text", ["<|btok_0|>", "a <|image_pad|> b", "<|im_end|>", "<<||image_pad|>", "<|<|btok_3|>"])

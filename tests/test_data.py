@@ -67,6 +67,48 @@ def test_cells_of_csv_files_are_texts(tmp_path):
     assert rows[2]["query"] is None
 
 
+def test_texts_of_json_lines_that_look_like_dates_are_texts(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(
+        '{"query": "2026-11-26", "positive": {"text": "2026-11-26T10:00:00"}, "negatives": ["2020-01-02"]}\n'
+        '\n{"query": "2026-01-02", "positive": {"text": "1999-12-31T00:00:00"}, "negatives": []}\n'
+    )
+    rows = list(load_pairs(str(path)))
+    assert rows[0] == {
+        "query": "2026-11-26",
+        "positive": {"text": "2026-11-26T10:00:00"},
+        "negatives": ["2020-01-02"],
+    }
+    path.write_text('{"query": "2026-11-27", "positive": {"text": "1999-12-31T00:00:00"}}\n')
+    assert load_pairs(str(path))[0]["query"] == "2026-11-27"  # a changed file is read again
+    path = tmp_path / "list.json"
+    path.write_text('[{"query": "2026-11-26", "positive": "a"}, {"query": "2026-11-26", "positive": "b"}]')
+    assert load_pairs(str(path))["query"] == ["2026-11-26"] * 2
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_relative_paths_start_at_the_pair_file(repo, tmp_path, monkeypatch, suffix):
+    folder, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    for place, width in ((folder, 56), (elsewhere, 84)):
+        (place / "images").mkdir(parents=True)
+        image(width, 56).save(place / "images" / "a.png")
+    image(112, 56).save(elsewhere / "images" / "b.png")
+    queries = ["images/a.png", "images/b.png", "a text"]
+    rows = Dataset.from_dict({"query": queries, "positive": ["x", "y", "z"], "target": ["images/a.png"] * 3})
+    if suffix != "csv":
+        rows = rows.add_column("negatives", [[{"image": ["images/a.png"], "text": "images/a.png"}]] * 3)
+    {"jsonl": rows.to_json, "csv": rows.to_csv, "parquet": rows.to_parquet}[suffix](folder / f"pairs.{suffix}")
+    monkeypatch.chdir(elsewhere)
+    pairs = load_pairs(f"../data/pairs.{suffix}")
+    assert pairs["query"] == [str(folder / "images" / "a.png"), "images/b.png", "a text"]
+    assert pairs["target"] == ["images/a.png"] * 3  # a text
+    if suffix != "csv":
+        expected = {"image": [str(folder / "images" / "a.png")], "text": "images/a.png"}
+        assert decode_cell(pairs[0]["negatives"]) == [expected]
+    evaluator = retrieval_evaluator(f"../data/pairs.{suffix}")
+    assert evaluator(BTokSentenceTransformer(repo, device="cpu"))["pairs_cosine_accuracy@10"] == 1.0
+
+
 def test_videos_in_columns_are_videos_again():
     video = video_input(np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3), 2.0)
     stored = Dataset.from_list(

@@ -5,9 +5,10 @@ Several datasets in one run are in `mixture.py`, the paper's data in `sources.py
 
 import csv
 import glob
-from collections.abc import Collection
+import json
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -16,8 +17,9 @@ from datasets.exceptions import DatasetsError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
-from btok_hf.inputs import content_hash
+from btok_hf.inputs import REMOTE, content_hash, is_media_path
 
+LOOKED_AT = 100  # rows: a file that has paths has some among its first
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
@@ -26,7 +28,8 @@ def load_pairs(source: str) -> Dataset:
 
     Args:
         source (`str`): A parquet, JSON-lines or CSV file, or the Hub id of a dataset with a `train` split. A column
-            holds texts, images (as the `datasets` feature, or as file paths), or dicts of both.
+            holds texts, images (as the `datasets` feature, or as file paths), or dicts of both. Relative paths start
+            at the folder of the file; what does not lie there is looked for from the current folder.
 
     Returns:
         `datasets.Dataset`
@@ -50,11 +53,58 @@ def load_pairs(source: str) -> Dataset:
             raise ValueError(
                 f"Pair file {source!r} cannot be read ({error.__cause__ or error}). Correct it."
             ) from error
+        plain = _without_dates(dataset.features)
+        if plain != dataset.features:  # the JSON reader takes texts such as 2026-11-26 for dates
+            options = {"path": str(Path(source).resolve()), "modified": Path(source).stat().st_mtime_ns}
+            dataset = cast(Dataset, Dataset.from_generator(_json_rows, features=plain, gen_kwargs=options))
     elif Path(source).exists():
         raise ValueError(f"Pair file {source!r} has an unknown format. Use one of {', '.join(FORMATS)}.")
     else:
         dataset = load_dataset(source, split="train")
     check_columns(dataset.column_names, source)
+    return _with_own_paths(dataset, Path(source).resolve().parent) if suffix in FORMATS else dataset
+
+
+def _without_dates(feature: Any) -> Any:
+    """A feature with texts in place of dates, which nothing else in pairs could be."""
+    if isinstance(feature, datasets.Value) and feature.dtype.startswith(("timestamp", "date", "time")):
+        return datasets.Value("string")
+    if isinstance(feature, dict):
+        return type(feature)({name: _without_dates(part) for name, part in feature.items()})
+    return datasets.List(_without_dates(feature.feature)) if isinstance(feature, datasets.List) else feature
+
+
+def _json_rows(path: str, modified: int) -> Iterator[dict[str, Any]]:
+    """The rows of a file of JSON lines, or of one JSON list. `modified` makes a changed file another dataset."""
+    with open(path, encoding="utf-8") as file:
+        if file.read(1) == "[":
+            file.seek(0)
+            yield from json.load(file)
+        else:
+            file.seek(0)
+            yield from (json.loads(line) for line in file if line.strip())
+
+
+def _with_own_paths(dataset: Dataset, folder: Path) -> Dataset:
+    """Pairs in which a relative path of a picture or video that lies beside the pair file is absolute."""
+
+    def resolve(value: Any) -> Any:
+        if isinstance(value, str) and is_media_path(value) and not value.startswith(REMOTE):
+            return str(folder / value) if (folder / value).is_file() else value
+        if isinstance(value, list) and value and isinstance(value[0], (str, dict)):  # no frames
+            return [resolve(part) for part in value]
+        if isinstance(value, dict) and "bytes" not in value:  # in a dict, text is never a path
+            return {key: part if key == "text" else resolve(part) for key, part in value.items()}
+        return value
+
+    columns = [
+        name
+        for name, feature in dataset.features.items()
+        if name not in ("target", "group") and not isinstance(feature, (datasets.Image, datasets.Video))
+    ]
+    paths = dataset.select_columns(columns)
+    if columns and any(resolve(row) != row for row in paths.select(range(min(len(paths), LOOKED_AT)))):
+        return dataset.map(lambda row: {name: resolve(row[name]) for name in columns}, desc="Finding files")
     return dataset
 
 
