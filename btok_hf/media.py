@@ -5,7 +5,8 @@ What counts as an input, and checks of its parts, are in `btok_hf/inputs.py`.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, BinaryIO, TypedDict
 
@@ -18,6 +19,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".bmp", ".tif", ".ti
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".avi", ".mov", ".wmv", ".flv", ".mkv", ".webm")
 VIDEO_FRAMES = 8
 ORIENTATION = 0x0112  # EXIF tag
+MIN_FPS, MAX_FPS = 0.001, 1000  # processors turn frame numbers into seconds
 MAX_RATIO = 200  # of a longer to a shorter side; Qwen-VL's processors accept no more
 
 
@@ -186,7 +188,8 @@ def _rgb_frames(frames: np.ndarray) -> np.ndarray:
     if frames.shape[-1] == 4:
         alpha = frames[..., 3:] / 255
         return np.rint(frames[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
-    return np.ascontiguousarray(np.broadcast_to(frames, (*frames.shape[:-1], 3)))
+    # Writable, because torch warns of arrays that are not.
+    return np.require(np.broadcast_to(frames, (*frames.shape[:-1], 3)), requirements=["C", "W"])
 
 
 def frames_as_rgb(frames: Any) -> np.ndarray:
@@ -220,11 +223,11 @@ def frames_as_rgb(frames: Any) -> np.ndarray:
     return np.repeat(rgb, 2, 0) if len(rgb) == 1 else rgb
 
 
-def read_video(path: str | Path, num_frames: int = VIDEO_FRAMES) -> VideoInput:
+def read_video(path: str | Path | BinaryIO, num_frames: int = VIDEO_FRAMES) -> VideoInput:
     """Read evenly spaced frames of a video file with PyAV.
 
     Args:
-        path (`str` or `Path`): A video file that FFmpeg can decode, e.g. mp4.
+        path (`str`, `Path` or binary file): A video file that FFmpeg can decode, e.g. mp4.
         num_frames (`int`): Number of frames, evenly spaced from first to last. Shorter videos keep all frames.
 
     Returns:
@@ -236,18 +239,20 @@ def read_video(path: str | Path, num_frames: int = VIDEO_FRAMES) -> VideoInput:
         ImportError: PyAV is not installed.
         ValueError: The file holds no decodable video stream.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"Video file {str(path)!r} does not exist. Check the path; relative paths start at the current folder."
-        )
+    name = "The video"
+    if isinstance(path, (str, Path)):
+        name = f"Video file {str(path)!r}"
+        if not Path(path).is_file():
+            raise FileNotFoundError(
+                f"{name} does not exist. Check the path; relative paths start at the current folder."
+            )
+        path = str(path)
     try:
         import av
     except ImportError as error:
         raise ImportError("Reading video files needs PyAV: pip install av.") from error
-    name = f"Video file {str(path)!r}"
     try:
-        with av.open(str(path)) as container:
+        with av.open(path) as container:
             stream = container.streams.video[0]
             # Packets are counted without decoding, so that only the kept frames are in memory. A file that was cut
             # without encoding it again has packets that no player shows.
@@ -332,3 +337,32 @@ def video_input(frames: np.ndarray, fps: float) -> VideoInput:
             "frames_indices": list(range(len(frames))),
         },
     }
+
+
+def with_metadata(frames: np.ndarray, metadata: Any) -> VideoInput:
+    """Frames with the metadata that a user gives for them.
+
+    Args:
+        frames (`numpy.ndarray` of shape `(frames, height, width, 3)`): uint8.
+        metadata (`Mapping`): `fps`; `total_num_frames` and `frames_indices`, which default to all frames in order.
+
+    Raises:
+        ValueError: Metadata of other frames, or without a frame rate.
+    """
+    way_out = "Leave video_metadata out, or use btok_hf.media.video_input(frames, fps)"
+    if not isinstance(metadata, Mapping):
+        raise ValueError(f"'video_metadata' must be a dict, got {type(metadata).__name__}. {way_out}")
+    fps = metadata.get("fps")
+    if isinstance(fps, bool) or not isinstance(fps, Real) or not MIN_FPS <= float(fps) <= MAX_FPS:
+        raise ValueError(f"'fps' of a video must be a number from {MIN_FPS} to {MAX_FPS}, got {fps!r}. {way_out}")
+    video = video_input(frames, float(fps))
+    total, indices = metadata.get("total_num_frames"), metadata.get("frames_indices")
+    if total is not None and total != len(frames):
+        raise ValueError(f"'video_metadata' describes {total!r} frames, but the video has {len(frames)}. {way_out}")
+    if indices is not None:
+        indices = list(indices) if isinstance(indices, (Sequence, np.ndarray, range)) else [indices]
+        right = all(isinstance(index, Integral) and index >= 0 for index in indices)
+        if not right or len(indices) != len(frames):
+            raise ValueError(f"'frames_indices' must be one number per frame, from 0 on. {way_out}")
+        video["video_metadata"]["frames_indices"] = list(map(int, indices))
+    return video

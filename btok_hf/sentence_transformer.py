@@ -8,25 +8,22 @@ The forward is in `btok_hf/condensation.py`, checks of inputs in `btok_hf/inputs
 `btok_hf/export.py`.
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import reprlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 import torch
-from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from torch import Tensor, distributed
-from torch.nn import functional as F
-from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from btok_hf.adapters import has_adapters, load_adapters, merge_adapters
 from btok_hf.condensation import condense, reconstruct
+from btok_hf.encoding import PackedEncoder
 from btok_hf.export import stock_model, untied_head, write_repository
 from btok_hf.features import IGNORED, PIXEL_KEYS
-from btok_hf.inputs import ImageLimits, Input, check_input, estimate_tokens, is_messages
+from btok_hf.inputs import ImageLimits, Input, check_input, is_messages, split_metadata
 from btok_hf.modeling.modeling_btok import (
     Backbone,
     StockModel,
@@ -34,13 +31,6 @@ from btok_hf.modeling.modeling_btok import (
     last_positions,
     load_stock_model,
 )
-
-# Tokens per row of `encode`'s batch_size. The default of 32 rows is 2,048 tokens on a CPU, where larger batches exceed
-# the caches, and 16,384 tokens on other devices.
-CPU_ROW_TOKENS, ROW_TOKENS = 64, 512
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class BottleneckTransformer(Transformer):
@@ -132,15 +122,28 @@ class BottleneckTransformer(Transformer):
                 f"Inputs must be all chat messages or none, got {messages} of {len(checked)}: Sentence-Transformers "
                 "cannot put both in one batch. Encode them in two calls."
             )
+        rows, options = checked, dict(kwargs)
+        if messages:
+            rows, videos = zip(*map(split_metadata, checked))
+            metadata = [of_one for of_row in videos for of_one in of_row]
+            if metadata:
+                given = kwargs.get("processing_kwargs") or {}
+                video = {**given.get("video", {}), "video_metadata": metadata}
+                options["processing_kwargs"] = {**given, "video": video}
         try:
-            features = super().preprocess(checked, prompt=prompt, **kwargs)
+            features = super().preprocess(list(rows), prompt=prompt, **options)
         except ValueError as error:
-            if "Likely due to `truncation" not in str(error):
+            if len(checked) > 1:  # name the input
+                for item, place in zip(checked, places):
+                    self.preprocess([item], prompt, [place], **kwargs)
                 raise
+            name = f"Input {places[0]} {reprlib.repr(inputs[0])}"
+            if "Likely due to `truncation" not in str(error):
+                raise ValueError(f"{name}: {error}") from error
             raise ValueError(
-                f"An input with images or video is longer than max_seq_length={self.max_seq_length} tokens, and media "
-                "are never truncated. Raise max_seq_length, lower max_pixels (processor_kwargs={'max_pixels': …}), or "
-                "shorten the text."
+                f"{name}: it has images or video and is longer than max_seq_length={self.max_seq_length} tokens, and "
+                "media are never truncated. Raise max_seq_length, lower max_pixels "
+                "(processor_kwargs={'max_pixels': …}), or shorten the text."
             ) from error
         if not checked:
             return features
@@ -192,7 +195,7 @@ class BottleneckTransformer(Transformer):
         return stock_model(cast(Backbone, backbone), self.lm_head, self.generation_config)
 
 
-class BTokSentenceTransformer(SentenceTransformer):
+class BTokSentenceTransformer(PackedEncoder):
     """A `SentenceTransformer` with one `BottleneckTransformer`: the model that `CondensationTrainer` trains.
 
     `encode` has the arguments and results of Sentence-Transformers. Batches are limited by tokens instead of rows, so
@@ -257,68 +260,6 @@ class BTokSentenceTransformer(SentenceTransformer):
         """
         return self.transformer.preprocess(inputs, prompt=prompt, **kwargs)
 
-    # As in SentenceTransformer, the superclass names fewer arguments.
-    @torch.inference_mode()
-    def _inference(  # type: ignore[override]
-        self,
-        inputs: list,
-        *,
-        prompt: str | None,
-        batch_size: int,
-        show_progress_bar: bool,
-        output_value: str | None,
-        save_to_cpu: bool,
-        normalize_embeddings: bool,
-        truncate_dim: int | None,
-        device: str | torch.device | None = None,
-        **kwargs: Any,
-    ) -> list[Tensor] | Tensor | list[dict[str, Any]]:
-        """Embed inputs in batches of similar length. `encode` calls this after checking its arguments."""
-        if output_value not in ("sentence_embedding", None):
-            raise ValueError(
-                f"output_value must be 'sentence_embedding', or None for all features, got {output_value!r}: packed "
-                "encoding gives no states of single tokens. Load the repository with SentenceTransformer for them."
-            )
-        if output_value is None:  # all features of each row, padded
-            return super()._inference(
-                inputs,
-                prompt=prompt,
-                batch_size=batch_size,
-                show_progress_bar=show_progress_bar,
-                output_value=output_value,
-                save_to_cpu=save_to_cpu,
-                normalize_embeddings=normalize_embeddings,
-                truncate_dim=truncate_dim,
-                device=device,
-                **kwargs,
-            )
-        device = self._resolve_inference_device(device)
-        self.eval()
-        if not inputs:
-            return torch.tensor([], device=device)
-        around = estimate_tokens(prompt or "", self.processor) + len(bottleneck_token_ids(self.transformer.config)) + 4
-        longest = self.max_seq_length or math.inf
-        tokens = [min(around + estimate_tokens(item, self.processor), longest) for item in inputs]
-        batches = _batches(tokens, batch_size * (CPU_ROW_TOKENS if device.type == "cpu" else ROW_TOKENS))
-
-        def preprocess(batch: list[int]) -> dict[str, Any]:
-            return self.preprocess([inputs[index] for index in batch], prompt=prompt, positions=batch, **kwargs)
-
-        results = []
-        # Leaving the block, also through an error, waits for the batch in the thread.
-        with ThreadPoolExecutor(1) as thread:
-            # On a CPU a thread does not help: resizing in another thread starts a second pool of OpenMP threads, which
-            # competes for the same cores.
-            prepared = map(preprocess, batches) if device.type == "cpu" else _ahead(thread, preprocess, batches)
-            # Features stay on the CPU: `condense` copies them to the device after its checks.
-            for features in tqdm(prepared, "Batches", len(batches), disable=not show_progress_bar):
-                rows = self(features, **kwargs)["sentence_embedding"][:, :truncate_dim]
-                rows = F.normalize(rows, dim=1) if normalize_embeddings else rows
-                results.append(rows.cpu() if save_to_cpu else rows)
-        order = torch.tensor([index for batch in batches for index in batch])
-        embeddings = torch.cat(results)
-        return embeddings[order.argsort().to(embeddings.device)]
-
     def reconstruct(
         self, inputs: Sequence[Input], *, prompt: str | None = None, max_new_tokens: int = 32
     ) -> list[str]:
@@ -363,27 +304,3 @@ class BTokSentenceTransformer(SentenceTransformer):
         module = self.transformer
         weights = module.model if has_adapters(module.model) else module.merged()
         write_repository(path, weights, self.processor, model=self)
-
-
-def _ahead(thread: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """`map(function, items)`, but the executor `thread` computes the next result while one is used."""
-    ahead: Future[Result] | None = None
-    for item in items:
-        ready, ahead = ahead, thread.submit(function, item)
-        if ready:
-            yield ready.result()
-    if ahead:
-        yield ahead.result()
-
-
-def _batches(tokens: Sequence[float], budget: int) -> list[list[int]]:
-    """Batches of input indices with at most `budget` tokens, longest inputs first. A longer input is alone."""
-    batches: list[list[int]] = []
-    room = 0.0
-    for index in sorted(range(len(tokens)), key=tokens.__getitem__, reverse=True):
-        if not batches or tokens[index] > room:
-            batches.append([])
-            room = budget
-        batches[-1].append(index)
-        room -= tokens[index]
-    return batches

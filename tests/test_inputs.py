@@ -13,7 +13,8 @@ from support.inputs import TOLERANCE
 from support.media import image, video
 
 from btok_hf import BTokSentenceTransformer
-from btok_hf.inputs import content_hash, estimate_tokens, text_of
+from btok_hf.encoding import estimate_tokens
+from btok_hf.inputs import content_hash, text_of
 from btok_hf.media import video_input
 
 
