@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import ProcessorMixin
 
-from btok_hf.inputs import is_media_path, is_messages
+from btok_hf.inputs import check_input, is_media_path
 from btok_hf.media import VIDEO_FRAMES, VIDEO_SUFFIXES
 from btok_hf.modeling.modeling_btok import bottleneck_token_ids
 
@@ -100,7 +100,9 @@ class PackedEncoder(SentenceTransformer):
             raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}.")
         bound = inspect.signature(super().encode).bind(inputs, *args, **kwargs).arguments
         if self.is_singular_input(inputs):
-            raise ValueError("on_error='skip' needs a list of inputs. Put the input into a list.")
+            raise ValueError(
+                "on_error='skip' needs a list of inputs. Put the one input (messages are one) into a list."
+            )
         if bound.get("output_value", "sentence_embedding") != "sentence_embedding":
             raise ValueError("on_error='skip' gives embeddings only. Leave output_value out.")
         if bound.get("pool") is not None or isinstance(bound.get("device"), list):
@@ -168,6 +170,7 @@ class PackedEncoder(SentenceTransformer):
             inputs,
             tokens,
             batch_size * (CPU_ROW_TOKENS if device.type == "cpu" else ROW_TOKENS),
+            lambda item, position: check_input(item, self[0].image_limits, position),
             preprocess,
             embed,
             # On a CPU a thread does not help: resizing in another thread starts a second pool of OpenMP threads, which
@@ -182,6 +185,7 @@ def embed_batches(
     inputs: list[Any],
     tokens: Sequence[float],
     budget: float,
+    check: Callable[[Any, int], Any],
     preprocess: Callable[[list[Any], list[int]], dict[str, Any]],
     embed: Callable[[dict[str, Any]], Tensor],
     *,
@@ -194,6 +198,7 @@ def embed_batches(
         inputs (`list`): Inputs of `encode`. Those in a `Skipping` that cannot be read are left out and noted there.
         tokens (`Sequence[float]`): Estimated tokens of each input.
         budget (`float`): Tokens of a batch.
+        check (`Callable`): From one input and its position to a checked input.
         preprocess (`Callable`): From inputs and their positions to features. Raises ValueError or OSError for a batch
             with an unreadable input.
         embed (`Callable`): From features to embeddings of shape `(batch, hidden)`.
@@ -210,13 +215,15 @@ def embed_batches(
     def prepare(batch: list[int]) -> Batch:
         if not isinstance(inputs, Skipping):
             return batch, preprocess([inputs[index] for index in batch], batch)
-        return _readable(inputs, batch, preprocess)
+        rows = {}
+        for index in batch:
+            try:
+                rows[index] = check(inputs[index], index)
+            except ROW_ERRORS as error:
+                inputs.errors[index] = str(error)
+        return _fitting(inputs, rows, preprocess)
 
-    # Sentence-Transformers cannot put messages and other inputs into one batch.
-    kinds: tuple[list[int], list[int]] = ([], [])
-    for index, item in enumerate(inputs):
-        kinds[is_messages(item)].append(index)
-    batches = [batch for kind in kinds for batch in token_batches(kind, tokens, budget)]
+    batches = token_batches(tokens, budget)
     order: list[int] = []
     results = []
     # Leaving the block, also through an error, waits for the batch in the thread.
@@ -241,18 +248,28 @@ def embed_batches(
     return embeddings[torch.tensor(order).argsort().to(embeddings.device)]
 
 
-def _readable(inputs: Skipping, batch: list[int], preprocess: Callable[[list[Any], list[int]], Any]) -> Batch:
-    """The features of those inputs of a batch that can be read; the reasons for the others are noted."""
+def _fitting(inputs: Skipping, rows: dict[int, Any], preprocess: Callable[[list[Any], list[int]], Any]) -> Batch:
+    """The features of those checked rows that the model takes; the reasons for the others are noted."""
+    if not rows:
+        return [], {}
+    positions = list(rows)
     try:
-        return batch, preprocess([inputs[index] for index in batch], batch)
+        return positions, preprocess(list(rows.values()), positions)
     except ROW_ERRORS as error:
-        if len(batch) == 1:
-            inputs.errors[batch[0]] = str(error)
-            return [], {}
-    # Halves: one bad input in a batch of n costs log2(n) further attempts for the others, not n.
-    middle = len(batch) // 2
-    kept = [index for half in (batch[:middle], batch[middle:]) for index in _readable(inputs, half, preprocess)[0]]
-    return (kept, preprocess([inputs[index] for index in kept], kept)) if kept else ([], {})
+        reason = str(error)
+    if len(rows) == 1:
+        try:
+            preprocess([inputs[positions[0]]], positions)
+        except ROW_ERRORS as error:  # of the input as the user gave it, with its file name
+            reason = str(error)
+        inputs.errors[positions[0]] = reason
+        return [], {}
+    # Halves: one bad row in a batch of n costs log2(n) further attempts for the others, not n.
+    middle = len(rows) // 2
+    for half in (positions[:middle], positions[middle:]):
+        kept, _ = _fitting(inputs, {index: rows[index] for index in half}, preprocess)
+        rows = {index: row for index, row in rows.items() if index not in half or index in kept}
+    return _fitting(inputs, rows, preprocess)
 
 
 def _ahead(thread: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
@@ -266,11 +283,11 @@ def _ahead(thread: ThreadPoolExecutor, function: Callable[[Item], Result], items
         yield ahead.result()
 
 
-def token_batches(indices: Sequence[int], tokens: Sequence[float], budget: float) -> list[list[int]]:
+def token_batches(tokens: Sequence[float], budget: float) -> list[list[int]]:
     """Batches of input indices with at most `budget` tokens, longest inputs first. A longer input is alone."""
     batches: list[list[int]] = []
     room = 0.0
-    for index in sorted(indices, key=tokens.__getitem__, reverse=True):
+    for index in sorted(range(len(tokens)), key=tokens.__getitem__, reverse=True):
         if not batches or tokens[index] > room:
             batches.append([])
             room = budget

@@ -19,6 +19,7 @@ from PIL import Image
 
 from btok_hf.download import REMOTE, download
 from btok_hf.media import (
+    FRAMES,
     IMAGE_SUFFIXES,
     MAX_RATIO,
     VIDEO_SUFFIXES,
@@ -40,7 +41,19 @@ Input = str | Path | Image.Image | np.ndarray | torch.Tensor | Mapping[str, Any]
 INPUT_KEYS = ("image", "video", "text")
 # Where the parts of a chat message may have their content, as in transformers.
 PART_KEYS = {"text": ("text",), "image": ("image", "url", "path", "base64"), "video": ("video", "url", "path")}
-Array = (np.ndarray, torch.Tensor)
+Array = FRAMES[1:]
+
+
+class _Short(reprlib.Repr):
+    """Arrays by type and shape: their values fill a line and say little, and take long to print."""
+
+    def repr1(self, x: Any, level: int) -> str:
+        if isinstance(x, Array):
+            return f"<{type(x).__name__} of {x.dtype}, shape {tuple(x.shape)}>"
+        return super().repr1(x, level)
+
+
+shown = _Short().repr
 
 
 class ImageLimits(NamedTuple):
@@ -80,7 +93,7 @@ def check_input(item: Input, limits: ImageLimits, position: int | None = None) -
     except (ValueError, OSError) as error:
         kind = next(kind for kind in (FileNotFoundError, OSError, ValueError) if isinstance(error, kind))
         place = "" if position is None else f" {position}"
-        raise kind(f"Input{place} {reprlib.repr(item)}: {error}") from error
+        raise kind(f"Input{place} {shown(item)}: {error}") from error
 
 
 def _as_dict(item: Any) -> Mapping[str, Any]:
@@ -89,7 +102,7 @@ def _as_dict(item: Any) -> Mapping[str, Any]:
         if "array" in item:
             return {"video": item}
         return {"image": item} if _is_cell(item) else item
-    if isinstance(item, (Image.Image, *Array)):
+    if isinstance(item, FRAMES):
         is_video = not isinstance(item, Image.Image) and item.ndim == 4
         return {"video" if is_video else "image": item}
     if isinstance(item, Path):
@@ -224,7 +237,7 @@ def _read_messages(messages: Sequence[Mapping[str, Any]], limits: ImageLimits) -
     read, filled = [], False
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ValueError(f"a chat message must be a dict with a role and content, got {reprlib.repr(message)}")
+            raise ValueError(f"a chat message must be a dict with a role and content, got {shown(message)}")
         content = message.get("content")
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(parts, (list, tuple)) or not all(isinstance(part, Mapping) for part in parts):
@@ -241,7 +254,7 @@ def _read_messages(messages: Sequence[Mapping[str, Any]], limits: ImageLimits) -
 def _read_message_part(part: Mapping[str, Any], limits: ImageLimits) -> dict[str, Any]:
     kind = part.get("type")
     if not isinstance(kind, str) or kind not in PART_KEYS:
-        raise ValueError(f"a message has a part of type {reprlib.repr(kind)}; use {', '.join(PART_KEYS)}")
+        raise ValueError(f"a message has a part of type {shown(kind)}; use {', '.join(PART_KEYS)}")
     given = [key for key in PART_KEYS[kind] if part.get(key) is not None]
     if len(given) != 1:
         raise ValueError(f"a part of type {kind} needs one of the keys {', '.join(PART_KEYS[kind])}, got {given}")
@@ -251,21 +264,36 @@ def _read_message_part(part: Mapping[str, Any], limits: ImageLimits) -> dict[str
     return {"type": kind, kind: _read_value(kind, value, limits)}
 
 
-def split_metadata(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[VideoMetadata]]:
-    """Checked messages whose videos are arrays, and the metadata of these.
+def as_messages(checked: Any) -> tuple[list[dict[str, Any]], list[VideoMetadata]]:
+    """A checked input as chat messages, and the metadata of its videos.
 
-    Processors take both apart in messages; in input dicts Sentence-Transformers separates them.
+    In messages every part has a type. In dicts Sentence-Transformers guesses: two texts become a pair of inputs, and a
+    text of it that looks like a path or address is read as an image.
+
+    Args:
+        checked: What `check_input` returns.
+
+    Returns:
+        The messages, with videos as arrays of shape `(frames, height, width, 3)`, because processors take the metadata
+        apart; and the metadata of the videos, in order.
     """
-    bare, metadata = [], []
-    for message in messages:
-        parts = []
+    if isinstance(checked, Mapping):
+        parts = [(key, part) for key, value in checked.items() for part in _as_list(value)]
+        checked = [{"role": "user", "content": [{"type": key, key: part} for key, part in parts]}]
+    metadata, messages = [], []
+    for message in checked:
+        content = []
         for part in message["content"]:
             if part["type"] == "video":
                 metadata.append(part["video"]["video_metadata"])
-                part = {**part, "video": part["video"]["array"]}
-            parts.append(part)
-        bare.append({**message, "content": parts})
-    return bare, metadata
+                part = {"type": "video", "video": part["video"]["array"]}
+            content.append(part)
+        messages.append({**message, "content": content})
+    return messages, metadata
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _is_cell(value: Mapping[str, Any]) -> bool:
@@ -274,7 +302,7 @@ def _is_cell(value: Mapping[str, Any]) -> bool:
 
 
 def _is_frame(value: Any) -> bool:
-    return isinstance(value, (Image.Image, *Array))
+    return isinstance(value, Image.Image) or (isinstance(value, Array) and value.ndim < 4)
 
 
 def _suffix(text: str) -> str:

@@ -18,6 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".avif", ".jp2")
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".avi", ".mov", ".wmv", ".flv", ".mkv", ".webm")
 VIDEO_FRAMES = 8
+FRAMES = (Image.Image, np.ndarray, torch.Tensor)
 ORIENTATION = 0x0112  # EXIF tag
 MIN_FPS, MAX_FPS = 0.001, 1000  # processors turn frame numbers into seconds
 MAX_RATIO = 200  # of a longer to a shorter side; Qwen-VL's processors accept no more
@@ -87,7 +88,9 @@ def read_image(path: str | Path | BinaryIO, max_pixels: int | None = None) -> Im
             f"{name} is not an image that Pillow can read. Convert it to PNG or JPEG (HEIC: install and register "
             "pillow-heif), or remove it."
         ) from error
-    except (ValueError, OSError, SyntaxError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise any type at damaged files
         raise ValueError(f"{name} cannot be decoded ({error}). Replace or remove it.") from error
 
 
@@ -107,7 +110,9 @@ def as_rgb(image: Image.Image) -> Image.Image:
         image.load()
         if image.getexif().get(ORIENTATION, 1) != 1:
             image = ImageOps.exif_transpose(image)
-    except (ValueError, OSError, SyntaxError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise any type at damaged files
         raise ValueError(f"the image cannot be decoded ({error}); is its file closed or truncated?") from error
     if image.mode.startswith(("I", "F")):
         array = np.asarray(image)
@@ -135,9 +140,7 @@ def as_uint8(pixels: np.ndarray | torch.Tensor) -> np.ndarray:
     Raises:
         ValueError: No pixels, values that are not finite or negative, or a range that could mean several things.
     """
-    if isinstance(pixels, torch.Tensor):
-        pixels = pixels.detach().cpu()
-        pixels = (pixels.float() if pixels.dtype == torch.bfloat16 else pixels).numpy()
+    pixels = _as_array(pixels)
     if pixels.dtype == np.uint8:
         return pixels
     if pixels.size == 0:
@@ -159,6 +162,23 @@ def as_uint8(pixels: np.ndarray | torch.Tensor) -> np.ndarray:
             "them to uint8 (0 to 255) or to floats from 0 to 1"
         )
     return np.rint(pixels).astype(np.uint8)
+
+
+def _as_array(pixels: np.ndarray | torch.Tensor) -> np.ndarray:
+    """A plain array of the same values."""
+    if isinstance(pixels, np.ma.MaskedArray):
+        raise ValueError("a masked array has pixels without a value; set them with .filled(…)")
+    if isinstance(pixels, np.ndarray):
+        return np.asarray(pixels)
+    try:
+        pixels = pixels.detach().cpu()
+        # numpy has no bfloat16 and no float8.
+        return (pixels.float() if pixels.is_floating_point() and pixels.itemsize < 4 else pixels).numpy()
+    except (TypeError, RuntimeError) as error:  # also NotImplementedError, of the meta device
+        raise ValueError(
+            f"a tensor of type {pixels.dtype} on device {pixels.device} has no pixels that can be read ({error}). Use "
+            "a dense tensor of uint8 or float32"
+        ) from error
 
 
 def array_as_rgb(array: np.ndarray | torch.Tensor) -> Image.Image:
@@ -207,6 +227,8 @@ def frames_as_rgb(frames: Any) -> np.ndarray:
         ValueError: No frames, frames of different sizes, or pixels that `as_uint8` refuses.
     """
     if isinstance(frames, (list, tuple)):
+        if odd := {type(frame).__name__ for frame in frames if not isinstance(frame, FRAMES)}:
+            raise ValueError(f"the frames of a video must be images or arrays, got {', '.join(sorted(odd))}")
         arrays: list[Any] = [
             np.asarray(as_rgb(frame)) if isinstance(frame, Image.Image) else frame for frame in frames
         ]
@@ -216,7 +238,9 @@ def frames_as_rgb(frames: Any) -> np.ndarray:
         if arrays and all(isinstance(array, torch.Tensor) for array in arrays):
             frames = torch.stack(arrays)
         else:
-            frames = np.stack([np.asarray(array) for array in arrays]) if arrays else np.empty((0, 0, 0, 3), np.uint8)
+            frames = np.stack([_as_array(array) for array in arrays]) if arrays else np.empty((0, 0, 0, 3), np.uint8)
+    elif not isinstance(frames, FRAMES[1:]) or frames.ndim == 0:
+        raise ValueError(f"the frames of a video must be an array or a list, got {type(frames).__name__}")
     if len(frames) == 0:
         raise ValueError("the video has no frames")
     rgb = _rgb_frames(as_uint8(frames))
@@ -266,7 +290,9 @@ def read_video(path: str | Path | BinaryIO, num_frames: int = VIDEO_FRAMES) -> V
                     # Phones store frames as the sensor lies, with a rotation in degrees counter-clockwise.
                     frames.append(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
             fps = _frame_rate(shown, stream)
-    except (av.error.FFmpegError, IndexError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # PyAV has types of its own, and raises others too
         raise ValueError(f"{name} cannot be decoded ({error}). Replace or remove it.") from error
     if not frames or not fps:
         raise ValueError(f"{name} has no frames or no frame rate. Replace or remove it.")

@@ -8,7 +8,6 @@ The forward is in `btok_hf/condensation.py`, checks of inputs in `btok_hf/inputs
 `btok_hf/export.py`.
 """
 
-import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -23,7 +22,7 @@ from btok_hf.condensation import condense, reconstruct
 from btok_hf.encoding import PackedEncoder
 from btok_hf.export import stock_model, untied_head, write_repository
 from btok_hf.features import IGNORED, PIXEL_KEYS
-from btok_hf.inputs import ImageLimits, Input, check_input, is_messages, split_metadata
+from btok_hf.inputs import ImageLimits, Input, as_messages, check_input, shown
 from btok_hf.modeling.modeling_btok import (
     Backbone,
     StockModel,
@@ -76,6 +75,11 @@ class BottleneckTransformer(Transformer):
             load_adapters(backbone, model_name_or_path, **adapter_kwargs)
         return backbone
 
+    @property
+    def image_limits(self) -> ImageLimits:
+        """What images `check_input` lets pass."""
+        return ImageLimits(self.processor.image_processor.size["longest_edge"], self.config.vision_config.patch_size)
+
     def _check_template(self) -> None:
         row = self.processor.apply_chat_template([{"role": "user", "content": "text"}], tokenize=False)
         assert self.tokenizer is not None  # every Qwen-VL processor has one
@@ -113,31 +117,24 @@ class BottleneckTransformer(Transformer):
             FileNotFoundError: A file of an input does not exist.
             ValueError: An input that cannot be embedded correctly. The message has its position and shows it in short.
         """
-        limits = ImageLimits(self.processor.image_processor.size["longest_edge"], self.config.vision_config.patch_size)
         places = range(len(inputs)) if positions is None else positions
-        checked = [check_input(item, limits, place) for item, place in zip(inputs, places)]
-        messages = sum(map(is_messages, checked))
-        if 0 < messages < len(checked):
-            raise ValueError(
-                f"Inputs must be all chat messages or none, got {messages} of {len(checked)}: Sentence-Transformers "
-                "cannot put both in one batch. Encode them in two calls."
-            )
-        rows, options = checked, dict(kwargs)
-        if messages:
-            rows, videos = zip(*map(split_metadata, checked))
-            metadata = [of_one for of_row in videos for of_one in of_row]
-            if metadata:
-                given = kwargs.get("processing_kwargs") or {}
-                video = {**given.get("video", {}), "video_metadata": metadata}
-                options["processing_kwargs"] = {**given, "video": video}
+        checked = [check_input(item, self.image_limits, place) for item, place in zip(inputs, places)]
+        options, rows, metadata = dict(kwargs), [], []
+        for messages, of_row in map(as_messages, checked):
+            rows.append(messages)
+            metadata += of_row
+        if metadata:
+            given = kwargs.get("processing_kwargs") or {}
+            video = {**given.get("video", {}), "video_metadata": metadata}
+            options["processing_kwargs"] = {**given, "video": video}
         try:
-            features = super().preprocess(list(rows), prompt=prompt, **options)
+            features = super().preprocess(rows, prompt=prompt, **options)
         except ValueError as error:
             if len(checked) > 1:  # name the input
-                for item, place in zip(checked, places):
+                for item, place in zip(inputs, places):
                     self.preprocess([item], prompt, [place], **kwargs)
                 raise
-            name = f"Input {places[0]} {reprlib.repr(inputs[0])}"
+            name = f"Input {places[0]} {shown(inputs[0])}"
             if "Likely due to `truncation" not in str(error):
                 raise ValueError(f"{name}: {error}") from error
             raise ValueError(

@@ -72,8 +72,8 @@ def test_every_loader_gives_the_same_vectors_for_every_input(loaded, inputs, pro
         assert np.abs(mixed - expected[:-1]).max() <= TOLERANCE, name
         several = loaded[name].encode([messages, messages], prompt=prompt)
         assert np.abs(several - expected[-1:]).max() <= TOLERANCE, name
-    with pytest.raises(ValueError, match="must be all chat messages or none"):
-        loaded["wrapper"].encode(["text", messages])
+    mixed = loaded["wrapper"].encode([*others, messages], prompt=prompt)
+    assert np.abs(mixed - expected).max() <= TOLERANCE
 
 
 def test_auto_model_and_processor_give_the_same_vectors(loaded, inputs):
