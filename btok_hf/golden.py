@@ -115,19 +115,22 @@ def longest(config: Any) -> int:
 
 def read_golden(path: str | Path) -> dict[str, Any]:
     """The content of a golden file, with decoded images, frames and embeddings."""
-    golden = json.loads(Path(path).read_text("utf-8"))
-    absent = [key for key in ("inputs", "tolerance", "closest", "versions") if key not in golden]
-    if absent:
-        raise ValueError(
-            f"{path} has no {', '.join(absent)}: it is no file of golden vectors. Export the model again."
-        )
-    for row in golden["inputs"]:
-        row["embedding"] = np.frombuffer(base64.b64decode(row["embedding"]), "<f4")
-        if "image" in row:
-            row["image"] = _decode_image(row["image"])
-        if "video" in row:
-            frames = np.stack([np.asarray(_decode_image(frame)) for frame in row["video"]["array"]])
-            row["video"] = {**row["video"], "array": frames}
+    try:
+        golden = json.loads(Path(path).read_text("utf-8"))
+        absent = [key for key in ("inputs", "tolerance", "closest", "versions") if key not in golden]
+        if absent:
+            raise ValueError(f"it has no {', '.join(absent)}")
+        for row in golden["inputs"]:
+            row["embedding"] = np.frombuffer(base64.b64decode(row["embedding"]), "<f4")
+            if "image" in row:
+                row["image"] = _decode_image(row["image"])
+            if "video" in row:
+                frames = np.stack([np.asarray(_decode_image(frame)) for frame in row["video"]["array"]])
+                row["video"] = {**row["video"], "array": frames}
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # of JSON, base64 and image decoders
+        raise ValueError(f"{path} is no file of golden vectors ({error}). Export the model again.") from error
     return golden
 
 

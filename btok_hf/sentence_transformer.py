@@ -228,14 +228,23 @@ class BTokSentenceTransformer(PackedEncoder):
         **hub_kwargs: Any,
     ) -> None:
         model_name_or_path = str(model_name_or_path)
-        module = BottleneckTransformer.load(
-            model_name_or_path, model_kwargs=model_kwargs, processor_kwargs=processor_kwargs, **hub_kwargs
-        )
+        try:
+            module = BottleneckTransformer.load(
+                model_name_or_path, model_kwargs=model_kwargs, processor_kwargs=processor_kwargs, **hub_kwargs
+            )
+            saved = BottleneckTransformer.load_config(
+                model_name_or_path, config_filename="config_sentence_transformers.json", **hub_kwargs
+            )
+        except Exception as error:
+            # JSON, Jinja and tokenizers raise types of their own at damaged files, and do not name the model.
+            if type(error) is ValueError or isinstance(error, (OSError, ImportError, RuntimeError, MemoryError)):
+                raise
+            raise ValueError(
+                f"{model_name_or_path!r} cannot be loaded ({type(error).__name__}: {error}). A file of it is damaged "
+                "or was edited. Export or download it again."
+            ) from error
         if max_seq_length is not None:
             module.max_seq_length = max_seq_length
-        saved = BottleneckTransformer.load_config(
-            model_name_or_path, config_filename="config_sentence_transformers.json", **hub_kwargs
-        )
         super().__init__(
             modules=[module],
             device=device,

@@ -24,7 +24,7 @@ SETTINGS = ("config.json", "chat_template.jinja", "golden.json", "modules.json",
 
 def plain(rng, depth=0):
     """Any value that JSON and YAML can write."""
-    values = (None, True, False, 0, 1, -1, 4, 1e-4, 1e308, float("nan"), 10**30, "", "a", "none", "1e-4", "no", "query",
+    values = (None, True, False, 0, 1, -1, 4, 1e-4, 1e308, float("nan"), 10**30, "", "none", "1e-4", "no", "query",
               "x.jsonl", "\u2603", "../..", "{", [], {}, [1, "a"], {"a": None}, "photo.png")  # fmt: skip
     kind = int(rng.integers(8))
     if depth < 2 and kind == 0:

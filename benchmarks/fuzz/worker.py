@@ -197,7 +197,7 @@ class Fuzzer:
         path = files.recipe(rng, folder, harmless)
 
         def call():
-            with contextlib.redirect_stderr(open(os.devnull, "w")):
+            with open(os.devnull, "w") as nothing, contextlib.redirect_stderr(nothing):
                 try:
                     return set_up(["--config", str(path)])
                 except SystemExit as error:
