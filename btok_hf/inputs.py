@@ -180,11 +180,8 @@ def _read_text(text: Any) -> str:
 
 def _read_image(image: Any, limits: ImageLimits) -> Image.Image:
     """An image in mode RGB, from any form that it may have."""
-    if isinstance(image, Mapping) and _is_cell(image):
-        image = image["path"] if image["bytes"] is None else read_image(io.BytesIO(image["bytes"]), limits.max_pixels)
-    if isinstance(image, str) and image.startswith(REMOTE):
-        rgb = read_image(io.BytesIO(download(image)), limits.max_pixels)
-    elif isinstance(image, (str, Path)):
+    image = _as_file(image)
+    if isinstance(image, (str, Path, io.BytesIO)):
         rgb = read_image(image, limits.max_pixels)
     elif isinstance(image, Image.Image):
         rgb = as_rgb(image)
@@ -196,13 +193,22 @@ def _read_image(image: Any, limits: ImageLimits) -> Image.Image:
     return rgb
 
 
+def _as_file(value: Any) -> Any:
+    """Addresses, and media as `datasets` stores them, as a path or an open file. All else as it is."""
+    if isinstance(value, Mapping) and _is_cell(value):
+        content = value["bytes"]
+        if content is not None and not isinstance(content, (bytes, bytearray)):
+            raise ValueError(f"'bytes' must be the content of a file, got {type(content).__name__}")
+        value = value["path"] if content is None else io.BytesIO(content)
+    if isinstance(value, str) and value.startswith(REMOTE):
+        return io.BytesIO(download(value))
+    return value
+
+
 def _read_video(video: Any, limits: ImageLimits) -> VideoInput:
     """A video with its metadata, from any form that it may have."""
-    if isinstance(video, Mapping) and _is_cell(video):
-        video = read_video(video["path"] if video["bytes"] is None else io.BytesIO(video["bytes"]))
-    elif isinstance(video, str) and video.startswith(REMOTE):
-        video = read_video(io.BytesIO(download(video)))
-    elif isinstance(video, (str, Path)):
+    video = _as_file(video)
+    if isinstance(video, (str, Path, io.BytesIO)):
         video = read_video(video)
     elif isinstance(video, Mapping) and "array" in video:
         frames, metadata = frames_as_rgb(video["array"]), video.get("video_metadata")
@@ -297,7 +303,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _is_cell(value: Mapping[str, Any]) -> bool:
-    """Whether this is an image as `datasets` stores it."""
+    """Whether this is an image or video as `datasets` stores it."""
     return set(value) == {"bytes", "path"}
 
 
