@@ -262,7 +262,6 @@ WRONG = [
     (torch.zeros(56, 56, 3).to_sparse(), ValueError, "Use a dense tensor"),
     (np.ma.masked_array(np.zeros((56, 56, 3), np.uint8)), ValueError, "masked array"),
     ({"video": ["a.png", 3]}, FileNotFoundError, "does not exist"),
-    ({"video": [pictures.colours(), "a.png"]}, FileNotFoundError, "a.png' does not exist"),
     ({"video": {"array": "frames"}}, ValueError, "must be an array or a list, got str"),
     ({"video": {"array": [3, 4]}}, ValueError, "must be images or arrays, got int"),
     ([{"role": "user", "content": "a"}, 3], ValueError, "a chat message must be a dict"),
@@ -375,5 +374,5 @@ def test_a_video_file_is_the_same_in_messages(repos, backbone, name):
     ):
         messages = [{"role": "user", "content": [video_part, text]}]
         for batch in ([messages], [{"video": video(3)}, messages, "a text", [{"role": "user", "content": "x"}]]):
-            actual = wrapper.encode(batch)[len(batch) > 1 and 1]
+            actual = wrapper.encode(batch)[min(1, len(batch) - 1)]
             assert np.abs(actual - expected).max() <= TOLERANCE
