@@ -8,7 +8,8 @@ The forward is in `btok_hf/condensation.py`, checks of inputs in `btok_hf/inputs
 `btok_hf/export.py`.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -228,31 +229,23 @@ class BTokSentenceTransformer(PackedEncoder):
         **hub_kwargs: Any,
     ) -> None:
         model_name_or_path = str(model_name_or_path)
-        try:
+        with _named_damage(model_name_or_path):
             module = BottleneckTransformer.load(
                 model_name_or_path, model_kwargs=model_kwargs, processor_kwargs=processor_kwargs, **hub_kwargs
             )
             saved = BottleneckTransformer.load_config(
                 model_name_or_path, config_filename="config_sentence_transformers.json", **hub_kwargs
             )
-        except Exception as error:
-            # JSON, Jinja and tokenizers raise types of their own at damaged files, and do not name the model.
-            if type(error) is ValueError or isinstance(error, (OSError, ImportError, RuntimeError, MemoryError)):
-                raise
-            raise ValueError(
-                f"{model_name_or_path!r} cannot be loaded ({type(error).__name__}: {error}). A file of it is damaged "
-                "or was edited. Export or download it again."
-            ) from error
-        if max_seq_length is not None:
-            module.max_seq_length = max_seq_length
-        super().__init__(
-            modules=[module],
-            device=device,
-            prompts={**saved.get("prompts", {}), **(prompts or {})},
-            default_prompt_name=default_prompt_name or saved.get("default_prompt_name"),
-            similarity_fn_name=similarity_fn_name or saved.get("similarity_fn_name"),
-            truncate_dim=truncate_dim or saved.get("truncate_dim"),
-        )
+            if max_seq_length is not None:
+                module.max_seq_length = max_seq_length
+            super().__init__(
+                modules=[module],
+                device=device,
+                prompts={**saved.get("prompts", {}), **(prompts or {})},
+                default_prompt_name=default_prompt_name or saved.get("default_prompt_name"),
+                similarity_fn_name=similarity_fn_name or saved.get("similarity_fn_name"),
+                truncate_dim=truncate_dim or saved.get("truncate_dim"),
+            )
 
     @property
     def transformer(self) -> BottleneckTransformer:
@@ -310,3 +303,17 @@ class BTokSentenceTransformer(PackedEncoder):
         module = self.transformer
         weights = module.model if has_adapters(module.model) else module.merged()
         write_repository(path, weights, self.processor, model=self)
+
+
+@contextlib.contextmanager
+def _named_damage(model_name_or_path: str) -> Iterator[None]:
+    """JSON, Jinja and tokenizers raise types of their own at damaged files, and do not name the model."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is ValueError or isinstance(error, (OSError, ImportError, RuntimeError, MemoryError)):
+            raise
+        raise ValueError(
+            f"{model_name_or_path!r} cannot be loaded ({type(error).__name__}: {error}). A file of it is damaged or was "
+            "edited. Export or download it again."
+        ) from error

@@ -81,3 +81,19 @@ def test_videos_in_columns_are_videos_again():
 def test_streamed_datasets_are_refused():
     with pytest.raises(ValueError, match=r"'a' is streamed .IterableDataset.*Load it without streaming"):
         first_rows({"a": Dataset.from_list([{"query": "a"}]).to_iterable_dataset()})
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("latin.csv", "query,positive\nä,b\n".encode("latin-1")),
+        ("empty.csv", b"query,positive\n"),
+        ("large.jsonl", b'{"query": 1e400000, "positive": ' + b"9" * 5000 + b"}"),
+        ("cut.json", b'[{"query": "a", "pos'),
+        ("cut.parquet", b"PAR1cut"),
+    ],
+)
+def test_damaged_pair_files_are_named(tmp_path, own_cache, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"^Pair file '.*{name}' cannot be read"):
+        load_pairs(str(tmp_path / name))

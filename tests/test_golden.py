@@ -11,6 +11,7 @@ from support.repositories import add_noise, differences
 
 import btok_hf
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model, golden
+from btok_hf.golden import read_golden
 
 
 def test_a_changed_template_gives_other_vectors(copied):
@@ -88,3 +89,12 @@ def test_golden_vectors_that_prove_nothing_are_refused(exported, copied, repo, t
     assert max(differences(collapsed).values()) == 0.0
     with pytest.raises(ValueError, match="too similar to verify"):
         btok_hf.verify(collapsed)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "3", '{"inputs": 3, "tolerance": 0, "closest": 0, "versions": {}}', "\udcff"]
+)
+def test_damaged_golden_files_are_named(tmp_path, text):
+    (tmp_path / "golden.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=r"golden.json is no file of golden vectors \(.+\). Export the model again"):
+        read_golden(tmp_path / "golden.json")

@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from benchmarks import RESULTS, ROOT
+from benchmarks import ROOT
 from benchmarks.fuzz.files import REPOSITORY
 
 # Inputs of each kind, of 1,000.
@@ -101,7 +101,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="seed of all inputs")
     parser.add_argument("--kinds", nargs="+", choices=SHARES, default=list(SHARES), help="only these kinds")
     parser.add_argument("--only", help="KIND:NUMBER, one input again")
-    parser.add_argument("--output", default=str(RESULTS / "fuzz.json"), help="file of counts and findings")
+    parser.add_argument("--output", default="runs/fuzz.json", help="file of counts and findings")
     parser.add_argument("--model", default=str(REPOSITORY), help="repository with Bottleneck Tokens")
     options = parser.parse_args()
     began = time.monotonic()
@@ -131,6 +131,7 @@ def main():
     for text, count in warned.most_common(12):
         print(f"  warned {count} times: {text}")
     content = {**total, "kinds": result, "warnings": dict(warned.most_common(50)), "found": findings[:500]}
+    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     Path(options.output).write_text(json.dumps(content, indent=1) + "\n", "utf-8")
     sys.exit(bool(findings))
 
