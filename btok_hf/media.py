@@ -290,9 +290,10 @@ def read_video(path: str | Path | BinaryIO, num_frames: int = VIDEO_FRAMES) -> V
                     # Phones store frames as the sensor lies, with a rotation in degrees counter-clockwise.
                     frames.append(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
             fps = _frame_rate(shown, stream)
-    except MemoryError:
-        raise
     except Exception as error:  # PyAV has types of its own, and raises others too
+        # FFmpeg's own MemoryError is a size that no file has.
+        if isinstance(error, MemoryError) and not isinstance(error, av.error.FFmpegError):
+            raise
         raise ValueError(f"{name} cannot be decoded ({error}). Replace or remove it.") from error
     if not frames or not fps:
         raise ValueError(f"{name} has no frames or no frame rate. Replace or remove it.")

@@ -314,6 +314,6 @@ def _named_damage(model_name_or_path: str) -> Iterator[None]:
         if type(error) is ValueError or isinstance(error, (OSError, ImportError, RuntimeError, MemoryError)):
             raise
         raise ValueError(
-            f"{model_name_or_path!r} cannot be loaded ({type(error).__name__}: {error}). A file of it is damaged or was "
-            "edited. Export or download it again."
+            f"{model_name_or_path!r} cannot be loaded ({type(error).__name__}: {error}). A file of it is damaged "
+            "or was edited. Export or download it again."
         ) from error

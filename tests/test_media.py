@@ -178,3 +178,14 @@ def test_a_video_in_memory_is_that_of_its_file():
     np.testing.assert_array_equal(read_video(io.BytesIO(path.read_bytes()))["array"], read_video(path)["array"])
     with pytest.raises(ValueError, match="The video cannot be decoded"):
         read_video(io.BytesIO(b"nothing"))
+
+
+def test_a_size_that_no_video_has_is_no_lack_of_memory(monkeypatch):
+    """FFmpeg answers absurd sizes of a damaged file with a MemoryError of its own."""
+
+    def open_(path):
+        raise av.error.MemoryError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(av, "open", open_)
+    with pytest.raises(ValueError, match="upright.mp4' cannot be decoded"):
+        read_video(MEDIA / "upright.mp4")
