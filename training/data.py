@@ -46,7 +46,7 @@ def load_pairs(source: str) -> Dataset:
             dataset = load_dataset(
                 FORMATS[suffix], data_files=glob.escape(str(source)), split="train", **_options(source)
             )
-        except (DatasetsError, ValueError, csv.Error) as error:
+        except (DatasetsError, ValueError, OSError, csv.Error) as error:
             raise ValueError(
                 f"Pair file {source!r} cannot be read ({error.__cause__ or error}). Correct it."
             ) from error
