@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -15,9 +15,9 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import ProcessorMixin
+from transformers import PreTrainedConfig, ProcessorMixin
 
-from btok_hf.inputs import check_input, is_media_path
+from btok_hf.inputs import ImageLimits, check_input, is_media_path
 from btok_hf.media import VIDEO_FRAMES, VIDEO_SUFFIXES
 from btok_hf.modeling.modeling_btok import bottleneck_token_ids
 
@@ -76,7 +76,7 @@ class Skipping(list):
 class PackedEncoder(SentenceTransformer):
     """`encode` of a model with one `BottleneckTransformer`: batches by tokens, and unreadable inputs skipped."""
 
-    def encode(self, inputs: Any, *args: Any, on_error: Literal["raise", "skip"] = "raise", **kwargs: Any) -> Any:  # type: ignore[override]
+    def encode(self, inputs: Any, *args: Any, on_error: Literal["raise", "skip"] = "raise", **kwargs: Any) -> Any:
         """Embed inputs. All other arguments and results are those of `SentenceTransformer.encode`.
 
         `encode_query` and `encode_document` take `on_error` as well.
@@ -153,7 +153,11 @@ class PackedEncoder(SentenceTransformer):
             )
         device = self._resolve_inference_device(device)
         self.eval()
-        around = estimate_tokens(prompt or "", self.processor) + len(bottleneck_token_ids(self.config)) + 4
+        around = (
+            estimate_tokens(prompt or "", self.processor)
+            + len(bottleneck_token_ids(cast(PreTrainedConfig, self.config)))
+            + 4
+        )
         longest = self.max_seq_length or math.inf
         tokens = [min(around + estimate_tokens(item, self.processor), longest) for item in inputs]
 
@@ -166,11 +170,12 @@ class PackedEncoder(SentenceTransformer):
             rows = F.normalize(rows, dim=1) if normalize_embeddings else rows
             return rows.cpu() if save_to_cpu else rows
 
+        limits = cast(ImageLimits, self[0].image_limits)
         embeddings = embed_batches(
             inputs,
             tokens,
             batch_size * (CPU_ROW_TOKENS if device.type == "cpu" else ROW_TOKENS),
-            lambda item, position: check_input(item, self[0].image_limits, position),
+            lambda item, position: check_input(item, limits, position),
             preprocess,
             embed,
             # On a CPU a thread does not help: resizing in another thread starts a second pool of OpenMP threads, which

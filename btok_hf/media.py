@@ -276,7 +276,7 @@ def read_video(path: str | Path | BinaryIO, num_frames: int = VIDEO_FRAMES) -> V
     except ImportError as error:
         raise ImportError("Reading video files needs PyAV: pip install av.") from error
     try:
-        with av.open(path) as container:
+        with av.open(path, "r") as container:
             stream = container.streams.video[0]
             # Packets are counted without decoding, so that only the kept frames are in memory. A file that was cut
             # without encoding it again has packets that no player shows.
@@ -388,7 +388,7 @@ def with_metadata(frames: np.ndarray, metadata: Any) -> VideoInput:
         raise ValueError(f"'video_metadata' describes {total!r} frames, but the video has {len(frames)}. {way_out}")
     if indices is not None:
         indices = list(indices) if isinstance(indices, (Sequence, np.ndarray, range)) else [indices]
-        right = all(isinstance(index, Integral) and index >= 0 for index in indices)
+        right = all(isinstance(index, Integral) and int(index) >= 0 for index in indices)
         if not right or len(indices) != len(frames):
             raise ValueError(f"'frames_indices' must be one number per frame, from 0 on. {way_out}")
         video["video_metadata"]["frames_indices"] = list(map(int, indices))

@@ -120,7 +120,8 @@ class BottleneckTransformer(Transformer):
         """
         places = range(len(inputs)) if positions is None else positions
         checked = [check_input(item, self.image_limits, place) for item, place in zip(inputs, places)]
-        options, rows, metadata = dict(kwargs), [], []
+        options, metadata = dict(kwargs), []
+        rows: list[Any] = []
         for messages, of_row in map(as_messages, checked):
             rows.append(messages)
             metadata += of_row

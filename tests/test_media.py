@@ -133,7 +133,7 @@ def test_a_hole_in_a_video_is_said(mp4, tmp_path, monkeypatch):
             return itertools.islice(decode(self.container, stream), 3)
 
     opened = av.open
-    monkeypatch.setattr(av, "open", lambda path: Holed(opened(path)))
+    monkeypatch.setattr(av, "open", lambda path, mode: Holed(opened(path, mode)))
     with pytest.raises(ValueError, match=r"has a hole: \d+ frames are announced, but only \d of the 8 asked for"):
         read_video(mp4)
 
@@ -183,9 +183,9 @@ def test_a_video_in_memory_is_that_of_its_file():
 def test_a_size_that_no_video_has_is_no_lack_of_memory(monkeypatch):
     """FFmpeg answers absurd sizes of a damaged file with a MemoryError of its own."""
 
-    def open_(path):
+    def open_(path, mode):
         raise av.error.MemoryError(12, "Cannot allocate memory")
 
     monkeypatch.setattr(av, "open", open_)
-    with pytest.raises(ValueError, match="upright.mp4' cannot be decoded"):
+    with pytest.raises(ValueError, match=r"upright.mp4' cannot be decoded"):
         read_video(MEDIA / "upright.mp4")
