@@ -8,7 +8,7 @@ SETUP := $(VENV)/.installed
 FLOOR := torch==2.11.0 torchvision==0.26.0 transformers==5.17.0 sentence-transformers==6.2.0 \
 	peft==0.21.0 trl==1.8.0 datasets==4.8.0 accelerate==1.12.0
 
-.PHONY: demo test test-floor bench lint types format docs clean
+.PHONY: demo test test-floor bench fuzz lint types format docs clean
 
 demo: $(SETUP)
 	$(BIN)/python examples/demo.py
@@ -25,6 +25,10 @@ bench: $(SETUP)
 		$(BIN)/python -m benchmarks.$$name || exit 1; done
 	$(BIN)/python -m benchmarks.gpu --steps correctness attention compile batch
 	$(BIN)/python -m benchmarks.tables
+
+# Half an hour on one CPU core. FUZZ="--minutes 5 --seed 7" bounds it.
+fuzz: $(SETUP)
+	$(BIN)/python -m benchmarks.fuzz.run $(FUZZ)
 
 lint: types
 	$(BIN)/ruff check .

@@ -141,15 +141,18 @@ def longest(config: Any) -> int:
 
 def read_golden(path: str | Path) -> dict[str, Any]:
     """The content of a golden file, with decoded images, frames and embeddings."""
-    golden = json.loads(Path(path).read_text("utf-8"))
-    absent = [key for key in ("inputs", "tolerance", "closest", "versions") if key not in golden]
-    if absent:
-        raise ValueError(
-            f"{path} has no {', '.join(absent)}: it is no file of golden vectors. Export the model again."
-        )
-    for row in golden["inputs"]:
-        row |= _convert(row, _decode_image, _decode_video)
-        row["embedding"] = np.frombuffer(base64.b64decode(row["embedding"]), "<f4")
+    try:
+        golden = json.loads(Path(path).read_text("utf-8"))
+        absent = [key for key in ("inputs", "tolerance", "closest", "versions") if key not in golden]
+        if absent:
+            raise ValueError(f"it has no {', '.join(absent)}")
+        for row in golden["inputs"]:
+            row |= _convert(row, _decode_image, _decode_video)
+            row["embedding"] = np.frombuffer(base64.b64decode(row["embedding"]), "<f4")
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # of JSON, base64 and image decoders
+        raise ValueError(f"{path} is no file of golden vectors ({error}). Export the model again.") from error
     return golden
 
 

@@ -6,31 +6,32 @@ files is in `btok_hf/media.py`.
 
 import hashlib
 import io
-import math
 import os
 import reprlib
-import urllib.request
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from transformers import ProcessorMixin
+from PIL import Image
 
+from btok_hf.download import REMOTE, download
 from btok_hf.media import (
+    FRAMES,
     IMAGE_SUFFIXES,
     MAX_RATIO,
-    VIDEO_FRAMES,
     VIDEO_SUFFIXES,
+    VideoInput,
+    VideoMetadata,
     array_as_rgb,
     as_rgb,
     frames_as_rgb,
     read_image,
     read_video,
     video_input,
+    with_metadata,
 )
 
 # What `encode` accepts: a text, a file path, an image, frames, an input dict, one chat message or a list of them.
@@ -38,9 +39,21 @@ Input = str | Path | Image.Image | np.ndarray | torch.Tensor | Mapping[str, Any]
 
 # Keys of an input dict.
 INPUT_KEYS = ("image", "video", "text")
-REMOTE = ("http://", "https://", "data:")
-DOWNLOAD_SECONDS = 30
-Array = (np.ndarray, torch.Tensor)
+# Where the parts of a chat message may have their content, as in transformers.
+PART_KEYS = {"text": ("text",), "image": ("image", "url", "path", "base64"), "video": ("video", "url", "path")}
+Array = FRAMES[1:]
+
+
+class _Short(reprlib.Repr):
+    """Arrays by type and shape: their values fill a line and say little, and take long to print."""
+
+    def repr1(self, x: Any, level: int) -> str:
+        if isinstance(x, Array):
+            return f"<{type(x).__name__} of {x.dtype}, shape {tuple(x.shape)}>"
+        return super().repr1(x, level)
+
+
+shown = _Short().repr
 
 
 class ImageLimits(NamedTuple):
@@ -69,6 +82,7 @@ def check_input(item: Input, limits: ImageLimits, position: int | None = None) -
 
     Raises:
         FileNotFoundError: A file of the input does not exist.
+        OSError: A file of the input cannot be opened.
         ValueError: The input cannot be embedded correctly. The message shows the input in short.
     """
     try:
@@ -76,10 +90,10 @@ def check_input(item: Input, limits: ImageLimits, position: int | None = None) -
             messages: Any = [item] if isinstance(item, Mapping) else item
             return _read_messages(messages, limits)
         return _read_dict(_as_dict(item), limits)
-    except (ValueError, FileNotFoundError) as error:
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+    except (ValueError, OSError) as error:
+        kind = next(kind for kind in (FileNotFoundError, OSError, ValueError) if isinstance(error, kind))
         place = "" if position is None else f" {position}"
-        raise kind(f"Input{place} {reprlib.repr(item)}: {error}") from error
+        raise kind(f"Input{place} {shown(item)}: {error}") from error
 
 
 def _as_dict(item: Any) -> Mapping[str, Any]:
@@ -88,7 +102,7 @@ def _as_dict(item: Any) -> Mapping[str, Any]:
         if "array" in item:
             return {"video": item}
         return {"image": item} if _is_cell(item) else item
-    if isinstance(item, (Image.Image, *Array)):
+    if isinstance(item, FRAMES):
         is_video = not isinstance(item, Image.Image) and item.ndim == 4
         return {"video" if is_video else "image": item}
     if isinstance(item, Path):
@@ -106,15 +120,15 @@ def _as_dict(item: Any) -> Mapping[str, Any]:
 def _kind_of(text: str) -> str:
     """Whether a string is a text, or names an image or a video."""
     if text.startswith(REMOTE):
-        if text.startswith("data:image/"):
-            return "image"
+        if text.startswith(("data:image/", "data:video/")):
+            return "image" if text.startswith("data:image/") else "video"
         named = is_media_path(text) and not text.startswith("data:")
     else:
         named = os.path.isfile(text) or is_media_path(text)
         if named and not os.path.isfile(text):
             raise FileNotFoundError(
                 f'{text!r} does not exist. If it is a text, give it as {{"text": …}}; relative paths start at the '
-                "current folder"
+                "current folder, in pair files at the folder of the file"
             )
     if not named:
         return "text"
@@ -137,15 +151,21 @@ def _read_part(key: str, value: Any, limits: ImageLimits) -> Any:
     """The value of one key of an input dict: one part, or a list of them."""
     if value is None:
         raise ValueError(f"'{key}' is None; leave the key out or set it to a value")
-    read = {"text": _read_text, "image": _read_image, "video": _read_video}[key]
     if isinstance(value, (list, tuple)) and not (key == "video" and value and all(map(_is_frame, value))):
         if not value:
             raise ValueError(f"'{key}' is an empty list; leave the key out or fill it")
-        return [read(part, limits) for part in value]
-    return read(value, limits)
+        return [_read_value(key, part, limits) for part in value]
+    return _read_value(key, value, limits)
 
 
-def _read_text(text: Any, limits: ImageLimits) -> str:
+def _read_value(key: str, value: Any, limits: ImageLimits) -> Any:
+    """One text, image or video."""
+    if key == "text":
+        return _read_text(value)
+    return _read_image(value, limits) if key == "image" else _read_video(value, limits)
+
+
+def _read_text(text: Any) -> str:
     if not isinstance(text, str):
         raise ValueError(f"'text' must be a string or a list of strings, got {type(text).__name__}")
     try:
@@ -160,11 +180,8 @@ def _read_text(text: Any, limits: ImageLimits) -> str:
 
 def _read_image(image: Any, limits: ImageLimits) -> Image.Image:
     """An image in mode RGB, from any form that it may have."""
-    if isinstance(image, Mapping) and _is_cell(image):
-        image = image["path"] if image["bytes"] is None else read_image(io.BytesIO(image["bytes"]), limits.max_pixels)
-    if isinstance(image, str) and image.startswith(REMOTE):
-        rgb = read_image(io.BytesIO(_download(image)), limits.max_pixels)
-    elif isinstance(image, (str, Path)):
+    image = _as_file(image)
+    if isinstance(image, (str, Path, io.BytesIO)):
         rgb = read_image(image, limits.max_pixels)
     elif isinstance(image, Image.Image):
         rgb = as_rgb(image)
@@ -176,19 +193,27 @@ def _read_image(image: Any, limits: ImageLimits) -> Image.Image:
     return rgb
 
 
-def _read_video(video: Any, limits: ImageLimits) -> Any:
-    """A video as `{"array", "video_metadata"}`. Addresses are left to Sentence-Transformers, which downloads them."""
-    if isinstance(video, str) and video.startswith(REMOTE):
-        return video
-    if isinstance(video, (str, Path)):
+def _as_file(value: Any) -> Any:
+    """Addresses, and media as `datasets` stores them, as a path or an open file. All else as it is."""
+    if isinstance(value, Mapping) and _is_cell(value):
+        content = value["bytes"]
+        if content is not None and not isinstance(content, (bytes, bytearray)):
+            raise ValueError(f"'bytes' must be the content of a file, got {type(content).__name__}")
+        value = value["path"] if content is None else io.BytesIO(content)
+    if isinstance(value, str) and value.startswith(REMOTE):
+        return io.BytesIO(download(value))
+    return value
+
+
+def _read_video(video: Any, limits: ImageLimits) -> VideoInput:
+    """A video with its metadata, from any form that it may have."""
+    video = _as_file(video)
+    if isinstance(video, (str, Path, io.BytesIO)):
         video = read_video(video)
     elif isinstance(video, Mapping) and "array" in video:
-        frames = frames_as_rgb(video["array"])
-        metadata = video.get("video_metadata")
-        if metadata is None or len(frames) != len(video["array"]):  # no metadata, or those of a single frame
-            video = video_input(frames, 2.0)
-        else:
-            video = {**video, "array": frames}
+        frames, metadata = frames_as_rgb(video["array"]), video.get("video_metadata")
+        single = len(frames) != len(video["array"])  # it is doubled, and its metadata no longer hold
+        video = video_input(frames, 2.0) if metadata is None or single else with_metadata(frames, metadata)
     elif isinstance(video, (list, tuple, *Array)):
         # Frames alone have no rate. At 2 per second processors keep all of them.
         video = video_input(frames_as_rgb(video), 2.0)
@@ -214,17 +239,19 @@ def _check_size(width: int, height: int, limits: ImageLimits) -> None:
 
 
 def _read_messages(messages: Sequence[Mapping[str, Any]], limits: ImageLimits) -> list[dict[str, Any]]:
-    """Chat messages with their images and frames read. Video files are left to the processor."""
+    """Chat messages with their media read."""
     read, filled = [], False
     for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ValueError(f"a chat message must be a dict with a role and content, got {shown(message)}")
         content = message.get("content")
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(parts, (list, tuple)) or not all(isinstance(part, Mapping) for part in parts):
             raise ValueError("the content of a message must be a text or a list of parts with a type")
         parts = [_read_message_part(part, limits) for part in parts]
-        of_user = message.get("role") != "system"
-        filled |= any(part.get("type") != "text" or (of_user and part["text"].strip()) for part in parts)
-        read.append({**message, "content": content if isinstance(content, str) else parts})
+        of_user = message["role"] != "system"
+        filled |= any(part["type"] != "text" or (of_user and part["text"].strip()) for part in parts)
+        read.append({"role": message["role"], "content": parts})
     if not filled:
         raise ValueError("An input is empty: no media, and no text but white space. Remove it or fill it")
     return read
@@ -232,32 +259,56 @@ def _read_messages(messages: Sequence[Mapping[str, Any]], limits: ImageLimits) -
 
 def _read_message_part(part: Mapping[str, Any], limits: ImageLimits) -> dict[str, Any]:
     kind = part.get("type")
-    value = part.get(kind) if isinstance(kind, str) else None
-    if kind == "text":
-        return {**part, "text": _read_text(value, limits)}
-    if kind == "image" and value is not None:
-        return {**part, "image": _read_image(value, limits)}
-    if kind == "video" and isinstance(value, (list, tuple, *Array)):
-        return {**part, "video": frames_as_rgb(value)}
-    return dict(part)
+    if not isinstance(kind, str) or kind not in PART_KEYS:
+        raise ValueError(f"a message has a part of type {shown(kind)}; use {', '.join(PART_KEYS)}")
+    given = [key for key in PART_KEYS[kind] if part.get(key) is not None]
+    if len(given) != 1:
+        raise ValueError(f"a part of type {kind} needs one of the keys {', '.join(PART_KEYS[kind])}, got {given}")
+    value = part[given[0]]
+    if given == ["base64"]:
+        value = f"data:;base64,{value}"
+    return {"type": kind, kind: _read_value(kind, value, limits)}
 
 
-def _download(address: str) -> bytes:
-    """What an address (http, https, data) holds."""
-    try:
-        with urllib.request.urlopen(address, timeout=DOWNLOAD_SECONDS) as response:
-            return response.read()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{reprlib.repr(address)} cannot be downloaded ({error}). Check the address") from error
+def as_messages(checked: Any) -> tuple[list[dict[str, Any]], list[VideoMetadata]]:
+    """A checked input as chat messages, and the metadata of its videos.
+
+    In messages every part has a type. In dicts Sentence-Transformers guesses: two texts become a pair of inputs, and a
+    text of it that looks like a path or address is read as an image.
+
+    Args:
+        checked: What `check_input` returns.
+
+    Returns:
+        The messages, with videos as arrays of shape `(frames, height, width, 3)`, because processors take the metadata
+        apart; and the metadata of the videos, in order.
+    """
+    if isinstance(checked, Mapping):
+        parts = [(key, part) for key, value in checked.items() for part in _as_list(value)]
+        checked = [{"role": "user", "content": [{"type": key, key: part} for key, part in parts]}]
+    metadata, messages = [], []
+    for message in checked:
+        content = []
+        for part in message["content"]:
+            if part["type"] == "video":
+                metadata.append(part["video"]["video_metadata"])
+                part = {"type": "video", "video": part["video"]["array"]}
+            content.append(part)
+        messages.append({**message, "content": content})
+    return messages, metadata
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _is_cell(value: Mapping[str, Any]) -> bool:
-    """Whether this is an image as `datasets` stores it."""
+    """Whether this is an image or video as `datasets` stores it."""
     return set(value) == {"bytes", "path"}
 
 
 def _is_frame(value: Any) -> bool:
-    return isinstance(value, (Image.Image, *Array))
+    return isinstance(value, Image.Image) or (isinstance(value, Array) and value.ndim < 4)
 
 
 def _suffix(text: str) -> str:
@@ -325,51 +376,3 @@ def content_hash(value: Any) -> int:
 def is_media_path(text: str) -> bool:
     """Whether a text looks like an image or video file: no spaces, and a known suffix."""
     return _suffix(text) in IMAGE_SUFFIXES + VIDEO_SUFFIXES and not any(map(str.isspace, text))
-
-
-def estimate_tokens(
-    item: Any, processor: ProcessorMixin | None = None, tokenize: Callable[[str], Sized] | None = None
-) -> int:
-    """Estimate the number of tokens of an input. Files are opened to read their size, but not decoded.
-
-    Args:
-        item (`Input`): An input of `encode`. Other values count as 0 tokens.
-        processor (`ProcessorMixin`, *optional*): The model's processor. If it is not a Qwen-VL processor, images count
-            as in Qwen2-VL.
-        tokenize (`Callable`, *optional*): Function from a text to its tokens. Default: one token for three bytes,
-            which is rarely too low.
-
-    Returns:
-        `int`
-    """
-    if isinstance(item, (str, Path)):
-        text = str(item)
-        if isinstance(item, str) and not is_media_path(text):
-            return len(tokenize(text)) if tokenize else len(text.encode("utf-8", "replace")) // 3
-        if Path(text).suffix.lower() in VIDEO_SUFFIXES:
-            return VIDEO_FRAMES // 2 * _pixel_tokens(math.inf, processor, "video_processor")
-        try:
-            with Image.open(text) as image:
-                return _pixel_tokens(image.width * image.height, processor)
-        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError):
-            return _pixel_tokens(math.inf, processor)  # remote, or not an image
-    if isinstance(item, Image.Image):
-        return _pixel_tokens(item.width * item.height, processor)
-    if hasattr(item, "ndim"):  # an array: three axes for an image, four for a video
-        if item.ndim < 4:
-            return _pixel_tokens(math.prod(item.shape) // 3, processor)
-        pixels = math.prod(item.shape[1:]) // 3
-        return -(-item.shape[0] // 2) * _pixel_tokens(pixels, processor, "video_processor")
-    if isinstance(item, dict):
-        item = [value for key, value in item.items() if key not in ("role", "type", "video_metadata")]
-    return sum(estimate_tokens(part, processor, tokenize) for part in item) if isinstance(item, (list, tuple)) else 0
-
-
-def _pixel_tokens(pixels: float, processor: ProcessorMixin | None, kind: str = "image_processor") -> int:
-    """Tokens of an image, or of two video frames, with this many pixels, after the processor's resizing."""
-    part: Any = getattr(processor, kind, None)
-    least, most, side = 56**2, 28**2 * 1280, 28
-    if hasattr(part, "merge_size"):
-        least, most = part.size["shortest_edge"], part.size["longest_edge"]
-        side = part.patch_size * part.merge_size
-    return int(min(max(pixels, least), most) // side**2)

@@ -5,7 +5,8 @@ What counts as an input, and checks of its parts, are in `btok_hf/inputs.py`.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, BinaryIO, TypedDict
 
@@ -17,7 +18,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".avif", ".jp2")
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".avi", ".mov", ".wmv", ".flv", ".mkv", ".webm")
 VIDEO_FRAMES = 8
+FRAMES = (Image.Image, np.ndarray, torch.Tensor)
 ORIENTATION = 0x0112  # EXIF tag
+MIN_FPS, MAX_FPS = 0.001, 1000  # processors turn frame numbers into seconds
 MAX_RATIO = 200  # of a longer to a shorter side; Qwen-VL's processors accept no more
 
 
@@ -85,7 +88,9 @@ def read_image(path: str | Path | BinaryIO, max_pixels: int | None = None) -> Im
             f"{name} is not an image that Pillow can read. Convert it to PNG or JPEG (HEIC: install and register "
             "pillow-heif), or remove it."
         ) from error
-    except (ValueError, OSError, SyntaxError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise any type at damaged files
         raise ValueError(f"{name} cannot be decoded ({error}). Replace or remove it.") from error
 
 
@@ -105,7 +110,9 @@ def as_rgb(image: Image.Image) -> Image.Image:
         image.load()
         if image.getexif().get(ORIENTATION, 1) != 1:
             image = ImageOps.exif_transpose(image)
-    except (ValueError, OSError, SyntaxError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise any type at damaged files
         raise ValueError(f"the image cannot be decoded ({error}); is its file closed or truncated?") from error
     if image.mode.startswith(("I", "F")):
         array = np.asarray(image)
@@ -133,9 +140,7 @@ def as_uint8(pixels: np.ndarray | torch.Tensor) -> np.ndarray:
     Raises:
         ValueError: No pixels, values that are not finite or negative, or a range that could mean several things.
     """
-    if isinstance(pixels, torch.Tensor):
-        pixels = pixels.detach().cpu()
-        pixels = (pixels.float() if pixels.dtype == torch.bfloat16 else pixels).numpy()
+    pixels = _as_array(pixels)
     if pixels.dtype == np.uint8:
         return pixels
     if pixels.size == 0:
@@ -157,6 +162,23 @@ def as_uint8(pixels: np.ndarray | torch.Tensor) -> np.ndarray:
             "them to uint8 (0 to 255) or to floats from 0 to 1"
         )
     return np.rint(pixels).astype(np.uint8)
+
+
+def _as_array(pixels: np.ndarray | torch.Tensor) -> np.ndarray:
+    """A plain array of the same values."""
+    if isinstance(pixels, np.ma.MaskedArray):
+        raise ValueError("a masked array has pixels without a value; set them with .filled(…)")
+    if isinstance(pixels, np.ndarray):
+        return np.asarray(pixels)
+    try:
+        pixels = pixels.detach().cpu()
+        # numpy has no bfloat16 and no float8.
+        return (pixels.float() if pixels.is_floating_point() and pixels.itemsize < 4 else pixels).numpy()
+    except (TypeError, RuntimeError) as error:  # also NotImplementedError, of the meta device
+        raise ValueError(
+            f"a tensor of type {pixels.dtype} on device {pixels.device} has no pixels that can be read ({error}). Use "
+            "a dense tensor of uint8 or float32"
+        ) from error
 
 
 def array_as_rgb(array: np.ndarray | torch.Tensor) -> Image.Image:
@@ -186,7 +208,8 @@ def _rgb_frames(frames: np.ndarray) -> np.ndarray:
     if frames.shape[-1] == 4:
         alpha = frames[..., 3:] / 255
         return np.rint(frames[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
-    return np.ascontiguousarray(np.broadcast_to(frames, (*frames.shape[:-1], 3)))
+    # Writable, because torch warns of arrays that are not.
+    return np.require(np.broadcast_to(frames, (*frames.shape[:-1], 3)), requirements=["C", "W"])
 
 
 def frames_as_rgb(frames: Any) -> np.ndarray:
@@ -204,6 +227,8 @@ def frames_as_rgb(frames: Any) -> np.ndarray:
         ValueError: No frames, frames of different sizes, or pixels that `as_uint8` refuses.
     """
     if isinstance(frames, (list, tuple)):
+        if odd := {type(frame).__name__ for frame in frames if not isinstance(frame, FRAMES)}:
+            raise ValueError(f"the frames of a video must be images or arrays, got {', '.join(sorted(odd))}")
         arrays: list[Any] = [
             np.asarray(as_rgb(frame)) if isinstance(frame, Image.Image) else frame for frame in frames
         ]
@@ -213,18 +238,20 @@ def frames_as_rgb(frames: Any) -> np.ndarray:
         if arrays and all(isinstance(array, torch.Tensor) for array in arrays):
             frames = torch.stack(arrays)
         else:
-            frames = np.stack([np.asarray(array) for array in arrays]) if arrays else np.empty((0, 0, 0, 3), np.uint8)
+            frames = np.stack([_as_array(array) for array in arrays]) if arrays else np.empty((0, 0, 0, 3), np.uint8)
+    elif not isinstance(frames, FRAMES[1:]) or frames.ndim == 0:
+        raise ValueError(f"the frames of a video must be an array or a list, got {type(frames).__name__}")
     if len(frames) == 0:
         raise ValueError("the video has no frames")
     rgb = _rgb_frames(as_uint8(frames))
     return np.repeat(rgb, 2, 0) if len(rgb) == 1 else rgb
 
 
-def read_video(path: str | Path, num_frames: int = VIDEO_FRAMES) -> VideoInput:
+def read_video(path: str | Path | BinaryIO, num_frames: int = VIDEO_FRAMES) -> VideoInput:
     """Read evenly spaced frames of a video file with PyAV.
 
     Args:
-        path (`str` or `Path`): A video file that FFmpeg can decode, e.g. mp4.
+        path (`str`, `Path` or binary file): A video file that FFmpeg can decode, e.g. mp4.
         num_frames (`int`): Number of frames, evenly spaced from first to last. Shorter videos keep all frames.
 
     Returns:
@@ -236,18 +263,20 @@ def read_video(path: str | Path, num_frames: int = VIDEO_FRAMES) -> VideoInput:
         ImportError: PyAV is not installed.
         ValueError: The file holds no decodable video stream.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"Video file {str(path)!r} does not exist. Check the path; relative paths start at the current folder."
-        )
+    name = "The video"
+    if isinstance(path, (str, Path)):
+        name = f"Video file {str(path)!r}"
+        if not Path(path).is_file():
+            raise FileNotFoundError(
+                f"{name} does not exist. Check the path; relative paths start at the current folder."
+            )
+        path = str(path)
     try:
         import av
     except ImportError as error:
         raise ImportError("Reading video files needs PyAV: pip install av.") from error
-    name = f"Video file {str(path)!r}"
     try:
-        with av.open(str(path)) as container:
+        with av.open(path, "r") as container:
             stream = container.streams.video[0]
             # Packets are counted without decoding, so that only the kept frames are in memory. A file that was cut
             # without encoding it again has packets that no player shows.
@@ -261,7 +290,10 @@ def read_video(path: str | Path, num_frames: int = VIDEO_FRAMES) -> VideoInput:
                     # Phones store frames as the sensor lies, with a rotation in degrees counter-clockwise.
                     frames.append(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
             fps = _frame_rate(shown, stream)
-    except (av.error.FFmpegError, IndexError) as error:
+    except Exception as error:  # PyAV has types of its own, and raises others too
+        # FFmpeg's own MemoryError is a size that no file has.
+        if isinstance(error, MemoryError) and not isinstance(error, av.error.FFmpegError):
+            raise
         raise ValueError(f"{name} cannot be decoded ({error}). Replace or remove it.") from error
     if not frames or not fps:
         raise ValueError(f"{name} has no frames or no frame rate. Replace or remove it.")
@@ -332,3 +364,32 @@ def video_input(frames: np.ndarray, fps: float) -> VideoInput:
             "frames_indices": list(range(len(frames))),
         },
     }
+
+
+def with_metadata(frames: np.ndarray, metadata: Any) -> VideoInput:
+    """Frames with the metadata that a user gives for them.
+
+    Args:
+        frames (`numpy.ndarray` of shape `(frames, height, width, 3)`): uint8.
+        metadata (`Mapping`): `fps`; `total_num_frames` and `frames_indices`, which default to all frames in order.
+
+    Raises:
+        ValueError: Metadata of other frames, or without a frame rate.
+    """
+    way_out = "Leave video_metadata out, or use btok_hf.media.video_input(frames, fps)"
+    if not isinstance(metadata, Mapping):
+        raise ValueError(f"'video_metadata' must be a dict, got {type(metadata).__name__}. {way_out}")
+    fps = metadata.get("fps")
+    if isinstance(fps, bool) or not isinstance(fps, Real) or not MIN_FPS <= float(fps) <= MAX_FPS:
+        raise ValueError(f"'fps' of a video must be a number from {MIN_FPS} to {MAX_FPS}, got {fps!r}. {way_out}")
+    video = video_input(frames, float(fps))
+    total, indices = metadata.get("total_num_frames"), metadata.get("frames_indices")
+    if total is not None and total != len(frames):
+        raise ValueError(f"'video_metadata' describes {total!r} frames, but the video has {len(frames)}. {way_out}")
+    if indices is not None:
+        indices = list(indices) if isinstance(indices, (Sequence, np.ndarray, range)) else [indices]
+        right = all(isinstance(index, Integral) and int(index) >= 0 for index in indices)
+        if not right or len(indices) != len(frames):
+            raise ValueError(f"'frames_indices' must be one number per frame, from 0 on. {way_out}")
+        video["video_metadata"]["frames_indices"] = list(map(int, indices))
+    return video

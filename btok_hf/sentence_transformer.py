@@ -8,26 +8,23 @@ The forward is in `btok_hf/condensation.py`, checks of inputs in `btok_hf/inputs
 `btok_hf/export.py`.
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 import torch
-from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from torch import Tensor, distributed
-from torch.nn import functional as F
-from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from btok_hf.adapters import find_base, has_adapters, load_adapters
 from btok_hf.condensation import condense, reconstruct
+from btok_hf.encoding import PackedEncoder
 from btok_hf.export import untied_head, write_repository
 from btok_hf.features import IGNORED, PIXEL_KEYS
-from btok_hf.inputs import ImageLimits, Input, check_input, estimate_tokens, is_messages
+from btok_hf.inputs import ImageLimits, Input, as_messages, check_input, shown
 from btok_hf.modeling.modeling_btok import (
     Backbone,
     bottleneck_token_ids,
@@ -36,13 +33,6 @@ from btok_hf.modeling.modeling_btok import (
 )
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
-
-# Tokens per row of `encode`'s batch_size. The default of 32 rows is 2,048 tokens on a CPU, where larger batches exceed
-# the caches, and 16,384 tokens on other devices.
-CPU_ROW_TOKENS, ROW_TOKENS = 64, 512
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class BottleneckTransformer(Transformer):
@@ -99,6 +89,11 @@ class BottleneckTransformer(Transformer):
             load_adapters(backbone, model_name_or_path, **adapter_kwargs)
         return backbone
 
+    @property
+    def image_limits(self) -> ImageLimits:
+        """What images `check_input` lets pass."""
+        return ImageLimits(self.processor.image_processor.size["longest_edge"], self.config.vision_config.patch_size)
+
     def _check_template(self) -> None:
         row = self.processor.apply_chat_template([{"role": "user", "content": "text"}], tokenize=False)
         assert self.tokenizer is not None  # every Qwen-VL processor has one
@@ -137,24 +132,31 @@ class BottleneckTransformer(Transformer):
             FileNotFoundError: A file of an input does not exist.
             ValueError: An input that cannot be embedded correctly. The message has its position and shows it in short.
         """
-        limits = ImageLimits(self.processor.image_processor.size["longest_edge"], self.config.vision_config.patch_size)
         places = range(len(inputs)) if positions is None else positions
-        checked = [check_input(item, limits, place) for item, place in zip(inputs, places)]
-        messages = sum(map(is_messages, checked))
-        if 0 < messages < len(checked):
-            raise ValueError(
-                f"Inputs must be all chat messages or none, got {messages} of {len(checked)}: Sentence-Transformers "
-                "cannot put both in one batch. Encode them in two calls."
-            )
+        checked = [check_input(item, self.image_limits, place) for item, place in zip(inputs, places)]
+        options, metadata = dict(kwargs), []
+        rows: list[Any] = []
+        for messages, of_row in map(as_messages, checked):
+            rows.append(messages)
+            metadata += of_row
+        if metadata:
+            given = kwargs.get("processing_kwargs") or {}
+            video = {**given.get("video", {}), "video_metadata": metadata}
+            options["processing_kwargs"] = {**given, "video": video}
         try:
-            features = super().preprocess(checked, prompt=prompt, **kwargs)
+            features = super().preprocess(rows, prompt=prompt, **options)
         except ValueError as error:
-            if "Likely due to `truncation" not in str(error):
+            if len(checked) > 1:  # name the input
+                for item, place in zip(inputs, places):
+                    self.preprocess([item], prompt, [place], **kwargs)
                 raise
+            name = f"Input {places[0]} {shown(inputs[0])}"
+            if "Likely due to `truncation" not in str(error):
+                raise ValueError(f"{name}: {error}") from error
             raise ValueError(
-                f"An input with images or video is longer than max_seq_length={self.max_seq_length} tokens, and media "
-                "are never truncated. Raise max_seq_length, lower max_pixels (processor_kwargs={'max_pixels': …}), or "
-                "shorten the text."
+                f"{name}: it has images or video and is longer than max_seq_length={self.max_seq_length} tokens, and "
+                "media are never truncated. Raise max_seq_length, lower max_pixels "
+                "(processor_kwargs={'max_pixels': …}), or shorten the text."
             ) from error
         if not checked:
             return features
@@ -201,7 +203,7 @@ class BottleneckTransformer(Transformer):
         return sum((p.flatten()[:0].sum() for p in parameters if p.requires_grad), zero)
 
 
-class BTokSentenceTransformer(SentenceTransformer):
+class BTokSentenceTransformer(PackedEncoder):
     """A `SentenceTransformer` with one `BottleneckTransformer`: the model that `CondensationTrainer` trains.
 
     `encode` has the arguments and results of Sentence-Transformers. Batches are limited by tokens instead of rows, so
@@ -237,22 +239,23 @@ class BTokSentenceTransformer(SentenceTransformer):
         **hub_kwargs: Any,
     ) -> None:
         model_name_or_path = str(model_name_or_path)
-        module = BottleneckTransformer.load(
-            model_name_or_path, model_kwargs=model_kwargs, processor_kwargs=processor_kwargs, **hub_kwargs
-        )
-        if max_seq_length is not None:
-            module.max_seq_length = max_seq_length
-        saved = BottleneckTransformer.load_config(
-            model_name_or_path, config_filename="config_sentence_transformers.json", **hub_kwargs
-        )
-        super().__init__(
-            modules=[module],
-            device=device,
-            prompts={**saved.get("prompts", {}), **(prompts or {})},
-            default_prompt_name=default_prompt_name or saved.get("default_prompt_name"),
-            similarity_fn_name=similarity_fn_name or saved.get("similarity_fn_name"),
-            truncate_dim=truncate_dim or saved.get("truncate_dim"),
-        )
+        with _named_damage(model_name_or_path):
+            module = BottleneckTransformer.load(
+                model_name_or_path, model_kwargs=model_kwargs, processor_kwargs=processor_kwargs, **hub_kwargs
+            )
+            saved = BottleneckTransformer.load_config(
+                model_name_or_path, config_filename="config_sentence_transformers.json", **hub_kwargs
+            )
+            if max_seq_length is not None:
+                module.max_seq_length = max_seq_length
+            super().__init__(
+                modules=[module],
+                device=device,
+                prompts={**saved.get("prompts", {}), **(prompts or {})},
+                default_prompt_name=default_prompt_name or saved.get("default_prompt_name"),
+                similarity_fn_name=similarity_fn_name or saved.get("similarity_fn_name"),
+                truncate_dim=truncate_dim or saved.get("truncate_dim"),
+            )
 
     @property
     def transformer(self) -> BottleneckTransformer:
@@ -265,68 +268,6 @@ class BTokSentenceTransformer(SentenceTransformer):
         Sentence-Transformers would first guess what each input is, and answer a `TypeError` by leaving the prompt out.
         """
         return self.transformer.preprocess(inputs, prompt=prompt, **kwargs)
-
-    # As in SentenceTransformer, the superclass names fewer arguments.
-    @torch.inference_mode()
-    def _inference(  # type: ignore[override]
-        self,
-        inputs: list,
-        *,
-        prompt: str | None,
-        batch_size: int,
-        show_progress_bar: bool,
-        output_value: str | None,
-        save_to_cpu: bool,
-        normalize_embeddings: bool,
-        truncate_dim: int | None,
-        device: str | torch.device | None = None,
-        **kwargs: Any,
-    ) -> list[Tensor] | Tensor | list[dict[str, Any]]:
-        """Embed inputs in batches of similar length. `encode` calls this after checking its arguments."""
-        if output_value not in ("sentence_embedding", None):
-            raise ValueError(
-                f"output_value must be 'sentence_embedding', or None for all features, got {output_value!r}: packed "
-                "encoding gives no states of single tokens. Load the repository with SentenceTransformer for them."
-            )
-        if output_value is None:  # all features of each row, padded
-            return super()._inference(
-                inputs,
-                prompt=prompt,
-                batch_size=batch_size,
-                show_progress_bar=show_progress_bar,
-                output_value=output_value,
-                save_to_cpu=save_to_cpu,
-                normalize_embeddings=normalize_embeddings,
-                truncate_dim=truncate_dim,
-                device=device,
-                **kwargs,
-            )
-        device = self._resolve_inference_device(device)
-        self.eval()
-        if not inputs:
-            return torch.tensor([], device=device)
-        around = estimate_tokens(prompt or "", self.processor) + len(bottleneck_token_ids(self.transformer.config)) + 4
-        longest = self.max_seq_length or math.inf
-        tokens = [min(around + estimate_tokens(item, self.processor), longest) for item in inputs]
-        batches = _batches(tokens, batch_size * (CPU_ROW_TOKENS if device.type == "cpu" else ROW_TOKENS))
-
-        def preprocess(batch: list[int]) -> dict[str, Any]:
-            return self.preprocess([inputs[index] for index in batch], prompt=prompt, positions=batch, **kwargs)
-
-        results = []
-        # Leaving the block, also through an error, waits for the batch in the thread.
-        with ThreadPoolExecutor(1) as thread:
-            # On a CPU a thread does not help: resizing in another thread starts a second pool of OpenMP threads, which
-            # competes for the same cores.
-            prepared = map(preprocess, batches) if device.type == "cpu" else _ahead(thread, preprocess, batches)
-            # Features stay on the CPU: `condense` copies them to the device after its checks.
-            for features in tqdm(prepared, "Batches", len(batches), disable=not show_progress_bar):
-                rows = self(features, **kwargs)["sentence_embedding"][:, :truncate_dim]
-                rows = F.normalize(rows, dim=1) if normalize_embeddings else rows
-                results.append(rows.cpu() if save_to_cpu else rows)
-        order = torch.tensor([index for batch in batches for index in batch])
-        embeddings = torch.cat(results)
-        return embeddings[order.argsort().to(embeddings.device)]
 
     def reconstruct(
         self, inputs: Sequence[Input], *, prompt: str | None = None, max_new_tokens: int = 32
@@ -381,25 +322,15 @@ class BTokSentenceTransformer(SentenceTransformer):
         )
 
 
-def _ahead(thread: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """`map(function, items)`, but the executor `thread` computes the next result while one is used."""
-    ahead: Future[Result] | None = None
-    for item in items:
-        ready, ahead = ahead, thread.submit(function, item)
-        if ready:
-            yield ready.result()
-    if ahead:
-        yield ahead.result()
-
-
-def _batches(tokens: Sequence[float], budget: int) -> list[list[int]]:
-    """Batches of input indices with at most `budget` tokens, longest inputs first. A longer input is alone."""
-    batches: list[list[int]] = []
-    room = 0.0
-    for index in sorted(range(len(tokens)), key=tokens.__getitem__, reverse=True):
-        if not batches or tokens[index] > room:
-            batches.append([])
-            room = budget
-        batches[-1].append(index)
-        room -= tokens[index]
-    return batches
+@contextlib.contextmanager
+def _named_damage(model_name_or_path: str) -> Iterator[None]:
+    """JSON, Jinja and tokenizers raise types of their own at damaged files, and do not name the model."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is ValueError or isinstance(error, (OSError, ImportError, RuntimeError, MemoryError)):
+            raise
+        raise ValueError(
+            f"{model_name_or_path!r} cannot be loaded ({type(error).__name__}: {error}). A file of it is damaged "
+            "or was edited. Export or download it again."
+        ) from error

@@ -93,18 +93,18 @@ def test_relative_paths_start_at_the_pair_file(repo, tmp_path, monkeypatch, suff
         (place / "images").mkdir(parents=True)
         image(width, 56).save(place / "images" / "a.png")
     image(112, 56).save(elsewhere / "images" / "b.png")
-    queries = ["images/a.png", "images/b.png", "a text"]
+    queries = ["a text", "images/b.png", "images/a.png"]
     rows = Dataset.from_dict({"query": queries, "positive": ["x", "y", "z"], "target": ["images/a.png"] * 3})
     if suffix != "csv":
-        rows = rows.add_column("negatives", [[{"image": ["images/a.png"], "text": "images/a.png"}]] * 3)
+        rows = rows.add_column("negatives", [[None, {"image": ["images/a.png"], "text": "images/a.png"}]] * 3)
     {"jsonl": rows.to_json, "csv": rows.to_csv, "parquet": rows.to_parquet}[suffix](folder / f"pairs.{suffix}")
     monkeypatch.chdir(elsewhere)
     pairs = load_pairs(f"../data/pairs.{suffix}")
-    assert pairs["query"] == [str(folder / "images" / "a.png"), "images/b.png", "a text"]
+    assert pairs["query"] == ["a text", "images/b.png", str(folder / "images" / "a.png")]
     assert pairs["target"] == ["images/a.png"] * 3  # a text
     if suffix != "csv":
         expected = {"image": [str(folder / "images" / "a.png")], "text": "images/a.png"}
-        assert decode_cell(pairs[0]["negatives"]) == [expected]
+        assert decode_cell(pairs[0]["negatives"]) == [None, expected]
     evaluator = retrieval_evaluator(f"../data/pairs.{suffix}")
     assert evaluator(BTokSentenceTransformer(repo, device="cpu"))["pairs_cosine_accuracy@10"] == 1.0
 
@@ -123,3 +123,19 @@ def test_videos_in_columns_are_videos_again():
 def test_streamed_datasets_are_refused():
     with pytest.raises(ValueError, match=r"'a' is streamed .IterableDataset.*Load it without streaming"):
         first_rows({"a": Dataset.from_list([{"query": "a"}]).to_iterable_dataset()})
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("latin.csv", "query,positive\nä,b\n".encode("latin-1")),
+        ("empty.csv", b"query,positive\n"),
+        ("large.jsonl", b'{"query": 1e400000, "positive": ' + b"9" * 5000 + b"}"),
+        ("cut.json", b'[{"query": "a", "pos'),
+        ("cut.parquet", b"PAR1cut"),
+    ],
+)
+def test_damaged_pair_files_are_named(tmp_path, own_cache, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"^Pair file '.*{name}' cannot be read"):
+        load_pairs(str(tmp_path / name))

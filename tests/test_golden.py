@@ -11,6 +11,7 @@ from transformers import AutoProcessor
 
 import btok_hf
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model, golden
+from btok_hf.golden import read_golden
 
 
 def test_a_changed_template_gives_other_vectors(copied):
@@ -128,3 +129,12 @@ def test_old_golden_files_still_verify(exported, tmp_path):
     path.write_text(json.dumps({**content, "inputs": old[:-1]}), "utf-8")
     found = golden.check(str(exported), str(path), None, "cpu")
     assert max(max(pair) for rows in found.values() for pair in rows.values()) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "3", '{"inputs": 3, "tolerance": 0, "closest": 0, "versions": {}}', "\udcff"]
+)
+def test_damaged_golden_files_are_named(tmp_path, text):
+    (tmp_path / "golden.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=r"golden.json is no file of golden vectors \(.+\). Export the model again"):
+        read_golden(tmp_path / "golden.json")

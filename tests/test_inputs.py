@@ -1,6 +1,7 @@
 """Inputs: their sizes in tokens, their texts and hashes, and those that are refused."""
 
 import base64
+import io
 from pathlib import Path
 
 import numpy as np
@@ -12,27 +13,9 @@ from support import pictures
 from support.inputs import TOLERANCE
 from support.media import image, video
 
-from btok_hf import BTokSentenceTransformer
-from btok_hf.inputs import content_hash, estimate_tokens, text_of
+from btok_hf import BTokSentenceTransformer, read_video
+from btok_hf.inputs import content_hash, text_of
 from btok_hf.media import video_input
-
-
-def test_estimated_tokens_of_media_are_those_of_the_processor(repo, tmp_path):
-    processor = BTokSentenceTransformer(repo, device="cpu").processor
-    image(300, 100).save(tmp_path / "wide.png")
-    clip = video(6, 64)
-    for item, size in (
-        (image(10, 10), 1),
-        (image(56, 84), 6),
-        (str(tmp_path / "wide.png"), 16),
-        ({"image": [image(56, 84), np.zeros((84, 56, 3))], "text": "nine letters"}, 16),
-        ([{"role": "user", "content": [{"type": "image", "image": image(56, 84)}]}], 6),
-        ({"video": clip}, 3 * (64 * 64 // 28**2)),
-    ):
-        assert estimate_tokens(item, processor) == size
-    assert estimate_tokens("missing.png", processor) == estimate_tokens(image(1000, 1000), processor) == 16
-    for wrong in (None, 3, "", {}):
-        assert estimate_tokens(wrong, processor) == 0
 
 
 def test_bad_inputs_are_refused_and_shown(repo, tmp_path):
@@ -230,6 +213,12 @@ def test_a_video_of_one_frame_is_embedded_by_every_backbone(repos):
 
 # ---------------------------------------------------------------- refused by name
 
+
+def part(**content):
+    """A chat message with one part."""
+    return [{"role": "user", "content": [content]}]
+
+
 WRONG = [
     (pictures.colours() / 127.5 - 1, ValueError, r"float64 lie between -1 and .* no single meaning"),
     (pictures.colours().astype(np.int32) * 9, ValueError, "int32 lie between 0 and"),
@@ -270,6 +259,23 @@ WRONG = [
     ({"image": 5}, ValueError, "got int"),
     ({"video": 5}, ValueError, "got int"),
     ("http://127.0.0.1:9/a.png", ValueError, "cannot be downloaded"),
+    (torch.empty(56, 56, 3, device="meta"), ValueError, "on device meta has no pixels that can be read"),
+    (torch.zeros(56, 56, 3).to_sparse(), ValueError, "Use a dense tensor"),
+    (np.ma.masked_array(np.zeros((56, 56, 3), np.uint8)), ValueError, "masked array"),
+    ({"video": ["a.png", 3]}, FileNotFoundError, "does not exist"),
+    ({"video": {"array": "frames"}}, ValueError, "must be an array or a list, got str"),
+    ({"video": {"array": [3, 4]}}, ValueError, "must be images or arrays, got int"),
+    ([{"role": "user", "content": "a"}, 3], ValueError, "a chat message must be a dict"),
+    ([{"role": 3, "content": "a"}], ValueError, "a chat message must be a dict"),
+    (part(type="audio", audio="a.wav"), ValueError, "part of type 'audio'; use text, image, video"),
+    (part(type="image"), ValueError, r"one of the keys image, url, path, base64, got \[\]"),
+    (part(type="image", image="a.png", url="b.png"), ValueError, r"got \['image', 'url'\]"),
+    (part(type="video", video="missing.mp4"), FileNotFoundError, "missing.mp4' does not exist"),
+    (part(type="video", url="http://127.0.0.1:9/v.mp4"), ValueError, "cannot be downloaded"),
+    (part(type="image", base64="AAAA"), ValueError, "is not an image that Pillow can read"),
+    ({"image": b"bytes"}, ValueError, "got bytes"),
+    ({"bytes": {}, "path": None}, ValueError, "'bytes' must be the content of a file, got dict"),
+    ({"video": {"bytes": None, "path": None}}, ValueError, "'video' must be frames"),
     ({"image": "data:image/png;base64,AAAA"}, ValueError, "is not an image that Pillow can read"),
 ]
 
@@ -322,3 +328,53 @@ def test_texts_that_look_like_something_else_are_texts(both, tmp_path, monkeypat
     assert np.abs(wrapper.encode([{"text": text} for text in named]) - expected).max() <= TOLERANCE
     with pytest.raises(ValueError, match="not an image that Pillow can read"):
         wrapper.encode(["LICENSE"])
+
+
+# ---------------------------------------------------------------- found by `make fuzz`
+
+
+@pytest.mark.parametrize("text", ["https://127.0.0.1:9/a.png", "{folder}/seen.png", "<|btok_0|>"])
+def test_a_text_among_texts_is_never_read(both, tmp_path, text):
+    """Two texts of a dict are no pair of Sentence-Transformers, which would read files and addresses in them."""
+    image(60, 60).save(tmp_path / "seen.png")
+    text = text.format(folder=tmp_path)
+    features = both[0].preprocess([{"text": [text, "more"]}])
+    assert "pixel_values" not in features
+    expected = both[0].preprocess([[{"role": "user", "content": [{"type": "text", "text": f"{text} more"}]}]])
+    assert torch.equal(features["input_ids"], expected["input_ids"])
+
+
+def test_a_list_of_videos_may_hold_one_array(both):
+    frames = np.stack([pictures.colours()] * 2)
+    expected = both[0].encode([{"video": frames}])
+    np.testing.assert_array_equal(both[0].encode([{"video": [frames]}]), expected)
+
+
+def test_any_error_of_a_decoder_is_that_of_its_file(both, tmp_path, monkeypatch):
+    """Pillow answers a damaged AVIF with a RuntimeError."""
+    content = bytearray((pictures.MEDIA / "scan.avif").read_bytes())
+    content[content.index(b"pitm")] ^= 0xFF
+    with pytest.raises(RuntimeError):
+        PILImage.open(io.BytesIO(content))
+    (tmp_path / "broken.avif").write_bytes(content)
+    with pytest.raises(ValueError, match=r"^Input 0 .*broken.avif"):
+        both[0].encode([tmp_path / "broken.avif"])
+
+
+@pytest.mark.parametrize("backbone", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("name", ["rotated.mp4", "cut.mp4", "n1.mp4"])
+def test_a_video_file_is_the_same_in_messages(repos, backbone, name):
+    wrapper = BTokSentenceTransformer(repos[backbone], device="cpu")
+    path = pictures.MEDIA / name
+    (expected,) = wrapper.encode([{"video": path, "text": "hi"}])
+    text = {"type": "text", "text": "hi"}
+    for video_part in (
+        {"type": "video", "video": str(path)},
+        {"type": "video", "path": path},
+        {"type": "video", "video": read_video(path)},
+        {"type": "video", "video": {"bytes": path.read_bytes(), "path": None}},
+    ):
+        messages = [{"role": "user", "content": [video_part, text]}]
+        for batch in ([messages], [{"video": video(3)}, messages, "a text", [{"role": "user", "content": "x"}]]):
+            actual = wrapper.encode(batch)[min(1, len(batch) - 1)]
+            assert np.abs(actual - expected).max() <= TOLERANCE

@@ -1,5 +1,6 @@
 """Reading images, videos and folders of frames."""
 
+import io
 import itertools
 
 import av
@@ -9,12 +10,12 @@ import transformers
 from packaging.version import Version
 from PIL import Image
 from support.inputs import TOLERANCE
-from support.media import image
+from support.media import image, video
 from support.pictures import MEDIA
 
 from btok_hf import BTokSentenceTransformer, read_video
 from btok_hf.inputs import ImageLimits, check_input
-from btok_hf.media import array_as_rgb, read_frames
+from btok_hf.media import array_as_rgb, read_frames, with_metadata
 
 
 def test_an_mp4_path_is_read_through_pyav(loaded, mp4):
@@ -132,7 +133,7 @@ def test_a_hole_in_a_video_is_said(mp4, tmp_path, monkeypatch):
             return itertools.islice(decode(self.container, stream), 3)
 
     opened = av.open
-    monkeypatch.setattr(av, "open", lambda path: Holed(opened(path)))
+    monkeypatch.setattr(av, "open", lambda path, mode: Holed(opened(path, mode)))
     with pytest.raises(ValueError, match=r"has a hole: \d+ frames are announced, but only \d of the 8 asked for"):
         read_video(mp4)
 
@@ -144,3 +145,47 @@ def test_channels_may_stand_first_or_last(channels):
     assert first.size == (50, 40) and np.array_equal(first, second)
     if channels == 3:
         assert np.array_equal(first, last)
+
+
+@pytest.mark.parametrize(
+    "metadata, message",
+    [
+        ([], "must be a dict, got list"),
+        ({}, "'fps' of a video must be a number from 0.001 to 1000, got None"),
+        ({"fps": True}, "got True"),
+        ({"fps": float("nan")}, "got nan"),
+        ({"fps": 1e300}, "got 1e"),
+        ({"fps": 2, "total_num_frames": 300}, "describes 300 frames, but the video has 4"),
+        ({"fps": 2, "frames_indices": [0, 1]}, "one number per frame"),
+        ({"fps": 2, "frames_indices": [0, 1, 2, -3]}, "one number per frame"),
+        ({"fps": 2, "frames_indices": 3}, "one number per frame"),
+    ],
+)
+def test_metadata_of_other_frames_are_refused(metadata, message):
+    with pytest.raises(ValueError, match=message + ".*Leave video_metadata out"):
+        with_metadata(video()["array"], metadata)
+
+
+def test_metadata_may_leave_out_what_follows():
+    clip = video()
+    assert with_metadata(clip["array"], {"fps": 2}) == clip
+    indices = with_metadata(clip["array"], {"fps": 2, "frames_indices": np.arange(4) * 3})["video_metadata"]
+    assert indices["frames_indices"] == [0, 3, 6, 9]
+
+
+def test_a_video_in_memory_is_that_of_its_file():
+    path = MEDIA / "rotated.mp4"
+    np.testing.assert_array_equal(read_video(io.BytesIO(path.read_bytes()))["array"], read_video(path)["array"])
+    with pytest.raises(ValueError, match="The video cannot be decoded"):
+        read_video(io.BytesIO(b"nothing"))
+
+
+def test_a_size_that_no_video_has_is_no_lack_of_memory(monkeypatch):
+    """FFmpeg answers absurd sizes of a damaged file with a MemoryError of its own."""
+
+    def open_(path, mode):
+        raise av.error.MemoryError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(av, "open", open_)
+    with pytest.raises(ValueError, match=r"upright.mp4' cannot be decoded"):
+        read_video(MEDIA / "upright.mp4")

@@ -1,5 +1,6 @@
 """Every loader gives the same vectors; options of `encode`, batches, saving, and length limits."""
 
+import shutil
 import threading
 import warnings
 from pathlib import Path
@@ -72,8 +73,8 @@ def test_every_loader_gives_the_same_vectors_for_every_input(loaded, inputs, pro
         assert np.abs(mixed - expected[:-1]).max() <= TOLERANCE, name
         several = loaded[name].encode([messages, messages], prompt=prompt)
         assert np.abs(several - expected[-1:]).max() <= TOLERANCE, name
-    with pytest.raises(ValueError, match="must be all chat messages or none"):
-        loaded["wrapper"].encode(["text", messages])
+    mixed = loaded["wrapper"].encode([*others, messages], prompt=prompt)
+    assert np.abs(mixed - expected).max() <= TOLERANCE
 
 
 def test_auto_model_and_processor_give_the_same_vectors(loaded, inputs):
@@ -317,3 +318,20 @@ def test_output_values_that_packed_encoding_has(repo):
 def test_trust_remote_code_is_accepted_and_not_needed(repo):
     trusting = BTokSentenceTransformer(repo, device="cpu", trust_remote_code=True)
     assert np.array_equal(trusting.encode(["a"]), BTokSentenceTransformer(repo, device="cpu").encode(["a"]))
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("chat_template.jinja", "{% if %}"),
+        ("config.json", "{"),
+        ("tokenizer.json", '{"version": 3}'),
+        ("processor_config.json", '{"image_processor": 3}'),
+        ("config_sentence_transformers.json", "[]"),
+    ],
+)
+def test_damaged_repositories_are_named(repo, tmp_path, name, content):
+    shutil.copytree(repo, tmp_path / "damaged")
+    (tmp_path / "damaged" / name).write_text(content)
+    with pytest.raises((ValueError, OSError), match=r"damaged"):
+        BTokSentenceTransformer(tmp_path / "damaged", device="cpu")

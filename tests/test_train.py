@@ -24,7 +24,7 @@ from btok_hf.training import CondensationConfig, CondensationTrainer
 from btok_hf.training.data import metric_names, retrieval_evaluator
 from btok_hf.training.mixture import read_mixture
 from btok_hf.training.sources import SOURCES
-from btok_hf.training.train import ModelArguments, ScriptArguments, choose_best_metric, main, starting_point
+from btok_hf.training.train import ModelArguments, ScriptArguments, choose_best_metric, main, set_up, starting_point
 
 
 @pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "training" / "recipes").glob("[!m]*.yaml")))
@@ -259,3 +259,10 @@ def test_metrics_are_known_before_anything_is_evaluated(repo, tmp_path):
     args.metric_for_best_model = "nonsense"
     with pytest.raises(ValueError, match=r"must be one of pairs_cosine_accuracy@1, .*got 'nonsense'"):
         choose_best_metric(args, names)
+
+
+@pytest.mark.parametrize("content", ["3: 4\n", "null: 1\n"])
+def test_a_recipe_is_a_mapping_of_names(tmp_path, content):
+    (tmp_path / "recipe.yaml").write_text(content)
+    with pytest.raises(ValueError, match=r"The file of --config must hold names of flags"):
+        set_up(["--config", str(tmp_path / "recipe.yaml")])

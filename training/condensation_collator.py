@@ -73,8 +73,8 @@ class CondensationCollator(SentenceTransformerDataCollator):
             kept = list(range(len(values)))
             if self.deduplicate:
                 first: dict[tuple, int] = {}
-                # The type is part of the key: "photo.png" is read as a file, {"text": "photo.png"} is a text. So is the
-                # order of a dict's keys, which may be that of the row.
+                # The type is part of the key: "photo.png" is read as a file, {"text": "photo.png"} is a text. So is
+                # the order of a dict's keys, which may be that of the row.
                 kinds = [tuple(value) if isinstance(value, dict) else type(value) for value in values]
                 keys = list(zip(hashes, kinds, texts or hashes))
                 kept = [index for index, key in enumerate(keys) if first.setdefault(key, index) == index]

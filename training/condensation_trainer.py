@@ -211,7 +211,7 @@ class CondensationTrainer(SentenceTransformerTrainer):
     def _drop_empty_gradients(self) -> None:
         """Without media in any process, remove the vision tower's zero gradients, so that its weights do not decay.
 
-        They exist only with several processes (`BottleneckTransformer.forward`). In one process there are none.
+        Only several processes have them (`BottleneckTransformer.forward`). DeepSpeed steps earlier and is not covered.
         """
         media, self._media = torch.tensor(int(self._media), device=self.args.device), False
         if self.args.world_size > 1 and not self.accelerator.reduce(media).item():

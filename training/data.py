@@ -19,7 +19,6 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 
 from btok_hf.inputs import REMOTE, content_hash, is_media_path
 
-LOOKED_AT = 100  # rows: a file that has paths has some among its first
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
@@ -49,7 +48,7 @@ def load_pairs(source: str) -> Dataset:
             dataset = load_dataset(
                 FORMATS[suffix], data_files=glob.escape(str(source)), split="train", **_options(source)
             )
-        except DatasetsError as error:
+        except (DatasetsError, ValueError, OSError, csv.Error) as error:
             raise ValueError(
                 f"Pair file {source!r} cannot be read ({error.__cause__ or error}). Correct it."
             ) from error
@@ -76,12 +75,12 @@ def _without_dates(feature: Any) -> Any:
 
 def _json_rows(path: str, modified: int) -> Iterator[dict[str, Any]]:
     """The rows of a file of JSON lines, or of one JSON list. `modified` makes a changed file another dataset."""
-    with open(path, encoding="utf-8") as file:
-        if file.read(1) == "[":
-            file.seek(0)
+    with open(path, encoding="utf-8-sig") as file:
+        start = file.read(1024).lstrip()
+        file.seek(0)
+        if start.startswith("["):
             yield from json.load(file)
         else:
-            file.seek(0)
             yield from (json.loads(line) for line in file if line.strip())
 
 
@@ -91,7 +90,7 @@ def _with_own_paths(dataset: Dataset, folder: Path) -> Dataset:
     def resolve(value: Any) -> Any:
         if isinstance(value, str) and is_media_path(value) and not value.startswith(REMOTE):
             return str(folder / value) if (folder / value).is_file() else value
-        if isinstance(value, list) and value and isinstance(value[0], (str, dict)):  # no frames
+        if isinstance(value, list) and isinstance(next(filter(None, value), None), (str, dict)):  # no frames
             return [resolve(part) for part in value]
         if isinstance(value, dict) and "bytes" not in value:  # in a dict, text is never a path
             return {key: part if key == "text" else resolve(part) for key, part in value.items()}
@@ -102,8 +101,9 @@ def _with_own_paths(dataset: Dataset, folder: Path) -> Dataset:
         for name, feature in dataset.features.items()
         if name not in ("target", "group") and not isinstance(feature, (datasets.Image, datasets.Video))
     ]
-    paths = dataset.select_columns(columns)
-    if columns and any(resolve(row) != row for row in paths.select(range(min(len(paths), LOOKED_AT)))):
+    # Arrow's rows: nothing is decoded.
+    stored = dataset.select_columns(columns).with_format("arrow")
+    if columns and any(resolve(row) != row for part in stored.iter(batch_size=1000) for row in part.to_pylist()):
         return dataset.map(lambda row: {name: resolve(row[name]) for name in columns}, desc="Finding files")
     return dataset
 

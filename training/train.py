@@ -125,6 +125,8 @@ def set_up(arguments: Sequence[str] | None = None) -> "TrainingJob":
         *parsed, unknown = parser.parse_args_and_config(words, return_remaining_strings=True)
     except yaml.YAMLError as error:
         raise ValueError(f"The file of --config is not YAML ({error}).") from error
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"The file of --config must hold names of flags with their values ({error}).") from error
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     script, args, model_args, card_args = parsed

@@ -1,0 +1,355 @@
+"""The loop of `encode`: inputs are put into batches by their tokens, prepared, embedded, and put back in order."""
+
+import inspect
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import PreTrainedConfig, ProcessorMixin
+
+from btok_hf.inputs import ImageLimits, check_input, is_media_path
+from btok_hf.media import VIDEO_FRAMES, VIDEO_SUFFIXES
+from btok_hf.modeling.modeling_btok import bottleneck_token_ids
+
+logger = logging.getLogger(__name__)
+
+# Tokens per row of `encode`'s batch_size. The default of 32 rows is 2,048 tokens on a CPU, where larger batches exceed
+# the caches, and 16,384 tokens on other devices.
+CPU_ROW_TOKENS, ROW_TOKENS = 64, 512
+# What makes one input unreadable, and no other.
+ROW_ERRORS = (ValueError, OSError)
+# Lists within lists of an input: messages, parts, video, frames. Deeper ones are refused when they are read.
+DEPTH = 8
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Batch = tuple[list[int], dict[str, Any]]
+
+
+class Encoded(NamedTuple):
+    """What `encode(…, on_error="skip")` returns.
+
+    Args:
+        embeddings (`numpy.ndarray` or `torch.Tensor` of shape `(kept, hidden)`, or `list` of tensors): As `encode`
+            would return them for the kept inputs alone.
+        kept (`numpy.ndarray` of shape `(kept,)`): int64. `embeddings[i]` belongs to `inputs[kept[i]]`. Ascending.
+        errors (`dict[int, str]`): Why each other input was skipped, by its position.
+    """
+
+    embeddings: Any
+    kept: np.ndarray
+    errors: dict[int, str]
+
+
+class Skipping(list):
+    """Inputs of which unreadable ones are skipped.
+
+    Attributes:
+        errors (`dict[int, str]`): Filled by `embed_batches`: the reason for each skipped position.
+    """
+
+    def __init__(self, inputs: Iterable[Any]) -> None:
+        super().__init__(inputs)
+        self.errors: dict[int, str] = {}
+
+    def result(self, embeddings: Any) -> Encoded:
+        """The embeddings of the kept inputs with their positions. Skipped ones are counted in a warning."""
+        kept = np.array([index for index in range(len(self)) if index not in self.errors], dtype=np.int64)
+        if self.errors:
+            first = min(self.errors)
+            logger.warning(
+                "%d of %d inputs were skipped. The first: %s", len(self.errors), len(self), self.errors[first]
+            )
+        return Encoded(embeddings, kept, dict(sorted(self.errors.items())))
+
+
+class PackedEncoder(SentenceTransformer):
+    """`encode` of a model with one `BottleneckTransformer`: batches by tokens, and unreadable inputs skipped."""
+
+    def encode(self, inputs: Any, *args: Any, on_error: Literal["raise", "skip"] = "raise", **kwargs: Any) -> Any:
+        """Embed inputs. All other arguments and results are those of `SentenceTransformer.encode`.
+
+        `encode_query` and `encode_document` take `on_error` as well.
+
+        Args:
+            inputs: A list of inputs (see `preprocess`), or one input.
+            on_error (`str`): What to do with an input that cannot be read. "raise" ends with an error that names it.
+                "skip" leaves it out, and returns an `Encoded` instead of only embeddings.
+
+        Returns:
+            The embeddings; with "skip", an `Encoded`: `embeddings`, `kept` (the position of each) and `errors` (why
+            each other input was skipped, by position).
+
+        Raises:
+            FileNotFoundError, OSError, ValueError: With "raise", an input that cannot be read. The message has its
+                position. An unknown `on_error`, or "skip" with one input, `output_value` or several processes.
+        """
+        if on_error == "raise":
+            return super().encode(inputs, *args, **kwargs)
+        if on_error != "skip":
+            raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}.")
+        bound = inspect.signature(super().encode).bind(inputs, *args, **kwargs).arguments
+        if self.is_singular_input(inputs):
+            raise ValueError(
+                "on_error='skip' needs a list of inputs. Put the one input (messages are one) into a list."
+            )
+        if bound.get("output_value", "sentence_embedding") != "sentence_embedding":
+            raise ValueError("on_error='skip' gives embeddings only. Leave output_value out.")
+        if bound.get("pool") is not None or isinstance(bound.get("device"), list):
+            raise ValueError(
+                "on_error='skip' works in one process. Leave pool out and name one device, or start processes that "
+                "each encode a part of the inputs."
+            )
+        rows = Skipping(inputs)
+        embeddings = super().encode(rows, *args, **kwargs)
+        if not len(embeddings) and not isinstance(embeddings, list):
+            embeddings = embeddings.reshape(0, bound.get("truncate_dim") or self.get_embedding_dimension())
+        return rows.result(embeddings)
+
+    # As in SentenceTransformer, the superclass names fewer arguments.
+    @torch.inference_mode()
+    def _inference(  # type: ignore[override]
+        self,
+        inputs: list,
+        *,
+        prompt: str | None,
+        batch_size: int,
+        show_progress_bar: bool,
+        output_value: str | None,
+        save_to_cpu: bool,
+        normalize_embeddings: bool,
+        truncate_dim: int | None,
+        device: str | torch.device | None = None,
+        **kwargs: Any,
+    ) -> list[Tensor] | Tensor | list[dict[str, Any]]:
+        """Embed inputs in batches of similar length. `encode` calls this after checking its arguments."""
+        if output_value not in ("sentence_embedding", None):
+            raise ValueError(
+                f"output_value must be 'sentence_embedding', or None for all features, got {output_value!r}: packed "
+                "encoding gives no states of single tokens. Load the repository with SentenceTransformer for them."
+            )
+        if output_value is None:  # all features of each row, padded
+            return super()._inference(
+                inputs,
+                prompt=prompt,
+                batch_size=batch_size,
+                show_progress_bar=show_progress_bar,
+                output_value=output_value,
+                save_to_cpu=save_to_cpu,
+                normalize_embeddings=normalize_embeddings,
+                truncate_dim=truncate_dim,
+                device=device,
+                **kwargs,
+            )
+        device = self._resolve_inference_device(device)
+        self.eval()
+        around = (
+            estimate_tokens(prompt or "", self.processor)
+            + len(bottleneck_token_ids(cast(PreTrainedConfig, self.config)))
+            + 4
+        )
+        longest = self.max_seq_length or math.inf
+        tokens = [min(around + estimate_tokens(item, self.processor), longest) for item in inputs]
+
+        def preprocess(items: list[Any], positions: list[int]) -> dict[str, Any]:
+            return self.preprocess(items, prompt=prompt, positions=positions, **kwargs)
+
+        def embed(features: dict[str, Any]) -> Tensor:
+            # Features stay on the CPU: `condense` copies them to the device after its checks.
+            rows = self(features, **kwargs)["sentence_embedding"][:, :truncate_dim]
+            rows = F.normalize(rows, dim=1) if normalize_embeddings else rows
+            return rows.cpu() if save_to_cpu else rows
+
+        limits = cast(ImageLimits, self[0].image_limits)
+        embeddings = embed_batches(
+            inputs,
+            tokens,
+            batch_size * (CPU_ROW_TOKENS if device.type == "cpu" else ROW_TOKENS),
+            lambda item, position: check_input(item, limits, position),
+            preprocess,
+            embed,
+            # On a CPU a thread does not help: resizing in another thread starts a second pool of OpenMP threads, which
+            # competes for the same cores.
+            ahead=device.type != "cpu",
+            show_progress_bar=show_progress_bar,
+        )
+        return torch.tensor([], device=device) if embeddings is None else embeddings
+
+
+def embed_batches(
+    inputs: list[Any],
+    tokens: Sequence[float],
+    budget: float,
+    check: Callable[[Any, int], Any],
+    preprocess: Callable[[list[Any], list[int]], dict[str, Any]],
+    embed: Callable[[dict[str, Any]], Tensor],
+    *,
+    ahead: bool,
+    show_progress_bar: bool = False,
+) -> Tensor | None:
+    """Embed inputs in batches of similar length.
+
+    Args:
+        inputs (`list`): Inputs of `encode`. Those in a `Skipping` that cannot be read are left out and noted there.
+        tokens (`Sequence[float]`): Estimated tokens of each input.
+        budget (`float`): Tokens of a batch.
+        check (`Callable`): From one input and its position to a checked input.
+        preprocess (`Callable`): From inputs and their positions to features. Raises ValueError or OSError for a batch
+            with an unreadable input.
+        embed (`Callable`): From features to embeddings of shape `(batch, hidden)`.
+        ahead (`bool`): Prepare the next batch in a thread while one is embedded.
+        show_progress_bar (`bool`): Show a bar of batches.
+
+    Returns:
+        `torch.Tensor` of shape `(kept, hidden)`, in the order of the inputs; `None` if no input is left.
+
+    Raises:
+        ValueError: An embedding is not finite, or what `preprocess` raises.
+    """
+
+    def prepare(batch: list[int]) -> Batch:
+        if not isinstance(inputs, Skipping):
+            return batch, preprocess([inputs[index] for index in batch], batch)
+        rows = {}
+        for index in batch:
+            try:
+                rows[index] = check(inputs[index], index)
+            except ROW_ERRORS as error:
+                inputs.errors[index] = str(error)
+        return _fitting(inputs, rows, preprocess)
+
+    batches = token_batches(tokens, budget)
+    order: list[int] = []
+    results = []
+    # Leaving the block, also through an error, waits for the batch in the thread.
+    with ThreadPoolExecutor(1) as thread:
+        prepared = _ahead(thread, prepare, batches) if ahead else map(prepare, batches)
+        for batch, features in tqdm(prepared, "Batches", len(batches), disable=not show_progress_bar):
+            if not batch:
+                continue
+            rows = embed(features)
+            finite = rows.isfinite().all(1)
+            if not finite.all():
+                index = batch[int(finite.int().argmin())]
+                raise ValueError(
+                    f"The embedding of input {index} is not finite. The weights are broken, or too large for "
+                    f"{rows.dtype}: check the checkpoint, or load it with model_kwargs={{'dtype': 'bfloat16'}}."
+                )
+            order += batch
+            results.append(rows)
+    if not results:
+        return None
+    embeddings = torch.cat(results)
+    return embeddings[torch.tensor(order).argsort().to(embeddings.device)]
+
+
+def _fitting(inputs: Skipping, rows: dict[int, Any], preprocess: Callable[[list[Any], list[int]], Any]) -> Batch:
+    """The features of those checked rows that the model takes; the reasons for the others are noted."""
+    if not rows:
+        return [], {}
+    positions = list(rows)
+    try:
+        return positions, preprocess(list(rows.values()), positions)
+    except ROW_ERRORS as error:
+        reason = str(error)
+    if len(rows) == 1:
+        try:
+            preprocess([inputs[positions[0]]], positions)
+        except ROW_ERRORS as error:  # of the input as the user gave it, with its file name
+            reason = str(error)
+        inputs.errors[positions[0]] = reason
+        return [], {}
+    # Halves: one bad row in a batch of n costs log2(n) further attempts for the others, not n.
+    middle = len(rows) // 2
+    for half in (positions[:middle], positions[middle:]):
+        kept, _ = _fitting(inputs, {index: rows[index] for index in half}, preprocess)
+        rows = {index: row for index, row in rows.items() if index not in half or index in kept}
+    return _fitting(inputs, rows, preprocess)
+
+
+def _ahead(thread: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """`map(function, items)`, but the executor `thread` computes the next result while one is used."""
+    ahead: Future[Result] | None = None
+    for item in items:
+        ready, ahead = ahead, thread.submit(function, item)
+        if ready:
+            yield ready.result()
+    if ahead:
+        yield ahead.result()
+
+
+def token_batches(tokens: Sequence[float], budget: float) -> list[list[int]]:
+    """Batches of input indices with at most `budget` tokens, longest inputs first. A longer input is alone."""
+    batches: list[list[int]] = []
+    room = 0.0
+    for index in sorted(range(len(tokens)), key=tokens.__getitem__, reverse=True):
+        if not batches or tokens[index] > room:
+            batches.append([])
+            room = budget
+        batches[-1].append(index)
+        room -= tokens[index]
+    return batches
+
+
+def estimate_tokens(
+    item: Any, processor: ProcessorMixin | None = None, tokenize: Callable[[str], Sized] | None = None
+) -> int:
+    """Estimate the number of tokens of an input. Files are opened to read their size, but not decoded.
+
+    Args:
+        item (`Input`): An input of `encode`. Other values count as 0 tokens.
+        processor (`ProcessorMixin`, *optional*): The model's processor. If it is not a Qwen-VL processor, images count
+            as in Qwen2-VL.
+        tokenize (`Callable`, *optional*): Function from a text to its tokens. Default: one token for three bytes,
+            which is rarely too low.
+
+    Returns:
+        `int`
+    """
+    return _estimate(item, processor, tokenize, DEPTH)
+
+
+def _estimate(item: Any, processor: ProcessorMixin | None, tokenize: Callable[[str], Sized] | None, depth: int) -> int:
+    if isinstance(item, (str, Path)):
+        text = str(item)
+        if isinstance(item, str) and not is_media_path(text):
+            return len(tokenize(text)) if tokenize else len(text.encode("utf-8", "replace")) // 3
+        if Path(text).suffix.lower() in VIDEO_SUFFIXES:
+            return VIDEO_FRAMES // 2 * _pixel_tokens(math.inf, processor, "video_processor")
+        try:
+            with Image.open(text) as image:
+                return _pixel_tokens(image.width * image.height, processor)
+        except Exception:  # decoders raise any type; the error belongs to where the image is read
+            return _pixel_tokens(math.inf, processor)  # remote, or not an image
+    if isinstance(item, Image.Image):
+        return _pixel_tokens(item.width * item.height, processor)
+    if hasattr(item, "ndim"):  # an array: three axes for an image, four for a video
+        if item.ndim < 4:
+            return _pixel_tokens(math.prod(item.shape) // 3, processor)
+        pixels = math.prod(item.shape[1:]) // 3
+        return -(-item.shape[0] // 2) * _pixel_tokens(pixels, processor, "video_processor")
+    if isinstance(item, dict):
+        item = [value for key, value in item.items() if key not in ("role", "type", "video_metadata")]
+    if not isinstance(item, (list, tuple)) or not depth:
+        return 0
+    return sum(_estimate(part, processor, tokenize, depth - 1) for part in item)
+
+
+def _pixel_tokens(pixels: float, processor: ProcessorMixin | None, kind: str = "image_processor") -> int:
+    """Tokens of an image, or of two video frames, with this many pixels, after the processor's resizing."""
+    part: Any = getattr(processor, kind, None)
+    least, most, side = 56**2, 28**2 * 1280, 28
+    if hasattr(part, "merge_size"):
+        least, most = part.size["shortest_edge"], part.size["longest_edge"]
+        side = part.patch_size * part.merge_size
+    return int(min(max(pixels, least), most) // side**2)

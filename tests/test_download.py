@@ -1,0 +1,76 @@
+"""Downloads: bounds of size and time, and errors that name the address."""
+
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from support.pictures import MEDIA
+
+from btok_hf import BTokSentenceTransformer, download
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        if self.path.startswith("/clip.mp4"):
+            content = (MEDIA / "upright.mp4").read_bytes()
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+        elif self.path == "/cut.png":
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b"x" * 10)
+        else:  # it never ends
+            self.end_headers()
+            try:
+                while True:
+                    self.wfile.write(b"x" * (1000 if self.path == "/endless.png" else 1))
+                    time.sleep(0 if self.path == "/endless.png" else 0.05)
+            except OSError:
+                pass
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture(scope="module")
+def address():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_video_is_the_same_by_address(address, model):
+    expected = model.encode([{"video": MEDIA / "upright.mp4"}])
+    for item in (f"{address}/clip.mp4", f"{address}/clip.mp4?x=1", {"video": f"{address}/clip.mp4"}):
+        np.testing.assert_array_equal(model.encode([item]), expected)
+
+
+def test_a_download_that_never_ends_is_ended(address, monkeypatch):
+    monkeypatch.setattr(download, "DOWNLOAD_BYTES", 2**20)
+    with pytest.raises(ValueError, match=r"endless.png' cannot be downloaded \(it holds more than 1 MiB\)"):
+        download.download(f"{address}/endless.png")
+    monkeypatch.setattr(download, "DOWNLOAD_SECONDS", 0.3)
+    with pytest.raises(ValueError, match=r"slow.png' cannot be downloaded \(it takes longer than 0.3 seconds"):
+        download.download(f"{address}/slow.png")
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [("cut.png", "ended 990 bytes too early"), ("\u2603.png", "ascii"), (" b.png", "control characters")],
+)
+def test_what_cannot_be_downloaded_is_named(address, name, reason):
+    with pytest.raises(ValueError, match=f"cannot be downloaded .*{reason}.*download the file yourself"):
+        download.download(f"{address}/{name}")
+
+
+@pytest.mark.parametrize("item", ["http://127.0.0.1:9/v.mp4", "http://127.0.0.1:9999999/a.png", "http://a b/c.png"])
+def test_errors_of_addresses_name_the_input(repo, item):
+    key = "video" if item.endswith("mp4") else "image"
+    with pytest.raises(ValueError, match=r"^Input 1 .*cannot be downloaded"):
+        BTokSentenceTransformer(repo, device="cpu").encode(["a", {key: item}])

@@ -1,0 +1,149 @@
+"""The loop of `encode`: skipping unreadable inputs, mixed batches, and vectors that are not finite."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as PILImage
+from support.inputs import TOLERANCE
+from support.media import image, video
+from support.pictures import MEDIA
+
+from btok_hf import BTokSentenceTransformer
+from btok_hf.encoding import estimate_tokens, token_batches
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Inputs of which every second cannot be read, and the reasons."""
+    folder = tmp_path_factory.mktemp("mixed")
+    (folder / "cut.png").write_bytes((MEDIA / "rgba_magenta.png").read_bytes()[:300])
+    message = [{"role": "user", "content": [{"type": "image", "image": image(60, 60)}]}]
+    bad = {
+        1: (folder / "cut.png", "cut.png' cannot be decoded"),
+        3: (None, "type NoneType"),
+        5: (str(folder / "missing.mp4"), "does not exist"),
+        7: ({"text": "half \ud800"}, "lone surrogate"),
+        9: (image(4, 4), "smaller than one patch"),
+    }
+    good = [
+        "a text",
+        image(60, 80),
+        {"video": video(4)},
+        message,
+        {"text": ["two", "texts"]},
+        "a much longer text" * 9,
+    ]
+    inputs = [good[place // 2] if place % 2 == 0 else bad[place][0] for place in range(11)]
+    return inputs, {place: reason for place, (_, reason) in bad.items()}
+
+
+@pytest.mark.parametrize("batch_size", [1, 32])
+def test_unreadable_inputs_are_skipped_and_named(model, mixed, batch_size, caplog):
+    inputs, reasons = mixed
+    with caplog.at_level(logging.WARNING):
+        embeddings, kept, errors = model.encode(inputs, batch_size=batch_size, on_error="skip")
+    assert kept.tolist() == [0, 2, 4, 6, 8, 10] and list(errors) == [1, 3, 5, 7, 9]
+    for place, reason in reasons.items():
+        assert errors[place].startswith(f"Input {place} ") and reason in errors[place]
+    expected = model.encode([inputs[place] for place in kept])
+    assert np.abs(embeddings - expected).max() <= TOLERANCE
+    assert "5 of 11 inputs were skipped. The first: Input 1 " in caplog.text
+    with pytest.raises((ValueError, OSError), match=r"^Input \d "):
+        model.encode(inputs)
+
+
+def test_results_have_the_form_that_is_asked_for(model):
+    rows = ["a", None, "b"]
+    tensor = model.encode(rows, on_error="skip", convert_to_tensor=True).embeddings
+    assert isinstance(tensor, torch.Tensor) and tensor.shape == (2, 64)
+    as_list = model.encode(rows, on_error="skip", convert_to_numpy=False).embeddings
+    assert isinstance(as_list, list) and len(as_list) == 2
+    assert model.encode(rows, on_error="skip", truncate_dim=16).embeddings.shape == (2, 16)
+    query = model.encode_query(rows, on_error="skip")
+    np.testing.assert_allclose(query.embeddings, model.encode_query(["a", "b"]), atol=TOLERANCE)
+    nothing = model.encode_document([None, 3], on_error="skip")
+    assert nothing.embeddings.shape == (0, 64) and nothing.kept.shape == (0,) and list(nothing.errors) == [0, 1]
+    everything = model.encode(["a"], on_error="skip")
+    assert everything.kept.tolist() == [0] and everything.errors == {}
+    assert model.encode([], on_error="skip").embeddings.shape == (0, 64)
+
+
+def test_rows_that_are_too_long_are_found_among_others(repo, tmp_path):
+    """They are refused by the processor, after the check."""
+    model = BTokSentenceTransformer(repo, device="cpu", max_seq_length=16)
+    image(112, 112).save(tmp_path / "large.png")
+    inputs = ["a", image(30, 30), str(tmp_path / "large.png"), "b", image(112, 110), "c"]
+    embeddings, kept, errors = model.encode(inputs, on_error="skip")
+    assert kept.tolist() == [0, 1, 3, 5] and list(errors) == [2, 4]
+    assert errors[2].startswith("Input 2 ") and "large.png" in errors[2] and "max_seq_length=16" in errors[2]
+    assert np.abs(embeddings - model.encode([inputs[place] for place in kept])).max() <= TOLERANCE
+    with pytest.raises(ValueError, match=r"^Input 2 .*large.png.* longer than max_seq_length=16 tokens"):
+        model.encode(inputs[:4])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"on_error": "ignore"}, "must be 'raise' or 'skip', got 'ignore'"),
+        ({"on_error": "skip", "output_value": None}, "Leave output_value out"),
+        ({"on_error": "skip", "pool": {}}, "works in one process"),
+        ({"on_error": "skip", "device": ["cpu", "cpu"]}, "works in one process"),
+    ],
+)
+def test_what_cannot_be_skipped_is_refused(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        model.encode(["a"], **options)
+    for single in ("a", {"text": "a"}, [{"role": "user", "content": "a"}]):
+        with pytest.raises(ValueError, match="needs a list of inputs"):
+            model.encode(single, on_error="skip")
+
+
+def test_running_out_of_memory_is_no_fault_of_a_row(model, monkeypatch):
+    def load(image):
+        raise MemoryError
+
+    monkeypatch.setattr(PILImage.Image, "load", load)
+    with pytest.raises(MemoryError):
+        model.encode(["a", image(60, 60)], on_error="skip")
+
+
+def test_a_vector_that_is_not_finite_is_an_error(repo):
+    model = BTokSentenceTransformer(repo, device="cpu")
+    with torch.no_grad():
+        model[0].model.get_input_embeddings().weight[ord("z") - ord("!")] = torch.nan
+    for options in ({}, {"on_error": "skip"}):
+        with pytest.raises(ValueError, match=r"The embedding of input 1 is not finite"):
+            model.encode(["aaaa", "z"], **options)
+
+
+def test_estimated_tokens_of_media_are_those_of_the_processor(repo, tmp_path):
+    processor = BTokSentenceTransformer(repo, device="cpu").processor
+    image(300, 100).save(tmp_path / "wide.png")
+    clip = video(6, 64)
+    for item, size in (
+        (image(10, 10), 1),
+        (image(56, 84), 6),
+        (str(tmp_path / "wide.png"), 16),
+        ({"image": [image(56, 84), np.zeros((84, 56, 3))], "text": "nine letters"}, 16),
+        ([{"role": "user", "content": [{"type": "image", "image": image(56, 84)}]}], 6),
+        ({"video": clip}, 3 * (64 * 64 // 28**2)),
+    ):
+        assert estimate_tokens(item, processor) == size
+    assert estimate_tokens("missing.png", processor) == estimate_tokens(image(1000, 1000), processor) == 16
+    for wrong in (None, 3, "", {}):
+        assert estimate_tokens(wrong, processor) == 0
+
+
+def test_estimates_end_in_structures_without_end():
+    circle: list = ["four words of text"]
+    circle += [circle, circle]
+    assert estimate_tokens(circle) > 0
+    around: dict = {"text": "a"}
+    around["image"] = around
+    assert estimate_tokens([around]) >= 0
+
+
+def test_batches_are_filled_longest_first():
+    assert token_batches([1, 9, 3, 3, 2], 6) == [[1], [2, 3], [4, 0]]
