@@ -11,6 +11,7 @@ are bf16 and random. The processor is that of the small model of the repository.
 import argparse
 import contextlib
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -135,7 +136,13 @@ def main() -> None:
             print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
     path = RESULTS / f"publish_memory_{'_'.join(options.sizes)}.json"
     command = " ".join(["python -m benchmarks.publish_memory", *sys.argv[1:]])
-    path.write_text(json.dumps({"command": command, "machine": platform.processor(), "rows": rows}, indent=2) + "\n")
+    path.write_text(
+        json.dumps(
+            {"command": command, "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores", "rows": rows},
+            indent=2,
+        )
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

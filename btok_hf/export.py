@@ -242,20 +242,25 @@ def _write_golden(output_dir: Path, model: "SentenceTransformer") -> None:
     inputs = golden.golden_inputs(
         model.prompts, 2 * images.patch_size * images.merge_size, getattr(config, "btok_order", "media_first")
     )
-    embeddings = []
+    embeddings: dict[str, np.ndarray] = {}
     # Golden inputs are never truncated: their vectors do not depend on the model's max_seq_length.
     limit, model.max_seq_length = model.max_seq_length, golden.longest(config)
     try:
-        with torch.no_grad():
-            for item, prompt_name in inputs.values():
-                prompt = None if prompt_name is None else model.prompts[prompt_name]
-                features = module.preprocess([item.get("messages", item)], prompt=prompt)
-                features = {key: _to_cpu(value) for key, value in features.items()}
-                embeddings.append(condense(backbone, features).embeddings[0].numpy())
+        for prompt_name in dict.fromkeys(name for _, name in inputs.values()):
+            # One batch for each prompt, because every batch reads all weights.
+            chosen = {name: item for name, (item, other) in inputs.items() if other == prompt_name}
+            features = module.preprocess(
+                [item.get("messages", item) for item in chosen.values()],
+                prompt=None if prompt_name is None else model.prompts[prompt_name],
+            )
+            with torch.no_grad():
+                vectors = condense(backbone, {key: _to_cpu(value) for key, value in features.items()}).embeddings
+            embeddings |= zip(chosen, vectors.numpy())
     finally:
         model.max_seq_length = limit
+    ordered = np.stack([embeddings[name] for name in inputs])
     with explain_full_disk(output_dir):
-        closest = golden.write_golden(output_dir / golden.FILE_NAME, inputs, model.prompts, np.stack(embeddings))
+        closest = golden.write_golden(output_dir / golden.FILE_NAME, inputs, model.prompts, ordered)
     if not closest > golden.DISTINCT * golden.TOLERANCE:
         logger.warning(
             f"The model gives nearly the same vector for different inputs (largest difference {closest:.1e}): it is "
