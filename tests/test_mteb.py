@@ -13,7 +13,8 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.mocks import ALL_MOCK_TASK_TEST_GRID
 from support.media import image, video
 
-from btok_hf.evaluation.mteb import mteb_meta
+from btok_hf import BTokSentenceTransformer
+from btok_hf.evaluation.mteb import _Model, mteb_meta
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +131,13 @@ def test_mock_run_of_mteb(in_mteb):
         grids = [batch["video_grid_thw"] for batch in forward if "video_grid_thw" in batch]
         assert len(grids) >= 7 and {int(steps) for grid in grids for steps in grid[:, 0]} == {4}
     assert set(failed) == without_ffmpeg, failed
+
+
+def test_texts_of_mteb_are_never_files(repo, tmp_path, monkeypatch):
+    """Text-only benchmarks hold names of files, of which one may lie in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    image(56, 56).save("photo.png")
+    model = _Model(repo, device="cpu")
+    texts = ["photo.png", "IMG_0012.jpg", "example.com/a.png", "https://example.com/a.png"]
+    expected = BTokSentenceTransformer(repo, device="cpu").encode([{"text": text} for text in texts])
+    np.testing.assert_allclose(model.encode(texts), expected, atol=1e-6)

@@ -234,7 +234,7 @@ class _FalseNegatives:
 
     def of(self, query: int) -> dict[int, str]:
         """Reason by candidate."""
-        reasons = {}
+        reasons: dict[int, str] = {}
         for row in self._queries.rows[query]:
             if self._groups[row] is not None:
                 reasons |= dict.fromkeys(self._of_group[self._groups[row]], "group")

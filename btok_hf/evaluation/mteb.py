@@ -68,13 +68,18 @@ def _load(
 
 
 class _Model(BTokSentenceTransformer):
-    """Keeps all frames that mteb chose. Without a frame rate, the processor of Qwen3-VL drops half of them."""
+    """Keeps all frames that mteb chose, and reads no text as a file.
+
+    Without a frame rate, the processor of Qwen3-VL drops half of the frames. A string is a text in mteb.
+    """
 
     def encode(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        return super().encode([_with_rate(item) for item in inputs], *args, **kwargs)
+        return super().encode([_as_input(item) for item in inputs], *args, **kwargs)
 
 
-def _with_rate(item: Any) -> Any:
+def _as_input(item: Any) -> Any:
+    if isinstance(item, str):
+        return {"text": item}
     if not isinstance(item, dict) or not isinstance(item.get("video"), torch.Tensor):
         return item
     frames = item["video"].permute(0, 2, 3, 1).numpy()  # the rate is that of `read_frames`
