@@ -225,6 +225,10 @@ def _merged_layer(layer: Any) -> torch.nn.Module:
 
     if isinstance(layer, ModulesToSaveWrapper):  # a trained copy of the layer: nothing to merge
         return layer.modules_to_save[layer.active_adapters[0]]
+    if getattr(layer, "disable_adapters", False):
+        raise ValueError(
+            "The adapters are disabled, but an export merges them. Call model[0].model.enable_adapters()."
+        )
     copied = copy.deepcopy(layer).to("cpu")
     tuner = getattr(copied, "token_adapter", copied)
     tuner.merge(safe_merge=True)

@@ -6,6 +6,7 @@ library treats EOS as the only Bottleneck Token.
 The files are written by `btok_hf/export.py`. The row layouts are in `templates/`.
 """
 
+import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -37,14 +38,24 @@ def bottleneck_token(index: int) -> str:
     return f"<|btok_{index}|>"
 
 
-def embedding_chat_template(base_template: str, suffix: str, order: str = "media_first") -> str:
-    """A chat template for embedding rows that end in `suffix`; with a generation prompt, the base's own template."""
+def embedding_chat_template(
+    base_template: str, tokens: str, order: str = "media_first", suffix: str | None = None
+) -> str:
+    """A chat template for embedding rows; with a generation prompt, the base's own template.
+
+    Args:
+        base_template (`str`): The base's template.
+        tokens (`str`): What every row ends in: the Bottleneck Tokens.
+        order (`str`): One of `ORDERS`.
+        suffix (`str`, *optional*): Words between the content and the tokens, after one space.
+    """
+    end = tokens if suffix is None else f" {suffix}{tokens}"
     return (
         "{%- if add_generation_prompt -%}\n"
         + base_template
         + "{%- else -%}\n"
         + Path(__file__).with_name("templates").joinpath(f"{order}.jinja").read_text("utf-8")
-        + ("{{- '" + suffix + "' -}}\n{%- endif -%}\n")
+        + ("{{- " + json.dumps(end, ensure_ascii=False) + " -}}\n{%- endif -%}\n")
     )
 
 
@@ -54,6 +65,7 @@ def add_bottleneck_tokens(
     num_tokens: int = 4,
     *,
     order: Literal["media_first", "as_given"] = "media_first",
+    suffix: str | None = None,
     noise_std: float = 0.0,
     seed: int = 0,
     min_pixels: int | None = None,
@@ -75,6 +87,8 @@ def add_bottleneck_tokens(
         order (`str`): Order of a row's content. `media_first` is the paper's: media, instruction, text. `as_given`
             keeps the order of message parts and of the keys of input dicts, e.g. of images between texts; the
             instruction comes first.
+        suffix (`str`, *optional*): Words between the content and the tokens of every row, after one space, e.g.
+            `This means in one word: "` (PromptEOL, arXiv 2307.16645). Truncation never removes them.
         noise_std (`float`): Standard deviation of normal noise added to each row, relative to that of the EOS row.
         seed (`int`): Seed of the noise.
         min_pixels (`int`, *optional*): Smaller images are enlarged to this many pixels. Default: the base's.
@@ -90,13 +104,17 @@ def add_bottleneck_tokens(
 
     Raises:
         ValueError: A model in `output_dir`, an unknown order, an unsupported backbone, a base without a chat template
-            or the Qwen-VL special tokens, a base with another number of Bottleneck Tokens or another order, or a
-            checkpoint with missing or unexpected tensors.
+            or the Qwen-VL special tokens, a base with another number of Bottleneck Tokens, another order or suffix, or
+            a checkpoint with missing or unexpected tensors.
     """
     if num_tokens < 0:
         raise ValueError(f"num_tokens must be 0 (last-token pooling) or more, got {num_tokens}.")
     if order not in ORDERS:
         raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}.")
+    if suffix is not None and (not suffix.strip() or "<|" in suffix or suffix != " ".join(suffix.split())):
+        raise ValueError(
+            f"suffix must be words separated by single spaces, without '<|', got {suffix!r}. Leave it out for none."
+        )
     if noise_std < 0:
         raise ValueError(f"noise_std must be 0 or more, got {noise_std}.")
     if Path(output_dir, "config.json").exists():
@@ -119,11 +137,13 @@ def add_bottleneck_tokens(
             f"Use num_tokens={len(present)}, or start from a base without Bottleneck Tokens."
         )
 
-    if present and getattr(config, "btok_order", ORDERS[0]) != order:
-        raise ValueError(
-            f"{base} already has Bottleneck Tokens and the order {getattr(config, 'btok_order', ORDERS[0])!r}, got "
-            f"order={order!r}. Use its order, or start from a base without Bottleneck Tokens."
-        )
+    for name, given, none in (("order", order, ORDERS[0]), ("suffix", suffix, None)):
+        own = getattr(config, f"btok_{name}", none)
+        if present and own != given:
+            raise ValueError(
+                f"{base} already has Bottleneck Tokens and the {name} {own!r}, got {name}={given!r}. Use its {name}, "
+                "or start from a base without Bottleneck Tokens."
+            )
 
     model, _ = load_stock_model(base, config, dtype=dtype, **hub_kwargs)
     if not present:
@@ -136,9 +156,9 @@ def add_bottleneck_tokens(
             # Their rows start equal to the EOS row, so that they would be as likely as EOS in plain generation.
             model.generation_config.suppress_tokens = ids
         processor.chat_template = embedding_chat_template(
-            processor.chat_template, "".join(names) or tokenizer.eos_token, order
+            processor.chat_template, "".join(names) or tokenizer.eos_token, order, suffix
         )
-        model.config.btok_order = order
+        model.config.btok_order, model.config.btok_suffix = order, suffix
         model.config.btok_token_ids = ids
         model.config.btok_num_tokens = num_tokens
         model.config.btok_initialisation = {"row": tokenizer.eos_token, "noise_std": noise_std, "seed": seed}

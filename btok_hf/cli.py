@@ -112,6 +112,7 @@ def _add_tokens(commands: Any) -> None:
         default="media_first",
         help="order of a row's content: media, instruction, text; or as given (default: %(default)s)",
     )
+    parser.add_argument("--suffix", help="words between the content and the tokens of every row")
     parser.add_argument(
         "--noise-std",
         type=float,

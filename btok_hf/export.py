@@ -7,6 +7,7 @@ in `hub_card/`, the golden vectors are in `btok_hf/golden.py`, and the upload is
 import copy
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,6 +82,13 @@ def export_model(
         ValueError: `max_shard_size` is not a size.
     """
     module: Any = model[0]
+    if has_adapters(module.model):
+        base = str(adapter_config(module.model).base_model_name_or_path)
+        if Path(base).resolve() == Path(output_dir).resolve():
+            raise ValueError(
+                f"output_dir must not be the base model of the adapters, got {output_dir}: their checkpoints would be "
+                "applied to merged weights. Choose another folder."
+            )
     output_dir = write_repository(
         output_dir,
         module.model,
@@ -196,16 +204,20 @@ def write_repository(
         files = {"README.md": render_card(config, processor, model.prompts if model is not None else prompts or {})}
     with explain_full_disk(output_dir, needed):
         output_dir.mkdir(parents=True, exist_ok=True)
-        # Vectors of an earlier export belong to other weights.
-        (output_dir / golden.FILE_NAME).unlink(missing_ok=True)
         if adapters_only:
+            (output_dir / golden.FILE_NAME).unlink(missing_ok=True)
             backbone.save_pretrained(output_dir)
         else:
-            # Old weights in another number of files would remain, and loaders could prefer them or old adapters. The
-            # model may be a memory map of files in this folder, which must not be written over but replaced.
-            for path in (*output_dir.glob("model*.safetensors*"), *output_dir.glob("adapter_*")):
-                path.unlink()
-            write_weights(output_dir, lambda name: tensors[in_memory[name]], plan)
+            # Written beside the old weights, which stay if the disk is full, and which the model may map into memory.
+            with tempfile.TemporaryDirectory(dir=output_dir, prefix=".weights-") as folder:
+                write_weights(Path(folder), lambda name: tensors[in_memory[name]], plan)
+                # Golden vectors belong to other weights. Loaders could prefer old weights in another number of files,
+                # or old adapters.
+                for path in (*output_dir.glob("model*.safetensors*"), *output_dir.glob("adapter_*")):
+                    path.unlink()
+                (output_dir / golden.FILE_NAME).unlink(missing_ok=True)
+                for path in Path(folder).iterdir():
+                    path.replace(output_dir / path.name)
             _write_config(output_dir, config, tensors.empty("model.language_model.embed_tokens.weight").dtype)
             if generation_config is not None:
                 generation_config.save_pretrained(output_dir)
@@ -246,6 +258,9 @@ def _write_golden(output_dir: Path, model: "SentenceTransformer") -> None:
     # Golden inputs are never truncated: their vectors do not depend on the model's max_seq_length.
     limit, model.max_seq_length = model.max_seq_length, golden.longest(config)
     try:
+        for name in [name for name, row in inputs.items() if not _fits(module, *row, model)]:
+            logger.warning(f"The golden input {name!r} is left out: it is longer than the model's longest row.")
+            del inputs[name]
         for prompt_name in dict.fromkeys(name for _, name in inputs.values()):
             # One batch for each prompt, because every batch reads all weights.
             chosen = {name: item for name, (item, other) in inputs.items() if other == prompt_name}
@@ -266,6 +281,17 @@ def _write_golden(output_dir: Path, model: "SentenceTransformer") -> None:
             f"The model gives nearly the same vector for different inputs (largest difference {closest:.1e}): it is "
             f"collapsed or untrained. {output_dir} was written, but btok verify will refuse its golden vectors."
         )
+
+
+def _fits(module: Any, item: Mapping[str, Any], prompt_name: str | None, model: "SentenceTransformer") -> bool:
+    """Whether a golden input is shorter than the longest row, so that no loader would truncate it."""
+    prompt = None if prompt_name is None else model.prompts[prompt_name]
+    try:
+        return (
+            module.preprocess([item.get("messages", item)], prompt=prompt)["input_ids"].shape[1] < model.max_seq_length
+        )
+    except ValueError:  # media are never truncated
+        return False
 
 
 def _to_cpu(value: Any) -> Any:

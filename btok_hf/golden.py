@@ -1,4 +1,4 @@
-"""Golden vectors: a few inputs, and their embeddings by the model in memory at export.
+"""Golden vectors: a few inputs, and their embeddings by the weights as they were exported.
 
 They are published in `golden.json`. With them, anyone can check that a loaded model gives the embeddings of the
 exported one. `btok verify` runs this file as a script in a fresh process, which loads the repository with stock
@@ -121,7 +121,7 @@ def write_golden(
             }
         )
     content = {
-        "about": "Inputs and their embeddings, computed at export in fp32 on the CPU from the weights in memory. "
+        "about": "Inputs and their embeddings, computed at export in fp32 on the CPU from the written weights. "
         "Check them with: btok verify PATH_OR_REPO. Images and frames are PNG, embeddings little-endian "
         "float32, in base64. tolerance: largest allowed difference of a component; closest: that of the two most "
         "similar embeddings.",

@@ -145,6 +145,10 @@ class BottleneckTransformer(Transformer):
             options["processing_kwargs"] = {**given, "video": video}
         try:
             features = super().preprocess(rows, prompt=prompt, **options)
+            config, ids = self.config, features.get("input_ids", torch.empty(0))
+            if (ids == config.vision_start_token_id).sum() != (ids == config.vision_end_token_id).sum():
+                # The processor misses only placeholders, and not the token before the first.
+                raise ValueError("Likely due to `truncation`")
         except ValueError as error:
             if len(checked) > 1:  # name the input
                 for item, place in zip(inputs, places):

@@ -157,6 +157,7 @@ def render_card(
         "model_type": config.model_type,
         "num_tokens": config.btok_num_tokens,
         "order": getattr(config, "btok_order", "media_first"),
+        "suffix": getattr(config, "btok_suffix", None),
         "hidden_size": text_config.hidden_size,
         "num_layers": text_config.num_hidden_layers,
         "max_length": processor.tokenizer.model_max_length,

@@ -169,6 +169,34 @@ def test_the_order_is_recorded_and_cannot_be_changed(bases, tmp_path):
         add_bottleneck_tokens(bases["qwen2_vl"], tmp_path / "third", order="given")
 
 
+@pytest.mark.parametrize("num_tokens", [0, 4])
+def test_a_suffix_is_in_every_row_and_is_never_cut(bases, tmp_path, num_tokens):
+    words = 'This "quoted" \\ {{ means }} in one word: "'
+    repo = add_bottleneck_tokens(bases["qwen2_vl"], tmp_path / "repo", num_tokens, noise_std=0.5, suffix=words)
+    processor = AutoProcessor.from_pretrained(repo)
+    tokens = "<|btok_0|><|btok_1|><|btok_2|><|btok_3|>" if num_tokens else "<|im_end|>"
+    messages = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}]
+    assert processor.apply_chat_template(messages) == f"{MARKS['image']} a {words}{tokens}"
+    assert AutoConfig.from_pretrained(repo).btok_suffix == words
+    assert f"then the words `{words}`" in (repo / "README.md").read_text("utf-8")
+    ours, stock = BTokSentenceTransformer(repo, device="cpu"), SentenceTransformer(str(repo), device="cpu")
+    end = processor.tokenizer(f" {words}{tokens}", add_special_tokens=False)["input_ids"]
+    for model in (ours, stock):
+        model.max_seq_length = len(end) + 5
+        row = model.preprocess(["x y " * 40])["input_ids"][0].tolist()
+        assert len(row) == len(end) + 5 and row[-len(end) :] == end
+    np.testing.assert_allclose(ours.encode(["x y " * 40, "z"]), stock.encode(["x y " * 40, "z"]), atol=2e-6)
+    if num_tokens:
+        with pytest.raises(ValueError, match="and the suffix 'This"):
+            add_bottleneck_tokens(repo, tmp_path / "other")
+
+
+@pytest.mark.parametrize("suffix", ["", " ", "<|btok_0|>", "two  spaces", "line\nbreak", " leading"])
+def test_a_suffix_that_is_no_words_is_refused(bases, tmp_path, suffix):
+    with pytest.raises(ValueError, match="suffix must be words"):
+        add_bottleneck_tokens(bases["qwen2_vl"], tmp_path / "repo", suffix=suffix)
+
+
 def test_all_loaders_keep_the_given_order(bases, tmp_path):
     """Dict keys, images between texts, an instruction: one vector in every loader, another for another order."""
     repo = add_bottleneck_tokens(bases["qwen3_vl"], tmp_path / "repo", noise_std=0.5, order="as_given")

@@ -1,5 +1,7 @@
 """Pair files, their cells, and the evaluator over them."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -105,6 +107,18 @@ def test_relative_paths_start_at_the_pair_file(repo, tmp_path, monkeypatch, suff
     if suffix != "csv":
         expected = {"image": [str(folder / "images" / "a.png")], "text": "images/a.png"}
         assert decode_cell(pairs[0]["negatives"]) == [None, expected]
+    if suffix == "jsonl":  # a space in a name, messages, and dicts of different keys
+        image(56, 56).save(folder / "images" / "my cat.PNG")
+        part = {"type": "image", "image": "images/a.png"}
+        cells = ["images/my cat.PNG", {"text": "x"}, {"image": "images/a.png"}, [{"role": "user", "content": [part]}]]
+        for name, chosen in (("0", cells[:1]), ("mixed", cells[1:3]), ("3", cells[3:])):
+            lines = [json.dumps({"query": "q", "positive": cell}) + "\n" for cell in chosen]
+            (folder / f"{name}.jsonl").write_text("".join(lines))
+        assert load_pairs("../data/0.jsonl")["positive"] == [str(folder / "images" / "my cat.PNG")]
+        mixed = decode_cell(load_pairs("../data/mixed.jsonl")[1]["positive"])
+        assert mixed == {"image": str(folder / "images" / "a.png")}
+        content = load_pairs("../data/3.jsonl")[0]["positive"][0]["content"]
+        assert content[0]["image"] == str(folder / "images" / "a.png")
     evaluator = retrieval_evaluator(f"../data/pairs.{suffix}")
     assert evaluator(BTokSentenceTransformer(repo, device="cpu"))["pairs_cosine_accuracy@10"] == 1.0
 

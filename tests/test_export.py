@@ -1,16 +1,18 @@
 """Exports: every tensor, further files, and adapters whose base is on the Hub."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from support import tiny
-from support.repositories import TEXTS, add_noise
+from support.repositories import TEXTS, add_noise, differences
 
 import btok_hf
-from btok_hf import BTokSentenceTransformer, export_adapters, export_model
+from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_adapters, export_model
 
 
 @pytest.mark.parametrize("untied", [False, True])
@@ -113,3 +115,32 @@ def test_a_saved_repository_truncates_nothing_by_itself(repo, tmp_path):
             loaded = cls(str(tmp_path / "model"), device="cpu")
             loaded.max_seq_length = length
             assert loaded.preprocess(["long " * 20])["input_ids"].shape[1] == length
+
+
+def test_a_failed_export_leaves_the_old_weights(repo, tmp_path, monkeypatch):
+    """The folder that the model was loaded from: its weights are replaced when the new ones are complete."""
+    folder = Path(shutil.copytree(repo, tmp_path / "model"))
+    model = BTokSentenceTransformer(folder, device="cpu")
+    before = (folder / "model.safetensors").read_bytes()
+
+    def fail(shard, path, **kwargs):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("btok_hf.weights.save_file", fail)
+        with pytest.raises(OSError, match="The disk is full"):
+            export_model(model, folder)
+    assert (folder / "model.safetensors").read_bytes() == before and not list(folder.glob(".weights*"))
+    export_model(model, folder)
+    assert max(differences(folder).values()) <= 1e-6
+
+
+def test_golden_inputs_that_do_not_fit_the_model_are_left_out(bases, tmp_path, caplog):
+    repo = add_bottleneck_tokens(bases["qwen2_vl"], tmp_path / "repo", min_pixels=448 * 448, max_pixels=896 * 896)
+    model = BTokSentenceTransformer(repo, device="cpu")
+    with caplog.at_level("WARNING"):
+        folder = export_model(model, tmp_path / "model")
+    names = {row["name"] for row in json.loads((folder / "golden.json").read_text("utf-8"))["inputs"]}
+    assert "long video" not in names and "short text" in names and "'long video' is left out" in caplog.text
+    assert max(differences(folder).values()) <= 1e-6

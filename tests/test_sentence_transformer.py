@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from support import tiny
 from support.inputs import TOLERANCE, as_messages, process
 from support.media import image, video
 from transformers import AutoModel
@@ -335,3 +336,16 @@ def test_damaged_repositories_are_named(repo, tmp_path, name, content):
     (tmp_path / "damaged" / name).write_text(content)
     with pytest.raises((ValueError, OSError), match=r"damaged"):
         BTokSentenceTransformer(tmp_path / "damaged", device="cpu")
+
+
+@pytest.mark.parametrize("backbone", tiny.BACKBONES)
+def test_one_token_too_many_is_refused_with_media(repos, backbone):
+    """Truncation would remove only the token before the image's placeholders."""
+    model = BTokSentenceTransformer(repos[backbone], device="cpu")
+    item = {"image": image(64, 64), "text": "a b"}
+    length = model.preprocess([item])["input_ids"].shape[1]
+    model.max_seq_length = length
+    model.preprocess([item])
+    model.max_seq_length = length - 1
+    with pytest.raises(ValueError, match="media are never truncated"):
+        model.preprocess([item])

@@ -17,8 +17,10 @@ from datasets.exceptions import DatasetsError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
-from btok_hf.inputs import REMOTE, content_hash, is_media_path
+from btok_hf.inputs import content_hash
+from btok_hf.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
+MAX_PATH = 255  # characters: longer strings are texts
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
@@ -53,7 +55,9 @@ def load_pairs(source: str) -> Dataset:
                 f"Pair file {source!r} cannot be read ({error.__cause__ or error}). Correct it."
             ) from error
         plain = _without_dates(dataset.features)
-        if plain != dataset.features:  # the JSON reader takes texts such as 2026-11-26 for dates
+        if (
+            plain != dataset.features and FORMATS[suffix] == "json"
+        ):  # the JSON reader takes texts such as 2026-11-26 for dates
             options = {"path": str(Path(source).resolve()), "modified": Path(source).stat().st_mtime_ns}
             dataset = cast(Dataset, Dataset.from_generator(_json_rows, features=plain, gen_kwargs=options))
     elif Path(source).exists():
@@ -88,8 +92,9 @@ def _with_own_paths(dataset: Dataset, folder: Path) -> Dataset:
     """Pairs in which a relative path of a picture or video that lies beside the pair file is absolute."""
 
     def resolve(value: Any) -> Any:
-        if isinstance(value, str) and is_media_path(value) and not value.startswith(REMOTE):
-            return str(folder / value) if (folder / value).is_file() else value
+        if isinstance(value, str):
+            named = len(value) < MAX_PATH and Path(value).suffix.lower() in IMAGE_SUFFIXES + VIDEO_SUFFIXES
+            return str(folder / value) if named and (folder / value).is_file() else value
         if isinstance(value, list) and isinstance(next(filter(None, value), None), (str, dict)):  # no frames
             return [resolve(part) for part in value]
         if isinstance(value, dict) and "bytes" not in value:  # in a dict, text is never a path
@@ -101,9 +106,13 @@ def _with_own_paths(dataset: Dataset, folder: Path) -> Dataset:
         for name, feature in dataset.features.items()
         if name not in ("target", "group") and not isinstance(feature, (datasets.Image, datasets.Video))
     ]
-    # Arrow's rows: nothing is decoded.
-    stored = dataset.select_columns(columns).with_format("arrow")
-    if columns and any(resolve(row) != row for part in stored.iter(batch_size=1000) for row in part.to_pylist()):
+    rows = dataset.select_columns(columns)
+    if any(isinstance(dataset.features[name], datasets.Json) for name in columns):  # dicts of different keys
+        found = any(resolve(row) != row for row in rows)
+    else:  # rows as Arrow stores them: no image is decoded
+        stored = rows.with_format("arrow").iter(batch_size=1000)
+        found = any(resolve(row) != row for part in stored for row in part.to_pylist())
+    if columns and found:
         return dataset.map(lambda row: {name: resolve(row[name]) for name in columns}, desc="Finding files")
     return dataset
 

@@ -24,7 +24,8 @@ from btok_hf.files import check_writable, replacing
 from btok_hf.inputs import content_hash
 from btok_hf.training.data import decode_cell
 
-ROWS = 1024  # that are read, embedded and written at a time
+ROWS = 1024  # that are written at a time, and texts that are embedded at a time
+MEDIA_ROWS = 64  # inputs with media that are decoded at a time
 
 
 @dataclass
@@ -115,6 +116,9 @@ def mine_hard_negatives(
     sides = {name: _Side(pairs, name) for name in ("query", "positive")}
     if not sides["query"].rows:
         raise ValueError("The pairs have no row with a query. Give them queries, or another file.")
+    without = np.flatnonzero((sides["query"].numbers >= 0) & (sides["positive"].numbers < 0))
+    if len(without):
+        raise ValueError(f"Row {without[0]} has a query and no positive. Remove it or fill it.")
     queries = sides["query"].embed(model.encode_query, batch_size)
     corpus = sides["positive"].embed(model.encode_document, batch_size)
     report, rng = MiningReport(), random.Random(seed)
@@ -209,8 +213,9 @@ class _Side:
     def embed(self, encode: Any, batch_size: int) -> np.ndarray:
         """Unit vectors of the distinct inputs, fp32 of shape `(inputs, hidden)`."""
         parts = []
-        for start in tqdm(range(0, len(self.first), ROWS), desc=f"Embedding {self.column}"):
-            rows = self.first[start : start + ROWS]
+        size = ROWS if isinstance(self.pairs[self.first[0]][self.column], str) else MEDIA_ROWS
+        for start in tqdm(range(0, len(self.first), size), desc=f"Embedding {self.column}"):
+            rows = self.first[start : start + size]
             inputs = [decode_cell(self.pairs[row][self.column]) for row in rows]
             parts.append(encode(inputs, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False))
         return np.concatenate(parts).astype(np.float32)
