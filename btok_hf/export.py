@@ -193,7 +193,8 @@ def _write_golden(output_dir: Path, weights: modeling_btok.StockModel, model: "S
     new backbone. A copy of a module that was cast to bf16 would keep its rounded rotary frequencies, which loaders
     compute without rounding.
     """
-    backbone = type(weights.model)(weights.config).float().eval()
+    with modeling_btok.LOADING:
+        backbone = type(weights.model)(weights.config).float().eval()
     backbone.load_state_dict(weights.model.state_dict())
     module: Any = model[0]
     inputs = golden.golden_inputs(model.prompts)
@@ -299,12 +300,12 @@ def stock_model(
     """
     # Copying through to_dict drops the attention implementation, which transformers would not accept in a new model.
     config = type(backbone.config).from_dict(backbone.config.to_dict())
-    with torch.device("meta"):
+    with modeling_btok.LOADING, torch.device("meta"):
         model = cast(modeling_btok.StockModel, modeling_btok.stock_class(config)(config))
-    model.model = backbone
-    if lm_head is not None:
-        model.lm_head = lm_head
-    model.tie_weights()
+        model.model = backbone
+        if lm_head is not None:
+            model.lm_head = lm_head
+        model.tie_weights()
     if generation_config is not None:
         model.generation_config = generation_config
     return model

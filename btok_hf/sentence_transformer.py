@@ -28,6 +28,7 @@ from btok_hf.export import stock_model, untied_head, write_repository
 from btok_hf.features import IGNORED, PIXEL_KEYS
 from btok_hf.inputs import ImageLimits, Input, check_input, estimate_tokens, is_messages
 from btok_hf.modeling.modeling_btok import (
+    LOADING,
     Backbone,
     StockModel,
     bottleneck_token_ids,
@@ -78,12 +79,13 @@ class BottleneckTransformer(Transformer):
             adapter_kwargs = {key: model_kwargs[key] for key in hub if key in model_kwargs}
             model_kwargs.pop("revision", None)
             source = PeftConfig.from_pretrained(model_name_or_path, **adapter_kwargs).base_model_name_or_path
-        model, _ = load_stock_model(source, config, **model_kwargs)
-        self.lm_head = untied_head(model)
-        self.generation_config = model.generation_config
-        backbone = model.model
-        if is_peft_model:
-            load_adapters(backbone, model_name_or_path, **adapter_kwargs)
+        with LOADING:
+            model, _ = load_stock_model(source, config, **model_kwargs)
+            self.lm_head = untied_head(model)
+            self.generation_config = model.generation_config
+            backbone = model.model
+            if is_peft_model:
+                load_adapters(backbone, model_name_or_path, **adapter_kwargs)
         return backbone
 
     def _check_template(self) -> None:
