@@ -8,6 +8,7 @@ parser and a function that runs it, and list the former in `main`.
 """
 
 import argparse
+import os
 import re
 import sys
 import textwrap
@@ -29,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         `int`: The exit status, as in the module's docstring.
     """
+    # OpenMP threads that wait for work would keep cores busy that others could use: on shared cores everything became
+    # several times slower. OpenMP reads it when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = argparse.ArgumentParser(
         prog="btok",
         description="Create, train, publish, verify and evaluate embedding models with Bottleneck Tokens.",
@@ -39,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--version", action="version", version=f"btok-hf {version('btok-hf')}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add_command in (_add_tokens, _train, _export, _verify, _push, _mmeb):
+    for add_command in (_add_tokens, _train, _export, _verify, _push, _serve, _mmeb):
         add_command(commands)
     words, bare_debug = take_debug(sys.argv[1:] if arguments is None else arguments)
     if next((word for word in words if not word.startswith("-")), None) != "train":
@@ -236,6 +240,68 @@ def _run_push(**options: Any) -> None:
     from btok_hf.hub import push
 
     print(push(**options))
+
+
+def _serve(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "serve",
+        _run_serve,
+        "Serve a model over HTTP, as OpenAI's /v1/embeddings with vLLM's messages. Clients must send the key in the "
+        "environment variable BTOK_API_KEY, if it is set.",
+        "btok serve org/btok-2b --port 8000",
+    )
+    parser.add_argument("repo", help="folder or Hub id of an exported repository")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
+    parser.add_argument("--name", help="what clients call the model (default: REPO)")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--device", help="device of the model (default: a GPU if there is one)")
+    parser.add_argument("--dtype", default="auto", help="dtype of the weights (default: the checkpoint's)")
+    parser.add_argument("--max-pixels", type=int, help="reduce larger images and frames to this many pixels")
+    parser.add_argument("--max-seq-length", type=int, help="cut texts to this many tokens (default: the model's)")
+    for name, kind, default, meaning in (
+        ("--max-rows", int, 256, "most rows of a request"),
+        ("--queue-rows", int, 1024, "most rows of all requests together"),
+        ("--batch-rows", int, 64, "most rows of a batch"),
+        ("--max-body", int, 32 * 2**20, "most bytes of a request"),
+        ("--max-image-pixels", int, 50_000_000, "most pixels of an image, or of a video, that a client sends"),
+        ("--timeout", float, 60.0, "most seconds of a request"),
+    ):
+        parser.add_argument(name, type=kind, default=default, help=f"{meaning} (default: %(default)s)")
+
+
+def _run_serve(
+    repo: str,
+    host: str,
+    port: int,
+    name: str | None,
+    revision: str | None,
+    device: str | None,
+    dtype: str,
+    max_pixels: int | None,
+    max_seq_length: int | None,
+    **limits: Any,
+) -> None:
+    try:
+        from btok_hf.serving.server import Limits, serve
+    except ModuleNotFoundError as error:
+        raise ImportError(f"btok serve needs the package {error.name}: pip install 'btok-hf[serve]'.") from error
+
+    bounds = Limits(**limits)
+    with _named(repo):
+        serve(
+            repo,
+            host,
+            port,
+            name,
+            bounds,
+            revision=revision,
+            device=device,
+            model_kwargs={"dtype": dtype},
+            processor_kwargs={} if max_pixels is None else {"max_pixels": max_pixels},
+            max_seq_length=max_seq_length,
+        )
 
 
 def _mmeb(commands: Any) -> None:

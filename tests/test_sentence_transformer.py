@@ -136,7 +136,9 @@ def test_threads_encode_at_once(repo):
     """The tokenizer has state of its own for truncation and padding, which every call sets."""
     model = BTokSentenceTransformer(repo, device="cpu", max_seq_length=100)
     items = [
-        {"image": image(56, 56, number), "text": f"p {number}"} if number % 4 == 0 else {"text": f"row {number} " * number}
+        {"image": image(56, 56, number), "text": f"p {number}"}
+        if number % 4 == 0
+        else {"text": f"row {number} " * number}
         for number in range(1, 33)
     ]
     alone = np.concatenate([model.encode([item]) for item in items])
