@@ -37,7 +37,7 @@ class Batcher:
 
     def __init__(
         self,
-        embed: Callable[[list[Any], str], tuple[np.ndarray, Sequence[int]]],
+        embed: Callable[[list[Any], str], tuple[np.ndarray, Sequence[int] | np.ndarray]],
         batch_rows: int,
         queue_rows: int,
         observe: Callable[[int], Any] | None = None,

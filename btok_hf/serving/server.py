@@ -154,7 +154,8 @@ def make_app(model: ServedModel, name: str, limits: Limits, api_key: str | None 
     """
     metrics = _Metrics()
     processor: Any = model.processor
-    image_limits = ImageLimits(processor.image_processor.size["longest_edge"], model.config.vision_config.patch_size)
+    config: Any = model.config
+    image_limits = ImageLimits(processor.image_processor.size["longest_edge"], config.vision_config.patch_size)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
