@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.installed
 
+# OpenMP threads that wait must not keep cores busy that other jobs share (docs/performance.md).
+export OMP_WAIT_POLICY ?= PASSIVE
+
 # The oldest versions that pyproject.toml allows.
 FLOOR := torch==2.11.0 torchvision==0.26.0 transformers==5.17.0 sentence-transformers==6.2.0 \
 	peft==0.21.0 trl==1.8.0 datasets==4.8.0 accelerate==1.12.0

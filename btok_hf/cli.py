@@ -8,16 +8,16 @@ parser and a function that runs it, and list the former in `main`.
 """
 
 import argparse
+import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from btok_hf.errors import RESUME, one_line_errors, take_debug
+from btok_hf.errors import RESUME, named_source, one_line_errors, take_debug
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         `int`: The exit status, as in the module's docstring.
     """
+    # OpenMP threads that wait for work would keep cores busy that others could use: on shared cores everything became
+    # several times slower. OpenMP reads it when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = argparse.ArgumentParser(
         prog="btok",
         description="Create, train, publish, verify and evaluate embedding models with Bottleneck Tokens.",
@@ -39,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--version", action="version", version=f"btok-hf {version('btok-hf')}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add_command in (_add_tokens, _mine, _train, _export, _verify, _push, _mmeb):
+    for add_command in (_add_tokens, _mine, _train, _export, _verify, _push, _serve, _mmeb):
         add_command(commands)
     words, bare_debug = take_debug(sys.argv[1:] if arguments is None else arguments)
     if next((word for word in words if not word.startswith("-")), None) != "train":
@@ -62,20 +65,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted" + RESUME * (run is _run_train), file=sys.stderr)
         return 130
-
-
-@contextmanager
-def _named(source: str) -> Iterator[None]:
-    """Add the name of a model to an error of reading it, which transformers leaves out."""
-    try:
-        yield
-    except OSError as error:
-        if Path(source).exists() or source in str(error):
-            raise
-        raise OSError(
-            f"{source} is neither a local folder nor a readable Hub repository ({error}). Check the name and, for a "
-            "private one, your login (`hf auth login`, HF_TOKEN)."
-        ) from error
 
 
 def _command(commands: Any, name: str, run: Any, description: str, example: str) -> argparse.ArgumentParser:
@@ -134,7 +123,7 @@ def _run_add_tokens(query_prompt: str | None, document_prompt: str | None, outpu
 
     check_writable(output_dir)
     prompts = {"query": query_prompt, "document": document_prompt}
-    with _named(options["base"]):
+    with named_source(options["base"]):
         add_bottleneck_tokens(
             output_dir=output_dir, prompts={name: text for name, text in prompts.items() if text}, **options
         )
@@ -170,10 +159,13 @@ def _mine(commands: Any) -> None:
     parser.add_argument("--num-negatives", type=int, default=3, help="most negatives of a row (default: %(default)s)")
     parser.add_argument("--range-min", type=int, default=0, help="nearest candidates to skip (default: %(default)s)")
     parser.add_argument("--range-max", type=int, help="nearest candidates to consider")
-    parser.add_argument("--max-score", type=float, help="highest cosine of a negative")
-    parser.add_argument("--min-score", type=float, help="lowest cosine of a negative")
-    parser.add_argument("--absolute-margin", type=float, help="distance of a negative's cosine to the positive's")
-    parser.add_argument("--relative-margin", type=float, help="the same, as a fraction of the positive's cosine")
+    for name, meaning in (
+        ("--max-score", "highest cosine of a negative"),
+        ("--min-score", "lowest cosine of a negative"),
+        ("--absolute-margin", "distance of a negative's cosine to the lowest positive's"),
+        ("--relative-margin", "the same, as a fraction of that positive's cosine"),
+    ):
+        parser.add_argument(name, type=float, help=meaning)
     parser.add_argument(
         "--sampling-strategy",
         choices=["top", "random"],
@@ -193,7 +185,7 @@ def _run_mine(pairs: str, output: str, model: str, revision: str | None, **optio
 
     check_writable(Path(output).parent)
     dataset = load_pairs(pairs)
-    with _named(model):
+    with named_source(model):
         loaded = BTokSentenceTransformer(model, revision=revision)
     print(mine_hard_negatives(dataset, loaded, output, **options))
 
@@ -233,7 +225,7 @@ def _run_export(
             "another folder.",
         )
     check_writable(output_dir)
-    with _named(checkpoint):
+    with named_source(checkpoint):
         model = BTokSentenceTransformer(checkpoint, device="cpu")
     if adapter_only:
         export_adapters(model, output_dir, base_model)
@@ -284,6 +276,49 @@ def _run_push(**options: Any) -> None:
     from btok_hf.hub import push
 
     print(push(**options))
+
+
+def _serve(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "serve",
+        _run_serve,
+        "Serve a model over HTTP, as OpenAI's /v1/embeddings with vLLM's messages. Clients must send the key in the "
+        "environment variable BTOK_API_KEY, if it is set.",
+        "btok serve org/btok-2b --port 8000",
+    )
+    parser.add_argument("repo", help="folder or Hub id of an exported repository")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
+    parser.add_argument("--name", help="what clients call the model (default: REPO)")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--device", help="device of the model (default: a GPU if there is one)")
+    parser.add_argument("--dtype", default="auto", help="dtype of the weights (default: the checkpoint's)")
+    parser.add_argument("--max-pixels", type=int, help="reduce larger images and frames to this many pixels")
+    parser.add_argument("--max-seq-length", type=int, help="cut texts to this many tokens (default: the model's)")
+    for name, kind, default, meaning in (
+        ("--max-rows", int, 256, "most rows of a request"),
+        ("--queue-rows", int, 1024, "most rows of all requests together"),
+        ("--batch-rows", int, 64, "most rows of a batch"),
+        ("--max-body", int, 32 * 2**20, "most bytes of a request"),
+        ("--max-image-pixels", int, 50_000_000, "most pixels of an image, or of a video, that a client sends"),
+        ("--timeout", float, 60.0, "most seconds of a request"),
+    ):
+        parser.add_argument(name, type=kind, default=default, help=f"{meaning} (default: %(default)s)")
+
+
+def _run_serve(repo: str, dtype: str, max_pixels: int | None, **options: Any) -> None:
+    try:
+        from btok_hf.serving.server import Limits, serve
+    except ModuleNotFoundError as error:
+        raise ImportError(f"btok serve needs the package {error.name}: pip install 'btok-hf[serve]'.") from error
+
+    address = [options.pop(name) for name in ("host", "port", "name")]
+    loading = {name: options.pop(name) for name in ("revision", "device", "max_seq_length")}
+    loading |= {"model_kwargs": {"dtype": dtype}, "processor_kwargs": {"max_pixels": max_pixels} if max_pixels else {}}
+    limits = Limits(**options)
+    with named_source(repo):
+        serve(repo, *address, limits, **loading)
 
 
 def _mmeb(commands: Any) -> None:
@@ -337,7 +372,7 @@ def _run_mmeb(
     if not Path(data).is_dir():
         raise FileNotFoundError(f"There is no folder {data!r} with the benchmark. docs/evaluation.md downloads it.")
     check_writable(output)
-    with _named(model):
+    with named_source(model):
         loaded = mmeb.load_model(
             model, revision=revision, dtype=dtype, max_pixels=max_pixels, device=str(mmeb.processes().device)
         )

@@ -26,6 +26,7 @@ from btok_hf.export import untied_head, write_repository
 from btok_hf.features import IGNORED, PIXEL_KEYS
 from btok_hf.inputs import ImageLimits, Input, as_messages, check_input, shown
 from btok_hf.modeling.modeling_btok import (
+    LOADING,
     Backbone,
     bottleneck_token_ids,
     last_positions,
@@ -81,12 +82,13 @@ class BottleneckTransformer(Transformer):
             adapter_kwargs = {key: model_kwargs[key] for key in HUB_ARGUMENTS if key in model_kwargs}
             model_kwargs.pop("revision", None)
             source = self._base
-        model, _ = load_stock_model(source, config, **model_kwargs)
-        self.lm_head = untied_head(model)
-        self.generation_config = model.generation_config
-        backbone = model.model
-        if is_peft_model:
-            load_adapters(backbone, model_name_or_path, **adapter_kwargs)
+        with LOADING:
+            model, _ = load_stock_model(source, config, **model_kwargs)
+            self.lm_head = untied_head(model)
+            self.generation_config = model.generation_config
+            backbone = model.model
+            if is_peft_model:
+                load_adapters(backbone, model_name_or_path, **adapter_kwargs)
         return backbone
 
     @property

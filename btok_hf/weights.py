@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from btok_hf.files import write_json
+from btok_hf.modeling.modeling_btok import LOADING
 
 # Large enough for a 2B model in one file. An export holds one shard of merged tensors in memory.
 MAX_SHARD_SIZE = "5GB"
@@ -56,7 +57,7 @@ def names_on_disk(
         `dict[str, str]`: Name in memory by name on disk.
     """
     # Copying through to_dict drops the attention implementation, which transformers would not accept in a new model.
-    with torch.device("meta"):
+    with LOADING, torch.device("meta"):
         model = model_class(type(config).from_dict(config.to_dict()))
     marked = {name: torch.empty(0, device="meta") for name in names}
     in_memory = {id(tensor): name for name, tensor in marked.items()}

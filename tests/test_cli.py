@@ -1,6 +1,7 @@
 """The command `btok`: help, exit statuses, errors in one line, and what each command does."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,8 +15,9 @@ from support.repositories import contents
 
 from btok_hf import cli
 from btok_hf.evaluation import mmeb
+from btok_hf.serving.server import Limits
 
-COMMANDS = ("add-tokens", "train", "export", "verify", "push", "mmeb")
+COMMANDS = ("add-tokens", "train", "export", "verify", "push", "serve", "mmeb")
 
 
 @pytest.fixture
@@ -64,6 +66,7 @@ def test_unknown_flags_are_refused(btok, name):
         "export": "a b",
         "verify": "a",
         "push": "a b",
+        "serve": "a",
         "mmeb": "--model a --data b --output c",
     }
     status, output, errors = btok(name, *required[name].split(), "--nothing")
@@ -90,6 +93,32 @@ def test_an_interrupt_ends_with_status_130(btok, monkeypatch):
 
     monkeypatch.setattr(cli, "_run_verify", interrupt)
     assert btok("verify", "a") == (130, "", "interrupted\n")
+
+
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(btok, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli, "_run_verify", lambda **options: seen.append(os.environ["OMP_WAIT_POLICY"]))
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    btok("verify", "a")
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    btok("verify", "a")
+    assert seen == ["ACTIVE", "PASSIVE"]
+
+
+def test_options_of_serve(btok, monkeypatch):
+    served = []
+    monkeypatch.setattr("btok_hf.serving.server.serve", lambda *given, **load: served.append((given, load)))
+    assert btok("serve", "a")[0] == 0
+    loads = {"revision": None, "device": None, "model_kwargs": {"dtype": "auto"}, "processor_kwargs": {}}
+    assert served.pop() == (("a", "127.0.0.1", 8000, None, Limits()), {**loads, "max_seq_length": None})
+    flags = "--host h --port 1 --name n --revision v --device cpu --dtype float32 --max-pixels 9 --max-seq-length 8"
+    flags += " --max-rows 1 --queue-rows 2 --batch-rows 3 --max-body 4 --max-image-pixels 5 --timeout 6"
+    assert btok("serve", "a", *flags.split())[0] == 0
+    loads = {"revision": "v", "device": "cpu", "model_kwargs": {"dtype": "float32"}, "max_seq_length": 8}
+    loads |= {"processor_kwargs": {"max_pixels": 9}}
+    assert served.pop() == (("a", "h", 1, "n", Limits(1, 2, 3, 4, 5, 6.0)), loads)
+    status, _, errors = btok("serve", "a", "--timeout", "0")
+    assert status == 1 and "timeout must be above 0" in errors
 
 
 def test_flags_may_be_written_with_underscores(btok, monkeypatch):

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import ROOT, tiny
 from support.inputs import process, rows, text_inputs
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 import btok_hf
 from btok_hf import BTokForEmbedding, add_bottleneck_tokens
+from btok_hf.modeling.modeling_btok import LOADING
 
 
 def state(path):
@@ -118,6 +120,25 @@ def test_fresh_process_loads_by_auto_map_alone(repo, tmp_path):
     expected = BTokForEmbedding.from_pretrained(repo)(**text_inputs(repo, ["hello"])).pooler_output[0]
     assert name == "BTokForEmbedding"
     torch.testing.assert_close(torch.tensor(embedding), expected, atol=1e-6, rtol=0)
+
+
+def test_threads_load_at_once(repo):
+    """By every loader of this library. The remote code is a module of its own and shares the lock."""
+    tie_weights = PreTrainedModel.tie_weights
+    remote = AutoModel.from_pretrained(repo, trust_remote_code=True)
+    assert sys.modules[type(remote).__module__].LOADING is LOADING
+    loaders = (
+        BTokForEmbedding.from_pretrained,
+        lambda path: AutoModel.from_pretrained(path, trust_remote_code=True),
+        lambda path: btok_hf.BTokSentenceTransformer(path, device="cpu")[0],
+    )
+    with ThreadPoolExecutor(8) as pool:
+        loaded = list(pool.map(lambda number: loaders[number % 3](repo), range(24)))
+    weights = remote.model.state_dict()
+    for model in loaded:
+        state = model.model.state_dict()
+        assert state.keys() == weights.keys() and all(torch.equal(state[key], weights[key]) for key in weights)
+    assert PreTrainedModel.tie_weights is tie_weights  # without the lock, its replacement often stays
 
 
 def test_stock_loaders_get_stock_classes(repo):

@@ -1,8 +1,10 @@
 """Every loader gives the same vectors; options of `encode`, batches, saving, and length limits."""
 
 import shutil
+import sys
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +132,26 @@ def test_encode_options(repo):
             warnings.simplefilter("ignore")
             ours, theirs = (model.encode(texts, precision=precision).astype(int) for model in (wrapper, stock))
         assert np.abs(ours - theirs).max() <= (1 if precision == "int8" else 0)  # a bucket's edge may fall between
+
+
+def test_threads_encode_at_once(repo):
+    """The tokenizer has state of its own for truncation and padding, which every call sets."""
+    model = BTokSentenceTransformer(repo, device="cpu", max_seq_length=100)
+    items = [
+        {"image": image(56, 56, number), "text": f"p {number}"}
+        if number % 4 == 0
+        else {"text": f"row {number} " * number}
+        for number in range(1, 33)
+    ]
+    alone = np.concatenate([model.encode([item]) for item in items])
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            together = list(pool.map(lambda index: model.encode([items[index % 32]])[0], range(160)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert np.abs(np.stack(together) - np.tile(alone, (5, 1))).max() < TOLERANCE
 
 
 def test_multi_process_pool(repo):

@@ -11,12 +11,14 @@ Import only torch, transformers and the standard library here. Training and pack
 
 import json
 import shutil
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from torch.nn.functional import normalize
 from transformers import (
     AutoConfig,
@@ -38,6 +40,11 @@ STOCK_CLASSES: dict[str, type[PreTrainedModel]] = {
     "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
     "qwen3_vl": Qwen3VLForConditionalGeneration,
 }
+
+# While transformers loads a model, it replaces `PreTrainedModel.tie_weights`, `torch.linspace` and torch's default
+# dtype for all threads, and threads that overlap restore each other's replacements. So one thread of the process loads
+# at a time. The lock belongs to transformers, because each repository's copy of this file is a module of its own.
+LOADING = vars(transformers).setdefault("_btok_loading", threading.RLock())
 
 
 @dataclass
@@ -76,7 +83,8 @@ def load_stock_model(
     """Load the stock model and its loading info. Missing, unexpected and wrongly shaped tensors are errors.
 
     The full `…ForConditionalGeneration` is loaded even if only its backbone is needed. It reads every layout of
-    Qwen-VL checkpoints. The backbone class alone leaves the vision tower of one layout randomly initialised.
+    Qwen-VL checkpoints. The backbone class alone leaves the vision tower of one layout randomly initialised. Threads
+    load in turn.
 
     Args:
         source (`str` or `Path`): Local folder or Hub id.
@@ -91,7 +99,9 @@ def load_stock_model(
         ValueError: An unsupported backbone, or tensors that do not match the model.
     """
     load: Any = stock_class(config).from_pretrained  # annotated without the loading info
-    model, info = load(source, *args, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    kwargs |= {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    with LOADING:
+        model, info = load(source, *args, **kwargs)
     missing = sorted(info["missing_keys"] - (set() if needs_head else {"lm_head.weight"}))
     mismatched = sorted(str(key) for key in info["mismatched_keys"])
     unexpected = sorted(info["unexpected_keys"])
@@ -250,8 +260,9 @@ class BTokForEmbedding(PreTrainedModel):
                 pretrained_model_name_or_path, **{key: kwargs[key] for key in hub if key in kwargs}
             )
         bottleneck_token_ids(config)
-        stock, info = load_stock_model(pretrained_model_name_or_path, config, *args, needs_head=False, **kwargs)
-        model = cls(stock.config, stock.model).eval()
+        with LOADING:
+            stock, info = load_stock_model(pretrained_model_name_or_path, config, *args, needs_head=False, **kwargs)
+            model = cls(stock.config, stock.model).eval()
         return (model, info) if output_loading_info else model
 
     # `kwargs` has the superclass's other arguments.

@@ -1,0 +1,122 @@
+"""Batches of rows from many clients: a bounded number of rows in the house, and one thread that owns the model.
+
+The thread takes whatever has queued up, so batches grow under load, and a single row does not wait for others.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Row(NamedTuple):
+    """The embedding of one input and the tokens it took."""
+
+    embedding: np.ndarray
+    tokens: int
+
+
+class QueueFull(Exception):
+    """There is no room for the rows of a request at the moment."""
+
+
+class Batcher:
+    """Embeds rows in one thread, in batches of whatever is waiting.
+
+    Args:
+        embed (`Callable`): Function from a list of inputs and their prompt (`str`) to the embeddings, an array of
+            shape `(inputs, dimensions)`, and the number of tokens of each input.
+        batch_rows (`int`): Most rows of a batch.
+        queue_rows (`int`): Most rows that may be in the house: waiting, being read, or being embedded.
+        observe (`Callable`, *optional*): Called with the number of rows of each batch.
+    """
+
+    def __init__(
+        self,
+        embed: Callable[[list[Any], str], tuple[np.ndarray, Sequence[int] | np.ndarray]],
+        batch_rows: int,
+        queue_rows: int,
+        observe: Callable[[int], Any] | None = None,
+    ) -> None:
+        self.rows = 0
+        self._embed, self._batch_rows, self._queue_rows, self._observe = embed, batch_rows, queue_rows, observe
+        self._waiting: deque[tuple[Any, str, Future[Row]]] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="btok-batches")
+        self._thread.start()
+
+    @contextmanager
+    def room(self, rows: int) -> Iterator[None]:
+        """Hold room for the rows of a request until it is answered.
+
+        Raises:
+            QueueFull: So many rows do not fit at the moment.
+        """
+        with self._changed:
+            if self.rows + rows > self._queue_rows:
+                raise QueueFull
+            self.rows += rows
+        try:
+            yield
+        finally:
+            with self._changed:
+                self.rows -= rows
+
+    def submit(self, items: Sequence[Any], prompt: str) -> list[Future[Row]]:
+        """Queue checked inputs. A future that is cancelled before its turn costs nothing.
+
+        Raises:
+            RuntimeError: The batcher is closed.
+        """
+        futures: list[Future[Row]] = [Future() for _ in items]
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("The server is stopping.")
+            self._waiting.extend((item, prompt, future) for item, future in zip(items, futures))
+            self._changed.notify()
+        return futures
+
+    def close(self) -> None:
+        """Embed what is queued, and end the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+                if not self._waiting:
+                    return
+                taken = [self._waiting.popleft() for _ in range(min(self._batch_rows, len(self._waiting)))]
+            by_prompt: dict[str, list[tuple[Any, Future[Row]]]] = {}
+            for item, prompt, future in taken:
+                if future.set_running_or_notify_cancel():
+                    by_prompt.setdefault(prompt, []).append((item, future))
+            for prompt, batch in by_prompt.items():
+                self._answer(batch, prompt)
+
+    def _answer(self, batch: list[tuple[Any, Future[Row]]], prompt: str) -> None:
+        """Embed rows of one prompt. If that fails, they are embedded one by one, so that others do not suffer."""
+        if self._observe is not None:
+            self._observe(len(batch))
+        try:
+            embeddings, tokens = self._embed([item for item, _ in batch], prompt)
+        except Exception as error:
+            if len(batch) == 1:
+                batch[0][1].set_exception(error)
+            else:
+                for row in batch:
+                    self._answer([row], prompt)
+            return
+        for (_, future), embedding, count in zip(batch, embeddings, tokens):
+            if np.isfinite(embedding).all():
+                future.set_result(Row(embedding, int(count)))
+            else:
+                future.set_exception(RuntimeError("The model's embedding is not finite."))

@@ -1,0 +1,303 @@
+"""The server behind `btok serve`: OpenAI's embeddings over HTTP, with vLLM's `messages`, bounds and metrics.
+
+What a request may hold is in `schema.py`, how rows become batches in `batching.py`.
+"""
+
+import asyncio
+import base64
+import os
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from btok_hf.inputs import ImageLimits
+from btok_hf.sentence_transformer import BTokSentenceTransformer
+from btok_hf.serving.batching import Batcher, QueueFull, Row
+from btok_hf.serving.schema import EmbeddingRequest
+
+KEY = "BTOK_API_KEY"  # not a flag: other users of the machine can see flags
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of the server; flags of `btok serve`.
+
+    Args:
+        max_rows (`int`): Most rows of a request.
+        queue_rows (`int`): Most rows of all requests together. More are answered with 429.
+        batch_rows (`int`): Most rows of a batch.
+        max_body (`int`): Most bytes of a request.
+        max_image_pixels (`int`): Most pixels of an image, and of all frames of a video, before any reduction.
+        timeout (`float`): Seconds from the first byte of a request to its answer.
+
+    Raises:
+        ValueError: A bound below 1, or a request that would never fit.
+    """
+
+    max_rows: int = 256
+    queue_rows: int = 1024
+    batch_rows: int = 64
+    max_body: int = 32 * 2**20
+    max_image_pixels: int = 50_000_000
+    timeout: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}.")
+        if self.max_rows > self.queue_rows:
+            raise ValueError(
+                f"max_rows={self.max_rows} is above queue_rows={self.queue_rows}: such a request would never fit. "
+                "Raise queue_rows, or lower max_rows."
+            )
+
+
+class ServedModel(BTokSentenceTransformer):
+    """The model, which counts tokens and embeds a batch of inputs that were checked."""
+
+    lengths: np.ndarray
+
+    def preprocess(
+        self, inputs: Sequence[Any], prompt: str | None = None, positions: Sequence[int] = (), **kwargs: Any
+    ) -> dict[str, Any]:
+        """As in the superclass, and remember the length of each row."""
+        features = super().preprocess(inputs, prompt=prompt, positions=positions, **kwargs)
+        self.lengths[list(positions)] = features["attention_mask"].sum(1)
+        return features
+
+    def embed(self, items: list[Any], prompt: str) -> tuple[np.ndarray, np.ndarray]:
+        """Embeddings of shape `(inputs, dimensions)` and tokens of each input. For one thread."""
+        self.lengths = np.zeros(len(items), int)
+        return self.encode(items, prompt=prompt, show_progress_bar=False), self.lengths
+
+
+class _Bounds:
+    """Middleware that bounds a request in bytes and seconds, so that neither a large nor a slow client holds it."""
+
+    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+        self.app, self.limits = app, limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started, size = False, 0
+
+        async def bounded_receive() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self.limits.max_body:
+                raise HTTPException(413, f"the request is larger than {self.limits.max_body} bytes (--max-body)")
+            return message
+
+        async def noting_send(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            async with asyncio.timeout(self.limits.timeout):
+                await self.app(scope, bounded_receive, noting_send)
+        except TimeoutError:
+            if not started:
+                text = f"no answer in {self.limits.timeout:g} s (--timeout): the server is busy, or the request slow"
+                await error_response(504, text)(scope, receive, send)
+
+
+def error_response(status: int, message: str, param: str | None = None) -> JSONResponse:
+    """An error as OpenAI's clients expect it. What clients wrote may hold halves of characters."""
+    kinds = {401: "authentication_error", 429: "rate_limit_error", 504: "timeout_error"}
+    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    text = message.encode("utf-8", "backslashreplace").decode()
+    headers = {"Retry-After": "1"} if status == 429 else {"WWW-Authenticate": "Bearer"} if status == 401 else None
+    if status in (413, 504):  # the rest of the body is not read
+        headers = {"Connection": "close"}
+    error = {"message": text, "type": kind, "param": param, "code": status}
+    return JSONResponse({"error": error}, status, headers)
+
+
+class _Metrics:
+    """What Prometheus reads at `/metrics`."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter("btok_requests", "Answers, by status", ["status"], registry=self.registry)
+        self.seconds = Histogram("btok_request_seconds", "Time to the answer", registry=self.registry)
+        self.tokens = Counter("btok_tokens", "Embedded tokens", registry=self.registry)
+        sizes = [2**power for power in range(11)]
+        self.batch = Histogram("btok_batch_rows", "Rows of a batch", buckets=sizes, registry=self.registry)
+        self.rows = Gauge("btok_rows", "Rows waiting, being read or being embedded", registry=self.registry)
+
+
+def make_app(model: ServedModel, name: str, limits: Limits, api_key: str | None = None) -> FastAPI:
+    """The application.
+
+    Args:
+        model (`ServedModel`): The model. One thread of the application uses it.
+        name (`str`): What clients call it.
+        limits (`Limits`): Bounds.
+        api_key (`str`, *optional*): What clients must send as `Authorization: Bearer …` for paths below `/v1`.
+    """
+    metrics = _Metrics()
+    processor: Any = model.processor
+    config: Any = model.config
+    image_limits = ImageLimits(processor.image_processor.size["longest_edge"], config.vision_config.patch_size)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.batcher = Batcher(model.embed, limits.batch_rows, limits.queue_rows, metrics.batch.observe)
+        metrics.rows.set_function(lambda: app.state.batcher.rows)
+        # Two are enough to decode media beside the batches, and bound the memory of decoded ones.
+        with ThreadPoolExecutor(2) as app.state.readers:
+            yield
+        app.state.batcher.close()
+
+    # The page with interactive documentation would load scripts from elsewhere.
+    app = FastAPI(title="btok serve", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(_Bounds, limits=limits)
+
+    @app.middleware("http")
+    async def observe(request: Request, call_next: Any) -> Response:
+        if not request.url.path.startswith("/v1/"):
+            return await call_next(request)
+        start, status = time.perf_counter(), 500
+        try:
+            given = request.headers.get("authorization", "").encode("utf-8", "replace")
+            if api_key is not None and not secrets.compare_digest(given, f"Bearer {api_key}".encode()):
+                response = error_response(401, "the API key is missing or wrong. Send it as 'Authorization: Bearer …'")
+            else:
+                response = await call_next(request)
+            status = response.status_code
+            return response
+        finally:
+            metrics.requests.labels(status).inc()
+            metrics.seconds.observe(time.perf_counter() - start)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        # The path to the value: body, then names of fields and alternatives.
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        message = first["msg"].removeprefix("Value error, ")
+        return error_response(400, f"{where}: {message}" if where else message, where or None)
+
+    @app.exception_handler(HTTPException)
+    async def refused(request: Request, error: HTTPException) -> JSONResponse:
+        return error_response(error.status_code, str(error.detail))
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        return error_response(500, "the server failed at this request; its log says why")
+
+    @app.get("/health")
+    async def health() -> Response:
+        return Response()
+
+    @app.get("/metrics")
+    async def show_metrics() -> Response:
+        return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "btok"}]}
+
+    @app.post("/v1/embeddings")
+    async def embeddings(body: EmbeddingRequest) -> Any:
+        if body.model not in (None, name):
+            return error_response(404, f"there is no model {body.model!r} here, only {name!r}", "model")
+        if not 0 < body.count() <= limits.max_rows:
+            text = f"a request has 1 to {limits.max_rows} rows (--max-rows), got {body.count()}"
+            return error_response(400, text, "input")
+        try:
+            dimensions = _dimensions(model, body.dimensions)
+            prompt = _prompt(model, body)
+            with app.state.batcher.room(body.count()):
+                read = asyncio.get_running_loop().run_in_executor
+                items = await read(app.state.readers, body.rows, image_limits, limits.max_image_pixels)
+                futures = app.state.batcher.submit(items, prompt)
+                try:
+                    rows = await asyncio.gather(*map(asyncio.wrap_future, futures))
+                finally:
+                    for future in futures:  # a request that timed out or failed leaves the queue
+                        future.cancel()
+        except QueueFull:
+            return error_response(429, f"the queue of {limits.queue_rows} rows is full (--queue-rows); try again soon")
+        except ValueError as error:
+            return error_response(400, str(error))
+        tokens = sum(row.tokens for row in rows)
+        metrics.tokens.inc(tokens)
+        return {
+            "object": "list",
+            "model": name,
+            "data": [
+                {"object": "embedding", "index": index, "embedding": _written(row, dimensions, body.encoding_format)}
+                for index, row in enumerate(rows)
+            ],
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        }
+
+    return app
+
+
+def _prompt(model: ServedModel, body: EmbeddingRequest) -> str:
+    """The instruction: the system message, a named one, or else the model's default."""
+    given = body.instruction()
+    prompt_name = body.prompt_name or body.input_type
+    if given is not None and prompt_name is not None:
+        raise ValueError("give either a system message or 'prompt_name' / 'input_type', not both")
+    if given is not None:
+        return given
+    prompt_name = prompt_name or model.default_prompt_name
+    if prompt_name is None:
+        return ""
+    if prompt_name not in model.prompts:
+        raise ValueError(f"the model has no prompt {prompt_name!r}, only {sorted(model.prompts)}")
+    return model.prompts[prompt_name] or ""
+
+
+def _dimensions(model: ServedModel, asked: int | None) -> int | None:
+    """Dimensions to cut embeddings to, if the model was trained for them."""
+    # vLLM reads the same key of config.json.
+    allowed = {model.get_embedding_dimension(), *(getattr(model.config, "matryoshka_dimensions", None) or ())}
+    if asked is not None and asked not in allowed:
+        raise ValueError(
+            f"'dimensions' must be one of {sorted(allowed)}, got {asked}: config.json (matryoshka_dimensions) names "
+            "no others that the model was trained for. Leave 'dimensions' out"
+        )
+    return asked
+
+
+def _written(row: Row, dimensions: int | None, encoding: str) -> str | list[float]:
+    vector = row.embedding[:dimensions]
+    if dimensions is not None:
+        vector = vector / np.linalg.norm(vector)
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode() if encoding == "base64" else vector.tolist()
+
+
+def serve(repo: str, host: str, port: int, name: str | None, limits: Limits, **load: Any) -> None:
+    """Load a model and serve it until SIGTERM or SIGINT, after which what is queued is answered.
+
+    Args:
+        repo (`str`): Folder or Hub id.
+        host, port: Where to listen.
+        name (`str`, *optional*): What clients call the model. Default: `repo`.
+        limits (`Limits`): Bounds.
+        load: For `BTokSentenceTransformer`.
+    """
+    api_key = os.environ.get(KEY) or None
+    app = make_app(ServedModel(repo, **load), name or repo, limits, api_key)
+    uvicorn.run(app, host=host, port=port, access_log=False, server_header=False)
