@@ -94,7 +94,8 @@ def verify_url(
 def request_body(row: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a request to `/v1/embeddings` that holds the input of a golden row, with PNG images in base64.
 
-    `media_io_kwargs` is how vLLM is told when the frames of a video were shown. Other servers ignore or refuse it.
+    A video is sent as its frames, without times. The frames of golden videos are two per second, which is what servers
+    of this library take them for.
     """
     if "messages" in row:
         messages = [{**message, "content": _content(message["content"])} for message in row["messages"]]
@@ -106,11 +107,7 @@ def request_body(row: Mapping[str, Any]) -> dict[str, Any]:
         messages = [{"role": "user", "content": _content(parts)}]
         if "prompt" in row:
             messages.insert(0, {"role": "system", "content": row["prompt"]})
-    body: dict[str, Any] = {"messages": messages}
-    timing = [part for part in _videos(row) if part]
-    if timing:
-        body["media_io_kwargs"] = {"video": {"num_frames": -1, **timing[0]}}
-    return body
+    return {"messages": messages}
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -130,13 +127,6 @@ def _content(content: Any) -> Any:
         else:
             parts.append(part)
     return parts
-
-
-def _videos(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The timing of each video of a row."""
-    parts = [part for message in row.get("messages", ()) for part in message["content"] if isinstance(part, dict)]
-    videos = [part["video"] for part in parts if part["type"] == "video"] or _as_list(row.get("video", []))
-    return [video["video_metadata"] for video in videos]
 
 
 def _served_model(url: str) -> str:

@@ -11,6 +11,9 @@ from typing import Any
 
 FAMILIES = ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL")
 MODE = "btok"  # what vLLM calls a tokenizer mode: it chooses the tokenizer and the renderer
+# Frames without times count as two per second in this library, and none is left out. vLLM would count one per second
+# and drop those after the 32nd.
+VIDEO = {"num_frames": -1, "fps": 2.0}
 
 
 def register() -> None:
@@ -41,13 +44,15 @@ class BTokConfig:
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Choose the renderer. Raises `ValueError` for another tokenizer mode than the default."""
+        """Choose the renderer and the defaults of videos. Raises `ValueError` for another tokenizer mode."""
         if model_config.tokenizer_mode not in ("auto", "hf", MODE):
             raise ValueError(
                 f"A model with Bottleneck Tokens needs its own tokenizer, got --tokenizer-mode "
                 f"{model_config.tokenizer_mode}. Leave it out."
             )
         model_config.tokenizer_mode = MODE
+        reading = model_config.multimodal_config.media_io_kwargs
+        reading["video"] = VIDEO | reading.get("video", {})
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:

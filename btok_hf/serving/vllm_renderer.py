@@ -53,9 +53,9 @@ class BTokRenderer(HfRenderer):
         if list(ids[-len(tokens) :]) != list(tokens) or held != len(tokens):
             raise VLLMValidationError(
                 f"An input must end in the {len(tokens)} Bottleneck Token(s) {tokens} and have none elsewhere, got "
-                f"{held} in {len(ids)} tokens that end in {list(ids[-len(tokens) :])}. Send a text or messages, without "
-                "a chat template or add_generation_prompt. Shorten it, or set truncation_side to left, if it is too "
-                "long.",
+                f"{held} in {len(ids)} tokens that end in {list(ids[-len(tokens) :])}. Send a text or messages "
+                "without a chat template or add_generation_prompt. Shorten it, or set truncation_side to left, if it "
+                "is too long.",
                 parameter="input",
             )
         if row["type"] == "token" and {config.image_token_id, config.video_token_id} & set(ids):
