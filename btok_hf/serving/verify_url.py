@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from btok_hf.hub import golden_file
+from btok_hf.hub import check_distinct, golden_file
 
 TIMEOUT = 300  # seconds for one input
 
@@ -52,6 +52,7 @@ def verify_url(
         raise ValueError(f"The address of a server starts with http:// or https://, got {url!r}.")
     url = url.rstrip("/").removesuffix("/v1")
     content = json.loads(golden_file(path_or_repo, revision=revision, token=token).read_text("utf-8"))
+    check_distinct(path_or_repo, content)
     allowed = content["tolerance"] if tolerance is None else tolerance
     rows = content["inputs"]
     request = {"model": _served_model(url)}
