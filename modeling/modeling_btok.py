@@ -270,6 +270,11 @@ class BTokForEmbedding(PreTrainedModel):
             path.write_text(json.dumps(with_auto_map(json.loads(path.read_text("utf-8"))), indent=2) + "\n", "utf-8")
         shutil.copyfile(__file__, Path(save_directory, "modeling_btok.py"))
 
+    @classmethod
+    def is_backend_compatible(cls) -> bool:
+        """`False`: engines that can run any model of transformers, and pool it in their own way, ask this first."""
+        return False
+
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.model.get_input_embeddings()
 
