@@ -18,9 +18,8 @@ from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
 class BottleneckPool(SequencePoolingMethod):
     """The fp32 mean of the hidden states at the last K positions of each row.
 
-    A row may come in several steps although chunked prefill is off: the scheduler stops before an image if there is no
-    room for it in the encoder's cache. vLLM calls the pooler in each step and drops what it returns before the last.
-    The tokens follow all media, so the last step has all of them. If it had not, the vector would be NaN.
+    vLLM drops what is returned for a row that has not been run to its end. A row whose last step lacks some of its
+    tokens gets NaN, because an error would end the engine. `vllm_plugin.py` refuses the settings that cut rows.
     """
 
     def __init__(self, num_tokens: int) -> None:

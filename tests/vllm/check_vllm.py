@@ -215,7 +215,7 @@ def test_text_that_is_cut_at_its_start_keeps_its_tokens(served):
 
 
 def test_64_mixed_requests_at_once(export, folder):
-    """With room for few: rows stop before an image that the encoder has no room for, and are preempted."""
+    """With room for few at a time, in memory and in a step. A row of eight is refused, and no other is disturbed."""
     repo = export("qwen2_5_vl", 4)
     golden, bad = Golden(repo), list(refused(repo).values())
     names = sorted(golden.rows)
@@ -277,7 +277,7 @@ def test_offline(export, folder):
         "    rows = [text, {'prompt': prompt, 'multi_modal_data': media}]\n"
         "    json.dump([row.outputs.embedding for row in llm.embed(rows)], open(out, 'w'))\n"
         "    try: llm.embed([{'prompt_token_ids': [70, 71]}])\n"
-        "    except ValueError as error: assert 'must end in' in str(error)\n"
+        "    except Exception as error: assert 'must end in' in str(error)\n"
         "    else: raise SystemExit('a row without its tokens was embedded')\n"
     )
     script, out = folder / "offline.py", folder / "offline.json"
