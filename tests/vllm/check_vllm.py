@@ -116,10 +116,9 @@ class Golden:
     ids=lambda pair: "-".join(map(str, pair)),
 )
 def served(request, export, folder):
-    """A repository and its server, with vLLM's defaults but for the number of images."""
+    """A repository and its server, with vLLM's defaults but for the precision."""
     repo = export(*request.param)
-    limit = ("--limit-mm-per-prompt", '{"image": 3, "video": 1}')
-    with VllmServer(repo, folder / f"{repo.name}.log", *limit) as server:
+    with VllmServer(repo, folder / f"{repo.name}.log") as server:
         yield repo, server
 
 
@@ -220,8 +219,7 @@ def test_64_mixed_requests_at_once(export, folder):
     golden, bad = Golden(repo), list(refused(repo).values())
     names = sorted(golden.rows)
     options = ("--max-model-len", 768, "--max-num-batched-tokens", 768, "--num-gpu-blocks-override", 12)
-    limit = ("--limit-mm-per-prompt", '{"image": 3, "video": 1}', "--max-num-seqs", 8)
-    with VllmServer(repo, folder / "crowded.log", *options, *limit) as server:
+    with VllmServer(repo, folder / "crowded.log", *options, "--max-num-seqs", 8) as server:
 
         def ask(index):
             encoding = ("float", "base64")[index % 2]
