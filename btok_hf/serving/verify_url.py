@@ -162,5 +162,7 @@ def _embed(url: str, body: dict[str, Any]) -> np.ndarray | str:
     return np.asarray(embedding, np.float32)
 
 
-def _difference(expected: np.ndarray, actual: np.ndarray) -> float:
-    return float(np.abs(expected - actual).max()) if expected.shape == actual.shape else float("inf")
+def _difference(expected: np.ndarray, actual: np.ndarray | str) -> float:
+    if isinstance(actual, str) or expected.shape != actual.shape:
+        return float("inf")
+    return float(np.abs(expected - actual).max())

@@ -55,11 +55,11 @@ class WithPositionsOfTransformers(WithBottleneckTokens):
     #45381). They differ if a clip has more frames than a frame has rows and columns of tokens.
     """
 
-    positions_of: type
+    positions_of: Any  # the class in transformers
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        model: Any = self.positions_of.__new__(self.positions_of)  # only its configuration is needed, no weights
+        model = self.positions_of.__new__(self.positions_of)  # only its configuration is needed, no weights
         torch.nn.Module.__init__(model)
         model.config = vllm_config.model_config.hf_config
         self.get_rope_index = model.get_rope_index

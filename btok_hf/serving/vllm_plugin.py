@@ -34,7 +34,7 @@ def register() -> None:
     for family in FAMILIES:
         name = f"BTok{family}ForEmbedding"
         ModelRegistry.register_model(name, f"btok_hf.serving.vllm_models:{name}")
-        MODELS_CONFIG_MAP[name] = BTokConfig  # type: ignore[assignment]  # no subclass, to import vLLM late
+        MODELS_CONFIG_MAP[name] = BTokConfig  # no subclass of vLLM's, which is imported late
     TokenizerRegistry.tokenizers[MODE] = ("vllm.tokenizers.hf", "CachedHfTokenizer")
     RENDERER_REGISTRY.renderers[MODE] = ("btok_hf.serving.vllm_renderer", "BTokRenderer")
 
