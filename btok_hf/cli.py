@@ -239,18 +239,35 @@ def _verify(commands: Any) -> None:
         commands,
         "verify",
         _run_verify,
-        "Load a repository in a fresh process with stock loaders and compare its embeddings with its golden vectors.",
+        "Load a repository in a fresh process with stock loaders and compare its embeddings with its golden vectors. "
+        "With --url, compare a running server instead.",
         "btok verify org/btok-2b --revision main",
     )
     parser.add_argument("path_or_repo", help="folder or Hub id of an exported repository")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
-    parser.add_argument("--device", default="cpu", help="device of the model (default: %(default)s)")
+    parser.add_argument("--device", help="device of the model (default: cpu)")
+    parser.add_argument("--url", help="address of a running server, e.g. http://127.0.0.1:8000")
+    parser.add_argument("--tolerance", type=float, help="with --url: largest allowed difference (default: the file's)")
 
 
-def _run_verify(**options: Any) -> None:
-    from btok_hf.hub import verify
+def _run_verify(
+    path_or_repo: str, revision: str | None, device: str | None, url: str | None, tolerance: float | None
+) -> None:
+    if url is None:
+        from btok_hf.hub import verify
 
-    print(f"verified: largest difference {verify(**options):.1e}")
+        if tolerance is not None:
+            raise argparse.ArgumentError(
+                None, "--tolerance needs --url: files must fit the golden vectors as they are."
+            )
+        largest = verify(path_or_repo, revision=revision, device=device or "cpu")
+    else:
+        from btok_hf.serving.verify_url import verify_url
+
+        if device is not None:
+            raise argparse.ArgumentError(None, "--device has no meaning with --url: the server chose its own.")
+        largest = verify_url(path_or_repo, url, revision=revision, tolerance=tolerance)
+    print(f"verified: largest difference {largest:.1e}")
 
 
 def _push(commands: Any) -> None:

@@ -14,8 +14,9 @@ import shlex
 import subprocess
 import sys
 import traceback
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
@@ -184,25 +185,10 @@ def verify(
         RuntimeError: The repository cannot be read, or its vectors differ.
     """
     source = str(path_or_repo)
-    path: Path | None = Path(path_or_repo, golden.FILE_NAME)
-    if Path(source).exists():
-        if revision is not None:
-            raise ValueError(f"{source} is a folder and has no revision {revision!r}. Leave it out, or pass a Hub id.")
-    else:
-        path = _download_golden(source, revision, token)
-    if path is None or not path.is_file():
-        raise ValueError(
-            f"{source} has no {golden.FILE_NAME} to compare with. btok_hf.export_model writes it. Adapters, untrained "
-            "repositories and training checkpoints have none. Export the model, and verify the export."
-        )
+    path = golden_file(source, revision=revision, token=token)
     content = golden.read_golden(path)
-    tolerance, closest = content["tolerance"], content["closest"]
-    if not closest > golden.DISTINCT * tolerance:
-        raise ValueError(
-            f"The golden vectors of {source} are too similar to verify anything: those of two different inputs differ "
-            f"by {closest:.1e}, with a tolerance of {tolerance:.0e}. The exported model was untrained or collapsed. "
-            "Export a trained one."
-        )
+    check_distinct(source, content)
+    tolerance = content["tolerance"]
     run = subprocess.run(
         [sys.executable, "-P", golden.__file__],
         input=json.dumps({"source": source, "golden": str(path), "revision": revision, "device": device}),
@@ -247,6 +233,46 @@ def verify(
             _secrets(token),
         )
     )
+
+
+def golden_file(path_or_repo: str | Path, *, revision: str | None = None, token: str | None = None) -> Path:
+    """The file of golden vectors of a repository, downloaded if it is on the Hub.
+
+    Args:
+        path_or_repo (`str` or `Path`): Folder or Hub id of a repository written by `export_model`.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        token (`str`, *optional*): Default: `HF_TOKEN`, or the login of `hf auth login`.
+
+    Returns:
+        `Path`: The file.
+
+    Raises:
+        ValueError: No golden vectors, or a revision of a local folder.
+        RuntimeError: The repository cannot be read.
+    """
+    source = str(path_or_repo)
+    path: Path | None = Path(source, golden.FILE_NAME)
+    if Path(source).exists():
+        if revision is not None:
+            raise ValueError(f"{source} is a folder and has no revision {revision!r}. Leave it out, or pass a Hub id.")
+    else:
+        path = _download_golden(source, revision, token)
+    if path is None or not path.is_file():
+        raise ValueError(
+            f"{source} has no {golden.FILE_NAME} to compare with. btok_hf.export_model writes it. Adapters, untrained "
+            "repositories and training checkpoints have none. Export the model, and verify the export."
+        )
+    return path
+
+
+def check_distinct(source: str | Path, content: Mapping[str, Any]) -> None:
+    """Raise `ValueError` if the vectors of a golden file are so similar that they verify nothing."""
+    if not content["closest"] > golden.DISTINCT * content["tolerance"]:
+        raise ValueError(
+            f"The golden vectors of {source} are too similar to verify anything: those of two different inputs differ "
+            f"by {content['closest']:.1e}, with a tolerance of {content['tolerance']:.0e}. The exported model was "
+            "untrained or collapsed. Export a trained one."
+        )
 
 
 def _download_golden(repo_id: str, revision: str | None, token: str | None) -> Path | None:

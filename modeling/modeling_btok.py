@@ -281,6 +281,11 @@ class BTokForEmbedding(PreTrainedModel):
             path.write_text(json.dumps(with_auto_map(json.loads(path.read_text("utf-8"))), indent=2) + "\n", "utf-8")
         shutil.copyfile(__file__, Path(save_directory, "modeling_btok.py"))
 
+    @classmethod
+    def is_backend_compatible(cls) -> bool:
+        """`False`: engines that can run any model of transformers, and pool it in their own way, ask this first."""
+        return False
+
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.model.get_input_embeddings()
 
@@ -360,9 +365,14 @@ BTokForEmbedding.config_class = _NoConfigClass()  # type: ignore[assignment]  # 
 
 
 def with_auto_map(config: dict[str, Any]) -> dict[str, Any]:
-    """`config.json` of an exported repository: the stock architecture, and the class of this file as `AutoModel`."""
+    """`config.json` of a repository: an architecture of our own, and the class of this file as `AutoModel`.
+
+    transformers chooses its stock classes by `model_type` and ignores the architecture. Engines that choose by it, and
+    do not know Bottleneck Tokens, refuse the model instead of pooling it in another way.
+    """
+    stock = STOCK_CLASSES[config["model_type"]].__name__
     return {
         **config,
-        "architectures": [STOCK_CLASSES[config["model_type"]].__name__],
+        "architectures": [f"BTok{stock.replace('ForConditionalGeneration', 'ForEmbedding')}"],
         "auto_map": {"AutoModel": "modeling_btok.BTokForEmbedding"},
     }

@@ -91,6 +91,8 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
                 f"matryoshka_dims must lie between 1 and the embedding's {hidden_size} dimensions, "
                 f"got {matryoshka_dims}. Remove those outside."
             )
+        if matryoshka_dims:
+            config.matryoshka_dimensions = sorted(matryoshka_dims)  # vLLM cuts embeddings only to these
         self.model = model
         self._inner = (model,)  # the trainer puts wrappers around `model`; in a tuple it is not registered twice
         self.temperature = temperature

@@ -79,7 +79,11 @@ def _within(name, package):
 
 def test_file_of(root):
     """The test file of each source file: test_NAME.py; a package's `__init__` and `__main__` are test_package.py's."""
-    special = {"btok_hf.hub_card.examples": "test_card_examples.py"}
+    special = {
+        "btok_hf.hub_card.examples": "test_card_examples.py",
+        "btok_hf.serving.vllm_models": "vllm/check_vllm.py",  # needs vLLM: `make test-vllm`
+        "btok_hf.serving.vllm_renderer": "vllm/check_vllm.py",
+    }
     return {
         path.relative_to(root).as_posix(): special.get(name, f"test_{path.stem}.py")
         for name, path in modules(root).items()

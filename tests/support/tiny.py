@@ -39,7 +39,7 @@ def tokenizer():
     return tokenizer
 
 
-def build(backbone, path, vocab_size=320, tied=True, seed=0, chat_template=CHAT_TEMPLATE):
+def build(backbone, path, vocab_size=320, tied=True, seed=0, chat_template=CHAT_TEMPLATE, head_dim=16):
     """Write a random base checkpoint with its processor to `path`. 264 of the `vocab_size` rows are taken."""
     tok = tokenizer()
     ids = dict(zip(SPECIAL, tok.convert_tokens_to_ids(SPECIAL)))
@@ -50,15 +50,16 @@ def build(backbone, path, vocab_size=320, tied=True, seed=0, chat_template=CHAT_
         "vision_end_token_id": ids["<|vision_end|>"],
         "tie_word_embeddings": tied,
     }
+    sections = [head_dim // 8, head_dim * 3 // 16, head_dim * 3 // 16]
     text = {
         "vocab_size": vocab_size,
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_attention_heads": 64 // head_dim,
+        "num_key_value_heads": 32 // head_dim,
         "max_position_embeddings": 4096,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6},
+        "rope_parameters": {"rope_type": "default", "mrope_section": sections, "rope_theta": 1e6},
         "bos_token_id": ids["<|endoftext|>"],
         "eos_token_id": ids["<|im_end|>"],
         "pad_token_id": ids["<|endoftext|>"],
@@ -94,12 +95,12 @@ def build(backbone, path, vocab_size=320, tied=True, seed=0, chat_template=CHAT_
             "num_position_embeddings": 64,
             "deepstack_visual_indexes": [0, 1],
         }
-        text = {**text, "head_dim": 16}
+        text = {**text, "head_dim": head_dim}
         text["rope_parameters"] = {**text["rope_parameters"], "mrope_interleaved": True}
         model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **special))
         pixels = {"shortest_edge": 32 * 32, "longest_edge": 32 * 32 * 16}
         processor = Qwen3VLProcessor(
-            Qwen2VLImageProcessor(patch_size=16, size=pixels),
+            Qwen2VLImageProcessor(patch_size=16, size=pixels, image_mean=[0.5] * 3, image_std=[0.5] * 3),
             tok,
             Qwen3VLVideoProcessor(size={"shortest_edge": 32 * 32 * 2, "longest_edge": 32 * 32 * 64}),
         )

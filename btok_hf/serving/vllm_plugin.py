@@ -1,0 +1,71 @@
+"""The plugin for vLLM: with btok-hf installed beside it, `vllm serve REPO --runner pooling` gives the golden vectors.
+
+vLLM calls `register` in each of its processes, for any model that it serves. So this file imports nothing heavy.
+
+- `vllm_models.py`: the stock Qwen-VL models with a pooler over the Bottleneck Tokens.
+- `vllm_renderer.py`: plain texts go through the chat template, and a row without its tokens is refused.
+"""
+
+import logging
+from typing import Any
+
+FAMILIES = ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL")
+MODE = "btok"  # what vLLM calls a tokenizer mode: it chooses the tokenizer and the renderer
+# Frames without times count as two per second in this library, and none is left out. vLLM would count one per second
+# and drop those after the 32nd.
+VIDEO = {"num_frames": -1, "fps": 2.0}
+
+
+def register() -> None:
+    """Register the architectures, their configuration checks and the renderer. May be called several times."""
+    from vllm import ModelRegistry
+
+    try:
+        from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+        from vllm.renderers.registry import RENDERER_REGISTRY
+        from vllm.tokenizers.registry import TokenizerRegistry
+    except ImportError as error:  # not raised: it would stop vLLM from serving any other model
+        logging.getLogger("vllm").warning(
+            "btok-hf does not support this release of vLLM (%s), which will refuse models with Bottleneck Tokens. "
+            "Install vLLM 0.32.",
+            error,
+        )
+        return
+    for family in FAMILIES:
+        name = f"BTok{family}ForEmbedding"
+        ModelRegistry.register_model(name, f"btok_hf.serving.vllm_models:{name}")
+        MODELS_CONFIG_MAP[name] = BTokConfig  # no subclass of vLLM's, which is imported late
+    TokenizerRegistry.tokenizers[MODE] = ("vllm.tokenizers.hf", "CachedHfTokenizer")
+    RENDERER_REGISTRY.renderers[MODE] = ("btok_hf.serving.vllm_renderer", "BTokRenderer")
+
+
+class BTokConfig:
+    """What vLLM calls when it has read the configuration of a model with Bottleneck Tokens."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Choose the renderer and the defaults of videos. Raises `ValueError` for another tokenizer mode."""
+        if model_config.tokenizer_mode not in ("auto", "hf", MODE):
+            raise ValueError(
+                f"A model with Bottleneck Tokens needs its own tokenizer, got --tokenizer-mode "
+                f"{model_config.tokenizer_mode}. Leave it out."
+            )
+        model_config.tokenizer_mode = MODE
+        reading = model_config.multimodal_config.media_io_kwargs
+        reading["video"] = VIDEO | reading.get("video", {})
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """Raise `ValueError` for settings that may cut a row within or before its Bottleneck Tokens."""
+        pooler = vllm_config.model_config.pooler_config
+        refused = {
+            "--enable-chunked-prefill": vllm_config.scheduler_config.enable_chunked_prefill,
+            "--enable-prefix-caching": vllm_config.cache_config.enable_prefix_caching,
+            "enable_chunked_processing in --pooler-config": pooler is not None and pooler.enable_chunked_processing,
+        }
+        given = [name for name, is_on in refused.items() if is_on]
+        if given:
+            raise ValueError(
+                f"A model with Bottleneck Tokens needs whole rows, but {', '.join(given)} would cut them. Switch "
+                "this off, and leave the pooling type of --pooler-config out: then vLLM's defaults are right."
+            )

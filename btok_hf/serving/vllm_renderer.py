@@ -1,0 +1,70 @@
+"""How vLLM makes rows of requests for a model with Bottleneck Tokens. Runs in the server's own process.
+
+A request is refused here, before the engine sees it: an error in the engine would stop it, and a vector of NaN would
+pass for a vector in base64.
+"""
+
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+from vllm.renderers import ChatParams
+from vllm.renderers.hf import HfRenderer
+
+
+class BTokRenderer(HfRenderer):
+    """The stock renderer. Plain texts go through the chat template, and every row must end in the K tokens."""
+
+    def render_prompt(self, prompt: Any) -> Any:
+        """A prompt of text alone, put into the chat template. One with media or token ids has been through it."""
+        if self._is_plain_text(prompt):
+            return self.render_messages(_message(prompt), ChatParams())[1]
+        return super().render_prompt(prompt)
+
+    async def _render_prompt_async(self, prompt: Any) -> Any:
+        if self._is_plain_text(prompt):
+            return (await self.render_messages_async(_message(prompt), ChatParams()))[1]
+        return await super()._render_prompt_async(prompt)
+
+    @staticmethod
+    def _is_plain_text(prompt: Any) -> bool:
+        return (
+            isinstance(prompt, dict)
+            and "prompt" in prompt
+            and not prompt.keys() & {"prompt_token_ids", "multi_modal_data"}
+        )
+
+    def process_for_engine(self, *args: Any, **kwargs: Any) -> Any:
+        """The row that goes to the engine. Raises `VLLMValidationError` if it does not end in the K tokens."""
+        return self._checked(super().process_for_engine(*args, **kwargs))
+
+    async def process_for_engine_async(self, *args: Any, **kwargs: Any) -> Any:
+        """See `process_for_engine`."""
+        return self._checked(await super().process_for_engine_async(*args, **kwargs))
+
+    def _checked(self, row: Any) -> Any:
+        config = self.model_config.hf_config
+        ids, tokens = row.get("prompt_token_ids"), config.btok_token_ids
+        if ids is None:
+            raise VLLMValidationError(
+                "A model with Bottleneck Tokens cannot embed prompt_embeds. Send texts, or messages.",
+                parameter="prompt_embeds",
+            )
+        held = sum(ids.count(token) for token in tokens)
+        if list(ids[-len(tokens) :]) != list(tokens) or held != len(tokens):
+            raise VLLMValidationError(
+                f"An input must end in the {len(tokens)} Bottleneck Token(s) {tokens} and have none elsewhere, got "
+                f"{held} in {len(ids)} tokens that end in {list(ids[-len(tokens) :])}. Send a text or messages "
+                "without a chat template or add_generation_prompt. Shorten it, or set truncation_side to left, if it "
+                "is too long.",
+                parameter="input",
+            )
+        if row["type"] == "token" and {config.image_token_id, config.video_token_id} & set(ids):
+            raise VLLMValidationError(
+                "The token ids have placeholders of images or videos, but none were sent. Send messages.",
+                parameter="input",
+            )
+        return row
+
+
+def _message(prompt: Any) -> list[Any]:
+    return [{"role": "user", "content": prompt["prompt"]}]

@@ -1,0 +1,138 @@
+"""`verify_url` against a small server on this machine, which embeds with the library."""
+
+import base64
+import io
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from btok_hf import BTokSentenceTransformer
+from btok_hf.cli import main
+from btok_hf.serving.verify_url import request_body, verify_url
+
+
+class Server(ThreadingHTTPServer):
+    """Answers `/v1/models` and `/v1/embeddings` of OpenAI for texts and images. `change` spoils vectors."""
+
+    def __init__(self, model):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.model, self.lock, self.encodings = model, threading.Lock(), []
+        self.change = lambda vector: vector
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Handler(BaseHTTPRequestHandler):
+    def answer(self, status, content):
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self):
+        self.answer(*((200, {"data": [{"id": "served"}]}) if self.path == "/v1/models" else (404, {})))
+
+    def do_POST(self):
+        request = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        assert self.path == "/v1/embeddings" and request["model"] == "served"
+        item, prompt = {"image": [], "text": []}, None
+        for message in request["messages"]:
+            if message["role"] == "system":
+                prompt = message["content"]
+                continue
+            for part in message["content"]:
+                if part["type"] == "video_url":
+                    return self.answer(400, {"error": {"message": "no videos here"}})
+                if part["type"] == "text":
+                    item["text"].append(part["text"])
+                else:
+                    data = part["image_url"]["url"].removeprefix("data:image/png;base64,")
+                    item["image"].append(Image.open(io.BytesIO(base64.b64decode(data))))
+        item = {key: value for key, value in item.items() if value}
+        with self.server.lock:
+            (vector,) = self.server.model.encode([item], prompt=prompt)
+        vector = self.server.change(vector.astype("<f4"))
+        self.server.encodings.append(request["encoding_format"])
+        if request["encoding_format"] == "base64":
+            vector = base64.b64encode(vector.tobytes()).decode()
+        else:
+            vector = vector.tolist()
+        self.answer(200, {"data": [{"embedding": vector}]})
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server(exported):
+    server = Server(BTokSentenceTransformer(exported, device="cpu"))
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_right_vectors_and_what_is_not_reached(exported, server, capsys):
+    for url in (server.url, server.url + "/v1/"):
+        assert verify_url(exported, url) < 1e-5
+        printed = capsys.readouterr().out
+        rows = json.loads((exported / "golden.json").read_text("utf-8"))["inputs"]
+        videos = [row["name"] for row in rows if "video" in row]
+        assert printed.count(" ok\n") == len(rows) - len(videos)
+        assert f"not reached: {', '.join(videos)}" in printed and "HTTP 400" in printed and "no videos here" in printed
+    assert set(server.encodings) == {"float", "base64"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda v: v + np.float32(1e-3), lambda v: v[:8], lambda v: v * np.float32("nan"), lambda v: v * 2],
+    ids=["other", "short", "nan", "long"],
+)
+def test_other_vectors_are_an_error(exported, server, change):
+    server.change = change
+    with pytest.raises(RuntimeError, match=r"does not give the golden vectors of .*'short text'.*float32"):
+        verify_url(exported, server.url)
+
+
+def test_tolerance(exported, server, capsys):
+    server.change = lambda vector: vector + np.float32(1e-3)
+    assert main(["verify", str(exported), "--url", server.url, "--tolerance", "0.01"]) == 0
+    assert capsys.readouterr().out.endswith("verified: largest difference 1.0e-03\n")
+
+
+def test_a_server_that_fails_or_is_not_there(exported, server):
+    server.model = None  # every request ends in an exception, and without an answer
+    with pytest.raises(RuntimeError, match="stopped to answer"):
+        verify_url(exported, server.url)
+    with pytest.raises(RuntimeError, match=r"/v1/models names no model .*Start the server"):
+        verify_url(exported, "http://127.0.0.1:9")
+    with pytest.raises(ValueError, match="starts with http"):
+        verify_url(exported, "127.0.0.1:8000")
+
+
+def test_flags_of_the_other_kind_are_refused(exported, capsys):
+    for flags, reason in (
+        (["--tolerance", "0.1"], "--tolerance needs --url"),
+        (["--url", "http://x", "--device", "cpu"], "--device has no meaning with --url"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["verify", str(exported), *flags])
+        assert ended.value.code == 2 and reason in capsys.readouterr().err
+
+
+def test_every_form_of_a_golden_row_becomes_messages():
+    video = {"array": ["f1", "f2"], "video_metadata": {}}
+    row = {"image": ["a", "b"], "video": video, "text": "t", "prompt": "p"}
+    system, user = request_body(row)["messages"]
+    assert system == {"role": "system", "content": "p"}
+    urls = [part[part["type"]]["url"] for part in user["content"][:3]]
+    assert urls == ["data:image/png;base64,a", "data:image/png;base64,b", "data:video/jpeg;base64,f1,f2"]
+    assert user["content"][3] == {"type": "text", "text": "t"}
+    parts = [{"type": "text", "text": "t"}, {"type": "image", "image": "a"}, {"type": "video", "video": video}]
+    messages = [{"role": "system", "content": "p"}, {"role": "user", "content": parts}]
+    _, user = request_body({"messages": messages})["messages"]
+    assert [part["type"] for part in user["content"]] == ["text", "image_url", "video_url"]

@@ -1,0 +1,86 @@
+"""The plugin as far as it goes without vLLM. `make test-vllm` serves models with it."""
+
+import json
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import transformers
+from transformers import AutoModelForImageTextToText
+
+from btok_hf import BTokForEmbedding
+from btok_hf.modeling.modeling_btok import STOCK_CLASSES
+from btok_hf.serving import vllm_plugin
+
+
+def test_vllm_finds_the_plugin():
+    (entry,) = entry_points(group="vllm.general_plugins", name="btok")
+    assert entry.load() is vllm_plugin.register
+
+
+def test_it_imports_nothing_heavy():
+    """vLLM imports it in each process, and for every model."""
+    code = (
+        "import sys, btok_hf.serving.vllm_plugin\n"
+        "heavy = {'torch', 'transformers', 'sentence_transformers', 'vllm'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_repositories_name_the_architectures_that_it_registers(repos, exported):
+    """No engine knows them otherwise, and transformers has no such classes."""
+    names = {f"BTok{family}ForEmbedding" for family in vllm_plugin.FAMILIES}
+    configs = [json.loads(Path(repo, "config.json").read_text("utf-8")) for repo in [*repos.values(), exported]]
+    assert {name for config in configs for name in config["architectures"]} == names
+    assert len(names) == len(STOCK_CLASSES) and not any(hasattr(transformers, name) for name in names)
+
+
+def test_stock_classes_load_and_save_the_architecture_is_kept(exported, tmp_path):
+    model = AutoModelForImageTextToText.from_pretrained(exported)
+    assert type(model) is STOCK_CLASSES["qwen2_vl"]
+    BTokForEmbedding.from_pretrained(exported).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    assert config["architectures"] == ["BTokQwen2VLForEmbedding"]
+
+
+def test_engines_that_run_any_model_are_told_not_to():
+    assert not BTokForEmbedding.is_backend_compatible()
+
+
+def settings(prefill=False, caching=False, chunked=False):
+    return SimpleNamespace(
+        model_config=SimpleNamespace(pooler_config=SimpleNamespace(enable_chunked_processing=chunked)),
+        scheduler_config=SimpleNamespace(enable_chunked_prefill=prefill),
+        cache_config=SimpleNamespace(enable_prefix_caching=caching),
+    )
+
+
+def test_settings_that_cut_rows_are_refused():
+    check = vllm_plugin.BTokConfig.verify_and_update_config
+    check(settings())
+    for name, word in (
+        ("prefill", "--enable-chunked-prefill"),
+        ("caching", "--enable-prefix-caching"),
+        ("chunked", "enable_chunked_processing"),
+    ):
+        with pytest.raises(ValueError, match=rf"needs whole rows, but {word}.*would cut them"):
+            check(settings(**{name: True}))
+
+
+def test_the_renderer_and_the_defaults_of_videos_are_set():
+    def config(mode, **video):
+        reading = {"video": video} if video else {}
+        return SimpleNamespace(tokenizer_mode=mode, multimodal_config=SimpleNamespace(media_io_kwargs=reading))
+
+    update = vllm_plugin.BTokConfig.verify_and_update_model_config
+    for given, expected in (({}, vllm_plugin.VIDEO), ({"num_frames": 8}, {"num_frames": 8, "fps": 2.0})):
+        changed = config("auto", **given)
+        update(changed)
+        assert changed.tokenizer_mode == "btok" and changed.multimodal_config.media_io_kwargs == {"video": expected}
+    with pytest.raises(ValueError, match="got --tokenizer-mode slow"):
+        update(config("slow"))

@@ -1,0 +1,289 @@
+"""vLLM gives the golden vectors, or refuses. Run by `make test-vllm`; pytest does not collect it by its name."""
+
+import base64
+import io
+import json
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+from support import tiny
+from support.vllm_server import PYTHON, VllmServer, environment
+
+from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model
+from btok_hf.serving.verify_url import request_body, verify_url
+
+CLOSE = 1e-5  # measured: 2e-7
+DIMENSIONS = [16, 64]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("vllm")
+
+
+@pytest.fixture(scope="module")
+def export(folder):
+    """Exports by backbone and K, whose golden file has more inputs. vLLM's CPU attention takes heads of 32."""
+
+    def build(backbone, num_tokens):
+        output = folder / f"{backbone}-{num_tokens}"
+        if not output.exists():
+            base = tiny.build(backbone, folder / f"base-{output.name}", head_dim=32)
+            start = add_bottleneck_tokens(
+                base, folder / f"start-{output.name}", num_tokens, noise_std=1.0, prompts={"query": "Find it."}
+            )
+            model = BTokSentenceTransformer(str(start), device="cpu")
+            if backbone == "qwen2_5_vl":
+                model.config.matryoshka_dimensions = DIMENSIONS
+            export_model(model, output)
+            add_golden_rows(output, model)
+        return output
+
+    return build
+
+
+def add_golden_rows(repo, model):
+    """What an export's own golden inputs may lack: long videos, several images, instructions with images."""
+    size = 64 if model.config.model_type == "qwen3_vl" else 56
+    rng = np.random.default_rng(0)
+
+    def picture(width, height):
+        return Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+    def clip(count):
+        """More steps in time than a frame has rows of tokens: two."""
+        metadata = {"fps": 2.0, "total_num_frames": count, "frames_indices": list(range(count))}
+        frames = np.stack([np.asarray(picture(size, size)) for _ in range(count)])
+        return {"array": frames, "video_metadata": {**metadata, "duration": count / 2}}
+
+    one, two, three = picture(2 * size, size), picture(size, 2 * size), picture(size, size)
+    inputs = {
+        "two images": {"image": [one, two], "text": "Both of them."},
+        "three images": {"image": [three, two, one]},
+        "long video": {"video": clip(24)},
+        "40 frames, text": {"video": clip(40), "text": "A clip that goes on."},
+        "image and video": {"image": one, "video": clip(12), "text": "Both kinds."},
+        "500 bytes": {"text": "On and on. " * 45},
+    }
+    golden = json.loads((repo / "golden.json").read_text("utf-8"))
+    for name, item in inputs.items():
+        for prompt in (None, "Find the same thing."):
+            vector = model.encode([item], **({"prompt": prompt} if prompt else {}))[0]
+            row = {"name": f"more: {name}{', instruction' * bool(prompt)}", **encoded(item)}
+            row |= {"prompt": prompt} if prompt else {}
+            golden["inputs"].append({**row, "embedding": base64.b64encode(vector.astype("<f4").tobytes()).decode()})
+    content = [{"type": "image", "image": png(one)}, {"type": "text", "text": "A message."}]
+    messages = [{"role": "system", "content": "An instruction."}, {"role": "user", "content": content}]
+    vector = model.encode([{"image": one, "text": "A message."}], prompt="An instruction.")[0]
+    golden["inputs"].append(
+        {"name": "more: messages", "messages": messages, "embedding": base64.b64encode(vector.tobytes()).decode()}
+    )
+    (repo / "golden.json").write_text(json.dumps(golden), "utf-8")
+
+
+def png(picture):
+    buffer = io.BytesIO()
+    Image.fromarray(np.asarray(picture)).save(buffer, "png")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def encoded(item):
+    """An input as in a golden file."""
+    row = dict(item)
+    if "image" in row:
+        row["image"] = [png(x) for x in row["image"]] if isinstance(row["image"], list) else png(row["image"])
+    if "video" in row:
+        row["video"] = {**row["video"], "array": [png(frame) for frame in row["video"]["array"]]}
+    return row
+
+
+class Golden:
+    """Rows of a golden file by name, and their vectors."""
+
+    def __init__(self, repo):
+        self.rows = {row["name"]: row for row in json.loads((repo / "golden.json").read_text("utf-8"))["inputs"]}
+
+    def vector(self, name):
+        return np.frombuffer(base64.b64decode(self.rows[name]["embedding"]), "<f4")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("qwen2_vl", 4), ("qwen2_5_vl", 4), ("qwen3_vl", 4), ("qwen2_vl", 0), ("qwen3_vl", 1)],
+    ids=lambda pair: "-".join(map(str, pair)),
+)
+def served(request, export, folder):
+    """A repository and its server, with vLLM's defaults but for the precision."""
+    repo = export(*request.param)
+    with VllmServer(repo, folder / f"{repo.name}.log") as server:
+        yield repo, server
+
+
+# ---------------------------------------------------------------- the same vectors
+
+
+def test_golden_vectors(served, capsys):
+    repo, server = served
+    largest = verify_url(repo, server.url)
+    printed = capsys.readouterr().out
+    assert largest < CLOSE and "not reached" not in printed
+    assert printed.count(" ok\n") == len(Golden(repo).rows) > 15
+
+
+def test_pooling_endpoint(served):
+    repo, server = served
+    golden = Golden(repo)
+    for name in ("short text", "image and text", "more: two images, instruction", "more: 40 frames, text"):
+        for encoding in ("float", "base64"):
+            (vector,) = server.vectors("/pooling", **request_body(golden.rows[name]), encoding_format=encoding)
+            assert np.abs(vector - golden.vector(name)).max() < CLOSE
+
+
+def test_plain_input_goes_through_the_chat_template(served):
+    """So nobody can type a special token there."""
+    repo, server = served
+    golden = Golden(repo)
+    names = ["short text", "other scripts", "more: 500 bytes"]
+    typed = "<|btok_0|><|im_end|>" * 2
+    for path in ("/v1/embeddings", "/pooling"):
+        vectors = server.vectors(path, input=[*(golden.rows[name]["text"] for name in names), typed])
+        for name, vector in zip(names, vectors):
+            assert np.abs(vector - golden.vector(name)).max() < CLOSE
+        (expected,) = BTokSentenceTransformer(str(repo), device="cpu").encode([{"text": typed}])
+        assert np.abs(vectors[-1] - expected).max() < CLOSE
+
+
+def test_dimensions_that_the_model_was_trained_for(served):
+    repo, server = served
+    text, full = "A red bicycle leans against a wall.", Golden(repo).vector("short text")
+    status, answer = server.post(input=text, dimensions=16)
+    if "matryoshka_dimensions" not in json.loads((repo / "config.json").read_text("utf-8")):
+        assert status == 400 and "dimensions" in answer
+        return
+    (cut,) = server.vectors(input=text, dimensions=16)
+    assert np.abs(cut - full[:16] / np.linalg.norm(full[:16])).max() < CLOSE
+    status, answer = server.post(input=text, dimensions=32)
+    assert status == 400 and "dimensions" in answer
+
+
+# ---------------------------------------------------------------- or a refusal
+
+
+def refused(repo):
+    """Requests whose rows do not end in the tokens, and rows with placeholders but without media."""
+    config = json.loads((repo / "config.json").read_text("utf-8"))
+    tokens = config["btok_token_ids"]
+    message = [{"role": "user", "content": "A text of some length."}]
+    return {
+        "no tokens": {"input": [70, 71, 72]},
+        "tokens not at the end": {"input": [70, *tokens, 72]},
+        "tokens twice": {"input": [70, *tokens, *tokens]},
+        "one of several": {"input": [[70, *tokens], [70, 71, 72]]},
+        "no media": {"input": [70, config["image_token_id"], *tokens]},
+        "generation prompt": {"messages": message, "add_generation_prompt": True},
+        "cut": {"messages": message, "truncate_prompt_tokens": 6, "truncation_side": "right"},
+        "cut, plain": {"input": "A text of some length.", "truncate_prompt_tokens": 6},
+        "too long": {"input": "far " * 4096},
+    }
+
+
+def test_rows_without_their_tokens_are_refused_alone(served):
+    repo, server = served
+    golden = Golden(repo)
+    for path in ("/v1/embeddings", "/pooling"):
+        for encoding in ("float", "base64"):
+            for name, body in refused(repo).items():
+                status, answer = server.post(path, **body, encoding_format=encoding)
+                assert status == 400 and isinstance(answer, str), (name, answer)
+    tokens = json.loads((repo / "config.json").read_text("utf-8"))["btok_token_ids"]
+    ids = [*golden.rows["short text"]["text"].encode()]
+    assert server.post(input=[*ids, *tokens])[0] == 200  # the ids of a whole row
+    (vector,) = server.vectors(input=golden.rows["short text"]["text"])
+    assert np.abs(vector - golden.vector("short text")).max() < CLOSE and server.is_alive()
+
+
+def test_text_that_is_cut_at_its_start_keeps_its_tokens(served):
+    repo, server = served
+    model = BTokSentenceTransformer(str(repo), device="cpu", max_seq_length=12)
+    (expected,) = model.encode([{"text": "A text of some length."}])
+    (vector,) = server.vectors(input="A text of some length.", truncate_prompt_tokens=12, truncation_side="left")
+    assert np.abs(vector - expected).max() < CLOSE
+
+
+def test_64_mixed_requests_at_once(export, folder):
+    """With room for few at a time, in memory and in a step. A row of eight is refused, and no other is disturbed."""
+    repo = export("qwen2_5_vl", 4)
+    golden, bad = Golden(repo), list(refused(repo).values())
+    names = sorted(golden.rows)
+    options = ("--max-model-len", 768, "--max-num-batched-tokens", 768, "--num-gpu-blocks-override", 12)
+    with VllmServer(repo, folder / "crowded.log", *options, "--max-num-seqs", 8) as server:
+
+        def ask(index):
+            encoding = ("float", "base64")[index % 2]
+            if index % 8 == 7:
+                return server.post(**bad[index // 8 % len(bad)], encoding_format=encoding)[0]
+            name = names[index % len(names)]
+            (vector,) = server.vectors(**request_body(golden.rows[name]), encoding_format=encoding)
+            return np.abs(vector - golden.vector(name)).max()
+
+        with ThreadPoolExecutor(64) as pool:
+            answers = list(pool.map(ask, range(64)))
+        assert [answer for answer in answers if answer == 400] == [400] * 8
+        assert max(answer for answer in answers if answer != 400) < CLOSE
+        assert server.is_alive()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--enable-prefix-caching",),
+        ("--enable-chunked-prefill",),
+        ("--pooler-config", '{"pooling_type": "LAST"}'),
+        ("--pooler-config", '{"enable_chunked_processing": true, "max_embed_len": 9000}'),
+        ("--tokenizer-mode", "slow"),
+    ],
+    ids=lambda options: "=".join(options),
+)
+def test_settings_that_would_cut_rows_are_refused_at_the_start(export, folder, options):
+    server = VllmServer(export("qwen2_vl", 4), folder / "settings.log", *options)
+    assert not server.has_started() and server.process.returncode
+    assert "A model with Bottleneck Tokens needs" in server.log.read_text()
+
+
+def test_without_the_plugin_vllm_refuses_the_model(export, folder):
+    server = VllmServer(export("qwen2_vl", 4), folder / "no-plugin.log", VLLM_PLUGINS="")
+    assert not server.has_started() and server.process.returncode
+    assert "BTokQwen2VLForEmbedding" in server.log.read_text()
+
+
+def test_offline(export, folder):
+    """`LLM.embed`: a text, and a row that was rendered by the processor with its images."""
+    repo = export("qwen2_vl", 4)
+    golden = Golden(repo)
+    code = (
+        "import base64, io, json, sys\nfrom PIL import Image\n"
+        "from transformers import AutoProcessor\nfrom vllm import LLM\n"
+        "if __name__ == '__main__':\n"
+        "    repo, image, text, out = sys.argv[1:]\n"
+        "    llm = LLM(repo, runner='pooling', dtype='float32', enforce_eager=True, max_model_len=1024)\n"
+        "    message = [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': text}]}]\n"
+        "    prompt = AutoProcessor.from_pretrained(repo).apply_chat_template(message, tokenize=False)\n"
+        "    media = {'image': Image.open(io.BytesIO(base64.b64decode(image)))}\n"
+        "    rows = [text, {'prompt': prompt, 'multi_modal_data': media}]\n"
+        "    json.dump([row.outputs.embedding for row in llm.embed(rows)], open(out, 'w'))\n"
+        "    try: llm.embed([{'prompt_token_ids': [70, 71]}])\n"
+        "    except Exception as error: assert 'must end in' in str(error)\n"
+        "    else: raise SystemExit('a row without its tokens was embedded')\n"
+    )
+    script, out = folder / "offline.py", folder / "offline.json"
+    script.write_text(code)
+    row = golden.rows["image and text"]
+    words = [str(PYTHON), str(script), str(repo), row["image"], row["text"], str(out)]
+    run = subprocess.run(words, capture_output=True, text=True, env=environment(), check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    text, pair = json.loads(out.read_text())
+    assert np.abs(text - golden.vector("short text")).max() < CLOSE
+    assert np.abs(pair - golden.vector("image and text")).max() < CLOSE
