@@ -330,12 +330,12 @@ def _run_serve(repo: str, dtype: str, max_pixels: int | None, **options: Any) ->
     except ModuleNotFoundError as error:
         raise ImportError(f"btok serve needs the package {error.name}: pip install 'btok-hf[serve]'.") from error
 
-    address = [options.pop(name) for name in ("host", "port", "name")]
-    loading = {name: options.pop(name) for name in ("revision", "device", "max_seq_length")}
+    host, port, name = (options.pop(key) for key in ("host", "port", "name"))
+    loading = {key: options.pop(key) for key in ("revision", "device", "max_seq_length")}
     loading |= {"model_kwargs": {"dtype": dtype}, "processor_kwargs": {"max_pixels": max_pixels} if max_pixels else {}}
     limits = Limits(**options)
     with named_source(repo):
-        serve(repo, *address, limits, **loading)
+        serve(repo, host, port, name, limits, **loading)
 
 
 def _mmeb(commands: Any) -> None:

@@ -266,3 +266,23 @@ def test_a_recipe_is_a_mapping_of_names(tmp_path, content):
     (tmp_path / "recipe.yaml").write_text(content)
     with pytest.raises(ValueError, match=r"The file of --config must hold names of flags"):
         set_up(["--config", str(tmp_path / "recipe.yaml")])
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"seed": [1]}, {"max_pixels": {}}, {"accelerator_config": [1]}, {"lora_r": {"a": 1}}]
+)
+def test_values_of_a_wrong_type_are_named_before_training(repo, tmp_path, wrong):
+    """transformers and TRL do not check the types of a recipe's values."""
+    (tmp_path / "pairs.jsonl").write_text('{"query": "a", "positive": "b"}\n' * 4)
+    recipe = {
+        "model_name_or_path": repo,
+        "train_files": str(tmp_path / "pairs.jsonl"),
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 1,
+        "use_cpu": True,
+        "use_peft": True,
+        **wrong,
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    with pytest.raises((ValueError, OSError)):
+        set_up(["--config", str(tmp_path / "recipe.yaml")])

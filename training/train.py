@@ -110,6 +110,19 @@ def set_up(arguments: Sequence[str] | None = None) -> "TrainingJob":
     Raises:
         OSError, ValueError: Arguments or data that cannot work.
     """
+    try:
+        return _set_up(arguments)
+    except Exception as error:
+        if isinstance(error, (ImportError, OSError, RuntimeError, ValueError)):
+            raise
+        # transformers and TRL do not check the types of values in a recipe, and use them in many places.
+        raise ValueError(
+            f"A flag or a value of the recipe has a wrong type ({type(error).__name__}: {error}). Compare the values "
+            "with `btok train --help`; `btok --debug train …` shows where it was used."
+        ) from error
+
+
+def _set_up(arguments: Sequence[str] | None) -> "TrainingJob":
     parser = TrlParser(
         # TRL's annotation allows several classes only if they are of one type.
         (ScriptArguments, CondensationConfig, ModelArguments, CardArguments),  # type: ignore[arg-type]
