@@ -14,6 +14,7 @@ from support.publishing import head, served
 from support.repositories import contents
 
 from btok_hf import cli
+from btok_hf.commands import repositories
 from btok_hf.evaluation import mmeb
 from btok_hf.serving.server import Limits
 
@@ -74,7 +75,7 @@ def test_unknown_flags_are_refused(btok, name):
 
 
 def test_an_error_is_one_line(btok, monkeypatch):
-    monkeypatch.setattr(cli, "_run_verify", fail)
+    monkeypatch.setattr(repositories, "run_verify", fail)
     assert btok("verify", "a") == (1, "", "error: what is wrong\n")
 
 
@@ -82,7 +83,7 @@ def test_an_error_is_one_line(btok, monkeypatch):
     "arguments", [("--debug", "verify", "a"), ("verify", "a", "--debug"), ("verify", "--debug", "a")]
 )
 def test_debug_shows_the_traceback(btok, monkeypatch, arguments):
-    monkeypatch.setattr(cli, "_run_verify", fail)
+    monkeypatch.setattr(repositories, "run_verify", fail)
     with pytest.raises(ValueError, match="what is wrong"):
         btok(*arguments)
 
@@ -91,13 +92,13 @@ def test_an_interrupt_ends_with_status_130(btok, monkeypatch):
     def interrupt(**options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_run_verify", interrupt)
+    monkeypatch.setattr(repositories, "run_verify", interrupt)
     assert btok("verify", "a") == (130, "", "interrupted\n")
 
 
 def test_waiting_threads_sleep_unless_the_user_says_otherwise(btok, monkeypatch):
     seen = []
-    monkeypatch.setattr(cli, "_run_verify", lambda **options: seen.append(os.environ["OMP_WAIT_POLICY"]))
+    monkeypatch.setattr(repositories, "run_verify", lambda **options: seen.append(os.environ["OMP_WAIT_POLICY"]))
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     btok("verify", "a")
     monkeypatch.delenv("OMP_WAIT_POLICY")
@@ -123,7 +124,7 @@ def test_options_of_serve(btok, monkeypatch):
 
 def test_flags_may_be_written_with_underscores(btok, monkeypatch):
     given = []
-    monkeypatch.setattr(cli, "_run_add_tokens", lambda **options: given.append(options))
+    monkeypatch.setattr(repositories, "run_add_tokens", lambda **options: given.append(options))
     for flags in (
         ["--num_tokens", "2", "--query_prompt=a_b", "--max-pixels", "9"],
         ["--num-tokens", "2", "--query-prompt=a_b", "--max_pixels", "9"],

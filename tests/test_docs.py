@@ -116,7 +116,11 @@ def _check_command(words, complete, monkeypatch, capsys):
         if words[0] == "train":
             _check_training_flags(words[1:])
         elif complete:
-            monkeypatch.setattr(cli, f"_run_{words[0].replace('-', '_')}", lambda **options: None)  # parse only
+            name = f"run_{words[0].replace('-', '_')}"
+            (module,) = {
+                sys.modules[add.__module__] for add in cli.COMMANDS if hasattr(sys.modules[add.__module__], name)
+            }
+            monkeypatch.setattr(module, name, lambda **options: None)  # parse only
             assert cli.main(words) == 0
         else:
             with pytest.raises(SystemExit) as stopped:

@@ -1,0 +1,49 @@
+"""The command that serves a model: serve."""
+
+from typing import Any
+
+from btok_hf.commands import add_command
+from btok_hf.errors import named_source
+
+
+def serve_command(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "serve",
+        run_serve,
+        "Serve a model over HTTP, as OpenAI's /v1/embeddings with vLLM's messages. Clients must send the key in the "
+        "environment variable BTOK_API_KEY, if it is set.",
+        "btok serve org/btok-2b --port 8000",
+    )
+    parser.add_argument("repo", help="folder or Hub id of an exported repository")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
+    parser.add_argument("--name", help="what clients call the model (default: REPO)")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--device", help="device of the model (default: a GPU if there is one)")
+    parser.add_argument("--dtype", default="auto", help="dtype of the weights (default: the checkpoint's)")
+    parser.add_argument("--max-pixels", type=int, help="reduce larger images and frames to this many pixels")
+    parser.add_argument("--max-seq-length", type=int, help="cut texts to this many tokens (default: the model's)")
+    for name, kind, default, meaning in (
+        ("--max-rows", int, 256, "most rows of a request"),
+        ("--queue-rows", int, 1024, "most rows of all requests together"),
+        ("--batch-rows", int, 64, "most rows of a batch"),
+        ("--max-body", int, 32 * 2**20, "most bytes of a request"),
+        ("--max-image-pixels", int, 50_000_000, "most pixels of an image, or of a video, that a client sends"),
+        ("--timeout", float, 60.0, "most seconds of a request"),
+    ):
+        parser.add_argument(name, type=kind, default=default, help=f"{meaning} (default: %(default)s)")
+
+
+def run_serve(repo: str, dtype: str, max_pixels: int | None, **options: Any) -> None:
+    try:
+        from btok_hf.serving.server import Limits, serve
+    except ModuleNotFoundError as error:
+        raise ImportError(f"btok serve needs the package {error.name}: pip install 'btok-hf[serve]'.") from error
+
+    host, port, name = (options.pop(key) for key in ("host", "port", "name"))
+    loading = {key: options.pop(key) for key in ("revision", "device", "max_seq_length")}
+    loading |= {"model_kwargs": {"dtype": dtype}, "processor_kwargs": {"max_pixels": max_pixels} if max_pixels else {}}
+    limits = Limits(**options)
+    with named_source(repo):
+        serve(repo, host, port, name, limits, **loading)
