@@ -5,8 +5,9 @@
     python -m benchmarks.pretrained.run --arm btok --dev --steps 60    # choose settings: scored on two training books
 
 Training rows come from training books only: terms with definitions, and questions, titles and captions with passages
-of the module they belong to. Each run writes one JSON file with the rank of the right answer for every query. A
-finished run is not repeated.
+of the module they belong to. Condensation generates the short side from the long one: the term from its definition,
+the title from a passage. Each run writes one JSON file with the rank of the right answer for every query. A finished
+run is not repeated, and a killed one goes on from its last checkpoint.
 """
 
 import argparse
@@ -23,14 +24,23 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from benchmarks import RESULTS, ROOT
+from benchmarks.pretrained.base import OUTPUT
 from benchmarks.pretrained.tasks import module_text, ranks, rows
 from benchmarks.unified.inputs import cut
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens
 from btok_hf.training import CondensationConfig, CondensationTrainer
 
 PRETRAINED = RESULTS / "pretrained"
-WEIGHTS = {"terms": 3, "questions": 1, "titles": 1, "captions": 1}
-SUFFIX = "means in one word:"
+WEIGHTS = {"terms": 4, "questions": 1, "titles": 1, "captions": 1}
+CONDENSE = {"terms": "query", "questions": "none", "titles": "query", "captions": "none"}
+KINDS = {
+    "terms": ("term", "definition"),
+    "questions": ("question", "text"),
+    "titles": ("title", "text"),
+    "captions": ("caption", "text"),
+}
+PASSAGE = (18, 36)  # words of a module in a training row: complete modules would take eight times as long
+SUFFIX = 'means in one word: "'
 NOISE = 0.5  # of the new token rows, relative to the EOS row; without noise they would be equal
 
 
@@ -50,9 +60,25 @@ ARMS = {
 }
 
 
-def prompt(kind: str, arm: Arm, words: str) -> str:
-    """The words before a text of one kind: with `kind` its name, e.g. "The term"; with `text` the same for all."""
-    return "" if arm.suffix is None else f"The {kind if words == 'kind' else 'text'}"
+def prompts(arm: Arm) -> dict[str, str]:
+    """The words before texts of each kind, e.g. "The term". With the suffix they ask for the meaning in one word."""
+    if arm.suffix is None:
+        return {}
+    kinds = dict.fromkeys(kind for pair in KINDS.values() for kind in pair)
+    return {"query": "The question", "document": "The text", **{kind: f"The {kind}" for kind in kinds}}
+
+
+def add_tokens(base: Path, output_dir: Path, arm: Arm, seed: int) -> None:
+    """Write the untrained model of an arm."""
+    add_bottleneck_tokens(
+        base,
+        output_dir,
+        num_tokens=arm.num_tokens,
+        suffix=arm.suffix,
+        noise_std=NOISE,
+        seed=seed,
+        prompts=prompts(arm),
+    )
 
 
 def training_rows(dev: bool, seed: int) -> dict[str, list[dict]]:
@@ -67,9 +93,8 @@ def training_rows(dev: bool, seed: int) -> dict[str, list[dict]]:
     modules = {row["id"]: row for row in rows("modules", split)}
 
     def passage(row: dict, titled: bool) -> str:
-        """Some words of a module: short rows train faster than complete modules."""
         words = module_text(row).removeprefix(f"{row['title']}. ").split()
-        length = rng.randint(40, 100)
+        length = rng.randint(*PASSAGE)
         start = rng.randrange(max(1, len(words) - length))
         return (f"{row['title']}. " if titled else "") + " ".join(words[start : start + length])
 
@@ -91,15 +116,14 @@ def training_rows(dev: bool, seed: int) -> dict[str, list[dict]]:
     return found
 
 
-def encoder(model: BTokSentenceTransformer, arm: Arm, words: str):
+def encoder(model: BTokSentenceTransformer):
     """A function for `ranks`, in bf16."""
 
     def encode(texts: list[str], kind: str):
+        name = kind if kind in model.prompts else None
+        inputs = [{"text": text} for text in texts]
         with torch.autocast(model.device.type, torch.bfloat16):
-            inputs = [{"text": text} for text in texts]
-            return model.encode(
-                inputs, prompt=prompt(kind, arm, words) or None, batch_size=64, convert_to_tensor=True
-            ).float()
+            return model.encode(inputs, prompt_name=name, batch_size=64, convert_to_tensor=True).float()
 
     return encode
 
@@ -118,24 +142,13 @@ def run(options: argparse.Namespace) -> None:
     arm, split = ARMS[options.arm], "dev" if options.dev else "test"
     start, started = options.output / name / "start", time.perf_counter()
     if not (start / "config.json").exists():
-        add_bottleneck_tokens(
-            options.base,
-            start,
-            num_tokens=arm.num_tokens,
-            suffix=arm.suffix,
-            noise_std=NOISE,
-            seed=options.seed,
-            prompts={name: prompt("text", arm, "text") for name in ("query", "document")} if arm.suffix else None,
-        )
+        add_tokens(options.base, start, arm, options.seed)
     model = BTokSentenceTransformer(str(start))
-    weights = {source: weight for source, weight in WEIGHTS.items() if source in options.sources}
-    sets = {source: Dataset.from_list(training_rows(options.dev, options.seed)[source]) for source in weights}
-    kinds = {"terms": ("term", "definition")} | {
-        f"{kind}s": (kind, "module") for kind in ("question", "title", "caption")
-    }
-    prompts = {
-        source: {side: prompt(kind, arm, options.words) for side, kind in zip(("query", "positive"), kinds[source])}
-        for source in weights
+    found = training_rows(options.dev, options.seed)
+    sets = {source: Dataset.from_list(found[source]) for source in options.sources}
+    words = {
+        source: dict(zip(("query", "positive"), (prompts(arm).get(kind, "") for kind in KINDS[source])))
+        for source in sets
     }
     settings = {
         "per_device_train_batch_size": options.batch,
@@ -144,11 +157,10 @@ def run(options: argparse.Namespace) -> None:
         "max_steps": options.steps,
         "learning_rate": options.learning_rate,
         "temperature": options.temperature,
-        "dataset_weights": weights,
-        "condense": "both",
+        "dataset_weights": {source: WEIGHTS[source] for source in sets},
+        "condense": {source: CONDENSE[source] for source in sets},
         "condensation_weight": arm.weight,
         "condensation_mask": arm.mask,
-        "prompts": prompts if arm.suffix else None,
     }
     trainer = CondensationTrainer(
         model=model,
@@ -159,28 +171,32 @@ def run(options: argparse.Namespace) -> None:
             lr_scheduler_type="cosine",
             warmup_steps=10,
             logging_steps=10,
-            save_strategy="no",
+            save_steps=25,
+            save_total_limit=1,
             report_to="none",
             bf16=True,
             use_cpu=not torch.cuda.is_available(),
             seed=options.seed,
+            prompts=words if arm.suffix else None,
             **settings,
         ),
         train_dataset=sets,
         peft_config=LoraConfig(r=options.rank, lora_alpha=2 * options.rank, lora_dropout=0.0),
     )
-    curve = {0: ranks(encoder(model, arm, options.words), split)} if options.before else {}
+    curve = {0: ranks(encoder(model), split, options.only)} if options.before else {}
     trained = time.perf_counter()
-    trainer.train()
+    checkpoints = list(Path(trainer.args.output_dir).glob("checkpoint-*"))
+    trainer.train(resume_from_checkpoint=bool(checkpoints))
     trained = time.perf_counter() - trained
-    curve[options.steps] = ranks(encoder(model, arm, options.words), split)
+    curve[options.steps] = ranks(encoder(model), split, options.only)
     if options.save:
+        model.save_pretrained(str(options.output / name / "adapters"))
         trainer.export(str(options.output / name / "model"))
     result = {
         "arm": options.arm,
         "seed": options.seed,
         **arm._asdict(),
-        "words": options.words,
+        "prompts": prompts(arm),
         "rank": options.rank,
         "settings": settings,
         "train_minutes": round(trained / 60, 2),
@@ -202,7 +218,8 @@ def run(options: argparse.Namespace) -> None:
     print(name, result["mrr"], f"{result['minutes']} minutes", flush=True)
 
 
-def main() -> None:
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """The options of a run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arm", choices=ARMS, required=True)
     parser.add_argument("--seed", type=int, default=0)
@@ -212,14 +229,18 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--temperature", type=float, default=0.05)
     parser.add_argument("--rank", type=int, default=16, help="of LoRA")
-    parser.add_argument("--words", choices=["kind", "text"], default="kind", help="“The term …” or “The text …”")
     parser.add_argument("--sources", nargs="+", choices=WEIGHTS, default=list(WEIGHTS))
+    parser.add_argument("--only", default="", help="score only tasks whose names hold this, e.g. term")
     parser.add_argument("--before", action="store_true", help="score the untrained model as well")
     parser.add_argument("--save", action="store_true", help="export the model")
     parser.add_argument("--tag", default="", help="added to the name of the run")
-    parser.add_argument("--base", type=Path, default=ROOT / "runs" / "base-135m")
+    parser.add_argument("--base", type=Path, default=OUTPUT)
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "pretrained")
-    options = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    options = arguments()
     if not (options.base / "config.json").exists():
         raise SystemExit(f"There is no base at {options.base}. Make it with: python -m benchmarks.pretrained.base")
     run(options)

@@ -36,9 +36,9 @@ def module_text(row: dict) -> str:
 
 def rows(kind: str, split: str) -> list[dict]:
     """Rows of the textbooks: `test`, `train`, or of `train` the books for choosing settings (`dev`) or the others."""
-    if split in ("train", "test"):
-        return list(books(kind, split))
-    return [row for row in books(kind, "train") if (row["book"] in DEV_BOOKS) == (split == "dev")]
+    found = books(kind, "test" if split == "test" else "train")
+    found = found.remove_columns([name for name in found.column_names if name == "image"])  # would be decoded
+    return [row for row in found if split in ("train", "test") or (row["book"] in DEV_BOOKS) == (split == "dev")]
 
 
 @cache
@@ -67,18 +67,21 @@ def tasks(split: str = "test") -> dict[str, Task]:
         queries = [cut(row[key]) for row in asked]
         right = [place[row["module"]] for row in asked]
         about = [row["module"] for row in asked]
-        found.append(Task(f"{kind} → module", queries, candidates, right, about, (queries, candidates)))
+        found.append(Task(f"{kind} → text", queries, candidates, right, about, (queries, candidates)))
     return {task.name: task for task in found if task.queries}  # a book may have no questions
 
 
-def ranks(encode, split: str = "test") -> dict[str, list[int]]:
+def ranks(encode, split: str = "test", only: str = "") -> dict[str, list[int]]:
     """Rank of the right answer of every query, by task. `encode(texts, kind)` gives unit vectors, `(texts, size)`.
 
-    The kinds are term, definition, question, title, caption and module: a model may be told what it reads.
+    The kinds are term, definition, question, title, caption and text: a model may be told what it reads. `only`
+    leaves tasks out whose names do not hold it.
     """
     found = {}
     known: dict[tuple[str, str], np.ndarray] = {}
     for name, task in tasks(split).items():
+        if only not in name:
+            continue
         sides = []
         for kind, texts in zip(name.split(" → "), (task.queries, task.candidates)):
             new = list(dict.fromkeys(text for text in texts if (kind, text) not in known))
