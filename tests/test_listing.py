@@ -4,10 +4,12 @@ import os
 
 import fsspec
 import pytest
-from support.corpus import pdf, write_files
+from support.corpus import pdf, read, write_files
+from support.hub_server import Repository
 
 from btok_hf.corpus import listing
 from btok_hf.corpus.listing import FolderSource, Input, Unit, skipped_in_words
+from btok_hf.corpus.units import read_units
 
 
 def paths(given):
@@ -77,6 +79,27 @@ def test_object_storage(tmp_path):
         assert [old == new for old, new in zip(before, given.files())] == [False, True]
     finally:
         fs.rm("/bucket", recursive=True)
+
+
+def test_a_dataset_on_the_hub(hub, repo, tmp_path):
+    """By its id; a new commit that touches one file changes the rows of this file only."""
+    rows = "".join(f'{{"words": "text {index}"}}\n' for index in range(5)).encode()
+    hub.repositories["org/texts"] = dataset = Repository("org/texts", private=True)
+    files = {
+        "README.md": (b"# A dataset", False),
+        "data/a.jsonl": (rows, False),
+        "data/b.csv": (b"words\nlast", False),
+    }
+    dataset.commit("main", files, "first")
+    out = tmp_path / "out"
+    command = ("-m", "btok_hf", "embed", "org/texts", out, "--model", repo, "--text", "words", "--device", "cpu")
+    printed = hub.run(*command, home=tmp_path / "home").stdout
+    assert "2 units, 0 of them written; 6 rows" in printed and "left out: 1 that are no tables" in printed
+    assert list(read(out)) == [*(f"data/a.jsonl#row={index}" for index in range(5)), "data/b.csv#row=0"]
+    assert read_units(str(out))[0]["input"] == "hf://datasets/org/texts"
+    dataset.commit("main", files | {"data/b.csv": (b"words\nother", False)}, "second")
+    printed = hub.run(*command, home=tmp_path / "home").stdout
+    assert "2 units, 1 of them written; 1 rows" in printed and read(out)["data/b.csv#row=0"]["text"] == "other"
 
 
 def test_hashes_are_preferred_to_times_and_neither_is_refused(monkeypatch):
