@@ -144,7 +144,10 @@ def _csv_records(opened: Any, offset: int, delimiter: str) -> Iterator[tuple[int
         if len(cells) == len(header):
             yield start, partial(_cells, header, cells)
         elif cells:
-            yield start, partial(str, f"the row has {len(cells)} cells, and the table {len(header)} columns")def wider(kind: pa.DataType, value: Any) -> pa.DataType:
+            yield start, partial(str, f"the row has {len(cells)} cells, and the table {len(header)} columns")
+
+
+def wider(kind: pa.DataType, value: Any) -> pa.DataType:
     """The type of a column once it holds one more value of JSON. Mixed values are kept as JSON text."""
     if value is None:
         return kind
