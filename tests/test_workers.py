@@ -159,8 +159,8 @@ def test_workers_of_ray_that_are_killed(ray, texts, whole, repo, tmp_path):
 
 def test_a_unit_that_kills_its_workers_costs_no_other(ray):
     # Types of this function, so that workers need not import the library.
-    units = [namedtuple("Unit", ("name", "rows"))(f"{index:08x}", 1) for index in range(6)]
-    counts_of = namedtuple("Counts", ("rows", "failed", "reused"))
+    unit_of, counts_of = namedtuple("Unit", ("name", "rows")), namedtuple("Counts", ("rows", "failed", "reused"))
+    units = [unit_of(f"{index:08x}", 1) for index in range(6)]
 
     class Worker:
         def embed(self, given):
