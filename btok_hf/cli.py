@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from btok_hf.commands import evaluation, repositories, serving, training
+from btok_hf.commands import corpus, evaluation, repositories, serving, training
 from btok_hf.errors import RESUME, one_line_errors, take_debug
 
 # In the order of `btok --help`.
@@ -25,6 +25,8 @@ COMMANDS = (
     repositories.verify_command,
     repositories.push_command,
     serving.serve_command,
+    corpus.index_command,
+    corpus.search_command,
     evaluation.mmeb_command,
 )
 

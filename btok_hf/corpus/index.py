@@ -27,7 +27,7 @@ except ModuleNotFoundError as error:
 
 from btok_hf.corpus.stream import Changes, RowStream, check_same_corpus, database_settings
 from btok_hf.corpus.units import read_units
-from btok_hf.corpus.vectors import Precision, bits, cut, load
+from btok_hf.corpus.vectors import Precision, bits, check_dimensions, cut, load
 
 TABLE = "items"
 SETTINGS = b"btok"
@@ -128,6 +128,8 @@ class Index:
         corpus, batches = read_units(str(out))
         table = _find_table(str(path))
         if table is None:
+            if dimensions is not None:
+                check_dimensions(corpus, dimensions)
             settings = database_settings(corpus, precision or "float32", dimensions)
         else:
             settings = cls(str(path), table).settings
@@ -174,17 +176,23 @@ class Index:
             words = FTS(base_tokenizer="icu", stem=False, remove_stop_words=False)
             self._table.create_index("text", config=words)
         width = self._table.schema.field("vector").type
-        if self.count() * width.list_size * width.value_type.bit_width // 8 >= EXACT_BYTES:
-            if rebuild or "vector" not in have:
-                binary = self.settings["precision"] == "binary"
-                config = IvfFlat(distance_type="hamming") if binary else IvfRq(distance_type="cosine", num_bits=1)
-                self._table.create_index("vector", config=config, replace=True)
+        large = self.count() * width.list_size * width.value_type.bit_width // 8 >= EXACT_BYTES
+        if large and (rebuild or "vector" not in have):
+            binary = self.settings["precision"] == "binary"
+            config = IvfFlat(distance_type="hamming") if binary else IvfRq(distance_type="cosine", num_bits=1)
+            self._table.create_index("vector", config=config, replace=True)
         self._table.optimize(cleanup_older_than=KEEP)
 
     @property
     def exact(self) -> bool:
         """Whether a search compares the query with every row."""
         return all("vector" not in entry.columns for entry in self._table.list_indices())
+
+    @property
+    def lossless(self) -> bool:
+        """Whether a search finds what an exact search of the embeddings in 32 bits does."""
+        full = self.settings["dimensions"] == self.settings["embedding_dimensions"]
+        return self.exact and full and self.settings["precision"] == "float32"
 
     def count(self, where: str | None = None) -> int:
         """The number of rows, or of those for which an SQL condition holds."""
@@ -308,6 +316,6 @@ def _bad_condition(where: str | None, schema: pa.Schema) -> Iterator[None]:
         reason = " ".join(str(error).split()).removeprefix("Invalid input, ").partition(". Valid fields")[0]
         names = ", ".join(name for name in schema.names if name not in ("vector", "row_hash"))
         raise ValueError(
-            f"The filter {where!r} cannot be used: {reason.rstrip('.')}. It is an SQL condition on the columns {names}, "
-            "e.g. kind = 'image'."
+            f"The filter {where!r} cannot be used: {reason.rstrip('.')}. It is an SQL condition on the columns "
+            f"{names}, e.g. kind = 'image'."
         ) from error

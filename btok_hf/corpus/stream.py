@@ -42,7 +42,7 @@ class Changes:
         if self.failed:
             text += f", {self.failed:,} left out because embedding them failed"
         if self.missing:
-            text += f"; {self.missing:,} units are not embedded yet, so nothing was deleted: run btok index again after"
+            text += f"; {self.missing:,} units are not embedded yet, so nothing was deleted: run it again after"
         return text
 
 

@@ -4,13 +4,16 @@ Embeddings have length 1. What is read back has length 1 too, so that a dot prod
 number is positive: the vector of such signs keeps the direction roughly.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
+from btok_hf.errors import named_source
+
 Precision = Literal["float32", "float16", "binary"]
-PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "binary")
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -35,6 +38,33 @@ def cut(vectors: np.ndarray, dimensions: int) -> np.ndarray:
         `np.ndarray`: fp32, shape `(..., dimensions)`.
     """
     return unit(vectors[..., :dimensions])
+
+
+def check_dimensions(corpus: Mapping[str, Any], dimensions: int) -> None:
+    """Raise an error if the model of a corpus was not trained for vectors that are cut.
+
+    Args:
+        corpus (`Mapping`): Settings of the corpus: `model`, `revision`, `dimensions`.
+        dimensions (`int`): How many numbers shall be kept.
+
+    Raises:
+        OSError: The model's `config.json` cannot be read.
+        ValueError: It does not name these dimensions.
+    """
+    from transformers import AutoConfig
+
+    name, full = corpus["model"], corpus["dimensions"]
+    if dimensions == full:
+        return
+    with named_source(name):
+        config = AutoConfig.from_pretrained(name, revision=None if Path(name).exists() else corpus["revision"])
+    trained = sorted({*(getattr(config, "matryoshka_dimensions", None) or ()), full})
+    if dimensions not in trained:
+        raise ValueError(
+            f"Vectors of {name} can have {', '.join(map(str, trained))} dimensions, got {dimensions}: config.json "
+            "(matryoshka_dimensions) names no others. The first numbers of a vector mean little unless the model was "
+            "trained for it (matryoshka_dims)."
+        )
 
 
 def stored_type(dimensions: int, precision: Precision) -> pa.DataType:
