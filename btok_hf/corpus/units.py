@@ -9,6 +9,7 @@ The name of a unit is a hash of the settings and of the input's files and rows t
 other units; those of its old content are not in the plan, are never read, and are removed by the next run.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -109,10 +110,8 @@ class Store:
 
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
-        try:
+        with contextlib.suppress(FileNotFoundError):
             self.fs.rm_file(f"{self.root}/{name}")
-        except FileNotFoundError:
-            pass
 
     def remove_drafts(self, folder: str) -> None:
         """Remove what killed processes left in a folder."""
@@ -145,18 +144,22 @@ class Corpus:
         Raises:
             ValueError: The folder holds a corpus of another model, input, or other settings.
         """
-        settings = json.loads(json.dumps(settings))
         held = self.settings()
-        if held is None:
-            self.store.write(SETTINGS, json.dumps(settings, indent=2).encode() + b"\n")
-            return
+        if held is not None:
+            self.compare(held, settings)
+        else:
+            self.store.write(SETTINGS, json.dumps(settings, indent=2, ensure_ascii=False).encode() + b"\n")
+
+    def compare(self, held: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        """Raise `ValueError` if settings are not those that the folder holds."""
+        settings = json.loads(json.dumps(settings))
         keys = [key for key in {**held, **settings} if key not in FREE and held.get(key) != settings.get(key)]
         if keys:
             differences = "; ".join(f"{key} {held.get(key)!r} there, {settings.get(key)!r} now" for key in keys)
             raise ValueError(
                 f"{self.store.path} holds a corpus with other settings: {differences} (model {held.get('model')!r} "
-                f"there, {settings.get('model')!r} now). Vectors of both cannot be compared or belong to other rows: "
-                "name another folder for OUT, or remove this one."
+                f"there, {settings.get('model')!r} now). One corpus has one model, input and form: name another folder "
+                "for OUT, or remove this one."
             )
 
     def plan(self) -> list[str]:
@@ -190,10 +193,14 @@ class Corpus:
             self.store.write(f"{ERRORS}/{name}.json", json.dumps(errors, indent=1, ensure_ascii=False).encode())
         self.store.write(f"{UNITS}/{name}.parquet", table)
 
+    def failed(self, names: Iterable[str]) -> set[str]:
+        """Those of these units that have failed rows."""
+        return self.store.names(ERRORS, ".json").intersection(names)
+
     def errors(self, names: Iterable[str]) -> dict[str, str]:
         """Why rows of these units failed, by id."""
         found: dict[str, str] = {}
-        for name in sorted(self.store.names(ERRORS, ".json") & set(names)):
+        for name in sorted(self.failed(names)):
             found |= json.loads(self.store.read(f"{ERRORS}/{name}.json") or b"{}")
         return found
 
@@ -238,8 +245,8 @@ def read_units(out: str, columns: Sequence[str] | None = None) -> tuple[dict[str
         )
     if settings.get("format") != FORMAT:
         raise ValueError(
-            f"{out} has format {settings.get('format')!r}, and this release reads {FORMAT}. Embed the input again with "
-            "this release, into another folder."
+            f"{out} has format {settings.get('format')!r}, and this release reads {FORMAT}. Embed the input again "
+            "with this release, into another folder."
         )
     planned = corpus.plan()
     counts = {"units_planned": len(planned), "units_written": len(corpus.written().intersection(planned))}

@@ -1,0 +1,239 @@
+"""What a run of `btok embed` is to do: its settings, checked before the model is loaded, and the units that are missing."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+from huggingface_hub import hf_hub_download
+from transformers import AutoConfig
+
+from btok_hf.corpus.listing import FolderSource, Input, Unit, name_of
+from btok_hf.corpus.rows import PAGE_DPI, PAGE_PIXELS
+from btok_hf.corpus.tables import Columns, TableSource
+from btok_hf.corpus.units import FORMAT, Corpus, Store
+from btok_hf.errors import named_source
+from btok_hf.modeling.modeling_btok import bottleneck_token_ids
+
+# Files of a local model that its vectors depend on.
+MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model")
+NOT_OF_VECTORS = ("golden.json", "trainer_state.json", "README.md")
+CHUNK = 2**20
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to embed.
+
+    Args:
+        model (`str`): Folder or Hub id of a repository with Bottleneck Tokens.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        prompt (`str`, *optional*): Instruction for every row. Default: the model's for documents.
+        dimensions (`int`, *optional*): Numbers of an embedding, if the model was trained for fewer than it has.
+        dtype (`str`): dtype of the weights.
+        max_pixels (`int`, *optional*): Reduce larger images and frames to this many pixels.
+        max_seq_length (`int`, *optional*): Cut texts to this many tokens.
+        columns (`Columns`): Of tables. Without a column to embed, files are embedded.
+        unit_rows (`int`): Most rows of a unit.
+        thumbnail_pixels (`int`): Longest side of a thumbnail; 0 makes none.
+        device (`str`, *optional*): Device of the model. Default: a GPU if there is one.
+        batch_size (`int`): As in `encode`.
+        threads (`int`): Threads that read and decode ahead of the model.
+    """
+
+    model: str
+    revision: str | None = None
+    prompt: str | None = None
+    dimensions: int | None = None
+    dtype: str = "auto"
+    max_pixels: int | None = None
+    max_seq_length: int | None = None
+    columns: Columns = Columns()
+    unit_rows: int = 512
+    thumbnail_pixels: int = 192
+    device: str | None = None
+    batch_size: int = 32
+    threads: int = 4
+
+    def __post_init__(self) -> None:
+        for name, least in (("unit_rows", 1), ("thumbnail_pixels", 0), ("batch_size", 1), ("threads", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}.")
+        if not self.columns.parts() and any(self.columns):
+            raise ValueError(
+                "--id and --columns name columns of a table. Say what to embed with --text, --image or --video, or "
+                "leave them out to embed files."
+            )
+
+    def replace(self, **changes: Any) -> "Options":
+        """The same with other values."""
+        return replace(self, **changes)
+
+
+class Job(NamedTuple):
+    """What a worker needs to embed units. It can be pickled.
+
+    Args:
+        given (`str`): The input.
+        out (`str`): The folder of the corpus.
+        options (`Options`): With the commit of a model on the Hub as `revision`.
+        dimensions (`int`): Numbers of an embedding.
+        metadata (`dict[str, pyarrow.DataType]`): Columns that are taken from a table.
+    """
+
+    given: str
+    out: str
+    options: Options
+    dimensions: int
+    metadata: Mapping[str, pa.DataType]
+
+    def source(self) -> FolderSource | TableSource:
+        """The source of the rows."""
+        return _source(Input(self.given), self.out, self.options, self.metadata)
+
+
+class Plan(NamedTuple):
+    """A job and its units.
+
+    Args:
+        job (`Job`): The job.
+        units (`list[Unit]`): All units of the input.
+        missing (`list[Unit]`): Those that are not embedded yet.
+        removed (`int`): Units of changed or removed input.
+        skipped (`dict[str, int]`): Files of the input that are not embedded, by reason.
+    """
+
+    job: Job
+    units: list[Unit]
+    missing: list[Unit]
+    removed: int
+    skipped: Mapping[str, int]
+
+
+def make_plan(given: str, out: str, options: Options, *, clean: bool = True, retry_failed: bool = False) -> Plan:
+    """Check everything that can be checked without the model, claim the folder, and list what is to do.
+
+    Args:
+        given (`str`): INPUT of `btok embed`.
+        out (`str`): OUT of `btok embed`.
+        options (`Options`): How to embed.
+        clean (`bool`): Remove what belongs to changed or removed input. One of several processes does it.
+        retry_failed (`bool`): Embed units with failed rows again.
+
+    Returns:
+        `Plan`
+
+    Raises:
+        FileNotFoundError: There is no such input.
+        ImportError: A kind of content needs a package that is not installed.
+        OSError: The model cannot be found.
+        ValueError: Nothing to embed, options that do not fit the model, or a folder with another corpus.
+    """
+    found = Input(given)
+    with named_source(options.model):
+        revision, config = identify(options.model, options.revision)
+    if not Path(options.model).exists():
+        options = options.replace(revision=revision)
+    dimensions = _dimensions(config, options)
+    source = _source(found, out, options)
+    settings: dict[str, Any] = {
+        "format": FORMAT,
+        "model": options.model,
+        "revision": revision,
+        "prompt": options.prompt,
+        "dimensions": dimensions,
+        "dtype": options.dtype,
+        "max_pixels": options.max_pixels,
+        "max_seq_length": options.max_seq_length,
+        "input": found.address,
+        "root": found.root,
+        "kind": "table" if options.columns.parts() else "folder",
+        "unit_rows": options.unit_rows,
+        "thumbnail_pixels": options.thumbnail_pixels,
+        "pages": [PAGE_DPI, PAGE_PIXELS],
+        **({"table": options.columns._asdict()} if options.columns.parts() else {}),
+    }
+    identity = name_of(*(f"{key}={value}" for key, value in settings.items() if key != "model"))
+    corpus = Corpus(out)
+    held = corpus.settings()
+    if held is not None:  # before tables are scanned
+        corpus.compare(held, settings | {"metadata": held.get("metadata")})
+    units = source.plan(identity)
+    settings["metadata"] = {name: str(kind) for name, kind in source.metadata.items()}
+    corpus.claim(settings)
+    names = [unit.name for unit in units]
+    corpus.set_plan(names)
+    written = corpus.written()
+    stale = written - set(names)
+    if clean:
+        corpus.remove(stale)
+        if isinstance(source, TableSource):
+            source.forget()
+    if retry_failed:
+        failed = corpus.failed(names)
+        corpus.remove(failed)
+        written -= failed
+    job = Job(given, out, options, dimensions, source.metadata)
+    missing = [unit for unit in units if unit.name not in written]
+    return Plan(job, units, missing, len(stale), dict(found.skipped))
+
+
+def _source(
+    found: Input, out: str, options: Options, metadata: Mapping[str, pa.DataType] | None = None
+) -> FolderSource | TableSource:
+    if options.columns.parts():
+        return TableSource(found, options.columns, options.unit_rows, Store(out), metadata)
+    return FolderSource(found, options.unit_rows)
+
+
+def identify(model: str, revision: str | None = None) -> tuple[str, Any]:
+    """What says whether two models give the same vectors, and the model's configuration.
+
+    Args:
+        model (`str`): Folder or Hub id.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+
+    Returns:
+        The commit of a model on the Hub, or a hash of the files of a local one (a second for two gigabytes); and its
+        configuration.
+
+    Raises:
+        OSError: There is no such model.
+        ValueError: It has no Bottleneck Tokens, or is not merged.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(
+                f"{model} has no config.json. Give an exported repository; adapters are merged with: btok export"
+            )
+        digest = blake2b(digest_size=20)
+        for path in sorted(folder.rglob("*")):
+            name = path.relative_to(folder).as_posix()
+            if path.suffix in MODEL_SUFFIXES and path.name not in NOT_OF_VECTORS and path.is_file():
+                digest.update(f"{name} {path.stat().st_size}\0".encode())
+                with open(path, "rb") as file:
+                    while chunk := file.read(CHUNK):
+                        digest.update(chunk)
+        commit = digest.hexdigest()
+        config = AutoConfig.from_pretrained(model)
+    else:
+        path = Path(hf_hub_download(model, "config.json", revision=revision))
+        commit = path.parent.name  # …/snapshots/COMMIT/config.json
+        config = AutoConfig.from_pretrained(model, revision=commit)
+    bottleneck_token_ids(config)
+    return commit, config
+
+
+def _dimensions(config: Any, options: Options) -> int:
+    """The numbers of an embedding."""
+    full: int = config.get_text_config().hidden_size
+    trained = sorted({*(getattr(config, "matryoshka_dimensions", None) or ()), full})
+    if options.dimensions not in (None, *trained):
+        raise ValueError(
+            f"--dimensions {options.dimensions}: {options.model} was trained for {', '.join(map(str, trained))}. "
+            "Fewer numbers of other models keep less than a model that was trained for them (matryoshka_dims)."
+        )
+    return options.dimensions or full

@@ -1,0 +1,161 @@
+"""Reading the records of a table: parquet from a row on, lines of JSON and CSV from a byte on."""
+
+import csv
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from btok_hf.corpus.rows import File
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+# Rows that are in memory at once, encoded; and the buffer of a parquet file.
+READ_ROWS, BUFFER = 32, 2**23
+# What values of JSON are stored as. All else is kept as JSON text.
+JSON_TYPES = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}
+
+
+def line_records(path: str, file: File, offset: int = 0) -> Iterator[tuple[int, Callable[[], dict[str, Any] | str]]]:
+    """The rows of a file of JSON lines or CSV.
+
+    Args:
+        path (`str`): Its path, for errors and the format.
+        file (`File`): The file.
+        offset (`int`): Byte at which the first row starts; 0 is the start of the file.
+
+    Returns:
+        Iterator of pairs: the byte at which a row starts, and a function that parses it, to a dict of its cells or a
+        text that says what is wrong with it.
+
+    Raises:
+        ValueError: JSON that is one list.
+    """
+    delimiter = DELIMITERS.get(Path(path).suffix.lower())
+    with file.open() as opened:
+        if delimiter is None:
+            opened.seek(offset)
+            yield from _json_records(path, opened, offset)
+        else:
+            yield from _csv_records(opened, offset, delimiter)
+
+
+class ParquetCursor:
+    """A parquet file that is read from a row on. Units in order read each row once, however large a row group is."""
+
+    def __init__(self, path: str, file: File, columns: list[str], first: int) -> None:
+        self.path = path
+        self._opened = file.open()
+        # Without a buffer size, a whole column of a row group would be in memory.
+        self._parquet = pq.ParquetFile(self._opened, buffer_size=BUFFER, pre_buffer=False)
+        self._ends, end = [], 0
+        for group in range(self._parquet.num_row_groups):
+            end += self._parquet.metadata.row_group(group).num_rows
+            self._ends.append(end)
+        group = self._group(first)
+        self._position = self._ends[group - 1] if group else 0
+        groups = range(group, self._parquet.num_row_groups)
+        self._batches = self._parquet.iter_batches(READ_ROWS, row_groups=list(groups), columns=columns)
+        self._left: pa.RecordBatch | None = None
+
+    def _group(self, row: int) -> int:
+        return next(group for group, end in enumerate(self._ends) if row < end)
+
+    def reaches(self, path: str, first: int) -> bool:
+        """Whether a row comes next, or later in the row group that is being read."""
+        if path != self.path or first < self._position:
+            return False
+        return first == self._position or self._group(first) == self._group(self._position)
+
+    def take(self, first: int, count: int) -> Iterator[pa.RecordBatch]:
+        """`count` rows from row `first` on."""
+        while count:
+            batch = self._left or next(self._batches)
+            self._left = None
+            skip = min(first - self._position, len(batch))
+            used = min(len(batch) - skip, count)
+            rest = batch.slice(skip + used)
+            self._position += skip + used
+            self._left = rest if len(rest) else None
+            if used:
+                first, count = first + used, count - used
+                yield batch.slice(skip, used)
+
+    def close(self) -> None:
+        self._parquet.close()
+        self._opened.close()
+
+
+def _json_records(path: str, opened: Any, offset: int) -> Iterator[tuple[int, Callable[[], Any]]]:
+    for line in opened:
+        start, offset = offset, offset + len(line)
+        if start == 0 and line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+            raise ValueError(
+                f"{path} is one JSON list, which must be read as a whole. Write one object a line: "
+                f"jq -c '.[]' {os.path.basename(path)} > rows.jsonl"
+            )
+        if line.strip():
+            yield start, lambda line=line: _parsed(line)
+
+
+def _parsed(line: bytes) -> dict[str, Any] | str:
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except ValueError as error:
+        return f"the line is not JSON ({error})"
+    return record if isinstance(record, dict) else f"the line is not a JSON object, but {type(record).__name__}"
+
+
+def _csv_records(opened: Any, offset: int, delimiter: str) -> Iterator[tuple[int, Callable[[], Any]]]:
+    csv.field_size_limit(2**31 - 1)
+    read = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal read
+        for line in opened:
+            read += len(line)
+            # Bytes that are no UTF-8 become half characters, which the model's checks refuse row by row.
+            yield line.decode("utf-8-sig" if read == len(line) else "utf-8", "surrogateescape")
+
+    reader = csv.reader(lines(), delimiter=delimiter)
+    header = next(reader, [])
+    if offset > read:
+        opened.seek(offset)
+        read = offset
+    while True:
+        start = read
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield start, lambda error=error: f"the row is not CSV ({error})"
+            continue
+        if len(cells) == len(header):
+            yield start, lambda cells=cells: {name: cell or None for name, cell in zip(header, cells)}
+        elif cells:
+            yield start, lambda cells=cells: f"the row has {len(cells)} cells, and the table {len(header)} columns"
+
+
+def wider(kind: pa.DataType, value: Any) -> pa.DataType:
+    """The type of a column once it holds one more value of JSON. Mixed values are kept as JSON text."""
+    if value is None:
+        return kind
+    fits = type(value) is not int or -(2**63) <= value < 2**63
+    own = JSON_TYPES.get(type(value), pa.string()) if fits else pa.string()
+    if kind in (own, pa.null()):
+        return own
+    return pa.float64() if {kind, own} == {pa.int64(), pa.float64()} else pa.string()
+
+
+def json_array(value: Any, kind: pa.DataType) -> pa.Array:
+    """A value of JSON as an array of one."""
+    if kind == pa.string() and value is not None:
+        value = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        value = value.encode("utf-8", "replace").decode()  # half characters
+    if kind == pa.float64() and value is not None:
+        value = float(value)  # Arrow refuses integers that a float rounds
+    return pa.array([value], kind)

@@ -1,0 +1,265 @@
+"""A row on its way: what a source hands out, how its content is read and hashed, and what the model gets."""
+
+import io
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from fsspec import AbstractFileSystem
+from PIL import Image
+
+from btok_hf.download import REMOTE, download
+from btok_hf.encoding import ROW_ERRORS
+from btok_hf.media import read_image, read_video
+
+CHUNK = 2**20
+JPEG_QUALITY = 85
+# Pages are drawn at this resolution, and large ones smaller.
+PAGE_DPI, PAGE_PIXELS = 150, 4_000_000
+
+
+class File(NamedTuple):
+    """A file of any file system that fsspec knows.
+
+    Args:
+        fs (`fsspec.AbstractFileSystem`): The file system.
+        path (`str`): Path in it.
+    """
+
+    fs: AbstractFileSystem
+    path: str
+
+    def open(self) -> BinaryIO:
+        return self.fs.open(self.path, "rb")
+
+    def read(self) -> bytes:
+        with closing(self.open()) as file:
+            return file.read()
+
+    def chunks(self) -> Iterator[bytes]:
+        with closing(self.open()) as file:
+            while chunk := file.read(CHUNK):
+                yield chunk
+
+
+@dataclass(slots=True)
+class Row:
+    """A row of a unit. Sources fill the first fields, `prepare` reads `parts`, the model adds `embedding`.
+
+    Args:
+        id (`str`): Unique in the corpus.
+        kind (`str`): One of `btok_hf.corpus.units.KINDS`.
+        parts (`dict[str, Any]`): What to embed, by `image`, `video`, `text`: a text, the bytes of a file, a `File`, an
+            address (`https://…`, `data:…`), a decoded image, or a list of these.
+        source (`str`, *optional*): Path of the original, relative to the root of the input.
+        page (`int`, *optional*): Page of a PDF, from 1.
+        text (`str`, *optional*): The row's own text.
+        metadata (`dict[str, Any]`): Values of the columns that are taken from a table.
+        error (`str`, *optional*): Why the row failed.
+        content_hash (`str`, *optional*): Set by `prepare`. Rows with equal content have equal hashes.
+        thumbnail (`bytes`, *optional*): Set by `prepare`: a JPEG.
+        item (`dict[str, Any]`, *optional*): Set by `prepare`: the input of `encode`.
+        size (`int`): Set by `prepare`: bytes of `item` in memory.
+        embedding (`numpy.ndarray` of shape `(dimensions,)`, *optional*): fp32, unit length.
+    """
+
+    id: str
+    kind: str
+    parts: dict[str, Any] = field(default_factory=dict)
+    source: str | None = None
+    page: int | None = None
+    text: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+    content_hash: str | None = None
+    thumbnail: bytes | None = None
+    item: dict[str, Any] | None = None
+    size: int = 0
+    embedding: np.ndarray | None = None
+
+
+class Known(NamedTuple):
+    """What equal content has in common.
+
+    Args:
+        embedding (`numpy.ndarray` of shape `(dimensions,)`): fp32.
+        thumbnail (`bytes`, *optional*): A JPEG.
+    """
+
+    embedding: np.ndarray
+    thumbnail: bytes | None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How content is read.
+
+    Args:
+        max_pixels (`int`): The model reduces larger images to this many pixels (`ImageLimits`).
+        thumbnail_pixels (`int`): Longest side of a thumbnail; 0 makes none.
+        known (`Callable`): The result for content with this hash, if it is at hand. Then nothing is decoded.
+    """
+
+    max_pixels: int
+    thumbnail_pixels: int = 192
+    known: Callable[[str], Known | None] = lambda content_hash: None
+
+
+def prepare(row: Row, reading: Reading) -> Row:
+    """Read, hash and decode a row's content. What cannot be read is noted in `row.error`.
+
+    Args:
+        row (`Row`): It is changed and returned.
+        reading (`Reading`): How.
+
+    Returns:
+        `Row`: With `item` instead of `parts`, unless it failed or is known. A PDF has its bytes in `parts`, for
+        `pdf_pages`.
+
+    Raises:
+        ImportError, MemoryError: What no row is to blame for.
+    """
+    parts, row.parts = row.parts, {}
+    if row.error is not None:
+        return row
+    try:
+        if "pdf" in parts:
+            row.parts = {"pdf": parts["pdf"].read()}
+            return row
+        if isinstance(parts.get("text"), File):
+            parts = {"text": _text(parts["text"].read())}
+            row.text = parts["text"]
+        contents = {key: [_open(key, part) for part in _as_list(value)] for key, value in parts.items()}
+        row.content_hash = _hash(contents)
+        if known := reading.known(row.content_hash):
+            row.embedding, row.thumbnail = known
+            return row
+        item = {key: [_decode(key, part, reading) for part in values] for key, values in contents.items()}
+    except ROW_ERRORS as error:
+        row.error = _reason(error)
+        return row
+    row.size = sum(_size(part) for values in item.values() for part in values)
+    row.thumbnail = _thumbnail(item, reading.thumbnail_pixels)
+    # A single part stays alone, as a user would give it.
+    row.item = {key: values[0] if len(values) == 1 else values for key, values in item.items()}
+    return row
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _reason(error: Exception) -> str:
+    """An error in words, without the number of an `OSError`."""
+    return str(getattr(error, "strerror", None) or error) or type(error).__name__
+
+
+def _text(content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the text is not UTF-8 (byte {error.start}); convert it") from error
+
+
+def _open(key: str, part: Any) -> Any:
+    """A text or decoded image as it is, and a file as its bytes. A video stays a `File`, because it may be large."""
+    if key == "text" or isinstance(part, (bytes, Image.Image)):
+        return part
+    if isinstance(part, File):
+        return part if key == "video" else part.read()
+    if isinstance(part, str) and part.startswith(REMOTE):
+        return download(part)
+    raise ValueError(f"'{key}' must be the content or the path of a file, got {type(part).__name__}")
+
+
+def _hash(contents: dict[str, list[Any]]) -> str:
+    """A hash of the kinds, order and bytes of the parts: 128 bits, so that rows do not share one by chance."""
+    digest = blake2b(digest_size=16)
+    for key, parts in contents.items():
+        for part in parts:
+            of_part = blake2b(key.encode(), digest_size=16)
+            if isinstance(part, Image.Image):
+                of_part.update(f" {part.mode} {part.size} ".encode())
+                of_part.update(part.tobytes())
+            elif isinstance(part, File):
+                for chunk in part.chunks():
+                    of_part.update(chunk)
+            else:
+                of_part.update(part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass"))
+            digest.update(of_part.digest())
+    return digest.hexdigest()
+
+
+def _decode(key: str, part: Any, reading: Reading) -> Any:
+    """A part as `encode` takes it."""
+    if key == "text" or isinstance(part, Image.Image):
+        return part
+    if key == "image":
+        return read_image(io.BytesIO(part), reading.max_pixels)
+    with closing(io.BytesIO(part) if isinstance(part, bytes) else part.open()) as file:
+        return read_video(file)
+
+
+def _size(part: Any) -> int:
+    if isinstance(part, str):
+        return len(part)
+    return 3 * part.width * part.height if isinstance(part, Image.Image) else part["array"].nbytes
+
+
+def _thumbnail(item: dict[str, Any], pixels: int) -> bytes | None:
+    """A JPEG of the first image, or of the middle frame of the first video."""
+    pictures = [*item.get("image", ()), *item.get("video", ())]
+    if not pixels or not pictures:
+        return None
+    first = pictures[0]
+    if not isinstance(first, Image.Image):
+        first = Image.fromarray(first["array"][len(first["array"]) // 2])
+    small = first.copy()
+    small.thumbnail((pixels, pixels))
+    content = io.BytesIO()
+    small.save(content, "JPEG", quality=JPEG_QUALITY)
+    return content.getvalue()
+
+
+def pdf_pages(path: str, content: bytes) -> Iterator[Row]:
+    """The pages of a PDF as rows, drawn one by one.
+
+    PDFium is not thread-safe: only one thread of a process may use this at a time.
+
+    Args:
+        path (`str`): Path of the file, relative to the root of the input.
+        content (`bytes`): The file.
+
+    Returns:
+        Iterator of `Row`: Each with a decoded image, its page and its text layer. One row with an error stands for a
+        file that cannot be read.
+    """
+    import pypdfium2
+
+    def failed(reason: str, page: int | None = None) -> Row:
+        return Row(path if page is None else f"{path}#page={page}", "page", source=path, page=page, error=reason)
+
+    try:
+        document = pypdfium2.PdfDocument(content)
+    except pypdfium2.PdfiumError as error:
+        yield failed(f"the PDF cannot be read ({error}). Repair it, or remove its password")
+        return
+    with closing(document):
+        if not len(document):
+            yield failed("the PDF has no pages")
+        for index in range(len(document)):
+            number = index + 1
+            try:
+                with closing(document[index]) as page:
+                    width, height = page.get_size()  # in points, of 1/72 inch
+                    scale = min(PAGE_DPI / 72, (PAGE_PIXELS / max(width * height, 1)) ** 0.5)
+                    image = page.render(scale=scale).to_pil().convert("RGB")
+                    with closing(page.get_textpage()) as layer:
+                        text = layer.get_text_bounded() or None
+            except (pypdfium2.PdfiumError, ValueError, OSError) as error:
+                yield failed(f"the page cannot be drawn ({error})", number)
+                continue
+            yield Row(f"{path}#page={number}", "page", {"image": image}, source=path, page=number, text=text)

@@ -1,0 +1,271 @@
+"""Tables whose rows are embedded: parquet, JSON lines and CSV files, cut into units of rows.
+
+A table is scanned once: how many rows it has, where units start, and the types of its columns are kept beside the
+units. So a run that goes on reads no finished table again.
+"""
+
+import base64
+import csv
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from btok_hf.corpus.listing import Input, Unit, check_packages, name_of, skipped_in_words
+from btok_hf.corpus.records import DELIMITERS, ParquetCursor, json_array, line_records, wider
+from btok_hf.corpus.rows import File, Row
+from btok_hf.corpus.units import UNIT_COLUMNS, Store
+from btok_hf.download import REMOTE
+
+PARTS = ("image", "video", "text")  # in the order of a row
+SUFFIXES = (".parquet", ".jsonl", ".json", *DELIMITERS)
+SCANS = "scans"
+# Lines that are searched for a column if types need no look at all of them.
+HEAD = 1000
+
+
+class Columns(NamedTuple):
+    """The columns of a table that are used.
+
+    Args:
+        text, image, video (`str`, *optional*): Columns of what is embedded.
+        id (`str`, *optional*): Column of the rows' ids. Default: the file and the number of the row.
+        metadata (`tuple[str, ...]`): Columns that are copied.
+    """
+
+    text: str | None = None
+    image: str | None = None
+    video: str | None = None
+    id: str | None = None
+    metadata: tuple[str, ...] = ()
+
+    def parts(self) -> dict[str, str]:
+        """The columns of what is embedded, by part."""
+        return {part: getattr(self, part) for part in PARTS if getattr(self, part)}
+
+    def names(self) -> list[str]:
+        """All of them, once each."""
+        return list(dict.fromkeys([*self.parts().values(), *([self.id] if self.id else []), *self.metadata]))
+
+
+class TableSource:
+    """Rows of the tables of an input.
+
+    Args:
+        given (`Input`): The input.
+        columns (`Columns`): Which columns.
+        unit_rows (`int`): Rows of a unit.
+        store (`Store`): Where scans are kept.
+        metadata (`Mapping[str, pyarrow.DataType]`, *optional*): Types of the metadata. Default: set by `plan`.
+
+    Raises:
+        ValueError: A metadata column that has the name of a unit's own.
+    """
+
+    def __init__(
+        self,
+        given: Input,
+        columns: Columns,
+        unit_rows: int,
+        store: Store,
+        metadata: Mapping[str, pa.DataType] | None = None,
+    ) -> None:
+        self.input, self.columns, self.unit_rows, self.store = given, columns, unit_rows, store
+        self.metadata = dict(metadata or {})
+        self._scan_names: set[str] = set()
+        self._cursor: ParquetCursor | None = None
+        if taken := set(columns.metadata) & set(UNIT_COLUMNS):
+            raise ValueError(
+                f"--columns {','.join(sorted(taken))}: every unit has a column of this name. Rename it in the table, "
+                "or leave it out: --id and --text are kept as id and text."
+            )
+
+    def plan(self, settings: str) -> list[Unit]:
+        """Scan new tables, and cut all of them into units.
+
+        Args:
+            settings (`str`): A hash of the settings, which is part of every name.
+
+        Returns:
+            `list[Unit]`
+
+        Raises:
+            ImportError: Videos, and no PyAV.
+            ValueError: No tables, one that cannot be read, or one without a column.
+        """
+        check_packages(self.columns.parts())
+        units: list[Unit] = []
+        schemas = []
+        for file in self.input.files():
+            if Path(file.path).suffix.lower() not in SUFFIXES:
+                self.input.skipped["that are no tables"] += 1
+                continue
+            name = name_of(*file, self.unit_rows, *self.columns.names())
+            self._scan_names.add(name)
+            held = self.store.read(f"{SCANS}/{name}.json")
+            if held is None:
+                scan = self._scan(file.path)
+                self.store.write(f"{SCANS}/{name}.json", json.dumps(scan).encode())
+            else:
+                scan = json.loads(held)
+            schemas.append(pa.ipc.read_schema(pa.py_buffer(base64.b64decode(scan["schema"]))))
+            for number, offset in enumerate(scan["starts"]):
+                first = number * self.unit_rows
+                rows = min(self.unit_rows, scan["rows"] - first)
+                units.append(Unit(name_of(settings, *file, first), rows, (file.path,), first, offset))
+        if not units:
+            raise ValueError(
+                f"{self.input.address} holds no rows of a table ({skipped_in_words(self.input.skipped)}). Give "
+                f"{', '.join(SUFFIXES)}, or leave --text, --image and --video out to embed files."
+            )
+        try:
+            merged = pa.unify_schemas(schemas, promote_options="permissive")
+        except pa.ArrowException as error:
+            raise ValueError(
+                f"A column of --columns has other types in other tables ({error}). Give it one type, or leave it out."
+            ) from error
+        types = {name: merged.field(name).type for name in self.columns.metadata}
+        self.metadata = {name: pa.string() if kind == pa.null() else kind for name, kind in types.items()}
+        return units
+
+    def forget(self) -> None:
+        """Remove the scans of tables that are gone."""
+        for name in self.store.names(SCANS, ".json") - self._scan_names:
+            self.store.remove(f"{SCANS}/{name}.json")
+
+    def _scan(self, path: str) -> dict[str, Any]:
+        """Rows of a table, where its units start, and the types of the metadata."""
+        file, starts, rows = self.input.file(path), [], 0
+        try:
+            if path.lower().endswith(".parquet"):
+                with file.open() as opened, pq.ParquetFile(opened) as parquet:
+                    rows, schema = parquet.metadata.num_rows, parquet.schema_arrow
+                starts = [0] * -(-rows // self.unit_rows)
+                self._check(path, schema.names)
+                # Categories are stored as what they stand for.
+                types = {
+                    name: kind.value_type if pa.types.is_dictionary(kind := schema.field(name).type) else kind
+                    for name in self.columns.metadata
+                }
+            else:
+                seen: set[str] = set()
+                types = dict.fromkeys(self.columns.metadata, pa.null())
+                for start, parse in line_records(path, file):
+                    if rows % self.unit_rows == 0:
+                        starts.append(start)
+                    rows += 1
+                    if self.columns.metadata or rows <= HEAD:
+                        record = parse()
+                        if isinstance(record, dict):
+                            seen |= record.keys()
+                            for name, kind in types.items():
+                                types[name] = wider(kind, record.get(name))
+                if rows:
+                    self._check(path, seen)
+        except (pa.ArrowException, csv.Error, OSError) as error:
+            raise ValueError(f"The table {path} cannot be read ({error}). Repair or remove it.") from error
+        schema = pa.schema(list(types.items()))
+        return {"rows": rows, "starts": starts, "schema": base64.b64encode(schema.serialize().to_pybytes()).decode()}
+
+    def _check(self, path: str, names: Any) -> None:
+        missing = [name for name in self.columns.names() if name not in names]
+        if missing:
+            raise ValueError(
+                f"The table {path} has no column {', '.join(missing)}. Its columns are {', '.join(sorted(names))}."
+            )
+
+    def rows(self, unit: Unit) -> Iterator[Row]:
+        """The rows of a unit. Files that they name are not read yet."""
+        (path,) = unit.files
+        records = self._parquet_records if path.lower().endswith(".parquet") else self._line_records
+        number = unit.first
+        last = unit.first + unit.rows
+        try:
+            for record, metadata in records(path, unit):
+                yield self._row(path, number, record, metadata)
+                number += 1
+        except (pa.ArrowException, OSError) as error:
+            # The rest of a damaged table: its rows are counted and cannot be read.
+            for missing in range(number, last):
+                yield self._failed(path, missing, f"the table cannot be read here ({error})")
+
+    def _failed(self, path: str, number: int, reason: str, metadata: dict[str, Any] | None = None) -> Row:
+        kinds = list(self.columns.parts())
+        kind = kinds[0] if len(kinds) == 1 else "mixed"
+        return Row(f"{path}#row={number}", kind, error=reason, metadata=metadata or {})
+
+    def _row(self, path: str, number: int, record: dict[str, Any] | str, metadata: dict[str, Any]) -> Row:
+        if isinstance(record, str):
+            return self._failed(path, number, record)
+        values = {part: record.get(column) for part, column in self.columns.parts().items()}
+        values = {part: value for part, value in values.items() if value is not None and value != ""}
+        text = values.get("text")
+        if not values:
+            return self._failed(path, number, "the row has no content: its cells are empty", metadata)
+        if any(not isinstance(each, str) for each in (text if isinstance(text, list) else [text or ""])):
+            return self._failed(path, number, f"the text must be a string, got {type(text).__name__}", metadata)
+        row = Row(f"{path}#row={number}", next(iter(values)) if len(values) == 1 else "mixed", metadata=metadata)
+        if self.columns.id:
+            name = record.get(self.columns.id)
+            if name is None:
+                return self._failed(path, number, f"the row has no {self.columns.id}", metadata)
+            row.id = str(name)
+        row.text = "\n".join(text) if isinstance(text, list) else text
+        try:
+            row.parts = {part: values[part] if part == "text" else self._media(path, values[part]) for part in values}
+        except (ValueError, OSError, ImportError) as error:  # an address of a file system that is not installed
+            row.error = str(error)
+            return row
+        row.source = next((source for part in values if (source := self._source(path, values[part], part))), None)
+        return row
+
+    def _media(self, path: str, value: Any) -> Any:
+        """A cell of media: bytes, as `datasets` stores it, a path or address, or a list of them."""
+        if isinstance(value, list):
+            return [self._media(path, part) for part in value]
+        value = _stored(value)
+        if not isinstance(value, str) or value.startswith(REMOTE):
+            return value
+        if "://" in value:
+            return File(*fsspec.core.url_to_fs(value))
+        if os.path.isabs(value):
+            return File(self.input.fs, value)
+        return self.input.file(str(PurePosixPath(path).parent / value))
+
+    def _source(self, path: str, value: Any, part: str) -> str | None:
+        """What to open again for a cell, if it names a file."""
+        value = _stored(value)
+        if part == "text" or not isinstance(value, str) or value.startswith("data:"):
+            return None
+        absolute = "://" in value or os.path.isabs(value)
+        return value if absolute else str(PurePosixPath(path).parent / value)
+
+    def _line_records(self, path: str, unit: Unit) -> Iterator[tuple[dict[str, Any] | str, dict[str, Any]]]:
+        records = line_records(path, self.input.file(path), unit.offset)
+        for _, (_, parse) in zip(range(unit.rows), records):
+            record = parse()
+            values = record if isinstance(record, dict) else {}
+            yield record, {name: json_array(values.get(name), kind) for name, kind in self.metadata.items()}
+
+    def _parquet_records(self, path: str, unit: Unit) -> Iterator[tuple[dict[str, Any] | str, dict[str, Any]]]:
+        if self._cursor is None or not self._cursor.reaches(path, unit.first):
+            if self._cursor is not None:
+                self._cursor.close()
+            self._cursor = ParquetCursor(path, self.input.file(path), self.columns.names(), unit.first)
+        embedded = [*self.columns.parts().values(), *([self.columns.id] if self.columns.id else [])]
+        for batch in self._cursor.take(unit.first, unit.rows):
+            arrays = {name: batch.column(name).cast(kind) for name, kind in self.metadata.items()}
+            for index, record in enumerate(batch.select(list(dict.fromkeys(embedded))).to_pylist()):
+                yield record, {name: array.slice(index, 1) for name, array in arrays.items()}
+
+
+def _stored(value: Any) -> Any:
+    """A cell as `datasets` stores media, `{"bytes", "path"}`, as its bytes or path. Others as they are."""
+    if isinstance(value, dict) and set(value) == {"bytes", "path"}:
+        return value["path"] if value["bytes"] is None else value["bytes"]
+    return value
