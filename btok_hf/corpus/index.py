@@ -199,6 +199,32 @@ class Index:
         with _bad_condition(where, self._table.schema):
             return self._table.count_rows(where)
 
+    @property
+    def columns(self) -> list[str]:
+        """The columns that a condition can use."""
+        return [name for name in self._table.schema.names if name not in ("vector", "row_hash")]
+
+    def get(self, key: str) -> tuple[Hit, np.ndarray]:
+        """A row by its id.
+
+        Args:
+            key (`str`): The id.
+
+        Returns:
+            `Hit`: The row, with score 1.
+            `np.ndarray`: Its vector, as `search` takes it: fp32, shape `(d,)`; numbers that are not stored are 0.
+
+        Raises:
+            ValueError: There is no such row.
+        """
+        quoted = key.replace("'", "''")
+        found = self._table.search().where(f"id = '{quoted}'").limit(1).to_arrow()
+        if not len(found):
+            raise ValueError(f"There is no item {key!r} here (any more).")
+        column = cast(pa.Array, found.column("vector").combine_chunks())
+        vector = load(column, self.settings["dimensions"], self.settings["precision"])[0]
+        return _hits(found, [1.0])[0], np.pad(vector, (0, self.settings["embedding_dimensions"] - len(vector)))
+
     def delete(self, ids: Iterable[str]) -> int:
         """Delete rows. The next `btok index` adds them again if they are still in the units.
 

@@ -73,6 +73,11 @@ class Searcher:
         with self._lock:
             return self.model.encode_query([item], show_progress_bar=False, convert_to_numpy=True)[0]
 
+    def reconstruct(self, item: dict[str, Any], prompt: str | None = None) -> str:
+        """The text that the model decodes from the Bottleneck Tokens of an input (`BTokSentenceTransformer`)."""
+        with self._lock:
+            return self.model.reconstruct([item], prompt=prompt)[0]
+
     def open(self, hit: Hit) -> Path | None:
         """The file that an item came from, or `None` if there is none on this machine (any more)."""
         path = None if hit.source is None else Path(locate(self.index.settings, hit.source))
