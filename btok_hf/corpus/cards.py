@@ -19,12 +19,12 @@ button { width: 100%; height: 100%; display: flex; flex-direction: column; gap: 
 button:hover, button:focus-visible, button[aria-pressed=true] { border-color: var(--color-accent); outline: 2px solid var(--color-accent); }
 button img { width: 100%; height: 130px; object-fit: contain; background: #fff; border-radius: 4px; }
 .text { font-size: 13px; line-height: 1.35; overflow: hidden; overflow-wrap: anywhere; max-height: 130px; color: var(--body-text-color); }
-.name { font-size: 12px; overflow-wrap: anywhere; color: var(--body-text-color-subdued); }
+.name { font-size: 12px; overflow-wrap: anywhere; color: var(--body-text-color); opacity: 0.75; }
 figure { margin: 0; }
 figure img, figure video { max-width: 100%; max-height: 60vh; min-width: min(100%, 220px); object-fit: contain; background: #fff; border-radius: 8px; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 40vh; overflow: auto; font: inherit; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 12px; margin: 8px 0; }
-dt { color: var(--body-text-color-subdued); }
+dt { color: var(--body-text-color); opacity: 0.75; }
 dd { margin: 0; overflow-wrap: anywhere; }
 """
 

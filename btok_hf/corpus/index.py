@@ -201,8 +201,9 @@ class Index:
 
     @property
     def columns(self) -> list[str]:
-        """The columns that a condition can use."""
-        return [name for name in self._table.schema.names if name not in ("vector", "row_hash")]
+        """The columns that people may want to use in a condition."""
+        hidden = ("vector", "row_hash", "content_hash", "thumbnail")
+        return [name for name in self._table.schema.names if name not in hidden]
 
     def get(self, key: str) -> tuple[Hit, np.ndarray]:
         """A row by its id.

@@ -26,8 +26,6 @@ LICENSES = {
     "LICENSES-emoji.md": ROOT / "data" / "emoji" / "LICENSES.md",
     "LICENSES-textbooks.md": ROOT / "benchmarks" / "unified" / "data" / "LICENSES.md",
 }
-# 300 files: a CPU core embeds them in seconds.
-DRAWINGS, CLIPS, TEXTS, PAGES = 120, 60, 60, 60
 PAGES_OF_PDF = 10
 SPACE = ("README.md", "requirements.txt", "app.py")
 
@@ -35,27 +33,29 @@ SPACE = ("README.md", "requirements.txt", "app.py")
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output_dir", type=Path, help="folder to write")
-    output = parser.parse_args().output_dir
+    parser.add_argument("--each", type=int, default=75, help="drawings, clips, texts and pages (default: %(default)s)")
+    arguments = parser.parse_args()
+    output = arguments.output_dir
     output.mkdir(parents=True, exist_ok=True)
-    for name, source in {name: HERE / name for name in SPACE}.items() | LICENSES.items():
+    for name, source in {**{name: HERE / name for name in SPACE}, **LICENSES}.items():
         shutil.copy(source, output / name)
     shutil.copytree(MODEL, output / "model", dirs_exist_ok=True)
-    write_files(output / "files")
+    write_files(output / "files", arguments.each)
     print(f"Wrote {output}. Show the page with: python {output}/app.py")
 
 
-def write_files(folder):
-    """Write drawings, clips, texts and pages, each kind into a folder of its own."""
+def write_files(folder, count):
+    """Write so many drawings, clips, texts and pages, each kind into a folder of its own."""
     for name in ("drawings", "clips", "texts", "pages"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    for row in spread(inputs.emoji()["unseen_drawings"], DRAWINGS):
+    for row in spread(inputs.emoji()["unseen_drawings"], count):
         picture = as_rgb(row["image"]).resize((DRAWING, DRAWING))
         picture.save(folder / "drawings" / f"{slug(row['names']['en'])}.png")
-    for row in spread(inputs.books("clips", "test"), CLIPS):
+    for row in spread(inputs.books("clips", "test"), count):
         write_clip(folder / "clips" / f"{slug(row['name'])}.mp4", inputs.clip(row["frames"])["video"]["array"])
-    for row in spread(inputs.books("glossary", "test"), TEXTS):
+    for row in spread(inputs.books("glossary", "test"), count):
         (folder / "texts" / f"{slug(row['term'])}.txt").write_text(f"{row['term']}: {row['definition']}\n", "utf-8")
-    pages = spread(list(inputs.pages("test")), PAGES)
+    pages = spread(list(inputs.pages("test")), count)
     for start in range(0, len(pages), PAGES_OF_PDF):
         first, *rest = (inputs.page(page["title"], page["text"]) for page in pages[start : start + PAGES_OF_PDF])
         name = folder / "pages" / f"textbook-{start // PAGES_OF_PDF + 1}.pdf"

@@ -58,6 +58,10 @@ await text.fill("tiger face");
 await search("typed", () => text.press("Enter"));
 await page.screenshot({ path: `${screenshots}/typed.png` });
 
+const kind = (name) => page.locator("#kinds label").filter({ hasText: name }).locator("input");
+await kind("image").check();
+await search("images", () => text.press("Enter"));
+
 // A hit in large, its neighbours, and what the tokens hold.
 await page.locator("#hits button").first().focus();
 await page.keyboard.press("Enter");
@@ -73,7 +77,7 @@ seen.namelessWithHit = await nameless();
 await search("more", () => page.locator("#more").click());
 
 // Kinds: clips that play, pages.
-const kind = (name) => page.locator("#kinds label").filter({ hasText: name }).locator("input");
+await kind("image").uncheck();
 await kind("video").check();
 await text.fill("octopus");
 await search("clips", () => page.locator("#go").click());
