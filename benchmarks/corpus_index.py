@@ -3,7 +3,8 @@
     python -m benchmarks.corpus_index                                          # an hour on one CPU core, 4 GB of disk
     python -m benchmarks.corpus_index --dimensions 1536 --sizes 10000 100000   # like the vectors of a 2B model
 
-It writes benchmarks/results/corpus_index.json (or corpus_index_1536.json) and draws docs/results/corpus_index.png of it.
+It writes benchmarks/results/corpus_index.json (with 1536 dimensions corpus_index_1536.json) and draws
+docs/results/corpus_index.png.
 
 Databases are built by `Index.build`, other indexes by `btok_hf.corpus.vector_libraries`, from the same units. Queries
 run one at a time, with the text of every hit. Recall@10 is the share of the ten nearest rows (exact search, float32)
@@ -27,7 +28,6 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 

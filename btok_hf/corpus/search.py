@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from btok_hf.corpus.index import Hit, Index
+from btok_hf.corpus.job import identify
 from btok_hf.corpus.units import locate
 from btok_hf.errors import named_source
 from btok_hf.sentence_transformer import BTokSentenceTransformer
@@ -85,15 +86,32 @@ class Searcher:
 
 
 def _load(settings: dict[str, Any], model: str | Path | None, device: str | None) -> BTokSentenceTransformer:
-    """The model of a database, after a comparison with what the database remembers."""
+    """The model of a database, read as it was to embed, after a comparison with what the database remembers."""
     name = str(model or settings["model"])
+    on_hub = not Path(name).exists()
     try:
         with named_source(name):
-            return BTokSentenceTransformer(name, device=device)
+            # A database of a model on the Hub remembers the commit, and one of a folder a hash of its files.
+            revision, _ = identify(name, settings["revision"] if on_hub else None)
     except OSError as error:
         if model is not None:
             raise
         raise FileNotFoundError(
-            f"The database was made with the model {name}, which cannot be loaded here ({error}). Say where it is: "
-            "--model FOLDER"
+            f"The database was made with the model {name}, which cannot be loaded here: {error}. Say where it is with "
+            "--model (model=…)."
         ) from error
+    if revision != settings["revision"]:
+        raise ValueError(
+            f"The database was made with {settings['model']} at {settings['revision']}, and {name} is at {revision}: "
+            "its vectors would mean something else. Give the same files, or embed the corpus again with this model."
+        )
+    pixels = settings["max_pixels"]
+    return BTokSentenceTransformer(
+        name,
+        revision=revision if on_hub else None,
+        device=device,
+        max_seq_length=settings["max_seq_length"],
+        truncate_dim=settings["embedding_dimensions"],
+        model_kwargs={"dtype": settings["dtype"]},
+        processor_kwargs={"max_pixels": pixels} if pixels else {},
+    )

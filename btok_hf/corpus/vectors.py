@@ -49,21 +49,18 @@ def check_dimensions(corpus: Mapping[str, Any], dimensions: int) -> None:
 
     Raises:
         OSError: The model's `config.json` cannot be read.
-        ValueError: It does not name these dimensions.
+        ValueError: It does not name these dimensions, or vectors of the corpus have fewer.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig  # slow to import, and needed only here
 
     name, full = corpus["model"], corpus["dimensions"]
-    if dimensions == full:
-        return
     with named_source(name):
         config = AutoConfig.from_pretrained(name, revision=None if Path(name).exists() else corpus["revision"])
-    trained = sorted({*(getattr(config, "matryoshka_dimensions", None) or ()), full})
+    trained = sorted({size for size in getattr(config, "matryoshka_dimensions", None) or () if size < full} | {full})
     if dimensions not in trained:
         raise ValueError(
-            f"Vectors of {name} can have {', '.join(map(str, trained))} dimensions, got {dimensions}: config.json "
-            "(matryoshka_dimensions) names no others. The first numbers of a vector mean little unless the model was "
-            "trained for it (matryoshka_dims)."
+            f"--dimensions {dimensions}: vectors of {name} can have {', '.join(map(str, trained))} here. Cut vectors "
+            "keep little unless the model was trained for it (matryoshka_dims)."
         )
 
 

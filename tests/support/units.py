@@ -6,9 +6,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from btok_hf.corpus.units import Corpus, unit_schema
+from btok_hf.corpus.units import FORMAT, Corpus, unit_schema
 
-SETTINGS = {"format": 1, "model": "org/btok-2b", "revision": "abc", "prompt": None, "input": "/in", "root": "/in"}
+SETTINGS = {
+    "format": FORMAT,
+    "model": "org/btok-2b",
+    "revision": "abc",
+    "prompt": None,
+    "dtype": "auto",
+    "max_pixels": None,
+    "max_seq_length": None,
+    "input": "/in",
+    "root": "/in",
+}
 
 
 def random_vectors(count, dimensions=16, seed=0):
