@@ -19,17 +19,15 @@ def embed_command(commands: Any) -> None:
     )
     parser.add_argument(
         "input",
-        help="folder of images, videos, texts and PDFs; or with --text, --image or --video parquet, JSON lines or CSV; "
-        "a path, a pattern in quotes, an address (s3://…, hf://…), or the Hub id of a dataset",
+        help="folder of images, videos, texts and PDFs; with --text, --image or --video parquet, JSON lines or CSV; a "
+        "path, a pattern in quotes, an address (s3://…, hf://…), or the Hub id of a dataset",
     )
     parser.add_argument("out", help="folder or address to write to")
     parser.add_argument("--model", required=True, help="folder or Hub id of an exported repository")
     parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
     for name in ("text", "image", "video"):
         parser.add_argument(f"--{name}", metavar="COLUMN", help=f"column of tables with the {name} of a row")
-    parser.add_argument(
-        "--id", metavar="COLUMN", help="column with the rows' ids (default: file and number of the row)"
-    )
+    parser.add_argument("--id", metavar="COLUMN", help="column with the rows' ids (default: file and row number)")
     parser.add_argument(
         "--columns", metavar="NAMES", type=_names, default=(), help="columns to keep beside the embeddings: a,b,c"
     )

@@ -168,7 +168,7 @@ def _on_own_device(job: Job, own: Rank) -> Job:
 def _run_on_ray(
     job: Job, units: Sequence[Unit], address: str, workers: int | None, bar: _Bar
 ) -> tuple[Counts, list[Unit]]:
-    """Embed units with workers of Ray, each with a model. Returns what was done, and units that killed their workers."""
+    """Embed units with workers of Ray, each with a model: what was done, and units that killed their workers."""
     try:
         import ray
     except ImportError as error:
