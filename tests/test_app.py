@@ -78,7 +78,10 @@ def test_text_finds_drawings_clips_and_texts(client):
 def test_conditions_and_words(client):
     assert search(client, "a", where="kind = 'video'")[0] == search(client, "a", kinds=["video"])[0]
     assert search(client, "a", kinds=["page"], where="page = 2")[0] == ["pages.pdf#page=2"]
-    assert search(client, "energy", where="kind = 'text' OR kind = 'page'", kinds=["text"], words=True)[0][0] == "energy.txt"
+    assert (
+        search(client, "energy", where="kind = 'text' OR kind = 'page'", kinds=["text"], words=True)[0][0]
+        == "energy.txt"
+    )
     assert condition(["text", "page"], " page > 1 ") == "kind IN ('text', 'page') AND ( page > 1 )"
     assert condition([], " ") is None
 
@@ -164,9 +167,13 @@ def test_nothing_that_a_client_names_is_opened(client, corpus):
         for path in (f"file={name}", f"file/{name}"):
             assert httpx.get(f"{url}/gradio_api/{path}").status_code == 403
     meta = {"meta": {"_type": "gradio.FileData"}}
-    for given in ({"path": "/etc/passwd"}, {"path": str(corpus / "files" / "crab.png")}, {"path": "http://127.0.0.1:1/a.png"}):
+    for given in (
+        {"path": "/etc/passwd"},
+        {"path": str(corpus / "files" / "crab.png")},
+        {"path": "http://127.0.0.1:1/a.png"},
+    ):
         for inputs in (["", given | meta, None], ["", None, given | meta], [given | meta, None, None]):
-            with pytest.raises(AppError, match="not uploaded|Addresses are not opened|error"):
+            with pytest.raises(AppError, match=r"not uploaded|Addresses are not opened"):
                 client.predict(*inputs, [], "", False, 5, api_name="/search")
     for name in ("nothing", "../secret.png", "x' OR '1'='1"):
         with pytest.raises(AppError, match="There is no item"):

@@ -84,6 +84,22 @@ def test_any_words_may_be_searched_for(built, text):
     assert len(built.search(VECTORS[7], text, k=3)) == 3
 
 
+@pytest.mark.parametrize("options", [{}, {"dimensions": 8}, {"precision": "binary"}])
+def test_a_row_by_its_id_has_a_vector_that_finds_it(tmp_path, monkeypatch, options):
+    monkeypatch.setattr(module, "check_dimensions", lambda corpus, dimensions: None)
+    given = [*rows(range(20)), *rows_of(random_vectors(1, seed=5), text=["it's"], label=["l0"])]
+    given[-1]["id"] = "it's"
+    index = Index.build(write(tmp_path, given), tmp_path / "db", **options)[0]
+    for name in ("a7", "it's"):
+        row, vector = index.get(name)
+        assert (row.id, row.score) == (name, 1) and row.text and vector.shape == (16,)
+        assert index.search(vector, k=1)[0].id == name
+    assert index.columns == ["id", "kind", "source", "page", "text", "label"]
+    for name in ("none", "x' OR '1'='1"):
+        with pytest.raises(ValueError, match="There is no item"):
+            index.get(name)
+
+
 def test_what_cannot_be_searched_for(built):
     for text in (None, "", " \n"):
         with pytest.raises(ValueError, match="query is empty"):

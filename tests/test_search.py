@@ -81,6 +81,11 @@ def test_nothing_that_a_text_names_is_opened(searcher, folder, monkeypatch):
         assert len(searcher.search(text, k=2)) == 2
 
 
+def test_what_the_tokens_hold(searcher):
+    """Trained on definitions and the names of drawings, it repeats a name."""
+    assert "tiger" in searcher.reconstruct({"text": "tiger face"}, searcher.model.prompts.get("query"))
+
+
 def test_empty_queries_are_refused(searcher):
     for text in (None, "", " \n\t"):
         with pytest.raises(ValueError, match="query is empty"):

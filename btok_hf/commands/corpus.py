@@ -215,10 +215,10 @@ def app_command(commands: Any) -> None:
         "app",
         run_app,
         "Show a page that searches a database by text, picture or clip.",
-        "btok app --db photos-db",
+        "btok app --db db",
     )
-    parser.add_argument("--db", required=True, help="database that `btok index` wrote")
-    parser.add_argument("--model", help="folder or Hub id of the model (default: the one that the database names)")
+    parser.add_argument("--db", required=True, help="folder or address of the database")
+    parser.add_argument("--model", help="where the model is (default: where it was when the corpus was embedded)")
     parser.add_argument("--device", help="device of the model (default: a GPU if there is one)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=7860, help="port to listen on (default: %(default)s)")

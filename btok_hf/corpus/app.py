@@ -1,7 +1,7 @@
 """`btok app`: a page that searches a database by text, picture or clip, on Gradio.
 
-A client names nothing that is opened: a query is a text or an upload, and a hit is the id of a row of the database. What
-is written into the page is escaped, in `btok_hf/corpus/cards.py`.
+A client names nothing that is opened: a query is a text or an upload, and a hit is the id of a row of the database.
+What is written into the page is escaped, in `btok_hf/corpus/cards.py`.
 """
 
 import functools
@@ -113,7 +113,9 @@ def make_page(searcher: Searcher) -> gr.Blocks:
             with gr.Column(scale=2, min_width=260):
                 text = gr.Textbox(label="Text", placeholder="What to look for", elem_id="text", max_length=MAX_TEXT)
                 go = gr.Button("Search", variant="primary", elem_id="go")
-                picture = Upload(label="Picture", sources=["upload", "clipboard"], height=170, elem_id="picture")
+                picture = gr.Image(label="Picture", sources=["upload", "clipboard"], height=170, elem_id="picture")
+                # The file as it is: Gradio would open it here, where an error has no message.
+                picture.preprocess = lambda payload: payload and payload.path
                 clip = gr.Video(label="Clip", sources=["upload"], height=170, elem_id="clip")
                 kinds = gr.CheckboxGroup(answers.kinds, label="Kinds (none: all)", elem_id="kinds")
                 where = gr.Textbox(
@@ -148,15 +150,6 @@ def make_page(searcher: Searcher) -> gr.Blocks:
     for block in page.blocks.values():
         refuse_addresses(block)
     return page
-
-
-class Upload(gr.Image):
-    """A picture's file as it was uploaded. `gr.Image` would open it here, where an error has no message."""
-
-    is_template = True  # shown as a gr.Image
-
-    def preprocess(self, payload: Any) -> str | None:
-        return None if payload is None else payload.path
 
 
 def refuse_addresses(block: Any) -> None:

@@ -12,19 +12,22 @@ LONGEST = 20_000  # characters of a text in large
 
 # Scoped to the component by Gradio. `{` must not stand twice in a row: it would be a template.
 STYLE = """
-ul { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 10px; list-style: none; padding: 0; margin: 0; }
+ul { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 10px; list-style: none;
+  padding: 0; margin: 0; }
 li { margin: 0; }
 button { width: 100%; height: 100%; display: flex; flex-direction: column; gap: 6px; padding: 8px; text-align: left;
-  border: 1px solid var(--border-color-primary); border-radius: 8px; background: var(--block-background-fill); cursor: pointer; }
-button:hover, button:focus-visible, button[aria-pressed=true] { border-color: var(--color-accent); outline: 2px solid var(--color-accent); }
+  border: 1px solid var(--border-color-primary); border-radius: 8px; background: var(--block-background-fill);
+  color: var(--body-text-color); cursor: pointer; }
+button:hover, button:focus-visible, button[aria-pressed=true] { outline: 2px solid var(--color-accent); }
 button img { width: 100%; height: 130px; object-fit: contain; background: #fff; border-radius: 4px; }
-.text { font-size: 13px; line-height: 1.35; overflow: hidden; overflow-wrap: anywhere; max-height: 130px; color: var(--body-text-color); }
-.name { font-size: 12px; overflow-wrap: anywhere; color: var(--body-text-color); opacity: 0.75; }
+.text { font-size: 13px; line-height: 1.35; overflow: hidden; overflow-wrap: anywhere; max-height: 130px; }
+.name { font-size: 12px; overflow-wrap: anywhere; opacity: 0.75; }
 figure { margin: 0; }
-figure img, figure video { max-width: 100%; max-height: 60vh; min-width: min(100%, 220px); object-fit: contain; background: #fff; border-radius: 8px; }
+figure img, figure video { max-width: 100%; max-height: 60vh; min-width: min(100%, 220px); object-fit: contain;
+  background: #fff; border-radius: 8px; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 40vh; overflow: auto; font: inherit; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 12px; margin: 8px 0; }
-dt { color: var(--body-text-color); opacity: 0.75; }
+dt { opacity: 0.75; }
 dd { margin: 0; overflow-wrap: anywhere; }
 """
 
@@ -73,8 +76,8 @@ def large(hit: Hit, url: str | None) -> str:
 def guesses(decoded: Mapping[str, str]) -> str:
     """What a model decodes from Bottleneck Tokens, by what they are of."""
     return (
-        "<p>A guess of the model: the text that it decodes from the Bottleneck Tokens alone, without seeing the input. "
-        f"It shows what they may hold, and is often wrong.</p>{_listed(decoded)}"
+        "<p>A guess of the model: the text that it decodes from the Bottleneck Tokens alone, without seeing the "
+        f"input. It shows what they may hold, and is often wrong.</p>{_listed(decoded)}"
     )
 
 
@@ -98,5 +101,8 @@ def thumbnail_url(thumbnail: bytes) -> str:
 
 
 def _listed(facts: Mapping[str, object]) -> str:
-    rows = (f"<dt>{escape(str(name))}</dt><dd>{escape(shortened(str(value), 2000))}</dd>" for name, value in facts.items())
-    return f"<dl>{''.join(rows)}</dl>"
+    return f"<dl>{''.join(_fact(name, value) for name, value in facts.items())}</dl>"
+
+
+def _fact(name: str, value: object) -> str:
+    return f"<dt>{escape(name)}</dt><dd>{escape(shortened(str(value), 2000))}</dd>"
