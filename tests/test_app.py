@@ -50,7 +50,7 @@ def client(corpus):
 
 def search(client, text="", picture=None, clip=None, kinds=(), where="", words=False, k=24):
     """The ids of the hits and what the page shows of them."""
-    files = (picture and handle_file(picture), clip and {"video": handle_file(clip)})
+    files = (picture and handle_file(picture), clip and handle_file(clip))
     html, summary = client.predict(text, *files, list(kinds), where, words, k, api_name="/search")[:2]
     ids = [unescape(name) for name in re.findall(r'data-id="([^"]*)"', html)]
     assert f"{len(ids)} of " in summary
@@ -173,8 +173,9 @@ def test_nothing_that_a_client_names_is_opened(client, corpus):
         {"path": "http://127.0.0.1:1/a.png"},
     ):
         for inputs in (["", given | meta, None], ["", None, given | meta], [given | meta, None, None]):
-            with pytest.raises(AppError, match=r"not uploaded|Addresses are not opened"):
+            with pytest.raises(AppError, match=r"raised an exception|Addresses are not opened"):
                 client.predict(*inputs, [], "", False, 5, api_name="/search")
+    assert (corpus / "uploads" / "log").read_text().count("Cannot move /etc/passwd to the gradio cache") == 3
     for name in ("nothing", "../secret.png", "x' OR '1'='1"):
         with pytest.raises(AppError, match="There is no item"):
             client.predict(name, api_name="/show")

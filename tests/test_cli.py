@@ -20,7 +20,7 @@ from btok_hf.corpus.tables import Columns
 from btok_hf.evaluation import mmeb
 from btok_hf.serving.server import Limits
 
-COMMANDS = ("add-tokens", "train", "export", "verify", "push", "serve", "embed", "mmeb")
+COMMANDS = ("add-tokens", "train", "export", "verify", "push", "serve", "embed", "index", "search", "app", "mmeb")
 
 
 @pytest.fixture
@@ -71,6 +71,9 @@ def test_unknown_flags_are_refused(btok, name):
         "push": "a b",
         "serve": "a",
         "embed": "a b --model c",
+        "index": "a --db b",
+        "search": "a --db b",
+        "app": "--db a",
         "mmeb": "--model a --data b --output c",
     }
     status, output, errors = btok(name, *required[name].split(), "--nothing")
@@ -123,6 +126,18 @@ def test_options_of_serve(btok, monkeypatch):
     assert served.pop() == (("a", "h", 1, "n", Limits(1, 2, 3, 4, 5, 6.0)), loads)
     status, _, errors = btok("serve", "a", "--timeout", "0")
     assert status == 1 and "timeout must be above 0" in errors
+
+
+def test_options_of_app(btok, monkeypatch):
+    shown = []
+    monkeypatch.setattr("btok_hf.corpus.app.serve", lambda *given, **load: shown.append((given, load)))
+    assert btok("app", "--db", "a")[0] == 0
+    assert shown.pop() == (("a", "127.0.0.1", 7860), {"model": None, "device": None})
+    assert btok("app", *"--db a --model m --device cpu --host h --port 1".split())[0] == 0
+    assert shown.pop() == (("a", "h", 1), {"model": "m", "device": "cpu"})
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    status, _, errors = btok("app", "--db", "a")
+    assert status == 1 and "btok app needs the package gradio: pip install 'btok-hf[app]'" in errors
 
 
 def test_options_of_embed(btok, monkeypatch):

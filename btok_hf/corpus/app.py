@@ -43,7 +43,7 @@ CHOOSE = """element.addEventListener('click', (event) => {
     trigger('click');
 });"""
 CHOSEN = "() => [document.querySelector('#hits [aria-pressed=true]')?.dataset.id ?? '']"
-TO_HIT = "() => { document.querySelector('#hit').scrollIntoView({block: 'nearest'}); }"
+TO_HIT = "() => { document.querySelector('#hit')?.scrollIntoView({block: 'nearest'}); }"
 
 
 def serve(db: str, host: str, port: int, **load: Any) -> None:
@@ -115,7 +115,7 @@ def make_page(searcher: Searcher) -> gr.Blocks:
                 go = gr.Button("Search", variant="primary", elem_id="go")
                 picture = gr.Image(label="Picture", sources=["upload", "clipboard"], height=170, elem_id="picture")
                 # The file as it is: Gradio would open it here, where an error has no message.
-                picture.preprocess = lambda payload: payload and payload.path
+                picture.preprocess = lambda payload: payload and payload.path  # type: ignore[method-assign]
                 clip = gr.Video(label="Clip", sources=["upload"], height=170, elem_id="clip")
                 kinds = gr.CheckboxGroup(answers.kinds, label="Kinds (none: all)", elem_id="kinds")
                 where = gr.Textbox(
@@ -172,6 +172,8 @@ def said(answer: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return answer(*inputs)
         except (ImportError, OSError, ValueError) as error:
+            if str(error).startswith("Input ") and error.__cause__:  # which names the input once more
+                error = error.__cause__
             message = re.sub(r"'/[^']*/([^'/]+)'", r"'\1'", str(error))  # names of files, without their folders
             raise gr.Error(html.escape(message, quote=False), duration=None, print_exception=False) from error
 

@@ -83,7 +83,7 @@ def guesses(decoded: Mapping[str, str]) -> str:
 
 def summary(hits: int, items: int, seconds: float) -> str:
     """How many hits there are, for screen readers too."""
-    return f'<p role="status">{hits} of {items:,} items, found in {seconds:.2f} s</p>'
+    return f'<p role="status">{hits} of {items:,} items, found in {seconds:.3f} s</p>'
 
 
 def describe(hit: Hit) -> str:
