@@ -133,7 +133,8 @@ def test_options_of_app(btok, monkeypatch):
     monkeypatch.setattr("btok_hf.corpus.app.serve", lambda *given, **load: shown.append((given, load)))
     assert btok("app", "--db", "a")[0] == 0
     assert shown.pop() == (("a", "127.0.0.1", 7860), {"model": None, "device": None})
-    assert btok("app", *"--db a --model m --device cpu --host h --port 1".split())[0] == 0
+    flags = "--model m --device cpu --host h --port 1"
+    assert btok("app", "--db", "a", *flags.split())[0] == 0
     assert shown.pop() == (("a", "h", 1), {"model": "m", "device": "cpu"})
     monkeypatch.setitem(sys.modules, "gradio", None)
     status, _, errors = btok("app", "--db", "a")
