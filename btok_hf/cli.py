@@ -25,6 +25,7 @@ COMMANDS = (
     repositories.verify_command,
     repositories.push_command,
     serving.serve_command,
+    corpus.embed_command,
     corpus.index_command,
     corpus.search_command,
     evaluation.mmeb_command,

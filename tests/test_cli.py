@@ -16,11 +16,12 @@ from support.units import random_vectors, rows_of, write_units
 
 from btok_hf import BTokSentenceTransformer, cli
 from btok_hf.commands import repositories
-from btok_hf.corpus.job import identify
+from btok_hf.corpus.job import Options, identify
+from btok_hf.corpus.tables import Columns
 from btok_hf.evaluation import mmeb
 from btok_hf.serving.server import Limits
 
-COMMANDS = ("add-tokens", "train", "export", "verify", "push", "serve", "index", "search", "mmeb")
+COMMANDS = ("add-tokens", "train", "export", "verify", "push", "serve", "embed", "index", "search", "mmeb")
 
 
 @pytest.fixture
@@ -70,6 +71,7 @@ def test_unknown_flags_are_refused(btok, name):
         "verify": "a",
         "push": "a b",
         "serve": "a",
+        "embed": "a b --model c",
         "index": "a --db b",
         "search": "a --db b",
         "mmeb": "--model a --data b --output c",
@@ -124,6 +126,24 @@ def test_options_of_serve(btok, monkeypatch):
     assert served.pop() == (("a", "h", 1, "n", Limits(1, 2, 3, 4, 5, 6.0)), loads)
     status, _, errors = btok("serve", "a", "--timeout", "0")
     assert status == 1 and "timeout must be above 0" in errors
+
+
+def test_options_of_embed(btok, monkeypatch):
+    runs, outcome = [], {}
+    monkeypatch.setattr("btok_hf.corpus.workers.run", lambda *given, **more: runs.append((given, more)) or outcome)
+    assert btok("embed", "a", "b", "--model", "c")[0] == 0
+    assert runs.pop() == (("a", "b", Options("c")), {"retry_failed": False, "ray": None, "workers": None})
+    flags = "--revision v --text t --image i --video w --id n --columns x,y --prompt p --dimensions 9 --dtype float32"
+    flags += " --device cpu --max-pixels 8 --max-seq-length 7 --unit-rows 6 --thumbnail-pixels 5 --batch-size 4"
+    flags += " --threads 3 --retry-failed --fail-on-error --ray local --workers 2"
+    outcome["row"] = "reason"
+    assert btok("embed", "a", "b", "--model", "c", *flags.split())[0] == 1
+    columns = Columns("t", "i", "w", "n", ("x", "y"))
+    options = Options("c", "v", "p", 9, "float32", 8, 7, columns, 6, 5, "cpu", 4, 3)
+    assert runs.pop() == (("a", "b", options), {"retry_failed": True, "ray": "local", "workers": 2})
+    assert btok("embed", "a", "b", "--model", "c")[0] == 0  # rows that failed end the run only if asked
+    assert "unit_rows must be 1 or more" in btok("embed", "a", "b", "--model", "c", "--unit-rows", "0")[2]
+    assert "name columns of a table" in btok("embed", "a", "b", "--model", "c", "--id", "x")[2]
 
 
 def test_flags_may_be_written_with_underscores(btok, monkeypatch):

@@ -1,5 +1,6 @@
-"""What a run of `btok embed` is to do: its settings, checked before the model is loaded, and the units that are missing."""
+"""What a run of `btok embed` is to do: settings, checked before the model is loaded, and the missing units."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -21,6 +22,7 @@ from btok_hf.modeling.modeling_btok import bottleneck_token_ids
 MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 NOT_OF_VECTORS = ("golden.json", "trainer_state.json", "README.md")
 CHUNK = 2**20
+NO_COLUMNS = Columns()
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Options:
     dtype: str = "auto"
     max_pixels: int | None = None
     max_seq_length: int | None = None
-    columns: Columns = Columns()
+    columns: Columns = NO_COLUMNS
     unit_rows: int = 512
     thumbnail_pixels: int = 192
     device: str | None = None
@@ -134,7 +136,9 @@ def make_plan(given: str, out: str, options: Options, *, clean: bool = True, ret
     found = Input(given)
     with named_source(options.model):
         revision, config = identify(options.model, options.revision)
-    if not Path(options.model).exists():
+    if Path(options.model).exists():
+        options = options.replace(model=os.path.abspath(options.model))  # for other processes
+    else:
         options = options.replace(revision=revision)
     dimensions = _dimensions(config, options)
     source = _source(found, out, options)

@@ -100,6 +100,7 @@ class Input:
                 "id of a dataset on the Hub (org/name)."
             )
         else:
+            path = self.fs.info(path)["name"].rstrip("/") or "/"  # as lists of files spell it
             self._root = path if self.fs.isdir(path) else path.rpartition("/")[0]
         self._path = path
         self.address, self.root = (self._full(each) for each in (path, self._root))

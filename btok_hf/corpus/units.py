@@ -158,8 +158,8 @@ class Corpus:
             differences = "; ".join(f"{key} {held.get(key)!r} there, {settings.get(key)!r} now" for key in keys)
             raise ValueError(
                 f"{self.store.path} holds a corpus with other settings: {differences} (model {held.get('model')!r} "
-                f"there, {settings.get('model')!r} now). One corpus has one model, input and form: name another folder "
-                "for OUT, or remove this one."
+                f"there, {settings.get('model')!r} now). One corpus has one model, input and form: name another "
+                "folder for OUT, or remove this one."
             )
 
     def plan(self) -> list[str]:

@@ -1,11 +1,11 @@
-"""A Hub on this machine: the protocol for model repositories, as far as huggingface_hub depends on what it answers.
+"""A Hub on this machine: the protocol for repositories, as far as huggingface_hub depends on what it answers.
 
     with HubServer() as hub:
         hub.run("-m", "btok_hf", "push", "folder", "org/name", home=tmp_path)
 
 Two ports, as on the real Hub: one for the API and small files, one for storage, which takes no tokens. Repositories
-live in memory, with the object ids that git and git-lfs give. Every answer and every stored file is searched for the
-tokens; leaving the context fails if one was found.
+live in memory, with the object ids that git and git-lfs give. Datasets are read like models. Every
+answer and every stored file is searched for the tokens; leaving the context fails if one was found.
 """
 
 import base64
@@ -216,16 +216,16 @@ class HubHandler(Handler):
         ("GET", r"/api/whoami-v2", "whoami"),
         ("POST", r"/api/validate-yaml", "validate_card"),
         ("POST", r"/api/repos/create", "create"),
-        ("GET", r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", "info"),
+        ("GET", r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/revision/([^/]+))?", "info"),
         ("GET", r"/api/models/([^/]+/[^/]+)/refs", "refs"),
         ("GET", r"/api/models/([^/]+/[^/]+)/commits/([^/]+)", "history"),
-        ("GET", r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/(.+))?", "tree"),
+        ("GET", r"/api/(?:models|datasets)/([^/]+/[^/]+)/tree/([^/]+)(?:/(.+))?", "tree"),
         ("POST", r"/api/models/([^/]+/[^/]+)/(branch|tag)/([^/]+)", "add_ref"),
         ("POST", r"/api/models/([^/]+/[^/]+)/preupload/([^/]+)", "preupload"),
         ("POST", r"/api/models/([^/]+/[^/]+)/commit/([^/]+)", "commit"),
         ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
         ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/verify", "lfs_verify"),
-        ("GET HEAD", r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
+        ("GET HEAD", r"/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
     )
 
     def authenticate(self):
@@ -380,7 +380,12 @@ class HubHandler(Handler):
             raise HubError(404, "Entry not found", "EntryNotFound", commit)
         content, is_lfs = repository.commits[commit][path]
         if not is_lfs:
-            self.reply(content, 200, {"X-Repo-Commit": commit, "ETag": f'"{blob_oid(content)}"'})
+            headers = {"X-Repo-Commit": commit, "ETag": f'"{blob_oid(content)}"'}
+            part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            if part:
+                self.reply(content[int(part[1]) : int(part[2]) + 1], 206, headers)
+            else:
+                self.reply(content, 200, headers)
             return
         digest = hashlib.sha256(content).hexdigest()
         linked = {"X-Linked-Size": len(content), "X-Linked-ETag": f'"{digest}"'}

@@ -1,0 +1,231 @@
+"""Tables whose rows are embedded: the same rows from every format, ids, metadata, scans that are kept."""
+
+import csv
+import io
+import json
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from support.corpus import embed, picture, read, same
+
+from btok_hf.corpus import tables
+from btok_hf.corpus.listing import Input
+from btok_hf.corpus.tables import Columns, TableSource
+from btok_hf.corpus.units import Store, read_units
+
+ROWS = [{"key": f"k{index}", "words": f"text {index}", "year": 2000 + index} for index in range(7)]
+COLUMNS = Columns("words", id="key", metadata=("year",))
+
+
+def png(seed):
+    content = io.BytesIO()
+    picture(seed).save(content, "PNG")
+    return content.getvalue()
+
+
+def write(path, rows=ROWS):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=3)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    else:
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0], delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    return path
+
+
+def source(path, columns=COLUMNS, unit_rows=3):
+    return TableSource(Input(str(path)), columns, unit_rows, Store(str(path.parent / "out")))
+
+
+def rows_of(table):
+    return [row for unit in table.plan("s") for row in table.rows(unit)]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".csv", ".tsv"])
+def test_every_format_gives_the_same_rows(tmp_path, repo, suffix):
+    embed(write(tmp_path / f"a{suffix}"), tmp_path / "out", repo, columns=COLUMNS, unit_rows=3)
+    settings, _ = read_units(str(tmp_path / "out"))
+    assert settings["kind"] == "table" and settings["units_written"] == 3 and settings["root"] == str(tmp_path)
+    rows = read(tmp_path / "out")
+    assert list(rows) == [row["key"] for row in ROWS]
+    assert [row["text"] for row in rows.values()] == [row["words"] for row in ROWS]
+    years = [row["year"] for row in rows.values()]
+    kind = "string" if suffix in (".csv", ".tsv") else "int64"
+    assert settings["metadata"] == {"year": kind}
+    assert years == [str(row["year"]) if kind == "string" else row["year"] for row in ROWS]
+    write(tmp_path / "b.jsonl")
+    embed(tmp_path / "b.jsonl", tmp_path / "other", repo, columns=Columns("words", id="key"))
+    plain = read(tmp_path / "other")
+    for row in rows.values():
+        del row["year"]
+    assert same(rows, plain)
+
+
+def test_ids_without_a_column_and_units_of_several_files(tmp_path):
+    for name in ("b/x.csv", "a.jsonl"):
+        write(tmp_path / "in" / name)
+    table = source(tmp_path / "in", Columns("words"))
+    units = table.plan("s")
+    assert [(unit.files, unit.first, unit.rows) for unit in units] == [
+        ((name,), first, rows) for name in ("a.jsonl", "b/x.csv") for first, rows in ((0, 3), (3, 3), (6, 1))
+    ]
+    ids = [row.id for unit in units for row in table.rows(unit)]
+    assert ids == [f"{name}#row={row}" for name in ("a.jsonl", "b/x.csv") for row in range(7)]
+
+
+def test_image_cells_in_every_form(tmp_path, repo):
+    picture(0).save(tmp_path / "0.png")
+    cells = [
+        {"bytes": png(0), "path": None},
+        {"bytes": None, "path": "0.png"},
+        {"bytes": png(0), "path": "elsewhere.png"},
+    ]
+    pq.write_table(pa.table({"pic": cells}), tmp_path / "cells.parquet")
+    pq.write_table(pa.table({"pic": [png(0), None]}), tmp_path / "bytes.parquet")
+    paths = ["0.png", "./0.png", str(tmp_path / "0.png"), f"file://{tmp_path}/0.png", "gone.png", "x9://a/0.png"]
+    write(tmp_path / "paths.jsonl", [{"pic": path} for path in paths])
+    errors = embed(tmp_path, tmp_path / "out", repo, columns=Columns(image="pic"))
+    rows = read(tmp_path / "out")
+    assert errors.keys() == {"bytes.parquet#row=1", "paths.jsonl#row=4", "paths.jsonl#row=5"}
+    assert "its cells are empty" in errors["bytes.parquet#row=1"] and "No such file" in errors["paths.jsonl#row=4"]
+    vectors = {tuple(row["embedding"]) for row in rows.values() if row["embedding"]}
+    assert len(vectors) == 1 and len(rows) == 11
+    sources = [rows[f"paths.jsonl#row={index}"]["source"] for index in range(4)]
+    assert sources == ["0.png", "0.png", str(tmp_path / "0.png"), f"file://{tmp_path}/0.png"]
+    assert rows["bytes.parquet#row=0"]["source"] is None and rows["cells.parquet#row=1"]["source"] == "0.png"
+
+
+def test_rows_of_several_parts(tmp_path, repo, model):
+    picture(0).save(tmp_path / "0.png")
+    rows = [{"pic": "0.png", "words": "a"}, {"pic": None, "words": "b"}, {"pic": "0.png", "words": None}]
+    write(tmp_path / "a.jsonl", [*rows, {"pic": ["0.png", "0.png"], "words": ["c", "d"]}, {"words": 7}])
+    errors = embed(tmp_path / "a.jsonl", tmp_path / "out", repo, columns=Columns("words", "pic"))
+    found = list(read(tmp_path / "out").values())
+    assert [row["kind"] for row in found] == ["mixed", "text", "image", "mixed", "mixed"]
+    assert [row["text"] for row in found] == ["a", "b", None, "c\nd", None]
+    assert list(errors.values()) == ["the text must be a string, got int"]
+    path = tmp_path / "0.png"
+    inputs = [{"image": path, "text": "a"}, {"text": "b"}, {"image": path}]
+    inputs.append({"image": [path, path], "text": ["c", "d"]})
+    for row, vector in zip(found, model.encode_document(inputs)):
+        assert max(abs(row["embedding"] - vector)) < 1e-5
+
+
+def test_a_video_column(tmp_path, repo, mp4):
+    with open(mp4, "rb") as file:
+        pq.write_table(pa.table({"clip": [file.read()]}), tmp_path / "a.parquet")
+    embed(tmp_path / "a.parquet", tmp_path / "out", repo, columns=Columns(video="clip"))
+    (row,) = read(tmp_path / "out").values()
+    assert row["kind"] == "video" and row["embedding"] and row["thumbnail"]
+
+
+def test_broken_rows_do_not_move_the_others(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"words": "a"}\nbroken\n\n{"words": "b"}\n{"key": 1}\n')
+    rows = rows_of(source(path, Columns("words"), unit_rows=2))
+    assert [(row.id, row.text) for row in rows] == [
+        ("a.jsonl#row=0", "a"),
+        ("a.jsonl#row=1", None),
+        ("a.jsonl#row=2", "b"),
+        ("a.jsonl#row=3", None),
+    ]
+    assert "not JSON" in rows[1].error and "cells are empty" in rows[3].error
+    rows = rows_of(source(path, Columns("words", id="key")))
+    assert rows[0].error == "the row has no key" and rows[0].id == "a.jsonl#row=0"
+
+
+def test_the_rest_of_a_damaged_parquet_file_fails_row_by_row(tmp_path):
+    path = write(tmp_path / "a.parquet")
+    content = bytearray(path.read_bytes())
+    start = content.index(b"text 3")  # in the second of three row groups
+    content[start - 40 : start + 20] = bytes(60)
+    path.write_bytes(content)
+    rows = rows_of(source(path, unit_rows=4))
+    assert [row.id for row in rows][3:] == [f"a.parquet#row={index}" for index in range(3, 7)] or rows[6].id == "k6"
+    assert "cannot be read here" in rows[3].error and [row.text for row in rows[:3]] == ["text 0", "text 1", "text 2"]
+
+
+def test_types_are_merged_over_tables(tmp_path):
+    write(tmp_path / "a.jsonl", [{"words": "a", "n": 1, "none": None}])
+    write(tmp_path / "b.jsonl", [{"words": "b", "n": 2.5, "none": None}])
+    dictionary = pa.table(
+        {"words": ["c"], "n": pa.array([3], pa.int32()), "none": pa.array(["x"]).dictionary_encode()}
+    )
+    pq.write_table(dictionary, tmp_path / "c.parquet")
+    table = source(tmp_path, Columns("words", metadata=("n", "none")))
+    rows = rows_of(table)
+    assert table.metadata == {"n": pa.float64(), "none": pa.string()}
+    assert [row.metadata["n"].to_pylist() for row in rows] == [[1.0], [2.5], [3.0]]
+    assert [row.metadata["none"].to_pylist() for row in rows] == [[None], [None], ["x"]]
+    write(tmp_path / "d.jsonl", [{"words": "a", "n": "many", "none": None}])
+    with pytest.raises(ValueError, match="has other types in other tables"):
+        source(tmp_path, Columns("words", metadata=("n", "none"))).plan("s")
+
+
+def test_scans_are_kept_and_those_of_gone_tables_forgotten(tmp_path, monkeypatch):
+    first, second = write(tmp_path / "in" / "a.jsonl"), write(tmp_path / "in" / "b.parquet")
+    before = source(tmp_path / "in").plan("s")
+    scans = tmp_path / "out" / "scans"
+    assert len(list(scans.iterdir())) == 2
+    with monkeypatch.context() as patch:  # nothing is opened again
+        patch.setattr(tables, "line_records", None)
+        patch.setattr(tables.pq, "ParquetFile", None)
+        assert source(tmp_path / "in").plan("s") == before
+    second.unlink()
+    write(first, ROWS[:2])
+    table = source(tmp_path / "in")
+    assert not {unit.name for unit in table.plan("s")} & {unit.name for unit in before}
+    table.forget()
+    assert len(list(scans.iterdir())) == 1
+
+
+def test_tables_in_object_storage(tmp_path, repo):
+    fs = fsspec.filesystem("memory")
+    try:
+        for name in ("a.parquet", "b.jsonl", "c.csv"):
+            fs.pipe_file(f"/tables/{name}", write(tmp_path / name).read_bytes())
+        fs.pipe_file("/tables/pictures/0.png", png(0))
+        fs.pipe_file("/tables/d.jsonl", json.dumps({"pic": "pictures/0.png"}).encode())
+        with pytest.raises(ValueError, match=r"d\.jsonl has no column words"):
+            embed("memory://tables/*.*", "memory://tables-out", repo, columns=Columns("words"), unit_rows=3)
+        fs.rm("/tables/d.jsonl")
+        given = ("memory://tables", "memory://tables-out", repo)
+        embed(*given, columns=COLUMNS._replace(id=None, metadata=()), unit_rows=3)
+        rows = read("memory://tables-out")
+        assert len(rows) == 21 and rows["b.jsonl#row=4"]["text"] == "text 4"
+        fs.pipe_file("/pics/a.jsonl", json.dumps({"pic": "deep/0.png"}).encode())
+        fs.pipe_file("/pics/deep/0.png", png(0))
+        embed("memory://pics/a.jsonl", "memory://pics-out", repo, columns=Columns(image="pic"))
+        assert read("memory://pics-out")["a.jsonl#row=0"]["source"] == "deep/0.png"
+    finally:
+        for folder in ("/tables", "/tables-out", "/pics", "/pics-out"):
+            if fs.exists(folder):
+                fs.rm(folder, recursive=True)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".csv"])
+def test_a_missing_column_is_named_before_work(tmp_path, suffix):
+    with pytest.raises(ValueError, match=rf"a\{suffix} has no column wrods. Its columns are key, words, year"):
+        source(write(tmp_path / f"a{suffix}"), Columns("wrods")).plan("s")
+
+
+def test_what_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="--columns text: every unit has a column of this name"):
+        source(tmp_path, Columns("words", metadata=("text",)))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"no rows of a table \(1 that are no tables\)"):
+        source(tmp_path / "in").plan("s")
+    (tmp_path / "in" / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"a\.parquet cannot be read"):
+        source(tmp_path / "in").plan("s")
+    (tmp_path / "in" / "a.parquet").unlink()
+    (tmp_path / "in" / "empty.jsonl").write_bytes(b"")
+    with pytest.raises(ValueError, match="no rows of a table"):
+        source(tmp_path / "in").plan("s")

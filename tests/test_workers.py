@@ -1,0 +1,184 @@
+"""Who embeds what: a process that is killed, ranks beside each other, workers of Ray that are killed."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from itertools import chain
+from pathlib import Path
+
+import pytest
+from support.corpus import embed, read, same, write_files, write_texts
+
+from btok_hf.corpus import workers
+from btok_hf.corpus.listing import Unit
+from btok_hf.corpus.workers import Rank, grouped, in_order, rank
+
+UNITS = [Unit(f"{index * 2654435761 % 2**32:08x}", 1, (f"{index}.txt",)) for index in range(50)]
+
+
+def start(given, out, repo, *flags, **variables):
+    command = [sys.executable, "-m", "btok_hf", "embed", given, out, "--model", repo, "--device", "cpu", *flags]
+    return subprocess.Popen(
+        list(map(str, command)), env={**os.environ, **variables}, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for_units(out, count, seconds=120):
+    folder, end = Path(out) / "units", time.monotonic() + seconds
+    while not folder.is_dir() or len(list(folder.glob("*.parquet"))) < count:
+        assert time.monotonic() < end, "no units were written"
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    return write_texts(tmp_path_factory.mktemp("corpus") / "in", 160)
+
+
+@pytest.fixture(scope="module")
+def whole(texts, repo, tmp_path_factory):
+    """The corpus that one process makes."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    embed(texts, out, repo, unit_rows=4)
+    return read(out)
+
+
+def test_a_killed_run_goes_on_where_it_was(texts, whole, repo, tmp_path, capfd):
+    out = tmp_path / "out"
+    process = start(texts, out, repo, "--unit-rows", "4")
+    wait_for_units(out, 3)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    process.stderr.close()
+    written = {path: path.stat().st_mtime_ns for path in (out / "units").glob("*.parquet")}
+    assert len(written) >= 3 and len(read(out)) < len(whole)
+    embed(texts, out, repo, unit_rows=4)
+    assert same(read(out), whole)
+    assert {path: path.stat().st_mtime_ns for path in written} == written  # finished units are not touched
+
+
+def test_ranks_beside_each_other_give_what_one_process_gives(texts, whole, repo, tmp_path):
+    out = tmp_path / "out"
+    ranks = [
+        start(texts, out, repo, "--unit-rows", "4", RANK=str(index), WORLD_SIZE="2", LOCAL_RANK=str(index))
+        for index in range(2)
+    ]
+    errors = [process.communicate()[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], errors
+    assert same(read(out), whole)
+
+
+def test_a_rank_does_the_work_of_those_that_died(texts, whole, repo, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    embed(texts, tmp_path / "out", repo, unit_rows=4)
+    assert same(read(tmp_path / "out"), whole)
+    with pytest.raises(ValueError, match="--retry-failed removes units"):
+        embed(texts, tmp_path / "out", repo, retry_failed=True)
+
+
+def test_ranks():
+    assert rank({}) == Rank(0, 1, 0)
+    assert rank({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "SLURM_PROCID": "0"}) == Rank(3, 8, 1)
+    assert rank({"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "2"}) == Rank(5, 8, 2)
+    assert rank({"WORLD_SIZE": "8"}) == Rank()
+
+
+def test_each_rank_begins_with_units_of_its_own():
+    orders = [list(in_order(UNITS, Rank(index, 3, 0))) for index in range(3)]
+    assert all(sorted(order) == sorted(UNITS) for order in orders)
+    shares = [[unit for unit in order if workers.owner(unit, 3) == index] for index, order in enumerate(orders)]
+    assert all(order[: len(share)] == share for order, share in zip(orders, shares))  # own units first, in order
+    assert sorted(chain(*shares)) == sorted(UNITS) and min(map(len, shares)) > 8
+    assert orders[0][len(shares[0]) :] != [unit for unit in UNITS if unit not in shares[0]]
+    assert list(in_order(UNITS, Rank())) == UNITS
+
+
+def test_the_summary_groups_errors(tmp_path, repo, capsys):
+    folder = write_files(tmp_path / "in", texts=3, pictures=0)
+    for index in range(3):
+        (folder / f"{index}.png").write_bytes(b"no picture %d" % index)
+    (folder / "latin.txt").write_bytes("\xe4".encode("latin-1"))
+    (folder / ".hidden").write_text("x")
+    embed(folder, tmp_path / "out", repo)
+    printed = capsys.readouterr().out
+    assert "1 units, 0 of them written; 7 files to embed" in printed and "left out: 1 hidden" in printed
+    assert "embedded 7 rows in " in printed and "4 rows failed:\n  3 × The image is not an image" in printed
+    assert "(e.g. 0.png)" in printed and "1 × the text is not UTF-8" in printed
+
+
+def test_reasons():
+    errors = {"a": "image of 4 x 5 pixels 'x'", "b": "image of 40 x 50 pixels 'y'", "c": "other"}
+    assert grouped(errors) == [("image of 4 x 5 pixels 'x'", 2, "a"), ("other", 1, "c")]
+
+
+# ---------------------------------------------------------------- Ray
+
+
+def processes(name):
+    """Ids of running processes with this title."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            found += [int(path.parent.name)] if path.read_bytes().startswith(name) else []
+    return found
+
+
+def test_workers_of_ray_that_are_killed(texts, whole, repo, tmp_path, monkeypatch):
+    """Nothing is lost and nothing doubled."""
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_DEDUP_LOGS", "0")
+    out, killed = tmp_path / "out", []
+
+    def kill():
+        wait_for_units(out, 2)
+        for process in processes(b"ray::Embedder")[:1]:
+            os.kill(process, signal.SIGKILL)
+            killed.append(process)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    embed(texts, out, repo, unit_rows=4, ray="local", workers=2)
+    thread.join()
+    assert len(killed) == 1 and same(read(out), whole)
+
+
+def test_a_unit_that_kills_its_workers_costs_no_other(tmp_path):
+    ray = pytest.importorskip("ray")
+
+    class Worker:
+        def embed(self, units):
+            if units[0].name == UNITS[2].name:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return workers.Counts(1)
+
+    ray.init(num_cpus=2, object_store_memory=workers.LOCAL_OBJECTS, include_dashboard=False)
+    try:
+        remote = ray.remote(max_restarts=-1, max_task_retries=1)(Worker)
+        with workers._Bar(6, Rank(1)) as bar:
+            counts, lost = workers._deal(ray, [remote.remote(), remote.remote()], UNITS[:6], bar)
+    finally:
+        ray.shutdown()
+    assert lost == [UNITS[2]] and counts.rows == 5
+
+
+def test_a_unit_whose_node_is_gone_is_given_to_another_worker():
+    now = time.monotonic()
+    running = [("a", UNITS[0], now - 70), ("b", UNITS[1], now - 50)]
+    waiting = {unit.name: unit for unit in UNITS}
+    assert workers._straggler(running, waiting, 1.0) == UNITS[0]
+    assert workers._straggler(running, waiting, 40.0) is None  # others took nearly as long
+    assert workers._straggler([*running, ("c", UNITS[0], now)], waiting, 1.0) is None  # it runs twice already
+    assert workers._straggler(running, {}, 1.0) is None
+
+
+def test_ray_that_is_not_installed_is_named(texts, repo, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"pip install 'btok-hf\[ray\]'"):
+        embed(texts, tmp_path / "out", repo, ray="local")
+    with pytest.raises(ValueError, match="--workers counts workers of Ray"):
+        embed(texts, tmp_path / "out", repo, workers=2)
