@@ -85,7 +85,7 @@ def store(vectors: np.ndarray, precision: Precision) -> pa.FixedSizeListArray:
 
 def load(column: pa.Array, dimensions: int, precision: Precision) -> np.ndarray:
     """A stored column as vectors of length 1: fp32, shape `(n, dimensions)`."""
-    numbers = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+    numbers = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
     if precision == "binary":
         numbers = np.unpackbits(numbers, axis=1, count=dimensions) * 2.0 - 1.0
     return unit(numbers)
