@@ -144,7 +144,7 @@ def test_a_large_pdf_counts_as_many_rows(tmp_path, monkeypatch):
     folder = write_files(tmp_path / "in", texts=6, pictures=0)
     (folder / "a.pdf").write_bytes(pdf("text"))
     assert len(FolderSource(Input(str(folder)), 100).plan("s")) == 1
-    monkeypatch.setattr(listing, "PAGE_BYTES", 6)
+    monkeypatch.setattr(listing, "PAGE_BYTES", 2)
     assert FolderSource(Input(str(folder)), 100).plan("s")[0].files == ("a.pdf",)
 
 

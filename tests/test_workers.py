@@ -159,7 +159,7 @@ def test_a_unit_that_kills_its_workers_costs_no_other(tmp_path):
     ray.init(num_cpus=2, object_store_memory=workers.LOCAL_OBJECTS, include_dashboard=False)
     try:
         remote = ray.remote(max_restarts=-1, max_task_retries=1)(Worker)
-        with workers._Bar(6, Rank(1)) as bar:
+        with workers._Bar(UNITS[:6], Rank()) as bar:
             counts, lost = workers._deal(ray, [remote.remote(), remote.remote()], UNITS[:6], bar)
     finally:
         ray.shutdown()

@@ -156,7 +156,7 @@ class Embedder:
             items,
             prompt=options.prompt,
             batch_size=options.batch_size,
-            truncate_dim=options.dimensions,
+            truncate_dim=self.job.dimensions,
             normalize_embeddings=True,
             show_progress_bar=False,
             on_error="skip",

@@ -73,7 +73,9 @@ class ParquetCursor:
     def take(self, first: int, count: int) -> Iterator[pa.RecordBatch]:
         """`count` rows from row `first` on."""
         while count:
-            batch = self._left or next(self._batches)
+            batch = self._left or next(self._batches, None)
+            if batch is None:
+                raise OSError("the file holds fewer rows than it did when it was scanned")
             self._left = None
             skip = min(first - self._position, len(batch))
             used = min(len(batch) - skip, count)

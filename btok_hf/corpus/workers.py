@@ -77,16 +77,19 @@ def owner(unit: Unit, count: int) -> int:
 class _Bar:
     """Progress in rows, with rows per second and the time left."""
 
-    def __init__(self, total: int, own: Rank) -> None:
+    def __init__(self, units: Sequence[Unit], own: Rank) -> None:
         name = "embed" if own.count == 1 else f"rank {own.index} of {own.count}"
+        self._own = own
+        total = sum(unit.rows for unit in units if owner(unit, own.count) == own.index)
         self._bar = tqdm(total=total, desc=name, unit="row", disable=own.index > 0, smoothing=0.05)
         self._seen: Counter[str] = Counter()
 
     def report(self, unit: Unit, rows: int, done: bool) -> None:
         self._seen[unit.name] += rows
         self._bar.update(rows)
-        if done:  # a PDF has more pages than the list of files told; what others wrote has no rows here
-            self._bar.total += self._seen.pop(unit.name) - unit.rows
+        if done:  # A PDF has more pages than the list of files told. What others wrote has no rows here.
+            expected = unit.rows if owner(unit, self._own.count) == self._own.index else 0
+            self._bar.total += self._seen.pop(unit.name) - expected
             self._bar.refresh()
 
     def __enter__(self) -> "_Bar":
@@ -136,10 +139,10 @@ def run(
     counts = Counts()
     lost: list[Unit] = []
     if plan.missing and ray is not None:
-        with _Bar(sum(unit.rows for unit in plan.missing), own) as bar:
+        with _Bar(plan.missing, own) as bar:
             counts, lost = _run_on_ray(plan.job, plan.missing, ray, workers, bar)
     elif plan.missing:
-        with _Bar(sum(unit.rows for unit in plan.missing), own) as bar:
+        with _Bar(plan.missing, own) as bar:
             counts = Embedder(_on_own_device(plan.job, own)).embed(in_order(plan.missing, own), bar.report)
     errors = Corpus(out).errors(unit.name for unit in plan.units)
     name = "" if own.count == 1 else f"rank {own.index} of {own.count}: "
