@@ -103,7 +103,8 @@ def make_page(searcher: Searcher) -> gr.Blocks:
     Returns:
         `gradio.Blocks`: To pass to `launch`.
     """
-    answers = Answers(searcher)
+    hit = gr.HTML(css_template=cards.STYLE, apply_default_css=False, elem_id="large", render=False)
+    answers = Answers(searcher, hit)
     with gr.Blocks(
         title="BTok search", analytics_enabled=False, delete_cache=(3600, 24 * 3600), fill_width=True
     ) as page:
@@ -127,20 +128,14 @@ def make_page(searcher: Searcher) -> gr.Blocks:
                 summary = gr.HTML(elem_id="summary")
                 hits = gr.HTML(elem_id="hits", css_template=cards.STYLE, js_on_load=CHOOSE, apply_default_css=False)
             with gr.Column(scale=3, min_width=280, visible=False, elem_id="hit") as panel:
-                hit = gr.HTML(css_template=cards.STYLE, apply_default_css=False, elem_id="large")
+                hit.render()
                 with gr.Row():
                     more = gr.Button("More like this", elem_id="more")
                     why = gr.Button("Why this hit?", elem_id="why", visible=answers.decodes)
                 guesses = gr.HTML(css_template=cards.STYLE, apply_default_css=False, elem_id="guesses")
         found = [hits, summary, query]
-        for event in (go.click, text.submit):
-            event(
-                said(answers.search),
-                [text, picture, clip, kinds, where, words, k],
-                [*found, panel],
-                api_name="search",
-                api_visibility="public" if event == go.click else "private",
-            )
+        asked = [text, picture, clip, kinds, where, words, k]
+        gr.on([go.click, text.submit], said(answers.search), asked, [*found, panel], api_name="search")
         hits.click(said(answers.show), [chosen], [chosen, panel, hit, guesses], js=CHOSEN, api_name="show").success(
             None, js=TO_HIT
         )
@@ -185,6 +180,7 @@ class Answers:
 
     Args:
         searcher (`Searcher`): Database and model.
+        files (`gradio.HTML`): What shows hits in large. Gradio serves the files in its cache, and removes them later.
 
     Attributes:
         items (`int`): Number of rows.
@@ -193,13 +189,12 @@ class Answers:
         decodes (`bool`): Whether the model has Bottleneck Tokens to decode text from.
     """
 
-    def __init__(self, searcher: Searcher) -> None:
-        self.searcher, index = searcher, searcher.index
+    def __init__(self, searcher: Searcher, files: gr.HTML) -> None:
+        self.searcher, self.files, index = searcher, files, searcher.index
         self.items = index.count()
         self.kinds = [kind for kind in KINDS if index.count(f"kind = '{kind}'")]
         self.columns = index.columns
         self.decodes = bool(getattr(searcher.model.transformer.config, "btok_num_tokens", 0))
-        self._files = gr.HTML(render=False)  # Gradio serves the files in its cache
 
     def search(
         self,
@@ -238,11 +233,12 @@ class Answers:
         path = self._original(row)
         file = None
         if path is not None and row.kind == "video":
-            file = self._files.move_resource_to_block_cache(path)
+            file = self.files.move_resource_to_block_cache(path)
         elif path is not None and row.kind != "text":
             picture = as_picture(path, row.page)
             picture.thumbnail((LARGE, LARGE))
-            file = save_pil_to_cache(picture, self._files.GRADIO_CACHE, name="hit")
+            file = save_pil_to_cache(picture, self.files.GRADIO_CACHE, name="hit")
+            self.files.temp_files.add(file)
         return row.id, gr.update(visible=True), cards.large(row, file and f"gradio_api/file={file}"), ""
 
     def why(self, chosen: str, query: dict[str, Any]) -> str:
