@@ -82,8 +82,8 @@ def test_nothing_that_a_text_names_is_opened(searcher, folder, monkeypatch):
 
 
 def test_what_the_tokens_hold(searcher):
-    """Trained on definitions and the names of drawings, it repeats a name."""
-    assert "tiger" in searcher.reconstruct({"text": "tiger face"}, searcher.model.prompts.get("query"))
+    expected = searcher.model.reconstruct([{"text": "tiger face"}], prompt="Find it.")
+    assert [searcher.reconstruct({"text": "tiger face"}, "Find it.")] == expected and expected[0]
 
 
 def test_empty_queries_are_refused(searcher):

@@ -18,9 +18,10 @@ import gradio as gr
 import pypdfium2
 from gradio.processing_utils import save_pil_to_cache
 from PIL import Image
+from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from btok_hf.corpus import cards
 from btok_hf.corpus.index import Hit
@@ -34,6 +35,9 @@ MAX_HITS = 100
 LARGE = 1400  # pixels of the longer side of a hit's picture in the page
 WAITING = 64  # requests; more are refused
 PDF = threading.Lock()  # pdfium works in one thread at a time
+POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
+# Cutting a clip would load a program from elsewhere.
+STYLE = "#clip button[aria-label='Trim video to selection'] { display: none; }"
 
 # A card marks itself, and the listener reads the mark. So an id is all that a browser sends.
 CHOOSE = """element.addEventListener('click', (event) => {
@@ -68,30 +72,40 @@ def launch(page: gr.Blocks, **options: Any) -> Any:
         What `gradio.Blocks.launch` returns.
     """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    # White on the darker shades is readable; fonts are those of the system.
+    theme = gr.themes.Default("teal", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(
+        button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800"
+    )
     page.queue(max_size=WAITING, default_concurrency_limit=4)
     return page.launch(
         theme=theme,
+        css=STYLE,
         share=False,
         ssr_mode=False,
         footer_links=[],
         max_file_size=MAX_UPLOAD,
-        app_kwargs={"middleware": [Middleware(NoAddresses)]},
+        app_kwargs={"middleware": [Middleware(OwnOnly)]},
         **options,
     )
 
 
-class NoAddresses:
-    """Refuses addresses where Gradio would fetch and pass on what they hold."""
+class OwnOnly:
+    """Keeps the page to its own host: addresses are not fetched here, and browsers load nothing from elsewhere."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_policy(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["Content-Security-Policy"] = POLICY
+            await send(message)
+
+        # Gradio would fetch and pass on what such an address holds.
         if scope["type"] == "http" and re.search(r"/(file|proxy)[=/]+\w+:", scope["path"]):
             await PlainTextResponse("addresses are not opened", 403)(scope, receive, send)
         else:
-            await self.app(scope, receive, send)
+            await self.app(scope, receive, send_with_policy)
 
 
 def make_page(searcher: Searcher) -> gr.Blocks:

@@ -20,7 +20,8 @@ button { width: 100%; height: 100%; display: flex; flex-direction: column; gap: 
   color: var(--body-text-color); cursor: pointer; }
 button:hover, button:focus-visible, button[aria-pressed=true] { outline: 2px solid var(--color-accent); }
 button img { width: 100%; height: 130px; object-fit: contain; background: #fff; border-radius: 4px; }
-.text { font-size: 13px; line-height: 1.35; overflow: hidden; overflow-wrap: anywhere; max-height: 130px; }
+.text { font-size: 13px; line-height: 1.35; overflow: hidden; overflow-wrap: anywhere; display: -webkit-box;
+  -webkit-line-clamp: 7; -webkit-box-orient: vertical; }
 .name { font-size: 12px; overflow-wrap: anywhere; opacity: 0.75; }
 figure { margin: 0; }
 figure img, figure video { max-width: 100%; max-height: 60vh; min-width: min(100%, 220px); object-fit: contain;

@@ -1,7 +1,6 @@
 """The page of a database in a process of its own, and a client of it."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -33,11 +32,8 @@ def page(command, folder, **environment):
         _wait_for(url, process, folder / "log")
         yield Client(url, verbose=False, analytics_enabled=False, download_files=False)
     finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(30)
-        finally:
-            process.kill()
+        process.kill()
+        process.wait()
 
 
 def _wait_for(url, process, log):
