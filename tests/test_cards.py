@@ -45,7 +45,7 @@ def test_a_grid_has_a_button_for_each_hit():
 @pytest.mark.parametrize("kind", ["text", "image", "video", "page", "mixed"])
 def test_everything_is_escaped(kind):
     hostile = hit(kind, HOSTILE, name=HOSTILE, **{HOSTILE: HOSTILE})
-    parts = (cards.grid([hostile]), cards.large(hostile, None), cards.large(hostile, f"file={HOSTILE}"))
+    parts = (cards.grid([hostile]), cards.large(hostile, None), cards.large(hostile, f"file={HOSTILE}", kind == "video"))
     for html in (*parts, cards.guesses({"query": HOSTILE})):
         seen = Seen(html)
         assert {tag for tag, _ in seen.elements} <= OURS
@@ -54,7 +54,7 @@ def test_everything_is_escaped(kind):
 
 
 def test_a_large_hit_shows_its_original_or_says_that_it_is_gone():
-    seen = Seen(cards.large(hit("video", year=2001), "file=clip.mp4"))
+    seen = Seen(cards.large(hit("video", year=2001), "file=clip.mp4", True))
     (video,) = seen.of("video")
     assert video["src"] == "file=clip.mp4" and "controls" in video and video["aria-label"] == "video a.png"
     assert "year2001" in seen.text and "not there" not in seen.text

@@ -27,7 +27,7 @@ from btok_hf.corpus import cards
 from btok_hf.corpus.index import Hit
 from btok_hf.corpus.search import Searcher
 from btok_hf.corpus.units import KINDS
-from btok_hf.media import read_image
+from btok_hf.media import VIDEO_SUFFIXES, read_image
 
 MAX_TEXT = 10_000  # characters of a query; models cut texts long before
 MAX_UPLOAD = "100mb"
@@ -245,15 +245,15 @@ class Answers:
         """A row in large."""
         row, _ = self.searcher.index.get(chosen)
         path = self._original(row)
-        file = None
-        if path is not None and row.kind == "video":
+        file, moves = None, path is not None and is_video(row, path)
+        if moves:
             file = self.files.move_resource_to_block_cache(path)
         elif path is not None and row.kind != "text":
             picture = as_picture(path, row.page)
             picture.thumbnail((LARGE, LARGE))
             file = save_pil_to_cache(picture, self.files.GRADIO_CACHE, name="hit")
             self.files.temp_files.add(file)
-        return row.id, gr.update(visible=True), cards.large(row, file and f"gradio_api/file={file}"), ""
+        return row.id, gr.update(visible=True), cards.large(row, file and f"gradio_api/file={file}", moves), ""
 
     def why(self, chosen: str, query: dict[str, Any]) -> str:
         """What the Bottleneck Tokens of the query and of a row hold as text."""
@@ -266,7 +266,9 @@ class Answers:
             of_rows = prompts.get("document")
         decoded = {
             "query": self.searcher.reconstruct(asked, of_rows if "id" in query else prompts.get("query")),
-            "hit": self.searcher.reconstruct(self._as_input(row), of_rows),
+            "hit, its first file and text" if row.kind == "mixed" else "hit": self.searcher.reconstruct(
+                self._as_input(row), of_rows
+            ),
         }
         return cards.guesses(decoded)
 
@@ -285,12 +287,17 @@ class Answers:
     def _as_input(self, row: Hit) -> dict[str, Any]:
         """A row as an input of the model."""
         path = self._original(row)
-        if row.kind != "text" and path is None:
+        item: dict[str, Any] = {"text": row.text} if row.text and row.kind in ("text", "mixed") else {}
+        if row.kind == "text":
+            return item
+        if path is None:
             raise ValueError(f"The file of {row.id} is not there any more, so there is nothing to decode.")
-        texts = {"text": row.text} if row.text and row.kind in ("text", "mixed") else {}
-        if path is None or row.kind == "text":
-            return texts
-        return {"video": path} | texts if row.kind == "video" else {"image": as_picture(path, row.page)} | texts
+        return {"video": path, **item} if is_video(row, path) else {"image": as_picture(path, row.page), **item}
+
+
+def is_video(row: Hit, path: Path) -> bool:
+    """Whether the file of a row is a clip."""
+    return row.kind == "video" or (row.kind == "mixed" and path.suffix.lower() in VIDEO_SUFFIXES)
 
 
 def as_picture(path: Path, page: int | None) -> Image.Image:

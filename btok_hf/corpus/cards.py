@@ -51,15 +51,16 @@ def _card(hit: Hit) -> str:
     )
 
 
-def large(hit: Hit, url: str | None) -> str:
+def large(hit: Hit, url: str | None, is_video: bool = False) -> str:
     """A hit in large.
 
     Args:
         hit (`Hit`): The hit.
         url (`str`, *optional*): Where the page finds its picture or clip. Default: its thumbnail is shown.
+        is_video (`bool`): Whether there is a clip.
     """
     label, still = escape(describe(hit)), thumbnail_url(hit.thumbnail) if hit.thumbnail else None
-    if url is not None and hit.kind == "video":
+    if url is not None and is_video:
         poster = f' poster="{still}"' if still else ""
         media = f'<figure><video controls loop src="{escape(url)}" aria-label="{label}"{poster}></video></figure>'
     elif url or still:
