@@ -45,8 +45,8 @@ def test_a_grid_has_a_button_for_each_hit():
 @pytest.mark.parametrize("kind", ["text", "image", "video", "page", "mixed"])
 def test_everything_is_escaped(kind):
     hostile = hit(kind, HOSTILE, name=HOSTILE, **{HOSTILE: HOSTILE})
-    parts = (cards.grid([hostile]), cards.large(hostile, None), cards.large(hostile, f"file={HOSTILE}", kind == "video"))
-    for html in (*parts, cards.guesses({"query": HOSTILE})):
+    large = (cards.large(hostile, None), cards.large(hostile, f"file={HOSTILE}", kind == "video"))
+    for html in (cards.grid([hostile]), *large, cards.guesses({"query": HOSTILE})):
         seen = Seen(html)
         assert {tag for tag, _ in seen.elements} <= OURS
         assert not any(name.startswith("on") for _, attributes in seen.elements for name in attributes)

@@ -72,7 +72,7 @@ def test_another_process_opens_the_table_once_the_module_is_imported(database):
         "import lancedb, sys\n"
         "connection = lancedb.connect(sys.argv[1])\n"
         "try:\n"
-        "    connection.open_table('texts')\n"
+        "    connection.open_table('texts').search('x')\n"
         "except KeyError as error:\n"
         "    print(error)\n"
         "import btok_hf.corpus.lancedb\n"

@@ -1,8 +1,8 @@
 """A Bottleneck-Token model as an embedding function of LanceDB, for tables of your own.
 
 Importing this module registers it: `get_registry().get("btok").create(name="org/btok-2b")`. A table whose schema names
-it embeds what is added to it and what is searched for. Import the module before you open such a table; otherwise
-LanceDB raises `KeyError: 'btok'`.
+it embeds what is added to it and what is searched for. Import the module before you do either; otherwise LanceDB
+raises `KeyError: 'btok'`.
 """
 
 import io
