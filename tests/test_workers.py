@@ -61,14 +61,16 @@ def test_a_killed_run_goes_on_where_it_was(texts, whole, repo, tmp_path, capfd):
     assert {path: path.stat().st_mtime_ns for path in written} == written  # finished units are not touched
 
 
-def test_ranks_beside_each_other_give_what_one_process_gives(texts, whole, repo, tmp_path):
+def test_ranks_beside_each_other_give_what_one_process_gives(texts, whole, repo, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    ranks = [
-        start(texts, out, repo, "--unit-rows", "4", RANK=str(index), WORLD_SIZE="2", LOCAL_RANK=str(index))
-        for index in range(2)
-    ]
-    errors = [process.communicate()[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], errors
+    other = start(texts, out, repo, "--unit-rows", "4", RANK="1", WORLD_SIZE="2", LOCAL_RANK="1")
+    wait_for_units(out, 1)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    embed(texts, out, repo, unit_rows=4)
+    assert same(read(out), whole)  # whoever is done first has seen to all units
+    errors = other.communicate()[1]
+    assert other.returncode == 0, errors
     assert same(read(out), whole)
 
 
@@ -128,10 +130,16 @@ def processes(name):
     return found
 
 
-def test_workers_of_ray_that_are_killed(texts, whole, repo, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def ray():
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, object_store_memory=workers.LOCAL_OBJECTS, include_dashboard=False)
+    yield ray
+    ray.shutdown()
+
+
+def test_workers_of_ray_that_are_killed(ray, texts, whole, repo, tmp_path):
     """Nothing is lost and nothing doubled."""
-    pytest.importorskip("ray")
-    monkeypatch.setenv("RAY_DEDUP_LOGS", "0")
     out, killed = tmp_path / "out", []
 
     def kill():
@@ -147,22 +155,16 @@ def test_workers_of_ray_that_are_killed(texts, whole, repo, tmp_path, monkeypatc
     assert len(killed) == 1 and same(read(out), whole)
 
 
-def test_a_unit_that_kills_its_workers_costs_no_other(tmp_path):
-    ray = pytest.importorskip("ray")
-
+def test_a_unit_that_kills_its_workers_costs_no_other(ray):
     class Worker:
         def embed(self, units):
             if units[0].name == UNITS[2].name:
                 os.kill(os.getpid(), signal.SIGKILL)
             return workers.Counts(1)
 
-    ray.init(num_cpus=2, object_store_memory=workers.LOCAL_OBJECTS, include_dashboard=False)
-    try:
-        remote = ray.remote(max_restarts=-1, max_task_retries=1)(Worker)
-        with workers._Bar(UNITS[:6], Rank()) as bar:
-            counts, lost = workers._deal(ray, [remote.remote(), remote.remote()], UNITS[:6], bar)
-    finally:
-        ray.shutdown()
+    remote = ray.remote(max_restarts=-1, max_task_retries=1)(Worker)
+    with workers._Bar(UNITS[:6], Rank()) as bar:
+        counts, lost = workers._deal(ray, [remote.remote(), remote.remote()], UNITS[:6], bar)
     assert lost == [UNITS[2]] and counts.rows == 5
 
 

@@ -176,9 +176,11 @@ def _run_on_ray(
         import ray
     except ImportError as error:
         raise ImportError("--ray needs the package ray: pip install 'btok-hf[ray]'.") from error
-    if address == "local":
+    started = ray.is_initialized()  # by the program that calls this
+    if not started and address == "local":
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would send statistics to its makers
         ray.init(num_cpus=workers or os.cpu_count(), object_store_memory=LOCAL_OBJECTS, include_dashboard=False)
-    else:
+    elif not started:
         ray.init(address)
     try:
         there = ray.cluster_resources()
@@ -193,7 +195,8 @@ def _run_on_ray(
         )(Embedder)
         return _deal(ray, [worker.remote(job) for _ in range(number)], units, bar)
     finally:
-        ray.shutdown()
+        if not started:
+            ray.shutdown()
 
 
 def _deal(ray: Any, workers: Iterable[Any], units: Sequence[Unit], bar: _Bar) -> tuple[Counts, list[Unit]]:
