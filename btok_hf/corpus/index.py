@@ -2,7 +2,8 @@
 
 - One table, `items`, holds vectors, texts, thumbnails and metadata. Its schema names the model, so that a query is
   never embedded by another one.
-- A run reads all units and writes what changed, in one transaction. Readers see the state before it or after it.
+- A run reads all units and writes the rows that changed, in chunks. Each write is a transaction: a killed run leaves
+  whole rows, and the next one goes on.
 - Small tables are searched exactly. Larger ones have an index of one bit a number (RaBitQ); candidates are then
   compared by their stored vectors, which `REFINE` bounds.
 - Scores are cosines of the query and the stored vectors.
@@ -25,7 +26,7 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError(f"The index needs the package {error.name}: pip install 'btok-hf[corpus]'.") from error
 
-from btok_hf.corpus.stream import Changes, RowStream, check_same_corpus, database_settings
+from btok_hf.corpus.stream import Changes, Held, RowStream, check_same_corpus, database_settings, wanted_ids
 from btok_hf.corpus.units import read_units
 from btok_hf.corpus.vectors import Precision, bits, check_dimensions, cut, load
 
@@ -125,6 +126,7 @@ class Index:
         Raises:
             ValueError: Rows of another model than the database's, ids that are not unique, or no rows.
         """
+        wanted = wanted_ids(str(out))
         corpus, batches = read_units(str(out))
         table = _find_table(str(path))
         if table is None:
@@ -141,30 +143,28 @@ class Index:
                         "another database."
                     )
         stream = RowStream(batches, settings)
-        changes = Changes(missing=corpus["units_planned"] - corpus["units_written"])
-        if table is not None and table.count_rows():
-            if set(table.schema) != set(stream.schema):
-                differing = sorted({column.name for column in set(table.schema) ^ set(stream.schema)})
-                raise ValueError(
-                    f"{path} has other columns than the units: {', '.join(differing)}. Write another database."
-                )
-            merge = table.merge_insert("id").when_matched_update_all(where="target.row_hash != source.row_hash")
-            merge = merge.when_not_matched_insert_all()
-            if not changes.missing:
-                merge = merge.when_not_matched_by_source_delete()
-            with stream.own_errors():
-                done = merge.execute(stream.reader())
-            changes.added, changes.replaced = done.num_inserted_rows, done.num_updated_rows
-            changes.deleted = done.num_deleted_rows
-        else:  # an empty table is what a first run that was stopped leaves
+        if table is None:
             schema = stream.schema.with_metadata({SETTINGS: json.dumps(settings)})
-            mode = "create" if table is None else "overwrite"
-            table = _connect(str(path)).create_table(TABLE, schema=schema, mode=mode)
-            with stream.own_errors():
-                table.add(stream.reader())
-            changes.added = stream.rows
-        changes.failed = stream.failed
+            table = _connect(str(path)).create_table(TABLE, schema=schema)
+        elif set(table.schema) != set(stream.schema):
+            differing = sorted({column.name for column in set(table.schema) ^ set(stream.schema)})
+            raise ValueError(
+                f"{path} has other columns than the units: {', '.join(differing)}. Write another database."
+            )
+        held = Held(table.search().select(["id", "row_hash"]).to_batches(), wanted)
+        changes = Changes(missing=corpus["units_planned"] - corpus["units_written"])
+        for added, changed in stream.changes(held):
+            # LanceDB holds all rows of a merge in memory, and those of an addition not.
+            if len(changed):
+                table.merge_insert("id").when_matched_update_all().execute(changed)
+            if len(added):
+                table.add(added)
+            changes.added += len(added)
+            changes.replaced += len(changed)
         index = cls(str(path), table)
+        if not changes.missing:
+            changes.deleted = index.delete(held.gone)
+        changes.failed = stream.failed
         index._update_indexes(rebuild or changes.added + changes.replaced > index.count() // 2)
         return index, changes, stream.sample
 
@@ -282,7 +282,7 @@ class Index:
             query = query.distance_type("hamming" if binary else "cosine").limit(k * REFINE if binary else k)
             if exact:
                 query = query.bypass_vector_index()
-            elif not self.exact:
+            else:  # without an index these do nothing
                 query = query.nprobes(PROBES) if binary else query.nprobes(PROBES).refine_factor(REFINE)
         with _bad_condition(where, self._table.schema):
             found = (query.where(where) if where is not None else query).to_arrow()
