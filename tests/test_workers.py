@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import namedtuple
 from itertools import chain
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 from support.corpus import embed, read, same, write_files, write_texts
 
 from btok_hf.corpus import workers
+from btok_hf.corpus.embed import Counts
 from btok_hf.corpus.listing import Unit
 from btok_hf.corpus.workers import Rank, grouped, in_order, rank
 
@@ -156,16 +158,20 @@ def test_workers_of_ray_that_are_killed(ray, texts, whole, repo, tmp_path):
 
 
 def test_a_unit_that_kills_its_workers_costs_no_other(ray):
+    # Types of this function, so that workers need not import the library.
+    unit_of, counts_of = namedtuple("Unit", ("name", "rows")), namedtuple("Counts", ("rows", "failed", "reused"))
+    units = [unit_of(f"{index:08x}", 1) for index in range(6)]
+
     class Worker:
-        def embed(self, units):
-            if units[0].name == UNITS[2].name:
+        def embed(self, given):
+            if given[0].name == "00000002":
                 os.kill(os.getpid(), signal.SIGKILL)
-            return workers.Counts(1)
+            return counts_of(1, 0, 0)
 
     remote = ray.remote(max_restarts=-1, max_task_retries=1)(Worker)
-    with workers._Bar(UNITS[:6], Rank()) as bar:
-        counts, lost = workers._deal(ray, [remote.remote(), remote.remote()], UNITS[:6], bar)
-    assert lost == [UNITS[2]] and counts.rows == 5
+    with workers._Bar(units, Rank()) as bar:
+        counts, lost = workers._deal(ray, [remote.remote(), remote.remote()], units, bar)
+    assert lost == [units[2]] and counts == Counts(5, 0, 0)
 
 
 def test_a_unit_whose_node_is_gone_is_given_to_another_worker():
