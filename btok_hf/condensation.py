@@ -251,14 +251,15 @@ def reconstruct(
     """
     backbone, tied_head = backbone_and_head(model)
     head = _check_head(tied_head if lm_head is None else lm_head)
-    # Placeholders cannot be decoded: the backbone would expect media for them.
-    placeholders = [backbone.config.image_token_id, backbone.config.video_token_id]
+    # The backbone would expect media for a placeholder, and a target never holds a Bottleneck Token: untrained models,
+    # whose token rows are close to the last hidden states, would repeat it.
+    excluded = [backbone.config.image_token_id, backbone.config.video_token_id, *bottleneck_token_ids(backbone.config)]
     ids = torch.tensor([prompt_ids] * len(inputs["input_ids"]))
     for _ in range(max_new_tokens):
         packed, ends = _pack(backbone, inputs, ids, torch.ones_like(ids, dtype=torch.bool))
         hidden = _forward(backbone, packed)
         logits = hidden[(ends - 1 + ids.shape[1]).to(hidden.device)] @ head.T.to(hidden.dtype)
-        logits[:, placeholders] = -torch.inf
+        logits[:, excluded] = -torch.inf
         ids = torch.cat([ids, logits.argmax(1)[:, None].cpu()], 1)
         if (ids[:, len(prompt_ids) :] == stop_id).any(1).all():
             break

@@ -230,8 +230,8 @@ def test_reconstruction_is_the_likeliest_token_by_token(repo):
     inputs = process(processor, rows("image"), "left")
     prompt = processor.tokenizer("<|im_start|>assistant\n")["input_ids"]
     decoded = reconstruct(model, inputs, prompt, stop_id=-1, max_new_tokens=3)
-    media = {model.config.image_token_id, model.config.video_token_id}
-    vocabulary = torch.tensor([token for token in range(320) if token not in media])
+    never = {model.config.image_token_id, model.config.video_token_id, *model.config.btok_token_ids}
+    vocabulary = torch.tensor([token for token in range(320) if token not in never])
     for row, tokens in enumerate(decoded):
         alone = process(processor, [rows("image")[row]] * len(vocabulary))
         for step, token in enumerate(tokens):
@@ -240,7 +240,15 @@ def test_reconstruction_is_the_likeliest_token_by_token(repo):
             labels = torch.full_like(ids, -100)
             labels[:, -1] = vocabulary
             losses = condense(model, alone, ids, labels).token_losses
-            assert token not in media and losses[vocabulary == token] <= losses.min() + 1e-5
+            assert token not in never and losses[vocabulary == token] <= losses.min() + 1e-5
+    # Bottleneck Tokens are left out, also where they would be the likeliest.
+    with torch.no_grad():
+        model.get_input_embeddings().weight[model.config.btok_token_ids[0]] += 50 * torch.sign(
+            model.lm_head.weight[decoded[0][0]]
+        )
+    again = reconstruct(model, inputs, prompt, stop_id=-1, max_new_tokens=3)
+    assert not never & {token for tokens in again for token in tokens}
+    model = AutoModelForImageTextToText.from_pretrained(repo)
     # A row ends before its stop token. The other rows go on.
     stop = decoded[0][1]
     stopped = reconstruct(model, inputs, prompt, stop, max_new_tokens=3)

@@ -1,8 +1,9 @@
-"""The pretrained base: a Llama in a GGUF file becomes a Qwen2-VL that computes the same."""
+"""The pretrained base, a Llama in a GGUF file as a Qwen2-VL; training on it; the model built from it."""
 
 import json
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,8 +16,10 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 
-from benchmarks.pretrained import base
+from benchmarks.pretrained import base, model, run
+from benchmarks.pretrained.tasks import DEV_BOOKS, rows
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens
+from btok_hf.golden import read_golden
 
 LAYERS, HEADS, KEY_VALUE_HEADS, HIDDEN = 2, 4, 2, 64
 # Names that llama.cpp gives to the tensors of a layer.
@@ -158,3 +161,57 @@ def test_transformers_reads_the_gguf_as_written(llama_gguf):
     loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
     for name, tensor in llama.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+# ---------------------------------------------------------------- training and building
+
+
+def test_training_rows_leave_out_the_books_that_settings_are_chosen_on():
+    terms = {row["term"].casefold() for row in rows("glossary", "train") if row["book"] in DEV_BOOKS}
+    kept = {row["term"].casefold() for row in rows("glossary", "rest")}
+    assert len(rows("glossary", "rest")) + len(rows("glossary", "dev")) == len(rows("glossary", "train"))
+    sets = {dev: run.training_rows(dev, seed=0) for dev in (False, True)}
+    assert {row["group"] for row in sets[True]["terms"]} == kept and terms - kept
+    assert all(len(sets[True][source]) < len(sets[False][source]) for source in ("terms", "titles"))
+    low, high = run.PASSAGE
+    titles = sets[False]["titles"]
+    assert all(len(row["positive"].split()) <= high and row["query"] for row in titles)
+    assert sum(len(row["positive"].split()) >= low for row in titles) > 0.95 * len(titles)
+
+
+@pytest.fixture(scope="module")
+def trained(built, tmp_path_factory):
+    """Two steps of training on the tiny base."""
+    folder, results = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("results")
+    words = f"--arm btok-condensation --steps 2 --batch 4 --rank 2 --only nothing --save --base {built}"
+    options = run.arguments([*words.split(), "--sources", "terms", "titles", "--output", str(folder)])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(run, "PRETRAINED", results)
+        run.run(options)
+        run.run(options)  # is not repeated
+    return folder / "btok-condensation-s0", json.loads((results / "btok-condensation-s0.json").read_text())
+
+
+def test_a_run_trains_with_the_words_of_each_kind_and_writes_its_result(trained):
+    folder, result = trained
+    assert (result["arm"], result["settings"]["max_steps"], result["mrr"]) == ("btok-condensation", 2, {})
+    assert result["settings"]["condense"] == {"terms": "query", "titles": "query"}
+    exported = BTokSentenceTransformer(str(folder / "model"))
+    assert exported.prompts["term"] == "The term" and exported.config.btok_suffix == run.SUFFIX
+    with_name = exported.encode(["the cell"], prompt_name="term")
+    assert np.allclose(with_name, exported.encode(["The term the cell"]), atol=1e-6)
+
+
+def test_the_model_is_built_from_base_and_adapters_or_refused(trained, built, llama_gguf, tmp_path, monkeypatch):
+    folder, _ = trained
+    monkeypatch.setattr(model, "ADAPTERS", tmp_path / "adapters")
+    model.keep(folder, built)
+    assert model.build(built, tmp_path / "model", tmp_path / "adapters") < 1e-6
+    # Adapters are kept in bf16, which is what is recorded.
+    recorded, exported = (
+        read_golden(path / "golden.json")["inputs"] for path in (tmp_path / "model", folder / "model")
+    )
+    assert max(np.abs(np.subtract(a["embedding"], b["embedding"])).max() for a, b in zip(recorded, exported)) < 0.05
+    base.build(llama_gguf[0], tmp_path / "other", seed=1)  # another vision tower
+    with pytest.raises(ValueError, match="another base"):
+        model.build(tmp_path / "other", tmp_path / "wrong", tmp_path / "adapters")

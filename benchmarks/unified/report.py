@@ -81,15 +81,21 @@ def matrix(results, seeds, step=None):
 
 def over_queries(scores, rng):
     """Half-widths of the intervals over queries: of the mean over tasks, and by task. `scores`: (queries,) by task."""
-    draws = {}
-    for name, values in scores.items():
-        _, index = np.unique(tasks()[name].groups, return_inverse=True)
-        sums, counts = np.bincount(index, values), np.bincount(index)
-        picks = rng.integers(0, len(counts), (SAMPLES, len(counts)))
-        draws[name] = sums[picks].sum(1) / counts[picks].sum(1)
-    widths = {name: np.subtract(*np.percentile(part, [97.5, 2.5])) / 2 for name, part in draws.items()}
-    whole = np.mean(list(draws.values()), axis=0)
-    return np.subtract(*np.percentile(whole, [97.5, 2.5])) / 2, widths
+    draws = {name: bootstrap(values, tasks()[name].groups, rng) for name, values in scores.items()}
+    return half_width(np.mean(list(draws.values()), axis=0)), {name: half_width(part) for name, part in draws.items()}
+
+
+def bootstrap(values, groups, rng):
+    """Means of `values` over samples of the groups, with replacement."""
+    _, index = np.unique(groups, return_inverse=True)
+    sums, counts = np.bincount(index, values), np.bincount(index)
+    picks = rng.integers(0, len(counts), (SAMPLES, len(counts)))
+    return sums[picks].sum(1) / counts[picks].sum(1)
+
+
+def half_width(draws):
+    """Half of the interval that holds 95 % of the draws."""
+    return np.subtract(*np.percentile(draws, [97.5, 2.5])) / 2
 
 
 def over_seeds(values):

