@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 FLOOR := torch==2.11.0 torchvision==0.26.0 transformers==5.17.0 sentence-transformers==6.2.0 \
 	peft==0.21.0 trl==1.8.0 datasets==4.8.0 accelerate==1.12.0
 
-.PHONY: demo model test test-floor test-vllm bench fuzz lint types format docs clean
+.PHONY: demo model test test-floor test-vllm test-browser bench fuzz lint types format docs clean
 
 demo: $(SETUP)
 	$(BIN)/python examples/demo.py
@@ -29,6 +29,14 @@ test-floor: .venv-floor/.installed
 # Ten minutes on two CPU cores. The tests run in $(VENV), the servers in an environment of vLLM.
 test-vllm: $(SETUP) .venv-vllm/.installed
 	$(BIN)/python -m pytest tests/vllm/check_vllm.py
+
+# The page of `btok app` in Chromium, which CHROMIUM=/path names (default: /usr/bin/chromium), driven by Node.
+test-browser: $(SETUP) tests/browser/node_modules
+	$(BIN)/python -m pytest tests/browser/check_browser.py
+
+tests/browser/node_modules: tests/browser/package.json tests/browser/package-lock.json
+	cd tests/browser && npm ci --no-audit --no-fund
+	touch $@
 
 # Up to two hours on two CPU cores. On a GPU: python -m benchmarks.gpu.
 bench: $(SETUP)
@@ -60,7 +68,7 @@ docs: $(SETUP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 clean:
-	rm -rf $(VENV) .venv-floor .venv-vllm runs build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-floor .venv-vllm tests/browser/node_modules runs build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 # torch and torchvision come from the registry in one command, so that their builds match.
 $(SETUP): pyproject.toml

@@ -26,6 +26,9 @@ COMMANDS = (
     repositories.push_command,
     serving.serve_command,
     corpus.embed_command,
+    corpus.index_command,
+    corpus.search_command,
+    corpus.app_command,
     evaluation.mmeb_command,
 )
 

@@ -1,4 +1,4 @@
-"""All steps on real data: base model → Bottleneck Tokens → training → repository → stock loaders → search.
+"""All steps on real data: base model → Bottleneck Tokens → training → repository → stock loaders → search in a page.
 
     make demo        (or: python examples/demo.py)
 
@@ -6,6 +6,7 @@
 2. `training/train.py` trains it with condensation and exports it.
 3. A fresh process loads the export with stock transformers and stock Sentence-Transformers and checks that they agree.
    It prints retrieval metrics on drawings that training never saw.
+4. `btok embed` and `btok index` write a database of the drawings. `btok app` shows a page that searches it.
 
 Everything is written under runs/emoji.
 """
@@ -13,6 +14,7 @@ Everything is written under runs/emoji.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -35,15 +37,21 @@ def main():
     # Nothing needs the Hub. Without a network, asking it would only cost time.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     steps = [] if arguments.max_steps is None else ["--max_steps", str(arguments.max_steps)]
+    embedded, database = RUN / "embedded", RUN / "db"
+    for folder in (embedded, database):  # of an earlier run's model
+        shutil.rmtree(folder, ignore_errors=True)
+    embed = ["-m", "btok_hf", "embed", str(RUN / "drawings"), str(embedded), "--model", str(RUN / "model")]
     for title, command in (
-        ("1/3 Prepare the data and a base model", ["examples/prepare_emoji.py", "--output_dir", str(RUN)]),
-        ("2/3 Train and export", ["training/train.py", "--config", "training/recipes/emoji.yaml", *steps]),
-        ("3/3 Load the export in a fresh process and search", ["examples/demo.py", "--step", "check"]),
+        ("1/5 Prepare the data and a base model", ["examples/prepare_emoji.py", "--output_dir", str(RUN)]),
+        ("2/5 Train and export", ["training/train.py", "--config", "training/recipes/emoji.yaml", *steps]),
+        ("3/5 Load the export in a fresh process and search", ["examples/demo.py", "--step", "check"]),
+        ("4/5 Embed the drawings", embed),
+        ("5/5 Write a database", ["-m", "btok_hf", "index", str(embedded), "--db", str(database)]),
     ):
         print(f"\n=== {title} ({(time.time() - started) / 60:.1f} min so far)", flush=True)
         subprocess.run([sys.executable, *command], check=True, env=environment)
-    print(f"\nDone in {(time.time() - started) / 60:.1f} minutes. Search with:")
-    print('  .venv/bin/python examples/search.py runs/emoji/drawings "polar bear" --model runs/emoji/model')
+    print(f"\nDone in {(time.time() - started) / 60:.1f} minutes. Search the drawings in a browser with:")
+    print(f"  .venv/bin/btok app --db {database}")
 
 
 def check():

@@ -12,15 +12,16 @@ import pytest
 from support.mmeb_tree import looks
 from support.publishing import head, served
 from support.repositories import contents
+from support.units import random_vectors, rows_of, write_units
 
-from btok_hf import cli
+from btok_hf import BTokSentenceTransformer, cli
 from btok_hf.commands import repositories
-from btok_hf.corpus.job import Options
+from btok_hf.corpus.job import Options, identify
 from btok_hf.corpus.tables import Columns
 from btok_hf.evaluation import mmeb
 from btok_hf.serving.server import Limits
 
-COMMANDS = ("add-tokens", "train", "export", "verify", "push", "serve", "embed", "mmeb")
+COMMANDS = ("add-tokens", "train", "export", "verify", "push", "serve", "embed", "index", "search", "app", "mmeb")
 
 
 @pytest.fixture
@@ -71,6 +72,9 @@ def test_unknown_flags_are_refused(btok, name):
         "push": "a b",
         "serve": "a",
         "embed": "a b --model c",
+        "index": "a --db b",
+        "search": "a --db b",
+        "app": "--db a",
         "mmeb": "--model a --data b --output c",
     }
     status, output, errors = btok(name, *required[name].split(), "--nothing")
@@ -123,6 +127,19 @@ def test_options_of_serve(btok, monkeypatch):
     assert served.pop() == (("a", "h", 1, "n", Limits(1, 2, 3, 4, 5, 6.0)), loads)
     status, _, errors = btok("serve", "a", "--timeout", "0")
     assert status == 1 and "timeout must be above 0" in errors
+
+
+def test_options_of_app(btok, monkeypatch):
+    shown = []
+    monkeypatch.setattr("btok_hf.corpus.app.serve", lambda *given, **load: shown.append((given, load)))
+    assert btok("app", "--db", "a")[0] == 0
+    assert shown.pop() == (("a", "127.0.0.1", 7860), {"model": None, "device": None})
+    flags = "--model m --device cpu --host h --port 1"
+    assert btok("app", "--db", "a", *flags.split())[0] == 0
+    assert shown.pop() == (("a", "h", 1), {"model": "m", "device": "cpu"})
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    status, _, errors = btok("app", "--db", "a")
+    assert status == 1 and "btok app needs the package gradio: pip install 'btok-hf[app]'" in errors
 
 
 def test_options_of_embed(btok, monkeypatch):
@@ -242,3 +259,69 @@ def test_options_of_mmeb(tmp_path, repo, bases, monkeypatch):
     chosen = {"datasets": ["MSVD", "OK-VQA"], "modalities": ["image", "visdoc"], "limit": 7, "batch_tokens": 99}
     chosen |= {"prompt": "Find.", "cache_dir": "kept", "eval_task": "overall", "name": Path(base).name}
     assert evaluated == [((looks, "in", "out"), options), ((looks, "in", "out"), options | chosen)]
+
+
+# ---------------------------------------------------------------- a corpus
+
+
+@pytest.fixture(scope="module")
+def corpus(repo, tmp_path_factory):
+    """Units and a database of three texts. Tests must not change them."""
+    folder, texts = tmp_path_factory.mktemp("corpus"), ["a dog", "a cat", "<b>a\x1b[31m tree"]
+    vectors = BTokSentenceTransformer(repo, device="cpu").encode_document([{"text": text} for text in texts])
+    settings = {"model": repo, "revision": identify(repo)[0], "dimensions": vectors.shape[1]}
+    out = write_units(folder / "out", rows_of([*vectors, None], text=[*texts, None]), **settings)
+    assert cli.main(["index", out, "--db", str(folder / "db")]) == 0
+    return folder
+
+
+def test_index_says_what_it_did_and_how_well_it_finds(btok, corpus, tmp_path):
+    out, db = str(corpus / "out"), str(tmp_path / "db")
+    status, output, _ = btok("index", out, "--db", db)
+    assert status == 0 and f"{db}: 3 rows (3 added, 0 replaced, 0 deleted, 1 left out because" in output
+    assert "search is exact" in output and "recall" not in output
+    vectors = random_vectors(500)
+    other = write_units(tmp_path / "other", rows_of(vectors))
+    status, output, _ = btok("index", other, "--db", str(tmp_path / "binary"), "--precision", "binary")
+    recall = float(re.search(r"recall@10 (0\.\d+) against exact search in float32 \(100 rows", output)[1])
+    assert status == 0 and 0.1 < recall < 0.9
+    assert btok("index", other, "--db", db)[0] == 1  # another model
+    for library in ("faiss", "usearch"):
+        file = tmp_path / library
+        status, output, _ = btok("index", other, f"--{library}", str(file), "--precision", "int8")
+        assert output == f"{file}: 500 vectors; their ids are in {file}.ids.parquet\n" and file.is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("index a", "one of the arguments --db --faiss --usearch is required"),
+        ("index a --db b --precision int8", "LanceDB cannot search int8"),
+        ("index a --faiss b --rebuild", "--rebuild needs --db"),
+        ("search --db b", "the query is empty"),
+        ("search   --db b", "the query is empty"),
+        ("search x --db b -k 0", "-k is the number of hits"),
+        ("search --db b --image no.png", "--image no.png is not a file"),
+    ],
+)
+def test_arguments_of_a_corpus_that_cannot_be_right(btok, words, message):
+    status, output, errors = btok(*words.split(" "))
+    assert (status, output) == (2, "") and message in errors
+
+
+def test_search_as_lines_json_page_and_sheet(btok, corpus, tmp_path):
+    db, page, sheet = str(corpus / "db"), tmp_path / "out.html", tmp_path / "out.jpg"
+    status, output, _ = btok("search", "dog", "--db", db, "-k", "2", "--html", str(page), "--sheet", str(sheet))
+    assert status == 0 and len(output.splitlines()) == 2 and output.isascii() and "\x1b" not in output
+    assert "<b>" not in page.read_text("utf-8") and sheet.read_bytes()[:3] == b"\xff\xd8\xff"
+    status, output, _ = btok("search", "dog", "--db", db, "--json", "--where", "text LIKE 'a %'", "--hybrid")
+    hits = json.loads(output)
+    assert len(hits) == 2 and hits[0]["text"] == "a dog"
+    sheet = str(tmp_path / "x.png")
+    status, output, errors = btok("search", "dog", "--db", db, "--where", "id = 'x'", "--sheet", sheet)
+    assert (status, output) == (0, "nothing was found\n") and "x.png is not written" in errors
+    status, output, errors = btok("search", "dog", "--db", db, "--where", "nothing = 1")
+    assert (status, output) == (1, "") and errors.startswith("error: The filter 'nothing = 1' cannot be used: ")
+    assert len(errors.splitlines()) == 1
+    status, _, errors = btok("search", "dog", "--db", str(tmp_path))
+    assert status == 1 and "holds no database of btok index" in errors

@@ -54,3 +54,11 @@ def test_two_runs_may_write_one_file(tmp_path, monkeypatch):
                 second.write(b"2nd")
         assert path.read_bytes() == b"2nd"
     assert path.read_bytes() == b"first"
+
+
+def test_a_file_that_was_not_finished_leaves_nothing(tmp_path):
+    (tmp_path / "a").write_bytes(b"old")
+    with pytest.raises(ValueError, match="stop"), replacing(tmp_path / "a") as file:
+        file.write(b"new")
+        raise ValueError("stop")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_bytes() == b"old"

@@ -1,5 +1,8 @@
-"""The commands for a collection: embed."""
+"""Commands for a collection of files or rows: embed, index, search, app."""
 
+import argparse
+import sys
+from pathlib import Path
 from typing import Any
 
 from btok_hf.commands import add_command
@@ -75,3 +78,157 @@ def run_embed(
     options["columns"] = Columns(text, image, video, id, columns)
     errors = run(input, out, Options(**options), retry_failed=retry_failed, ray=ray, workers=workers)
     return int(fail_on_error and bool(errors))
+
+
+def index_command(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "index",
+        run_index,
+        "Write the units of btok embed into a database to search, or bring it up to date. Readers of the database "
+        "need not stop. Or write the vectors as an index of faiss or usearch.",
+        "btok index embedded --db db",
+    )
+    parser.add_argument("out", help="folder or address that btok embed wrote")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--db", help="folder or address of the LanceDB database")
+    target.add_argument("--faiss", metavar="FILE", help="file of a faiss index; the ids are in FILE.ids.parquet")
+    target.add_argument("--usearch", metavar="FILE", help="file of a usearch index; the ids are in FILE.ids.parquet")
+    parser.add_argument(
+        "--precision",
+        choices=["float32", "float16", "int8", "binary"],
+        help="how vectors are stored (default: float32, or as the database has them); int8: faiss and usearch only",
+    )
+    parser.add_argument(
+        "--dimensions", type=int, help="keep so many numbers of a vector, if the model was trained for it"
+    )
+    parser.add_argument("--rebuild", action="store_true", help="train the vector index again (with --db)")
+
+
+def run_index(
+    out: str,
+    db: str | None,
+    faiss: str | None,
+    usearch: str | None,
+    precision: str | None,
+    dimensions: int | None,
+    rebuild: bool,
+) -> None:
+    if rebuild and db is None:
+        raise argparse.ArgumentError(None, "--rebuild needs --db: other indexes are always written anew.")
+    if precision == "int8" and db is not None:
+        raise argparse.ArgumentError(
+            None, "LanceDB cannot search int8 vectors. Use --precision float16 or binary, or --faiss or --usearch."
+        )
+    if db is None:
+        from btok_hf.corpus import vector_libraries
+
+        write = vector_libraries.write_faiss if faiss else vector_libraries.write_usearch
+        file = faiss or usearch
+        count = write(out, str(file), precision or "float32", dimensions)
+        print(f"{file}: {count:,} vectors; their ids are in {file}{vector_libraries.IDS}")
+        return
+    from btok_hf.corpus.index import Index
+    from btok_hf.corpus.recall import measure_recall
+    from btok_hf.files import check_writable
+
+    if "://" not in db:
+        check_writable(db)
+    index, changes, sample = Index.build(out, db, precision=precision, dimensions=dimensions, rebuild=rebuild)
+    print(f"{db}: {index.count():,} rows ({changes})")
+    if index.lossless:
+        print("search is exact: every row is compared in float32")
+        return
+    found = [[hit.id for hit in index.search(vector, k=11)] for vector in sample]
+    recall = measure_recall(out, sample, found)
+    print(f"recall@10 {recall:.3f} against exact search in float32 ({len(sample)} rows as queries)")
+
+
+def search_command(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "search",
+        run_search,
+        "Search a database of btok index with a text, an image, a video, or a text with one of them.",
+        'btok search --db db "a dog on the beach" --where "kind = \'image\'"',
+    )
+    parser.add_argument("text", nargs="?", help="text to search for; never taken for the name of a file")
+    parser.add_argument("--db", required=True, help="folder or address of the database")
+    parser.add_argument("--image", help="image to search for")
+    parser.add_argument("--video", help="video to search for")
+    parser.add_argument("-k", type=int, default=10, help="most hits (default: %(default)s)")
+    parser.add_argument("--where", help="SQL condition on the columns, e.g. \"kind = 'image' AND year > 2020\"")
+    parser.add_argument("--hybrid", action="store_true", help="search for the words of the text too, and fuse both")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
+    parser.add_argument("--sheet", metavar="FILE", help="write a contact sheet of the hits, e.g. out.png")
+    parser.add_argument("--html", metavar="FILE", help="write a page of the hits: one file that loads nothing")
+    parser.add_argument("--model", help="where the model is (default: where it was when the corpus was embedded)")
+    parser.add_argument("--device", help="device of the model (default: a GPU if there is one)")
+
+
+def run_search(
+    text: str | None,
+    db: str,
+    image: str | None,
+    video: str | None,
+    k: int,
+    where: str | None,
+    hybrid: bool,
+    json: bool,
+    sheet: str | None,
+    html: str | None,
+    model: str | None,
+    device: str | None,
+) -> None:
+    # Before the model is loaded, because that takes a while.
+    if not (text and text.strip()) and image is None and video is None:
+        raise argparse.ArgumentError(None, "the query is empty: give a text, --image or --video")
+    if k < 1:
+        raise argparse.ArgumentError(None, f"-k is the number of hits and must be 1 or more, got {k}")
+    for name, file in (("image", image), ("video", video)):
+        if file is not None and not Path(file).is_file():
+            raise argparse.ArgumentError(None, f"--{name} {file} is not a file")
+    from btok_hf.corpus import results
+    from btok_hf.corpus.search import Searcher
+    from btok_hf.files import check_writable, replacing
+
+    for path in filter(None, (sheet, html)):
+        check_writable(Path(path).parent)
+    hits = Searcher(db, model, device).search(
+        text, None if image is None else Path(image), None if video is None else Path(video), k, where, hybrid
+    )
+    print(results.as_json(hits) if json else results.as_lines(hits))
+    if sheet and not hits:
+        print(f"{sheet} is not written: there is nothing to show", file=sys.stderr)
+    elif sheet:
+        with replacing(Path(sheet)) as file:
+            results.as_sheet(hits).save(file, Path(sheet).suffix.lstrip(".").replace("jpg", "jpeg") or "png")
+    if html:
+        query = " + ".join(part for part in (text, image, video) if part)
+        with replacing(Path(html)) as file:
+            file.write(results.as_html(query, hits).encode())
+
+
+def app_command(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "app",
+        run_app,
+        "Show a page that searches a database by text, picture or clip.",
+        "btok app --db db",
+    )
+    parser.add_argument("--db", required=True, help="folder or address of the database")
+    parser.add_argument("--model", help="where the model is (default: where it was when the corpus was embedded)")
+    parser.add_argument("--device", help="device of the model (default: a GPU if there is one)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=7860, help="port to listen on (default: %(default)s)")
+
+
+def run_app(db: str, host: str, port: int, **load: Any) -> None:
+    try:
+        import gradio  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ImportError(f"btok app needs the package {error.name}: pip install 'btok-hf[app]'.") from error
+    from btok_hf.corpus.app import serve
+
+    serve(db, host, port, **load)

@@ -1,0 +1,348 @@
+"""A corpus as a LanceDB table: built from units, brought up to date, searched.
+
+- One table, `items`, holds vectors, texts, thumbnails and metadata. Its schema names the model, so that a query is
+  never embedded by another one.
+- A run reads all units and writes the rows that changed, in chunks. Each write is a transaction: a killed run leaves
+  whole rows, and the next one goes on.
+- Small tables are searched exactly. Larger ones have an index of one bit a number (RaBitQ); candidates are then
+  compared by their stored vectors, which `REFINE` bounds.
+- Scores are cosines of the query and the stored vectors.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+try:
+    import lancedb
+    import pyarrow as pa
+    from lancedb.index import FTS, IvfFlat, IvfRq
+except ModuleNotFoundError as error:
+    raise ImportError(f"The index needs the package {error.name}: pip install 'btok-hf[corpus]'.") from error
+
+from btok_hf.corpus.stream import Changes, Held, RowStream, check_same_corpus, database_settings, wanted_ids
+from btok_hf.corpus.units import read_units
+from btok_hf.corpus.vectors import Precision, bits, check_dimensions, cut, load
+
+TABLE = "items"
+SETTINGS = b"btok"
+# Columns with a meaning. All others are metadata of the user's table.
+COLUMNS = ("id", "kind", "source", "page", "content_hash", "text", "thumbnail", "row_hash", "vector")
+
+# A vector column above this many bytes gets an index. Below, exact search took less than 100 ms (docs/corpus.md).
+EXACT_BYTES = 256 * 2**20
+# Of k hits, this many times k candidates are compared by their stored vectors.
+REFINE = 10
+# Parts of the index that a search looks into.
+PROBES = 40
+# Old versions of the table are removed after this time. A search that takes longer could miss its files.
+KEEP = timedelta(hours=1)
+# Readers look for new rows this often.
+FRESH = timedelta(seconds=1)
+
+
+@dataclass(frozen=True)
+class Hit:
+    """An item that was found.
+
+    Args:
+        id (`str`): Its id, as in the units.
+        score (`float`): Cosine of query and item; for a search by words alone, its BM25 score.
+        kind (`str`): `text`, `image`, `video`, `page` or `mixed`.
+        source (`str`, *optional*): Path relative to the corpus's input, or address.
+        page (`int`, *optional*): Page number of a PDF, from 1.
+        text (`str`, *optional*): The text of the item.
+        thumbnail (`bytes`, *optional*): A JPEG.
+        metadata (`dict[str, Any]`): The other columns.
+    """
+
+    id: str
+    score: float
+    kind: str
+    source: str | None
+    page: int | None
+    text: str | None
+    thumbnail: bytes | None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+class Index:
+    """A table of items. Use `Index.open` or `Index.build`.
+
+    Attributes:
+        path (`str`): Folder or address of the database.
+        settings (`dict[str, Any]`): What made the vectors: model, revision, prompt, dimensions, precision, input.
+    """
+
+    def __init__(self, path: str, table: Any) -> None:
+        self.path, self._table = path, table
+        self.settings: dict[str, Any] = json.loads(table.schema.metadata[SETTINGS])
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Index":
+        """Open a database to search it. Rows that are added later are seen within a second.
+
+        Args:
+            path (`str` or `Path`): Folder or address that `btok index` wrote.
+
+        Raises:
+            FileNotFoundError: There is no database of `btok index`.
+        """
+        table = _find_table(str(path))
+        if table is None:
+            raise FileNotFoundError(f"{path} holds no database of btok index. Write one: btok index OUT --db {path}")
+        return cls(str(path), table)
+
+    @classmethod
+    def build(
+        cls,
+        out: str | Path,
+        path: str | Path,
+        *,
+        precision: Precision | None = None,
+        dimensions: int | None = None,
+        rebuild: bool = False,
+    ) -> tuple["Index", Changes, np.ndarray]:
+        """Write units into a database, or bring the database up to date: add, replace and delete rows.
+
+        Args:
+            out (`str` or `Path`): Folder or address that `btok embed` wrote.
+            path (`str` or `Path`): Folder or address of the database; made if it does not exist.
+            precision (`str`, *optional*): How vectors are stored: `float32` (default), `float16`, `binary`.
+            dimensions (`int`, *optional*): Keep the first numbers of each vector. Default: all.
+            rebuild (`bool`): Train the vector index again, also after small changes.
+
+        Returns:
+            `Index`: The database.
+            `Changes`: What was added, replaced, deleted and left out.
+            `np.ndarray`: Embeddings of up to 100 rows chosen at random, to measure recall with.
+
+        Raises:
+            ValueError: Rows of another model than the database's, ids that are not unique, or no rows.
+        """
+        wanted = wanted_ids(str(out))
+        corpus, batches = read_units(str(out))
+        table = _find_table(str(path))
+        if table is None:
+            if dimensions is not None:
+                check_dimensions(corpus, dimensions)
+            settings = database_settings(corpus, precision or "float32", dimensions)
+        else:
+            settings = cls(str(path), table).settings
+            check_same_corpus(corpus, settings, str(path))
+            for name, given in (("precision", precision), ("dimensions", dimensions)):
+                if given not in (None, settings[name]):
+                    raise ValueError(
+                        f"{path} stores vectors with {name} {settings[name]}, got {given}. Leave {name} out, or write "
+                        "another database."
+                    )
+        stream = RowStream(batches, settings)
+        if table is None:
+            schema = stream.schema.with_metadata({SETTINGS: json.dumps(settings)})
+            table = _connect(str(path)).create_table(TABLE, schema=schema)
+        elif set(table.schema) != set(stream.schema):
+            differing = sorted({column.name for column in set(table.schema) ^ set(stream.schema)})
+            raise ValueError(
+                f"{path} has other columns than the units: {', '.join(differing)}. Write another database."
+            )
+        held = Held(table.search().select(["id", "row_hash"]).to_batches(), wanted)
+        changes = Changes(missing=corpus["units_planned"] - corpus["units_written"])
+        for added, changed in stream.changes(held):
+            # LanceDB holds all rows of a merge in memory, and those of an addition not.
+            if len(changed):
+                table.merge_insert("id").when_matched_update_all().execute(changed)
+            if len(added):
+                table.add(added)
+            changes.added += len(added)
+            changes.replaced += len(changed)
+        index = cls(str(path), table)
+        if not changes.missing:
+            changes.deleted = index.delete(held.gone)
+        changes.failed = stream.failed
+        index._update_indexes(rebuild or changes.added + changes.replaced > index.count() // 2)
+        return index, changes, stream.sample
+
+    def _update_indexes(self, rebuild: bool) -> None:
+        """Bring the indexes of words and vectors up to date. New rows are found before it, but slowly."""
+        have = {column for entry in self._table.list_indices() for column in entry.columns}
+        if "text" not in have:
+            # No stemming and no stop words, which belong to one language. ICU finds the words of all scripts.
+            words = FTS(base_tokenizer="icu", stem=False, remove_stop_words=False)
+            self._table.create_index("text", config=words)
+        width = self._table.schema.field("vector").type
+        large = self.count() * width.list_size * width.value_type.bit_width // 8 >= EXACT_BYTES
+        if large and (rebuild or "vector" not in have):
+            binary = self.settings["precision"] == "binary"
+            config = IvfFlat(distance_type="hamming") if binary else IvfRq(distance_type="cosine", num_bits=1)
+            self._table.create_index("vector", config=config, replace=True)
+        self._table.optimize(cleanup_older_than=KEEP)
+
+    @property
+    def exact(self) -> bool:
+        """Whether a search compares the query with every row."""
+        return all("vector" not in entry.columns for entry in self._table.list_indices())
+
+    @property
+    def lossless(self) -> bool:
+        """Whether a search finds what an exact search of the embeddings in 32 bits does."""
+        full = self.settings["dimensions"] == self.settings["embedding_dimensions"]
+        return self.exact and full and self.settings["precision"] == "float32"
+
+    def count(self, where: str | None = None) -> int:
+        """The number of rows, or of those for which an SQL condition holds."""
+        with _bad_condition(where, self._table.schema):
+            return self._table.count_rows(where)
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that people may want to use in a condition."""
+        hidden = ("vector", "row_hash", "content_hash", "thumbnail")
+        return [name for name in self._table.schema.names if name not in hidden]
+
+    def get(self, key: str) -> tuple[Hit, np.ndarray]:
+        """A row by its id.
+
+        Args:
+            key (`str`): The id.
+
+        Returns:
+            `Hit`: The row, with score 1.
+            `np.ndarray`: Its vector, as `search` takes it: fp32, shape `(d,)`; numbers that are not stored are 0.
+
+        Raises:
+            ValueError: There is no such row.
+        """
+        quoted = key.replace("'", "''")
+        found = self._table.search().where(f"id = '{quoted}'").limit(1).to_arrow()
+        if not len(found):
+            raise ValueError(f"There is no item {key!r} here (any more).")
+        column = cast(pa.Array, found.column("vector").combine_chunks())
+        vector = load(column, self.settings["dimensions"], self.settings["precision"])[0]
+        return _hits(found, [1.0])[0], np.pad(vector, (0, self.settings["embedding_dimensions"] - len(vector)))
+
+    def delete(self, ids: Iterable[str]) -> int:
+        """Delete rows. The next `btok index` adds them again if they are still in the units.
+
+        Args:
+            ids (`Iterable[str]`): Ids of rows. Unknown ones are ignored.
+
+        Returns:
+            `int`: How many rows were deleted.
+        """
+        quoted, before = ["'" + key.replace("'", "''") + "'" for key in ids], self.count()
+        for start in range(0, len(quoted), 1000):
+            self._table.delete(f"id IN ({', '.join(quoted[start : start + 1000])})")
+        return before - self.count()
+
+    def search(
+        self,
+        vector: np.ndarray | Sequence[float] | None,
+        text: str | None = None,
+        k: int = 10,
+        where: str | None = None,
+        *,
+        exact: bool = False,
+    ) -> list[Hit]:
+        """Find the nearest items.
+
+        Args:
+            vector (`np.ndarray`, *optional*): Embedding of the query, shape `(d,)`, with all dimensions of the model.
+            text (`str`, *optional*): Words to search for in the items' texts. With a vector, both rankings are fused
+                (reciprocal ranks); without one, only words count.
+            k (`int`): Most hits to return.
+            where (`str`, *optional*): SQL condition on the columns that hits fulfil, e.g. `kind = 'image'`.
+            exact (`bool`): Compare with every row, also where there is an index.
+
+        Returns:
+            `list[Hit]`: Best first.
+
+        Raises:
+            ValueError: Neither vector nor text, `k` below 1, or a condition that is not one.
+        """
+        if vector is None and not (text and text.strip()):
+            raise ValueError("The query is empty: give a text, an image or a video to search for.")
+        if k < 1:
+            raise ValueError(f"k is the number of hits and must be 1 or more, got {k}.")
+        if vector is None:
+            query = self._table.search(text, query_type="fts").limit(k)
+        else:
+            vector = self._as_query(vector)
+            binary = self.settings["precision"] == "binary"
+            asked: Any = bits(vector) if binary else vector
+            if text is None:
+                query = self._table.search(asked, vector_column_name="vector")
+            else:
+                query = self._table.search(query_type="hybrid", vector_column_name="vector").vector(asked).text(text)
+            query = query.distance_type("hamming" if binary else "cosine").limit(k * REFINE if binary else k)
+            if exact:
+                query = query.bypass_vector_index()
+            else:  # without an index these do nothing
+                query = query.nprobes(PROBES) if binary else query.nprobes(PROBES).refine_factor(REFINE)
+        with _bad_condition(where, self._table.schema):
+            found = (query.where(where) if where is not None else query).to_arrow()
+        if vector is None:
+            return _hits(found, found.column("_score").to_pylist())
+        column = cast(pa.Array, found.column("vector").combine_chunks())
+        scores = load(column, self.settings["dimensions"], self.settings["precision"]) @ vector
+        if text is None:  # candidates by bits are ordered anew
+            order = np.argsort(-scores, kind="stable")[:k]
+            found, scores = found.take(order), scores[order]
+        return _hits(found, scores.tolist())[:k]
+
+    def _as_query(self, vector: Any) -> np.ndarray:
+        vector, full = np.asarray(vector, np.float32), self.settings["embedding_dimensions"]
+        if vector.shape != (full,):
+            raise ValueError(
+                f"A query of this database has {full} dimensions, got shape {vector.shape}. Embed it with "
+                f"{self.settings['model']}."
+            )
+        return cut(vector, self.settings["dimensions"])
+
+
+def _hits(found: pa.Table, scores: Sequence[float]) -> list[Hit]:
+    names = [name for name in found.column_names if name not in COLUMNS and not name.startswith("_")]
+    shown = ("id", "kind", "source", "page", "text", "thumbnail")
+    rows = found.select([*shown, *names]).to_pylist()
+    return [
+        Hit(**{name: row[name] for name in shown}, score=score, metadata={name: row[name] for name in names})
+        for row, score in zip(rows, scores)
+    ]
+
+
+def _connect(path: str) -> Any:
+    return lancedb.connect(path, read_consistency_interval=FRESH)
+
+
+def _find_table(path: str) -> Any:
+    """The table of a database, or `None`."""
+    if "://" not in path and not Path(path, f"{TABLE}.lance").is_dir():
+        return None  # `connect` would make the folder
+    database = _connect(path)
+    if TABLE not in database.list_tables().tables:
+        return None
+    table = database.open_table(TABLE)
+    if SETTINGS not in (table.schema.metadata or {}):
+        raise ValueError(f"{path} holds a table {TABLE!r} that btok index did not write. Name another database.")
+    return table
+
+
+@contextmanager
+def _bad_condition(where: str | None, schema: pa.Schema) -> Iterator[None]:
+    """Errors of an SQL condition name it and the columns. Other errors stay as they are."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if where is None:
+            raise
+        reason = " ".join(str(error).split()).removeprefix("Invalid input, ").partition(". Valid fields")[0]
+        names = ", ".join(name for name in schema.names if name not in ("vector", "row_hash"))
+        raise ValueError(
+            f"The filter {where!r} cannot be used: {reason.rstrip('.')}. It is an SQL condition on the columns "
+            f"{names}, e.g. kind = 'image'."
+        ) from error

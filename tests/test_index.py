@@ -1,0 +1,317 @@
+"""A corpus as a database: building, bringing up to date, searching."""
+
+import subprocess
+import sys
+import threading
+import time
+
+import lancedb
+import numpy as np
+import pyarrow as pa
+import pytest
+from support.units import random_vectors, rows_of, write_units
+
+from btok_hf.corpus import index as module
+from btok_hf.corpus.index import Index
+
+VECTORS = random_vectors(300)
+LABELS = [f"l{number % 3}" for number in range(300)]
+TEXTS = [f"word{number} and tiger" for number in range(300)]
+
+
+def rows(numbers=range(300), text=TEXTS):
+    every = rows_of(VECTORS, text=text, label=LABELS)
+    return [every[number] for number in numbers]
+
+
+def write(tmp_path, given, **options):
+    return write_units(tmp_path / "out", given, metadata={"label": pa.string()}, **options)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Tests must not change it."""
+    folder = tmp_path_factory.mktemp("built")
+    return Index.build(write(folder, rows()), folder / "db")[0]
+
+
+def nearest(query, k=10, keep=lambda number: True):
+    order = np.argsort(-(VECTORS @ query), kind="stable")
+    return [f"a{number}" for number in order if keep(number)][:k]
+
+
+# ---------------------------------------------------------------- search
+
+
+def test_hits_are_the_nearest_rows_with_their_columns(built):
+    hits = built.search(VECTORS[7], k=5)
+    assert [hit.id for hit in hits] == nearest(VECTORS[7], 5)
+    assert np.allclose([hit.score for hit in hits], np.sort(VECTORS @ VECTORS[7])[::-1][:5], atol=1e-6)
+    first = hits[0]
+    assert (first.kind, first.text, first.source, first.page, first.thumbnail) == ("text", TEXTS[7], None, None, None)
+    assert first.metadata == {"label": "l1"}
+    assert built.settings["model"] == "org/btok-2b" and built.exact and built.lossless and built.count() == 300
+
+
+def test_a_filter_holds_for_every_hit(built):
+    hits = built.search(VECTORS[7], k=20, where="label = 'l2' AND id != 'a8'")
+    assert [hit.id for hit in hits] == nearest(VECTORS[7], 20, lambda number: number % 3 == 2 and number != 8)
+    assert built.search(VECTORS[7], where="label = 'none'") == [] and built.count("label = 'l2'") == 100
+
+
+@pytest.mark.parametrize("where", ["labl = 'l2'", "label = ", "1", "", "label = (SELECT 1)"])
+def test_a_filter_that_is_none_is_named_with_the_columns(built, where):
+    with pytest.raises(ValueError, match=r"^The filter .* columns id, kind, source, page, .* label") as error:
+        built.search(VECTORS[7], where=where)
+    assert repr(where) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_words_alone_and_both_rankings_fused(built):
+    (hit,) = built.search(None, "WORD12")
+    assert hit.id == "a12" and hit.score > 0
+    far = nearest(VECTORS[7], 300)[-1]
+    assert far not in [hit.id for hit in built.search(VECTORS[7], k=3)]
+    hits = {hit.id: hit.score for hit in built.search(VECTORS[7], f"word{far[1:]}", k=3)}
+    assert len(hits) == 3 and {far, "a7"} <= set(hits)
+    assert hits[far] == pytest.approx(VECTORS[int(far[1:])] @ VECTORS[7], abs=1e-6)  # cosines also here
+    assert {hit.metadata["label"] for hit in built.search(VECTORS[7], "tiger", where="label = 'l1'")} == {"l1"}
+
+
+@pytest.mark.parametrize(
+    "text", ["\"' OR (", "* AND NOT", "'; DROP TABLE items; --", "猫" * 5000, "\x00", "<|btok_0|>"]
+)
+def test_any_words_may_be_searched_for(built, text):
+    assert len(built.search(VECTORS[7], text, k=3)) == 3
+
+
+@pytest.mark.parametrize("options", [{}, {"dimensions": 8}, {"precision": "binary"}])
+def test_a_row_by_its_id_has_a_vector_that_finds_it(tmp_path, monkeypatch, options):
+    monkeypatch.setattr(module, "check_dimensions", lambda corpus, dimensions: None)
+    given = [*rows(range(20)), *rows_of(random_vectors(1, seed=5), text=["it's"], label=["l0"])]
+    given[-1]["id"] = "it's"
+    index = Index.build(write(tmp_path, given), tmp_path / "db", **options)[0]
+    for name in ("a7", "it's"):
+        row, vector = index.get(name)
+        assert (row.id, row.score) == (name, 1) and row.text and vector.shape == (16,)
+        assert index.search(vector, k=1)[0].id == name
+    assert index.columns == ["id", "kind", "source", "page", "text", "label"]
+    for name in ("none", "x' OR '1'='1"):
+        with pytest.raises(ValueError, match="There is no item"):
+            index.get(name)
+
+
+def test_what_cannot_be_searched_for(built):
+    for text in (None, "", " \n"):
+        with pytest.raises(ValueError, match="query is empty"):
+            built.search(None, text)
+    with pytest.raises(ValueError, match="1 or more, got 0"):
+        built.search(VECTORS[7], k=0)
+    with pytest.raises(ValueError, match=r"16 dimensions, got shape \(8,\)\. Embed it with org/btok-2b"):
+        built.search(VECTORS[7][:8])
+    with pytest.raises(ValueError, match="points nowhere"):
+        built.search(np.full(16, np.nan))
+
+
+def test_texts_of_all_scripts_are_found_by_their_words(tmp_path):
+    given = rows_of(VECTORS[:3], text=["猫の顔です", "Gesicht eines Tigers", "лицо кошки"], label=LABELS[:3])
+    index = Index.build(write(tmp_path, given), tmp_path / "db")[0]
+    assert [[hit.id for hit in index.search(None, word)] for word in ("猫", "gesicht", "КОШКИ")] == [
+        ["a0"],
+        ["a1"],
+        ["a2"],
+    ]
+
+
+@pytest.mark.parametrize(("precision", "least"), [("float16", 0.99), ("binary", 0.5)])
+def test_other_precisions_find_nearly_the_same(tmp_path, precision, least):
+    index = Index.build(write(tmp_path, rows()), tmp_path / "db", precision=precision)[0]
+    assert not index.lossless and index.settings["precision"] == precision
+    found = [[hit.id for hit in index.search(vector)] for vector in VECTORS[:50]]
+    assert np.mean([len({*ids} & {*nearest(vector)}) / 10 for ids, vector in zip(found, VECTORS)]) > least
+    assert [hit.id for hit in index.search(VECTORS[7], "word7", k=1)] == ["a7"]
+    reopened = Index.open(tmp_path / "db")
+    assert [hit.id for hit in reopened.search(VECTORS[3])] == found[3]
+
+
+def test_fewer_dimensions(tmp_path, monkeypatch):
+    out = write(tmp_path, rows())
+    with pytest.raises(OSError, match="org/btok-2b"):  # it cannot be asked what it was trained for
+        Index.build(out, tmp_path / "db", dimensions=8)
+    assert not (tmp_path / "db").exists()
+    monkeypatch.setattr(module, "check_dimensions", lambda corpus, dimensions: None)
+    index = Index.build(out, tmp_path / "db", dimensions=8)[0]
+    short = VECTORS[:, :8] / np.linalg.norm(VECTORS[:, :8], axis=1, keepdims=True)
+    hits = index.search(VECTORS[7])
+    assert [hit.id for hit in hits] == [f"a{number}" for number in np.argsort(-(short @ short[7]))[:10]]
+    assert index.settings["dimensions"] == 8 and index.settings["embedding_dimensions"] == 16 and not index.lossless
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16", "binary"])
+def test_large_tables_have_an_index_that_finds_the_same(tmp_path, monkeypatch, precision):
+    out, path = write(tmp_path, rows()), tmp_path / "db"
+    index = Index.build(out, path, precision=precision)[0]
+    assert index.exact
+    before = [[hit.id for hit in index.search(vector)] for vector in VECTORS[:30]]
+    monkeypatch.setattr(module, "EXACT_BYTES", 100)
+    index = Index.build(out, path)[0]
+    assert not index.exact and not index.lossless
+    for exact in (True, False):
+        after = [[hit.id for hit in index.search(vector, exact=exact)] for vector in VECTORS[:30]]
+        same = np.mean([len({*one} & {*other}) / 10 for one, other in zip(before, after)])
+        assert same == 1 if exact else same > 0.97
+    assert len(index.search(VECTORS[7], "tiger", k=5, where="label = 'l1'")) == 5
+
+
+# ---------------------------------------------------------------- bringing up to date
+
+
+def state(index):
+    return {row["id"]: row["text"] for row in index._table.to_arrow().select(["id", "text"]).to_pylist()}
+
+
+def test_a_second_run_writes_what_changed(tmp_path):
+    path = tmp_path / "db"
+    index, changes, sample = Index.build(write(tmp_path, rows(range(200))), path)
+    assert (changes.added, changes.replaced, changes.deleted) == (200, 0, 0) and sample.shape == (100, 16)
+    _, changes, _ = Index.build(tmp_path / "out", path)
+    assert (changes.added, changes.replaced, changes.deleted) == (0, 0, 0)
+    texts = [*TEXTS[:100], *("new " + text for text in TEXTS[100:])]
+    out = write(tmp_path, rows(range(90, 300), texts))
+    again, changes, _ = Index.build(out, path)
+    assert (changes.added, changes.replaced, changes.deleted) == (100, 100, 90)
+    expected = {f"a{number}": texts[number] for number in range(90, 300)}
+    assert state(again) == expected and state(index) == expected
+    assert [hit.id for hit in again.search(None, "word250")] == ["a250"]  # the index of words has new rows
+    assert again.search(None, "word20") == []
+
+
+def test_nothing_is_deleted_while_units_are_missing(tmp_path):
+    path = tmp_path / "db"
+    Index.build(write(tmp_path, rows(range(200))), path)
+    index, changes, _ = Index.build(write(tmp_path, rows(range(100, 201)), planned=2), path)
+    assert (changes.added, changes.deleted, changes.missing, index.count()) == (1, 0, 2, 201)
+
+
+def test_new_rows_of_a_large_table_enter_its_index(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "EXACT_BYTES", 100)
+    path = tmp_path / "db"
+    Index.build(write(tmp_path, rows(range(280))), path)
+    index, changes, _ = Index.build(write(tmp_path, rows()), path)
+    assert changes.added == 20
+    for name in ("vector_idx", "text_idx"):
+        assert index._table.index_stats(name).num_unindexed_rows == 0
+    assert [hit.id for hit in index.search(VECTORS[299], k=1)] == ["a299"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"revision": "def"}, {"prompt": "Find."}, {"dtype": "bfloat16"}, {"input": "/other"}]
+)
+def test_units_of_another_model_are_refused(tmp_path, change):
+    index, _, _ = Index.build(write(tmp_path, rows(range(20))), tmp_path / "db")
+    other = write(tmp_path / "other", rows(range(20, 40)), **change)
+    (key,) = change
+    with pytest.raises(ValueError, match=f"made from other units: {key} .*Write another database"):
+        Index.build(other, tmp_path / "db")
+    assert index.count() == 20
+    # The name of the model says nothing: its folder may have moved.
+    assert Index.build(write(tmp_path / "moved", rows(range(20)), model="elsewhere"), tmp_path / "db")[1].added == 0
+
+
+def test_a_database_keeps_its_form(tmp_path):
+    out = write(tmp_path, rows(range(20)))
+    Index.build(out, tmp_path / "db")
+    for given in ({"precision": "binary"}, {"dimensions": 8}):
+        with pytest.raises(ValueError, match="write another database"):
+            Index.build(out, tmp_path / "db", **given)
+    other = write_units(tmp_path / "other", rows_of(VECTORS[:20]))
+    with pytest.raises(ValueError, match="has other columns than the units: label"):
+        Index.build(other, tmp_path / "db")
+
+
+def test_a_run_that_fails_leaves_what_was_there(tmp_path):
+    path, good, bad = tmp_path / "db", rows(range(20)), rows([*range(30), 3])
+    for _ in range(2):
+        with pytest.raises(ValueError, match="1 rows have the id of another row"):
+            Index.build(write(tmp_path / "bad", bad), path)
+        assert not path.exists()
+    Index.build(write(tmp_path / "good", good), path)
+    with pytest.raises(ValueError, match="1 rows have the id of another row"):
+        Index.build(write(tmp_path / "bad", bad), path)
+    assert sorted(state(Index.open(path))) == sorted(row["id"] for row in good)
+
+
+def test_after_a_kill_the_next_run_goes_on(tmp_path):
+    """The process writes chunks of a batch of 100 rows, and kills itself in the third."""
+    path = tmp_path / "db"
+    Index.build(write(tmp_path, rows(range(100))), path)
+    code = (
+        "import os, signal, sys\n"
+        "from btok_hf.corpus import stream\n"
+        "from btok_hf.corpus.index import Index\n"
+        "keep, calls, stream.CHUNK_BYTES = stream.RowStream._stored, [], 1\n"
+        "def stored(*given):\n"
+        "    calls.append(1)\n"
+        "    return os.kill(os.getpid(), signal.SIGKILL) if len(calls) > 2 else keep(*given)\n"
+        "stream.RowStream._stored = stored\n"
+        "Index.build(sys.argv[1], sys.argv[2])\n"
+    )
+    new = [f"new {text}" for text in TEXTS]
+    out = write(tmp_path, rows(range(50, 300), new))
+    assert subprocess.run([sys.executable, "-c", code, out, path]).returncode == -9
+    between = state(Index.open(path))
+    assert between == {f"a{number}": new[number] if number >= 50 else TEXTS[number] for number in range(250)}
+    index, changes, _ = Index.build(out, path)
+    assert (changes.added, changes.replaced, changes.deleted) == (50, 0, 50)
+    assert state(index) == {f"a{number}": new[number] for number in range(50, 300)}
+
+
+def test_rows_that_fail_later_are_deleted(tmp_path):
+    given = rows(range(10))
+    Index.build(write(tmp_path, given), tmp_path / "db")
+    given[3] |= {"embedding": None, "error": "cannot be read"}
+    index, changes, _ = Index.build(write(tmp_path, given), tmp_path / "db")
+    assert (changes.failed, changes.deleted, index.count()) == (1, 1, 9) and "a3" not in state(index)
+
+
+def test_a_reader_sees_new_rows_and_loses_none(tmp_path):
+    path = tmp_path / "db"
+    Index.build(write(tmp_path, rows(range(100))), path)
+    reader, counts, ended = Index.open(path), [], threading.Event()
+
+    def read():
+        while not ended.is_set():
+            counts.append(reader.count())
+            assert [hit.id for hit in reader.search(VECTORS[7], k=1)] == ["a7"]
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    for end in (200, 300):
+        Index.build(write(tmp_path, rows(range(end))), path)
+        time.sleep(module.FRESH.total_seconds() + 0.2)
+    ended.set()
+    thread.join()
+    assert {100, 200, 300} <= set(counts) and counts == sorted(counts)
+
+
+def test_delete(tmp_path):
+    vectors = random_vectors(4)
+    given = [row | {"id": name} for row, name in zip(rows_of(vectors), ["a", "it's", "'; --", 'b"c'])]
+    index = Index.build(write_units(tmp_path / "out", given), tmp_path / "db")[0]
+    assert index.delete(["it's", "'; --", "nothing", "' OR '1'='1"]) == 2
+    assert sorted(state(index)) == ["a", 'b"c'] and index.delete([]) == 0
+    assert Index.build(tmp_path / "out", tmp_path / "db")[1].added == 2  # the units still have them
+
+
+# ---------------------------------------------------------------- other databases
+
+
+def test_only_databases_of_btok_index_are_opened(tmp_path):
+    for path in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(FileNotFoundError, match="no database of btok index"):
+            Index.open(path)
+    assert not (tmp_path / "nothing").exists()
+    lancedb.connect(tmp_path).create_table("items", [{"id": "a"}])
+    with pytest.raises(ValueError, match="did not write"):
+        Index.open(tmp_path)
+    with pytest.raises(FileNotFoundError, match="holds no corpus"):
+        Index.build(tmp_path / "nothing", tmp_path / "db")

@@ -1,0 +1,39 @@
+"""The Space of `examples/space` starts from nothing and finds its files."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from support import ROOT
+from support.app import page
+
+SPACE = ROOT / "examples" / "space"
+
+
+def test_the_space_is_described_as_the_hub_wants_it():
+    about = yaml.safe_load((SPACE / "README.md").read_text("utf-8").split("---\n")[1])
+    assert about["sdk"] == "gradio" and (SPACE / about["app_file"]).is_file() and len(about["short_description"]) <= 60
+    import gradio
+
+    assert about["sdk_version"] == gradio.__version__
+    assert "btok-hf[app,video]" in (SPACE / "requirements.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("space")
+    command = [sys.executable, "-m", "examples.space.prepare", folder / "space", "--each", "8"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (folder / "uploads").mkdir()
+    return folder
+
+
+def test_it_starts_and_finds(space):
+    with page([space / "space" / "app.py"], space / "uploads") as client:
+        html, summary = client.predict("a definition", None, None, ["text"], "", False, 24, api_name="/search")[:2]
+        assert "8 of 32 items" in summary and len(re.findall("data-id=", html)) == 8
+        for kind, count in (("image", 8), ("video", 8), ("page", 8)):
+            assert f"{count} of" in client.predict("x", None, None, [kind], "", False, 24, api_name="/search")[1]
+    assert (space / "space" / "LICENSES-emoji.md").is_file()
