@@ -8,10 +8,11 @@ import base64
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,10 @@ from btok_hf.inputs import ImageLimits
 from btok_hf.sentence_transformer import BTokSentenceTransformer
 from btok_hf.serving.batching import Batcher, QueueFull, Row
 from btok_hf.serving.schema import EmbeddingRequest
+from btok_hf.serving.sources import Sources
 
 KEY = "BTOK_API_KEY"  # not a flag: other users of the machine can see flags
+CLIENT_GONE = 499  # what nginx counts; nobody reads the answer
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,9 @@ class Limits:
         max_rows (`int`): Most rows of a request.
         queue_rows (`int`): Most rows of all requests together. More are answered with 429.
         batch_rows (`int`): Most rows of a batch.
-        max_body (`int`): Most bytes of a request.
+        max_body (`int`): Most bytes of a request, and of a file or download that it names.
         max_image_pixels (`int`): Most pixels of an image, and of all frames of a video, before any reduction.
-        timeout (`float`): Seconds from the first byte of a request to its answer.
+        timeout (`float`): Seconds from the first byte of a request to its answer, and of a download in it.
 
     Raises:
         ValueError: A bound below 1, or a request that would never fit.
@@ -143,13 +146,20 @@ class _Metrics:
         self.rows = Gauge("btok_rows", "Rows waiting, being read or being embedded", registry=self.registry)
 
 
-def make_app(model: ServedModel, name: str, limits: Limits, api_key: str | None = None) -> FastAPI:
+async def _until_gone(request: Request) -> None:
+    """Wait until the client has closed its connection."""
+    while not await request.is_disconnected():
+        await asyncio.sleep(0.2)
+
+
+def make_app(model: ServedModel, name: str, limits: Limits, sources: Sources, api_key: str | None = None) -> FastAPI:
     """The application.
 
     Args:
         model (`ServedModel`): The model. One thread of the application uses it.
         name (`str`): What clients call it.
         limits (`Limits`): Bounds.
+        sources (`Sources`): What requests may name.
         api_key (`str`, *optional*): What clients must send as `Authorization: Bearer …` for paths below `/v1`.
     """
     metrics = _Metrics()
@@ -161,8 +171,9 @@ def make_app(model: ServedModel, name: str, limits: Limits, api_key: str | None 
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.batcher = Batcher(model.embed, limits.batch_rows, limits.queue_rows, metrics.batch.observe)
         metrics.rows.set_function(lambda: app.state.batcher.rows)
-        # Two are enough to decode media beside the batches, and bound the memory of decoded ones.
-        with ThreadPoolExecutor(2) as app.state.readers:
+        # Two are enough to decode media beside the batches, and bound the memory of decoded ones. Downloads have
+        # threads of their own, because a slow host holds them.
+        with ThreadPoolExecutor(2) as app.state.readers, ThreadPoolExecutor(8) as app.state.fetchers:
             yield
         app.state.batcher.close()
 
@@ -216,7 +227,7 @@ def make_app(model: ServedModel, name: str, limits: Limits, api_key: str | None 
         return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "btok"}]}
 
     @app.post("/v1/embeddings")
-    async def embeddings(body: EmbeddingRequest) -> Any:
+    async def embeddings(body: EmbeddingRequest, request: Request) -> Any:
         if body.model not in (None, name):
             return error_response(404, f"there is no model {body.model!r} here, only {name!r}", "model")
         if not 0 < body.count() <= limits.max_rows:
@@ -227,12 +238,20 @@ def make_app(model: ServedModel, name: str, limits: Limits, api_key: str | None 
             prompt = _prompt(model, body)
             with app.state.batcher.room(body.count()):
                 read = asyncio.get_running_loop().run_in_executor
-                items = await read(app.state.readers, body.rows, image_limits, limits.max_image_pixels)
+                threads = app.state.fetchers if body.names_addresses() else app.state.readers
+                items = await read(threads, body.rows, image_limits, sources)
                 futures = app.state.batcher.submit(items, prompt)
+                gone = asyncio.create_task(_until_gone(request))
+                answers = asyncio.gather(*map(asyncio.wrap_future, futures))
                 try:
-                    rows = await asyncio.gather(*map(asyncio.wrap_future, futures))
+                    await asyncio.wait((answers, gone), return_when=asyncio.FIRST_COMPLETED)
+                    if not answers.done():
+                        return Response(status_code=CLIENT_GONE)
+                    rows = answers.result()
                 finally:
-                    for future in futures:  # a request that timed out or failed leaves the queue
+                    gone.cancel()
+                    answers.cancel()
+                    for future in futures:  # a request that failed, timed out or has no client leaves the queue
                         future.cancel()
         except QueueFull:
             return error_response(429, f"the queue of {limits.queue_rows} rows is full (--queue-rows); try again soon")
@@ -288,7 +307,16 @@ def _written(row: Row, dimensions: int | None, encoding: str) -> str | list[floa
     return base64.b64encode(vector.astype("<f4").tobytes()).decode() if encoding == "base64" else vector.tolist()
 
 
-def serve(repo: str, host: str, port: int, name: str | None, limits: Limits, **load: Any) -> None:
+def serve(
+    repo: str,
+    host: str,
+    port: int,
+    name: str | None,
+    limits: Limits,
+    hosts: Collection[str] = (),
+    folder: Path | None = None,
+    **load: Any,
+) -> None:
     """Load a model and serve it until SIGTERM or SIGINT, after which what is queued is answered.
 
     Args:
@@ -296,8 +324,11 @@ def serve(repo: str, host: str, port: int, name: str | None, limits: Limits, **l
         host, port: Where to listen.
         name (`str`, *optional*): What clients call the model. Default: `repo`.
         limits (`Limits`): Bounds.
+        hosts (`Collection[str]`): Hosts that clients may name addresses of.
+        folder (`Path`, *optional*): Folder that clients may name files of.
         load: For `BTokSentenceTransformer`.
     """
     api_key = os.environ.get(KEY) or None
-    app = make_app(ServedModel(repo, **load), name or repo, limits, api_key)
+    sources = Sources(limits.max_image_pixels, limits.max_body, limits.timeout, hosts, folder)
+    app = make_app(ServedModel(repo, **load), name or repo, limits, sources, api_key)
     uvicorn.run(app, host=host, port=port, access_log=False, server_header=False)
