@@ -14,7 +14,7 @@ LIMITS = ImageLimits(28 * 28 * 16, 14)
 
 
 def rows(**body):
-    return EmbeddingRequest.model_validate(body).rows(LIMITS, Sources(10**6, 10**6, 60))
+    return EmbeddingRequest.model_validate(body).rows(LIMITS, Sources(10**6, 10**6, 60))[0]
 
 
 def test_texts_are_texts(tmp_path, monkeypatch):

@@ -44,9 +44,27 @@ def test_pixels_are_bounded_before_they_are_decoded():
     with pytest.raises(ValueError, match="more than 1000000 pixels"):
         Sources(*BOUNDS).image(data(header.getvalue()[:60]))
     frames = "data:video/jpeg;base64," + ",".join([png(image(28, 28))] * 2)
-    with pytest.raises(ValueError, match="a video has more than 1500 pixels"):
-        Sources(1500, 10**6, 60).video(frames)
-    assert len(Sources(1600, 10**6, 60).video(frames)) == 2
+    with pytest.raises(ValueError, match="more than 1567 pixels in all"):
+        Sources(1567, 10**6, 60).video(frames)
+    video, pixels = Sources(1568, 10**6, 60).video(frames)
+    assert len(video) == 2 and pixels == 1568
+
+
+def test_pixels_of_a_request_are_counted_together():
+    url = data(base64.b64decode(png(image(28, 28))))
+    sources = Sources(1568, 10**6, 60)
+    content, pixels = sources.image(url)
+    assert content == base64.b64decode(png(image(28, 28))) and pixels == 784
+    assert sources.image(url, 784)[1] == 784
+    with pytest.raises(ValueError, match=r"one has 28 x 28\. Reduce them, or send fewer"):
+        sources.image(url, 785)
+    with pytest.raises(ValueError, match="more than 1568 pixels in all"):
+        sources.video(f"data:video/jpeg;base64,{png(image(28, 28))}", 785)
+    film = data((MEDIA / "rotated.mp4").read_bytes(), "video/mp4")
+    whole = Sources(10**6, 10**6, 60).video(film)[1]
+    assert whole == 8 * 160 * 112 and Sources(whole + 5, 10**6, 60).video(film, 5)
+    with pytest.raises(ValueError, match=f"more than {whole - 1} pixels"):
+        Sources(whole, 10**6, 60).video(film, 1)
 
 
 @pytest.mark.parametrize("kind", ["EPS", "PPM", "PCX"])
@@ -60,7 +78,7 @@ def test_formats_that_nobody_sends_are_refused(kind):
 def test_a_video_file_is_read_as_in_the_library():
     content = (MEDIA / "rotated.mp4").read_bytes()
     for kind in ("video/mp4", "video/webm"):
-        video = Sources(*BOUNDS).video(data(content, kind))
+        video, _ = Sources(*BOUNDS).video(data(content, kind))
         np.testing.assert_array_equal(video["array"], read_video(MEDIA / "rotated.mp4")["array"])
     with pytest.raises(ValueError, match=r"its 8 frames of .* have more than 1000 pixels"):
         Sources(1000, 10**6, 60).video(data(content, "video/mp4"))
@@ -75,7 +93,7 @@ def test_files_below_the_folder_are_read(folder):
     sources = Sources(*BOUNDS, folder=folder)
     expected = (folder / "deep" / "a b.png").read_bytes()
     for path in ("deep/a%20b.png", "deep/a b.png", "inside.png", "up/allowed/inside.png"):
-        assert sources.image(f"file://{folder}/{path}") == expected
+        assert sources.image(f"file://{folder}/{path}")[0] == expected
     with pytest.raises(ValueError, match="this server opens no files and no other addresses"):
         Sources(*BOUNDS).image(f"file://{folder}/inside.png")
 
@@ -150,7 +168,7 @@ def test_addresses_of_allowed_hosts_are_read(web):
     here, _ = web
     sources = Sources(*BOUNDS, hosts=["example.org", here.name])
     for path in ("a.png", f"to?http://{here.name}/a.png", "to?/a.png"):
-        assert sources.image(f"http://{here.name}/{path}") == base64.b64decode(png(image(28, 28)))
+        assert sources.image(f"http://{here.name}/{path}")[0] == base64.b64decode(png(image(28, 28)))
     with pytest.raises(ValueError, match="it holds more than 100 bytes"):
         Sources(10**6, 100, 60, hosts=[here.name]).image(f"http://{here.name}/a.png")
     with pytest.raises(ValueError, match=r"opens addresses at example.org, 127.*Send the content itself"):

@@ -30,7 +30,8 @@ def serve_command(commands: Any) -> None:
         ("--queue-rows", int, 1024, "most rows of all requests together"),
         ("--batch-rows", int, 64, "most rows of a batch"),
         ("--max-body", int, 32 * 2**20, "most bytes of a request, and of what it names"),
-        ("--max-image-pixels", int, 50_000_000, "most pixels of an image, or of a video, that a client sends"),
+        ("--max-image-pixels", int, 100_000_000, "most pixels of all images and frames of a request"),
+        ("--queue-pixels", int, 500_000_000, "most pixels of all requests together"),
         ("--timeout", float, 60.0, "most seconds of a request"),
     ):
         parser.add_argument(name, type=kind, default=default, help=f"{meaning} (default: %(default)s)")

@@ -140,8 +140,8 @@ class EmbeddingRequest(_WithoutEffect):
         media += [part.video_url for part in parts if isinstance(part, VideoPart)]
         return any(part.url.startswith(WEB) for part in media)
 
-    def rows(self, limits: ImageLimits, sources: Sources) -> list[Any]:
-        """The checked inputs: decoded media, and texts.
+    def rows(self, limits: ImageLimits, sources: Sources) -> tuple[list[Any], int]:
+        """The checked inputs, decoded media and texts, and the number of pixels in them.
 
         Args:
             limits (`ImageLimits`): Those of the model's processor.
@@ -151,24 +151,31 @@ class EmbeddingRequest(_WithoutEffect):
             ValueError: An input that cannot be embedded. The message has its place and what is wrong.
         """
         if self.messages is not None:
-            return [check_input(_read(self.messages[-1], sources), limits)]
+            message, pixels = _read(self.messages[-1], sources)
+            return [check_input(message, limits)], pixels
         texts = [self.input] if isinstance(self.input, str) else self.input or []
-        return [check_input({"text": text}, limits, place) for place, text in enumerate(texts)]
+        return [check_input({"text": text}, limits, place) for place, text in enumerate(texts)], 0
 
     def count(self) -> int:
         """The number of rows."""
         return len(self.input) if isinstance(self.input, list) else 1
 
 
-def _read(message: Message, sources: Sources) -> dict[str, Any]:
-    """A user message with the files of its images and videos. The order of its parts is kept."""
+def _read(message: Message, sources: Sources) -> tuple[dict[str, Any], int]:
+    """A user message with the files of its images and videos, in their order, and the number of their pixels."""
     content: list[dict[str, Any]] = []
+    pixels = 0
     for part in message.parts():
         if isinstance(part, TextPart):
             content.append({"type": "text", "text": part.text})
-        elif isinstance(part, ImagePart):
-            file = {"bytes": sources.image(part.image_url.url), "path": None}
-            content.append({"type": "image", "image": file})
+            continue
+        value: Any
+        if isinstance(part, ImagePart):
+            file, size = sources.image(part.image_url.url, pixels)
+            value = {"type": "image", "image": {"bytes": file, "path": None}}
         else:
-            content.append({"type": "video", "video": sources.video(part.video_url.url)})
-    return {"role": message.role, "content": content}
+            video, size = sources.video(part.video_url.url, pixels)
+            value = {"type": "video", "video": video}
+        content.append(value)
+        pixels += size
+    return {"role": message.role, "content": content}, pixels

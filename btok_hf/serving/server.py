@@ -9,7 +9,7 @@ import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +26,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from btok_hf.inputs import ImageLimits
 from btok_hf.sentence_transformer import BTokSentenceTransformer
-from btok_hf.serving.batching import Batcher, QueueFull, Row
+from btok_hf.serving.batching import Batcher, QueueFull, Room, Row
 from btok_hf.serving.schema import EmbeddingRequest
 from btok_hf.serving.sources import Sources
 
 KEY = "BTOK_API_KEY"  # not a flag: other users of the machine can see flags
-CLIENT_GONE = 499  # what nginx counts; nobody reads the answer
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,8 @@ class Limits:
         queue_rows (`int`): Most rows of all requests together. More are answered with 429.
         batch_rows (`int`): Most rows of a batch.
         max_body (`int`): Most bytes of a request, and of a file or download that it names.
-        max_image_pixels (`int`): Most pixels of an image, and of all frames of a video, before any reduction.
+        max_image_pixels (`int`): Most pixels of all images and frames of a request, before any reduction.
+        queue_pixels (`int`): Most pixels of all requests together, of three bytes each. More are answered with 429.
         timeout (`float`): Seconds from the first byte of a request to its answer, and of a download in it.
 
     Raises:
@@ -54,18 +54,20 @@ class Limits:
     queue_rows: int = 1024
     batch_rows: int = 64
     max_body: int = 32 * 2**20
-    max_image_pixels: int = 50_000_000
+    max_image_pixels: int = 100_000_000
+    queue_pixels: int = 500_000_000
     timeout: float = 60.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if not value > 0:
                 raise ValueError(f"{name} must be above 0, got {value}.")
-        if self.max_rows > self.queue_rows:
-            raise ValueError(
-                f"max_rows={self.max_rows} is above queue_rows={self.queue_rows}: such a request would never fit. "
-                "Raise queue_rows, or lower max_rows."
-            )
+        for one, all_ in (("max_rows", "queue_rows"), ("max_image_pixels", "queue_pixels")):
+            if (asked := getattr(self, one)) > (most := getattr(self, all_)):
+                raise ValueError(
+                    f"{one}={asked} is above {all_}={most}: such a request would never fit. Raise {all_}, or lower "
+                    f"{one}."
+                )
 
 
 class ServedModel(BTokSentenceTransformer):
@@ -146,10 +148,33 @@ class _Metrics:
         self.rows = Gauge("btok_rows", "Rows waiting, being read or being embedded", registry=self.registry)
 
 
-async def _until_gone(request: Request) -> None:
-    """Wait until the client has closed its connection."""
-    while not await request.is_disconnected():
-        await asyncio.sleep(0.2)
+class ClientGone(Exception):
+    """The client closed its connection before it had an answer."""
+
+
+async def _unless_gone(request: Request, futures: Sequence[Future[Row]]) -> list[Row]:
+    """The results of queued rows. They leave the queue if the client does, or if the request fails or times out.
+
+    Raises:
+        ClientGone: The client is gone.
+    """
+
+    async def until_gone() -> None:
+        while not await request.is_disconnected():
+            await asyncio.sleep(0.2)
+
+    gone = asyncio.create_task(until_gone())
+    answers = asyncio.gather(*map(asyncio.wrap_future, futures))
+    try:
+        await asyncio.wait((answers, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not answers.done():
+            raise ClientGone
+        return answers.result()
+    finally:
+        gone.cancel()
+        answers.cancel()
+        for future in futures:
+            future.cancel()
 
 
 def make_app(model: ServedModel, name: str, limits: Limits, sources: Sources, api_key: str | None = None) -> FastAPI:
@@ -163,16 +188,18 @@ def make_app(model: ServedModel, name: str, limits: Limits, sources: Sources, ap
         api_key (`str`, *optional*): What clients must send as `Authorization: Bearer …` for paths below `/v1`.
     """
     metrics = _Metrics()
+    rows_held = Room(limits.queue_rows, "rows (--queue-rows)")
+    pixels_held = Room(limits.queue_pixels, "pixels (--queue-pixels)")
+    metrics.rows.set_function(lambda: rows_held.held)
     processor: Any = model.processor
     config: Any = model.config
     image_limits = ImageLimits(processor.image_processor.size["longest_edge"], config.vision_config.patch_size)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.batcher = Batcher(model.embed, limits.batch_rows, limits.queue_rows, metrics.batch.observe)
-        metrics.rows.set_function(lambda: app.state.batcher.rows)
-        # Two are enough to decode media beside the batches, and bound the memory of decoded ones. Downloads have
-        # threads of their own, because a slow host holds them.
+        app.state.batcher = Batcher(model.embed, limits.batch_rows, metrics.batch.observe)
+        # Two are enough to decode media beside the batches. Downloads have threads of their own, because a slow host
+        # holds them.
         with ThreadPoolExecutor(2) as app.state.readers, ThreadPoolExecutor(8) as app.state.fetchers:
             yield
         app.state.batcher.close()
@@ -236,25 +263,16 @@ def make_app(model: ServedModel, name: str, limits: Limits, sources: Sources, ap
         try:
             dimensions = _dimensions(model, body.dimensions)
             prompt = _prompt(model, body)
-            with app.state.batcher.room(body.count()):
+            with rows_held.hold(body.count()):
                 read = asyncio.get_running_loop().run_in_executor
                 threads = app.state.fetchers if body.names_addresses() else app.state.readers
-                items = await read(threads, body.rows, image_limits, sources)
-                futures = app.state.batcher.submit(items, prompt)
-                gone = asyncio.create_task(_until_gone(request))
-                answers = asyncio.gather(*map(asyncio.wrap_future, futures))
-                try:
-                    await asyncio.wait((answers, gone), return_when=asyncio.FIRST_COMPLETED)
-                    if not answers.done():
-                        return Response(status_code=CLIENT_GONE)
-                    rows = answers.result()
-                finally:
-                    gone.cancel()
-                    answers.cancel()
-                    for future in futures:  # a request that failed, timed out or has no client leaves the queue
-                        future.cancel()
-        except QueueFull:
-            return error_response(429, f"the queue of {limits.queue_rows} rows is full (--queue-rows); try again soon")
+                items, pixels = await read(threads, body.rows, image_limits, sources)
+                with pixels_held.hold(pixels):
+                    rows = await _unless_gone(request, app.state.batcher.submit(items, prompt))
+        except ClientGone:
+            return Response(status_code=499)  # nobody reads it; the metrics count it
+        except QueueFull as error:
+            return error_response(429, str(error))
         except ValueError as error:
             return error_response(400, str(error))
         tokens = sum(row.tokens for row in rows)

@@ -25,7 +25,7 @@ class Sources:
     """What requests may name, and how large it may be.
 
     Args:
-        most_pixels (`int`): Of an image, and of all frames of a video.
+        most_pixels (`int`): Of all images and frames of a request.
         most_bytes (`int`): Of a file or a download.
         most_seconds (`float`): Of a download, and of decoding a video.
         hosts (`Collection[str]`): Hosts that addresses may lead to, `name` or `name:port`. Default: none.
@@ -48,34 +48,40 @@ class Sources:
         if self.folder is not None and not self.folder.is_dir():
             raise ValueError(f"--allow-files takes a folder, and {str(self.folder)!r} is none.")
 
-    def image(self, url: str) -> bytes:
-        """The file of an image whose size is within the bound, and whose pixels are not decoded yet.
+    def image(self, url: str, taken: int = 0) -> tuple[bytes, int]:
+        """The file of an image, whose pixels are not decoded yet, and their number.
 
         Args:
             url (`str`): `data:image/…;base64,…`, `http(s)://…` or `file:///…`.
+            taken (`int`): Pixels of the rest of the request.
 
         Raises:
             ValueError: It may not be opened, is too large, or is no image.
         """
-        return self._checked_image(self._content(url, "image"))[1]
+        content = self._content(url, "image")
+        image = self._opened(content, taken)
+        return content, image.width * image.height
 
-    def video(self, url: str) -> Any:
-        """The frames of a video, as `check_input` takes them.
+    def video(self, url: str, taken: int = 0) -> tuple[Any, int]:
+        """The frames of a video, as `check_input` takes them, and the number of their pixels.
 
         Args:
             url (`str`): As of an image, or `data:video/jpeg;base64,FRAME,FRAME,…`: images, two a second.
+            taken (`int`): Pixels of the rest of the request.
 
         Raises:
             ValueError: It may not be opened, is too large, or is no video.
         """
         head, _, payload = url.partition(",")
         if head != "data:video/jpeg;base64":
-            content = io.BytesIO(self._content(url, "video"))
-            return read_video(content, most_pixels=self.most_pixels, most_seconds=self.most_seconds)
-        frames = [self._checked_image(_decoded(frame))[0] for frame in payload.split(",")]
-        if sum(frame.width * frame.height for frame in frames) > self.most_pixels:
-            raise ValueError(f"a video has more than {self.most_pixels} pixels in all (--max-image-pixels)")
-        return frames
+            content, left = io.BytesIO(self._content(url, "video")), self.most_pixels - taken
+            video = read_video(content, most_pixels=left, most_seconds=self.most_seconds)
+            return video, video["array"].size // 3
+        frames, pixels = [], 0
+        for frame in payload.split(","):
+            frames.append(self._opened(_decoded(frame), taken + pixels))
+            pixels += frames[-1].width * frames[-1].height
+        return frames, pixels
 
     def _content(self, url: str, kind: str) -> bytes:
         head, comma, payload = url.partition(",")
@@ -104,19 +110,20 @@ class Sources:
             raise ValueError(f"{url[:200]!r} is larger than {self.most_bytes} bytes (--max-body)")
         return content
 
-    def _checked_image(self, content: bytes) -> tuple[Image.Image, bytes]:
+    def _opened(self, content: bytes, taken: int) -> Image.Image:
+        """An image that is not decoded yet."""
         try:
             image: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
         except (UnidentifiedImageError, ValueError, OSError, SyntaxError) as error:
             raise ValueError(f"an image is not one of {', '.join(FORMATS)} in base64") from error
         except Image.DecompressionBombError as error:
             raise ValueError(f"an image has more than {self.most_pixels} pixels (--max-image-pixels)") from error
-        if image.width * image.height > self.most_pixels:
+        if taken + image.width * image.height > self.most_pixels:
             raise ValueError(
-                f"an image of {image.width} x {image.height} has more than {self.most_pixels} pixels "
-                "(--max-image-pixels). Reduce it"
+                f"the images and videos of a request have more than {self.most_pixels} pixels in all "
+                f"(--max-image-pixels); one has {image.width} x {image.height}. Reduce them, or send fewer"
             )
-        return image, content
+        return image
 
 
 def _decoded(payload: str) -> bytes:
