@@ -206,8 +206,8 @@ def test_bad_requests_are_refused_by_name(server, body, says):
         ("data:image/png,abc", "opens no files"),
         ("data:text/plain;base64,YQ==", "opens no files"),
         ("data:image/png;base64,YQ==", "not one of"),
-        ("data:image/png;base64,a", "not one of"),
-        ("data:image/png;base64,é", "not one of"),
+        ("data:image/png;base64,a", "not base64"),
+        ("data:image/png;base64,é", "not base64"),
     ],
 )
 def test_addresses_and_broken_images_are_refused(server, url, says):
@@ -270,6 +270,7 @@ def test_a_slow_client_is_cut_off_and_others_are_not(narrow):
         answer = connection.recv(4096)
         assert answer.startswith(b"HTTP/1.1 504") and b"connection: close" in answer.lower()
         connection.close()
+    assert _metric(narrow, 'btok_requests_total{status="504"}') == 16
 
 
 def test_a_full_queue_answers_429_and_recovers(narrow):

@@ -9,7 +9,7 @@ import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Collection, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +90,10 @@ class ServedModel(BTokSentenceTransformer):
 
 
 class _Bounds:
-    """Middleware that bounds a request in bytes and seconds, so that neither a large nor a slow client holds it."""
+    """Middleware that bounds a request in bytes and seconds, so that neither a large nor a slow client holds it.
+
+    A request whose client is gone is cancelled. `scope["gone"]` says so.
+    """
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
         self.app, self.limits = app, limits
@@ -99,7 +102,8 @@ class _Bounds:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started, size = False, 0
+        started, size, whole = False, 0, asyncio.Event()
+        scope["gone"] = False
 
         async def bounded_receive() -> Message:
             nonlocal size
@@ -107,6 +111,8 @@ class _Bounds:
             size += len(message.get("body", b""))
             if size > self.limits.max_body:
                 raise HTTPException(413, f"the request is larger than {self.limits.max_body} bytes (--max-body)")
+            if not message.get("more_body"):
+                whole.set()
             return message
 
         async def noting_send(message: Message) -> None:
@@ -114,11 +120,23 @@ class _Bounds:
             started = True
             await send(message)
 
-        try:
-            async with asyncio.timeout(self.limits.timeout):
-                await self.app(scope, bounded_receive, noting_send)
-        except TimeoutError:
+        async def end_if_gone(bound: asyncio.Timeout) -> None:
+            await whole.wait()
+            while (await receive())["type"] != "http.disconnect":
+                pass
             if not started:
+                scope["gone"] = True
+                bound.reschedule(0)
+
+        try:
+            async with asyncio.timeout(self.limits.timeout) as bound:
+                watch = asyncio.create_task(end_if_gone(bound))
+                try:
+                    await self.app(scope, bounded_receive, noting_send)
+                finally:
+                    watch.cancel()
+        except TimeoutError:
+            if not started and not scope["gone"]:
                 text = f"no answer in {self.limits.timeout:g} s (--timeout): the server is busy, or the request slow"
                 await error_response(504, text)(scope, receive, send)
 
@@ -146,35 +164,6 @@ class _Metrics:
         sizes = [2**power for power in range(11)]
         self.batch = Histogram("btok_batch_rows", "Rows of a batch", buckets=sizes, registry=self.registry)
         self.rows = Gauge("btok_rows", "Rows waiting, being read or being embedded", registry=self.registry)
-
-
-class ClientGone(Exception):
-    """The client closed its connection before it had an answer."""
-
-
-async def _unless_gone(request: Request, futures: Sequence[Future[Row]]) -> list[Row]:
-    """The results of queued rows. They leave the queue if the client does, or if the request fails or times out.
-
-    Raises:
-        ClientGone: The client is gone.
-    """
-
-    async def until_gone() -> None:
-        while not await request.is_disconnected():
-            await asyncio.sleep(0.2)
-
-    gone = asyncio.create_task(until_gone())
-    answers = asyncio.gather(*map(asyncio.wrap_future, futures))
-    try:
-        await asyncio.wait((answers, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not answers.done():
-            raise ClientGone
-        return answers.result()
-    finally:
-        gone.cancel()
-        answers.cancel()
-        for future in futures:
-            future.cancel()
 
 
 def make_app(model: ServedModel, name: str, limits: Limits, sources: Sources, api_key: str | None = None) -> FastAPI:
@@ -221,6 +210,9 @@ def make_app(model: ServedModel, name: str, limits: Limits, sources: Sources, ap
                 response = await call_next(request)
             status = response.status_code
             return response
+        except asyncio.CancelledError:
+            status = 499 if request.scope["gone"] else 504
+            raise
         finally:
             metrics.requests.labels(status).inc()
             metrics.seconds.observe(time.perf_counter() - start)
@@ -254,7 +246,7 @@ def make_app(model: ServedModel, name: str, limits: Limits, sources: Sources, ap
         return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "btok"}]}
 
     @app.post("/v1/embeddings")
-    async def embeddings(body: EmbeddingRequest, request: Request) -> Any:
+    async def embeddings(body: EmbeddingRequest) -> Any:
         if body.model not in (None, name):
             return error_response(404, f"there is no model {body.model!r} here, only {name!r}", "model")
         if not 0 < body.count() <= limits.max_rows:
@@ -268,9 +260,12 @@ def make_app(model: ServedModel, name: str, limits: Limits, sources: Sources, ap
                 threads = app.state.fetchers if body.names_addresses() else app.state.readers
                 items, pixels = await read(threads, body.rows, image_limits, sources)
                 with pixels_held.hold(pixels):
-                    rows = await _unless_gone(request, app.state.batcher.submit(items, prompt))
-        except ClientGone:
-            return Response(status_code=499)  # nobody reads it; the metrics count it
+                    futures = app.state.batcher.submit(items, prompt)
+                    try:
+                        rows = await asyncio.gather(*map(asyncio.wrap_future, futures))
+                    finally:
+                        for future in futures:  # a request that failed, timed out or has no client leaves the queue
+                            future.cancel()
         except QueueFull as error:
             return error_response(429, str(error))
         except ValueError as error:
