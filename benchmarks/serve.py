@@ -41,13 +41,17 @@ def requests():
     }
 
 
+def _headers(key):
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
 class Connection:
     """One client: HTTP over a connection that stays open. httpx spends more time than the server at 64 of them."""
 
     def __init__(self, url, key):
         self.host, self.port = url.hostname, url.port or 80
         self.head = f"POST /v1/embeddings HTTP/1.1\r\nHost: {self.host}\r\nContent-Type: application/json\r\n"
-        self.head += f"Authorization: Bearer {key}\r\n" if key else ""
+        self.head += "".join(f"{name}: {value}\r\n" for name, value in _headers(key).items())
 
     async def open(self):
         self.reader, self.writer = await asyncio.open_connection(self.host, self.port)
@@ -82,7 +86,7 @@ async def load(url, key, bodies, clients, seconds):
 
 async def measure(address, key, clients, seconds):
     url = urlsplit(address)
-    async with httpx.AsyncClient(base_url=address, headers={"Authorization": f"Bearer {key}"}) as client:
+    async with httpx.AsyncClient(base_url=address, headers=_headers(key)) as client:
         served = (await client.get("/v1/models")).json()["data"][0]["id"]
     for kind, bodies in requests().items():
         # What clients of OpenAI ask for.
@@ -122,11 +126,10 @@ async def main():
     parser.add_argument("--seconds", type=float, default=15, help="for each number of clients")
     parser.add_argument("--fuzz", type=int, default=0, help="send so many bad requests instead")
     options = parser.parse_args()
-    headers = {"Authorization": f"Bearer {options.key}"} if options.key else {}
     for url in options.url:
         print(url)
         if options.fuzz:
-            async with httpx.AsyncClient(base_url=url, headers=headers, timeout=120) as client:
+            async with httpx.AsyncClient(base_url=url, headers=_headers(options.key), timeout=120) as client:
                 await fuzz(client, options.fuzz)
         else:
             await measure(url, options.key, options.clients, options.seconds)

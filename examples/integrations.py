@@ -7,6 +7,7 @@ With `btok serve` running, also its clients: `pip install openai langchain-opena
 """
 
 import argparse
+import contextlib
 import tempfile
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from PIL import Image
 
 from btok_hf import BTokSentenceTransformer
 
-TEXTS = ["a text", "two\nlines", "photo.png"]  # the last looks like a file
+TEXTS = ["a text", "two\nlines", "photo.png"]  # the last is also the name of a file in the current folder
 
 
 def langchain(repo, texts, image):
@@ -95,12 +96,12 @@ def main():
     parser.add_argument("repo", help="folder or Hub id")
     parser.add_argument("--url", help="address of a server of this repository, started with --name m")
     options = parser.parse_args()
-    model = BTokSentenceTransformer(options.repo)
-    libraries = {langchain: options.repo, langchain_own_class: options.repo}
-    libraries |= {llama_index: options.repo, haystack: options.repo}
-    libraries |= {openai: options.url, langchain_openai: options.url} if options.url else {}
-    with tempfile.TemporaryDirectory() as folder:
-        image = str(Path(folder, "picture.png"))
+    repo = str(Path(options.repo).resolve()) if Path(options.repo).is_dir() else options.repo
+    model = BTokSentenceTransformer(repo)
+    libraries = dict.fromkeys((langchain, langchain_own_class, llama_index, haystack), repo)
+    libraries |= dict.fromkeys((openai, langchain_openai), options.url) if options.url else {}
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        image = str(Path(folder, "photo.png"))
         pixels = np.random.default_rng(0).integers(0, 255, (56, 84, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(image)
         texts, images = model.encode([{"text": text} for text in TEXTS]), model.encode([{"image": image}])

@@ -92,7 +92,7 @@ class ServedModel(BTokSentenceTransformer):
 class _Bounds:
     """Middleware that bounds a request in bytes and seconds, so that neither a large nor a slow client holds it.
 
-    A request whose client is gone is cancelled. `scope["gone"]` says so.
+    A request whose client is gone is cancelled.
     """
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
@@ -102,8 +102,7 @@ class _Bounds:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started, size, whole = False, 0, asyncio.Event()
-        scope["gone"] = False
+        started, gone, size, whole = False, False, 0, asyncio.Event()
 
         async def bounded_receive() -> Message:
             nonlocal size
@@ -121,11 +120,12 @@ class _Bounds:
             await send(message)
 
         async def end_if_gone(bound: asyncio.Timeout) -> None:
+            nonlocal gone
             await whole.wait()
             while (await receive())["type"] != "http.disconnect":
                 pass
             if not started:
-                scope["gone"] = True
+                gone = True
                 bound.reschedule(0)
 
         try:
@@ -136,9 +136,10 @@ class _Bounds:
                 finally:
                     watch.cancel()
         except TimeoutError:
-            if not started and not scope["gone"]:
-                text = f"no answer in {self.limits.timeout:g} s (--timeout): the server is busy, or the request slow"
-                await error_response(504, text)(scope, receive, send)
+            text = f"no answer in {self.limits.timeout:g} s (--timeout): the server is busy, or the request slow"
+            if not started:  # for a client that is gone, the metrics need a status: 499, as of nginx
+                response = Response(status_code=499) if gone else error_response(504, text)
+                await response(scope, receive, send)
 
 
 def error_response(status: int, message: str, param: str | None = None) -> JSONResponse:
@@ -210,9 +211,6 @@ def make_app(model: ServedModel, name: str, limits: Limits, sources: Sources, ap
                 response = await call_next(request)
             status = response.status_code
             return response
-        except asyncio.CancelledError:
-            status = 499 if request.scope["gone"] else 504
-            raise
         finally:
             metrics.requests.labels(status).inc()
             metrics.seconds.observe(time.perf_counter() - start)
