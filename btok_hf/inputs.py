@@ -1,7 +1,7 @@
 """Inputs to embed: texts, images, videos, dicts of them, and chat messages. Here they are read, checked and hashed.
 
 `encode`, training, evaluation and model cards use these functions, so that a value means the same everywhere. Reading
-files is in `btok_hf/media.py`.
+files is in `btok_hf/media.py` and `btok_hf/video.py`.
 """
 
 import hashlib
@@ -29,10 +29,10 @@ from btok_hf.media import (
     as_rgb,
     frames_as_rgb,
     read_image,
-    read_video,
     video_input,
     with_metadata,
 )
+from btok_hf.video import read_video
 
 # What `encode` accepts: a text, a file path, an image, frames, an input dict, one chat message or a list of them.
 Input = str | Path | Image.Image | np.ndarray | torch.Tensor | Mapping[str, Any] | Sequence[Mapping[str, Any]]

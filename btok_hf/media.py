@@ -1,10 +1,10 @@
-"""Reading images and videos: what comes out is upright, on white, with 8 bits per colour. Errors name the file.
+"""Images and frames: what comes out is upright, on white, with 8 bits per colour. Errors name the file.
 
-What counts as an input, and checks of its parts, are in `btok_hf/inputs.py`.
+Files of videos are read in `btok_hf/video.py`. What counts as an input, and checks of its parts, are in
+`btok_hf/inputs.py`.
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
@@ -245,102 +245,6 @@ def frames_as_rgb(frames: Any) -> np.ndarray:
         raise ValueError("the video has no frames")
     rgb = _rgb_frames(as_uint8(frames))
     return np.repeat(rgb, 2, 0) if len(rgb) == 1 else rgb
-
-
-def read_video(path: str | Path | BinaryIO, num_frames: int = VIDEO_FRAMES) -> VideoInput:
-    """Read evenly spaced frames of a video file with PyAV.
-
-    Args:
-        path (`str`, `Path` or binary file): A video file that FFmpeg can decode, e.g. mp4.
-        num_frames (`int`): Number of frames, evenly spaced from first to last. Shorter videos keep all frames.
-
-    Returns:
-        `dict`: `array`, uint8 of shape `(frames, height, width, 3)`, and `video_metadata` (`fps` of the kept frames,
-        `total_num_frames`, `duration` in seconds, `frames_indices`). Pass it as `{"video": …}`.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ImportError: PyAV is not installed.
-        ValueError: The file holds no decodable video stream.
-    """
-    name = "The video"
-    if isinstance(path, (str, Path)):
-        name = f"Video file {str(path)!r}"
-        if not Path(path).is_file():
-            raise FileNotFoundError(
-                f"{name} does not exist. Check the path; relative paths start at the current folder."
-            )
-        path = str(path)
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError("Reading video files needs PyAV: pip install av.") from error
-    try:
-        with av.open(path, "r") as container:
-            stream = container.streams.video[0]
-            # Packets are counted without decoding, so that only the kept frames are in memory. A file that was cut
-            # without encoding it again has packets that no player shows.
-            shown = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
-            total = len(shown)
-            container.seek(0)
-            wanted = set(np.linspace(0, total - 1, min(num_frames, total)).astype(int).tolist())
-            frames = []
-            for index, frame in enumerate(container.decode(stream)):
-                if index in wanted:
-                    # Phones store frames as the sensor lies, with a rotation in degrees counter-clockwise.
-                    frames.append(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
-            fps = _frame_rate(shown, stream)
-    except Exception as error:  # PyAV has types of its own, and raises others too
-        # FFmpeg's own MemoryError is a size that no file has.
-        if isinstance(error, MemoryError) and not isinstance(error, av.error.FFmpegError):
-            raise
-        raise ValueError(f"{name} cannot be decoded ({error}). Replace or remove it.") from error
-    if not frames or not fps:
-        raise ValueError(f"{name} has no frames or no frame rate. Replace or remove it.")
-    if len(frames) < len(wanted):
-        raise ValueError(
-            f"{name} has a hole: {total} frames are announced, but only {len(frames)} of the {len(wanted)} asked for "
-            "can be decoded. Encode it again, or remove it."
-        )
-    return video_input(frames_as_rgb(frames), fps * len(frames) / total)
-
-
-def _frame_rate(shown: Sequence[int | None], stream: Any) -> float:
-    """Frames per second of a stream: by the times of its shown frames, or else what the file announces."""
-    times = sorted(time for time in shown if time is not None)
-    if len(times) > 1 and len(times) == len(shown) and times[-1] > times[0]:
-        return (len(times) - 1) / float((times[-1] - times[0]) * stream.time_base)
-    return float(stream.average_rate or 0)
-
-
-def read_frames(folder: str | Path, num_frames: int | None = VIDEO_FRAMES) -> VideoInput:
-    """Read evenly spaced frames of a video that is stored as a folder of numbered images.
-
-    Args:
-        folder (`str` or `Path`): Folder of image files of the same size.
-        num_frames (`int`, *optional*): Number of frames, evenly spaced from first to last. Shorter videos keep all
-            frames, as with `None`. A single frame is used twice, because Qwen3-VL refuses videos of one frame.
-
-    Returns:
-        `dict`: `array`, uint8 of shape `(frames, height, width, 3)`, and `video_metadata`. The frame rate is set to 2
-        per second, at which processors sample, so that they keep every frame. (Without metadata, Qwen3-VL drops 4 of
-        8 frames.)
-
-    Raises:
-        FileNotFoundError: No such folder, or no images in it.
-        ValueError: Images of different sizes, or an image that cannot be decoded.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"Folder of frames {str(folder)!r} does not exist. Unpack its archive.")
-    names = [path.name for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
-    if not names:
-        raise FileNotFoundError(f"Folder of frames {str(folder)!r} has no images. Unpack its archive again.")
-    names.sort(key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
-    kept = len(names) if num_frames is None else min(num_frames, len(names))
-    wanted = np.linspace(0, len(names) - 1, max(2, kept)).astype(int)
-    frames = np.stack([np.asarray(read_image(folder / names[index])) for index in wanted])
-    return video_input(frames, fps=2.0)
 
 
 def video_input(frames: np.ndarray, fps: float) -> VideoInput:

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from btok_hf.serving.batching import Batcher, QueueFull
+from btok_hf.serving.batching import Batcher, QueueFull, Room
 
 
 class Model:
@@ -30,7 +30,7 @@ def model():
 
 @pytest.fixture
 def batcher(model):
-    batcher = Batcher(model.embed, batch_rows=4, queue_rows=8)
+    batcher = Batcher(model.embed, batch_rows=4)
     yield batcher
     model.may_go_on.set()
     batcher.close()
@@ -71,19 +71,22 @@ def test_cancelled_rows_cost_nothing(model, batcher):
     assert kept.result(10).embedding[0] == 3 and model.batches[-1] == ("", [3])
 
 
-def test_room_is_bounded_and_given_back(batcher):
-    with batcher.room(5):
-        with pytest.raises(QueueFull), batcher.room(4):
+def test_room_is_bounded_and_given_back():
+    room = Room(8, "rows (--queue-rows)")
+    with room.hold(5):
+        with pytest.raises(QueueFull, match=r"the queue of 8 rows \(--queue-rows\) is full"), room.hold(4):
             pass
-        with batcher.room(3):
-            assert batcher.rows == 8
-    assert batcher.rows == 0
-    with batcher.room(8):
+        with room.hold(3):
+            assert room.held == 8
+    assert room.held == 0
+    with pytest.raises(KeyError), room.hold(8):
+        raise KeyError
+    with room.hold(8):
         pass
 
 
 def test_closing_answers_what_is_queued(model):
-    batcher = Batcher(model.embed, batch_rows=4, queue_rows=8)
+    batcher = Batcher(model.embed, batch_rows=4)
     futures = batcher.submit([1], "") + batcher.submit([2], "")
     model.may_go_on.set()
     batcher.close()

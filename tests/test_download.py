@@ -52,12 +52,10 @@ def test_a_video_is_the_same_by_address(address, model):
 
 
 def test_a_download_that_never_ends_is_ended(address, monkeypatch):
-    monkeypatch.setattr(download, "DOWNLOAD_BYTES", 2**20)
-    with pytest.raises(ValueError, match=r"endless.png' cannot be downloaded \(it holds more than 1 MiB\)"):
-        download.download(f"{address}/endless.png")
-    monkeypatch.setattr(download, "DOWNLOAD_SECONDS", 0.3)
+    with pytest.raises(ValueError, match=r"endless.png' cannot be downloaded \(it holds more than 1000000 bytes\)"):
+        download.download(f"{address}/endless.png", most_bytes=10**6)
     with pytest.raises(ValueError, match=r"slow.png' cannot be downloaded \(it takes longer than 0.3 seconds"):
-        download.download(f"{address}/slow.png")
+        download.download(f"{address}/slow.png", most_seconds=0.3)
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,13 @@ def test_wheel_holds_every_package_and_imports_without_the_checkout(tmp_path):
         "btok_hf/evaluation/tasks.csv",
         "btok_hf/evaluation/labels.json",
         "btok_hf/hub_card/card.md.jinja",
+        "btok_hf/serving/vllm_models.py",
     ):
         assert name in names
+    (metadata,) = (name for name in names if name.endswith("entry_points.txt"))
+    # vLLM finds the plugin by the metadata of the installed package.
+    plugin = "[vllm.general_plugins]\nbtok = btok_hf.serving.vllm_plugin:register\n"
+    assert plugin in zipfile.ZipFile(wheel).read(metadata).decode()
     assert not any(name.startswith(("tests", "examples", "data")) for name in names)
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     # The checkout and its editable install must not be importable.

@@ -1,23 +1,20 @@
 """What a request may hold, and the inputs that are read from it."""
 
-import base64
-import io
-
 import numpy as np
 import pytest
-from PIL import Image
 from pydantic import ValidationError
 from support.media import image
 from support.serving import message, png
 
 from btok_hf.inputs import ImageLimits
 from btok_hf.serving.schema import EmbeddingRequest
+from btok_hf.serving.sources import Sources
 
 LIMITS = ImageLimits(28 * 28 * 16, 14)
 
 
-def rows(most_pixels=10**6, **body):
-    return EmbeddingRequest.model_validate(body).rows(LIMITS, most_pixels)
+def rows(**body):
+    return EmbeddingRequest.model_validate(body).rows(LIMITS, Sources(10**6, 10**6, 60))[0]
 
 
 def test_texts_are_texts(tmp_path, monkeypatch):
@@ -30,9 +27,10 @@ def test_texts_are_texts(tmp_path, monkeypatch):
 
 
 def test_a_message_is_one_row_of_all_its_parts():
-    ((row),) = rows(messages=[message("a", image(28, 56), "b", [image(28, 28), image(28, 28, 1)])])
-    assert row["text"] == ["a", "b"] and np.array_equal(row["image"][0], image(28, 56))
-    (video,) = row["video"]
+    """In the order of the request, which counts for models made with `order="as_given"`."""
+    (((row),),) = rows(messages=[message("a", [image(28, 28), image(28, 28, 1)], image(28, 56), "b")])
+    first, video, picture, last = (part[part["type"]] for part in row["content"])
+    assert (first, last) == ("a", "b") and np.array_equal(picture, image(28, 56))
     assert np.array_equal(video["array"], [image(28, 28), image(28, 28, 1)]) and video["video_metadata"]["fps"] == 2
 
 
@@ -42,34 +40,12 @@ def test_instructions_are_system_messages():
     assert EmbeddingRequest.model_validate({"input": "a"}).instruction() is None
 
 
-def test_pixels_are_bounded_before_they_are_decoded():
-    header = io.BytesIO()
-    Image.new("1", (20_000, 20_000)).save(header, "png")
-    url = "data:image/png;base64," + base64.b64encode(header.getvalue()[:60]).decode()
-    part = {"type": "image_url", "image_url": {"url": url}}
-    with pytest.raises(ValueError, match="more than 1000000 pixels"):
-        rows(messages=[{"role": "user", "content": [part]}])
-    with pytest.raises(ValueError, match="a video has more than 1500 pixels"):
-        rows(1500, messages=[message([image(28, 28), image(28, 28)])])
-    assert rows(1600, messages=[message([image(28, 28), image(28, 28)])])
-
-
-@pytest.mark.parametrize("kind", ["EPS", "PPM", "PCX"])
-def test_formats_that_nobody_sends_are_refused(kind):
-    file = io.BytesIO()
-    image(28, 28).save(file, kind)
-    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-    with pytest.raises(ValueError, match="not one of PNG"):
-        rows(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}])
-
-
 @pytest.mark.parametrize(
     "body",
     [
         {"input": {"text": "a"}},
         {"input": "a", "dimensions": "64"},
         {"input": "a", "dimensions": True},
-        {"input": "a", "add_generation_prompt": True},
         {"messages": [{"role": "assistant", "content": "a"}]},
         {"messages": [{"role": "user", "content": [{"type": "audio_url", "audio_url": {"url": "data:"}}]}]},
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": png(image(28, 28))}]}]},
@@ -78,3 +54,53 @@ def test_formats_that_nobody_sends_are_refused(kind):
 def test_other_types_are_refused(body):
     with pytest.raises(ValidationError):
         EmbeddingRequest.model_validate(body)
+
+
+def test_what_clients_of_vllm_write_is_taken_if_it_changes_nothing():
+    """The defaults of its EmbeddingChatRequest, and of clients that fill in all fields."""
+    same = {
+        "add_generation_prompt": False,
+        "continue_final_message": False,
+        "add_special_tokens": True,
+        "chat_template": None,
+        "chat_template_kwargs": {},
+        "mm_processor_kwargs": None,
+        "media_io_kwargs": None,
+        "truncate_prompt_tokens": -1,
+        "truncation_side": "left",
+        "padding": "do_not_pad",
+        "use_activation": True,
+        "embed_dtype": "float32",
+        "endianness": "native",
+        "priority": 0,
+        "cache_salt": "x",
+        "request_id": "y",
+        "user": "z",
+    }
+    assert EmbeddingRequest.model_validate({"input": "a", **same})
+    others = {
+        "add_generation_prompt": True,
+        "continue_final_message": True,
+        "chat_template": "{{ messages }}",
+        "chat_template_kwargs": {"enable_thinking": True},
+        "mm_processor_kwargs": {"max_pixels": 1},
+        "media_io_kwargs": {"video": {"num_frames": 1}},
+        "truncate_prompt_tokens": 8,
+        "truncation_side": "right",
+        "padding": "max_length",
+        "use_activation": False,
+        "embed_dtype": "float16",
+        "endianness": "big",
+        "priority": 1,
+    }
+    for name, value in others.items():
+        with pytest.raises(ValidationError, match=rf"^1 validation error for EmbeddingRequest\n{name}"):
+            EmbeddingRequest.model_validate({"input": "a", **same, name: value})
+
+
+def test_addresses_of_other_servers_are_known_before_they_are_read():
+    for url, expected in (("data:video/mp4;base64,", False), ("https://example.org/a.mp4", True)):
+        content = [{"type": "text", "text": "https://"}, {"type": "video_url", "video_url": {"url": url}}]
+        body = {"messages": [{"role": "user", "content": content}]}
+        assert EmbeddingRequest.model_validate(body).names_addresses() is expected
+    assert not EmbeddingRequest.model_validate({"input": "https://example.org/a.png"}).names_addresses()

@@ -1,10 +1,13 @@
 """`btok serve` over real HTTP: the vectors of `encode`, and refusals that leave it up."""
 
+import base64
 import json
 import random
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +18,12 @@ import pytest
 from PIL import Image
 from support.inputs import TOLERANCE
 from support.media import image
-from support.serving import embed, message, refusal, served
+from support.pictures import MEDIA
+from support.serving import embed, message, png, refusal, served, web_server
 
-from btok_hf.golden import read_golden
+from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model
 from btok_hf.serving.server import Limits
+from btok_hf.serving.verify_url import verify_url
 
 FRAMES = [image(56, 56, seed) for seed in range(4)]
 
@@ -30,9 +35,32 @@ def server(exported):
 
 
 @pytest.fixture(scope="module")
+def as_given(bases, tmp_path_factory):
+    """A model that keeps the order of its parts, and says to be trained for 16 dimensions."""
+    folder = tmp_path_factory.mktemp("as_given")
+    start = add_bottleneck_tokens(bases["qwen3_vl"], folder / "start", order="as_given", noise_std=1.0)
+    model = BTokSentenceTransformer(start, device="cpu")
+    model.config.matryoshka_dimensions = [16, 64]
+    return export_model(model, folder / "model")
+
+
+@pytest.fixture(scope="module")
+def special(as_given):
+    """A server of that model, which may open files of the tests, and addresses at one port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = ("--allow-files", MEDIA, "--allow-urls", f"example.org,127.0.0.1:{port}", "--timeout", 8)
+    with served(as_given, *flags) as client:
+        client.allowed_port = port
+        yield client
+
+
+@pytest.fixture(scope="module")
 def narrow(exported):
     """A server with small bounds and a key."""
-    bounds = {"max-rows": 4, "queue-rows": 8, "batch-rows": 2, "max-body": 100_000, "max-image-pixels": 10_000}
+    bounds = {"max-rows": 4, "queue-rows": 8, "batch-rows": 2, "max-body": 100_000}
+    bounds |= {"max-image-pixels": 10_000, "queue-pixels": 12_000}
     flags = [word for name, bound in bounds.items() for word in (f"--{name}", bound)]
     with served(exported, *flags, "--timeout", 2, key="secret") as client:
         client.headers["Authorization"] = "Bearer secret"
@@ -54,6 +82,7 @@ def test_vectors_are_those_of_encode(server, model):
         ({"image": image(56, 84)}, message(image(56, 84))),
         ({"image": [image(56, 84), image(84, 56)], "text": "two"}, message("two", image(56, 84), image(84, 56))),
         ({"image": FRAMES[0], "video": FRAMES, "text": "both"}, message(FRAMES[0], FRAMES, "both")),
+        ({"video": FRAMES, "image": FRAMES[0], "text": "both"}, message("both", FRAMES, FRAMES[0])),
         ({"text": ["a", "b"]}, message("a", "b")),
     ):
         for prompt in ("", "Find it."):
@@ -64,21 +93,52 @@ def test_vectors_are_those_of_encode(server, model):
         assert np.abs(embed(server, input="q", **{name: "query"}) - model.encode_query([{"text": "q"}])).max() < 1e-5
 
 
-def test_golden_vectors_over_http(server, exported):
-    golden = read_golden(exported / "golden.json")
-    reached = 0
-    for row in golden["inputs"]:
-        if row.keys() <= {"name", "text", "image", "video", "prompt", "prompt_name", "embedding"}:
-            parts = [part for key in ("image", "text") if key in row for part in _listed(row[key])]
-            parts += [[Image.fromarray(frame) for frame in row["video"]["array"]]] if "video" in row else []
-            messages = [{"role": "system", "content": row.get("prompt")}] * ("prompt" in row) + [message(*parts)]
-            assert np.abs(embed(server, messages=messages)[0] - row["embedding"]).max() < golden["tolerance"]
-            reached += 1
-    assert reached > 3
+def test_golden_vectors_over_http(server, exported, special, as_given, capsys):
+    for repo, client in ((exported, server), (as_given, special)):
+        verify_url(repo, str(client.base_url))
+        assert "not reached" not in capsys.readouterr().out
 
 
-def _listed(value):
-    return value if isinstance(value, list) else [value]
+def test_dimensions_that_the_model_was_trained_for(special, as_given):
+    (full,) = BTokSentenceTransformer(as_given, device="cpu").encode([{"text": "a"}])
+    for size in (16, 64):
+        (cut,) = embed(special, input="a", dimensions=size)
+        assert np.abs(cut - full[:size] / np.linalg.norm(full[:size])).max() < TOLERANCE
+    assert "must be one of [16, 64]" in refusal(special, 400, {"input": "a", "dimensions": 32})
+
+
+def test_video_files(server, special, as_given):
+    content = (MEDIA / "rotated.mp4").read_bytes()
+    (expected,) = BTokSentenceTransformer(as_given, device="cpu").encode([MEDIA / "rotated.mp4"])
+    data = "data:video/mp4;base64," + base64.b64encode(content).decode()
+    for url in (data, f"file://{MEDIA}/rotated.mp4"):
+        part = {"type": "video_url", "video_url": {"url": url}}
+        assert np.abs(embed(special, messages=[{"role": "user", "content": [part]}]) - expected).max() < TOLERANCE
+    assert "opens no files" in refusal(server, 400, {"messages": [{"role": "user", "content": [part]}]})
+    playlist = base64.b64encode(b"ffconcat version 1.0\nfile 'README.md'\n").decode()
+    part = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64," + playlist}}
+    assert "cannot be decoded" in refusal(special, 400, {"messages": [{"role": "user", "content": [part]}]})
+
+
+def test_addresses_of_allowed_hosts(special, as_given):
+    """Hosts that keep the server waiting do not keep other clients waiting."""
+    picture = image(56, 84)
+    with web_server(base64.b64decode(png(picture)), special.allowed_port) as asked:
+        (expected,) = BTokSentenceTransformer(as_given, device="cpu").encode([picture])
+        part = {"type": "image_url", "image_url": {"url": f"http://127.0.0.1:{special.allowed_port}/a.png"}}
+        assert np.abs(embed(special, messages=[{"role": "user", "content": [part]}]) - expected).max() < TOLERANCE
+        assert asked == ["/a.png"]
+        part["image_url"]["url"] = part["image_url"]["url"].replace("127.0.0.1", "localhost")
+        assert "not one of the allowed hosts" in refusal(
+            special, 400, {"messages": [{"role": "user", "content": [part]}]}
+        )
+    with socket.create_server(("127.0.0.1", special.allowed_port)), ThreadPoolExecutor(12) as pool:  # it never answers
+        part["image_url"]["url"] = part["image_url"]["url"].replace("localhost", "127.0.0.1")
+        body = {"messages": [{"role": "user", "content": [part]}]}
+        waiting = [pool.submit(special.post, "/v1/embeddings", json=body) for _ in range(12)]
+        assert embed(special, messages=[message(picture)]).shape == (1, 64)
+        assert not any(future.done() for future in waiting)
+        assert {future.result().status_code for future in waiting} <= {400, 504}
 
 
 def test_usage_counts_tokens(server, model):
@@ -124,7 +184,6 @@ def test_many_clients_at_once_get_their_own_vectors(server, model):
         ({"messages": [{"role": "system", "content": "s"}, message("a")], "input_type": "query"}, "not both"),
         ({"messages": []}, "one user message"),
         ({"messages": [message("a"), message("b")]}, "one user message"),
-        ({"messages": [message(FRAMES, FRAMES[0])]}, "images must come before videos"),
         ({"messages": [{"role": "system", "content": message(FRAMES[0])["content"]}, message("a")]}, "must be text"),
         ({"messages": [message()]}, "empty"),
         ("{", "JSON"),
@@ -147,8 +206,8 @@ def test_bad_requests_are_refused_by_name(server, body, says):
         ("data:image/png,abc", "opens no files"),
         ("data:text/plain;base64,YQ==", "opens no files"),
         ("data:image/png;base64,YQ==", "not one of"),
-        ("data:image/png;base64,a", "not one of"),
-        ("data:image/png;base64,é", "not one of"),
+        ("data:image/png;base64,a", "not base64"),
+        ("data:image/png;base64,é", "not base64"),
     ],
 )
 def test_addresses_and_broken_images_are_refused(server, url, says):
@@ -197,6 +256,7 @@ def test_bounds_are_named(narrow):
     assert "--max-body" in refusal(narrow, 413, (b"a" * 1000 for _ in range(200)))  # of unknown length
     assert "--max-image-pixels" in refusal(narrow, 400, {"messages": [message(Image.new("RGB", (101, 100)))]})
     assert "--max-image-pixels" in refusal(narrow, 400, {"messages": [message([Image.new("RGB", (56, 56))] * 4)]})
+    assert "--max-image-pixels" in refusal(narrow, 400, {"messages": [message(*[Image.new("RGB", (56, 56))] * 4)]})
 
 
 def test_a_slow_client_is_cut_off_and_others_are_not(narrow):
@@ -210,6 +270,7 @@ def test_a_slow_client_is_cut_off_and_others_are_not(narrow):
         answer = connection.recv(4096)
         assert answer.startswith(b"HTTP/1.1 504") and b"connection: close" in answer.lower()
         connection.close()
+    assert _metric(narrow, 'btok_requests_total{status="504"}') == 16
 
 
 def test_a_full_queue_answers_429_and_recovers(narrow):
@@ -236,6 +297,59 @@ def test_a_full_queue_answers_429_and_recovers(narrow):
     assert re.search(r"^btok_rows 0\.0", narrow.get("/metrics").text, re.M)
 
 
+def test_rows_of_a_killed_client_leave_the_queue(server):
+    """The batch that runs is finished. The rows that wait are not embedded."""
+    code = (
+        "import httpx\n"
+        f"httpx.post('{server.base_url}/v1/embeddings', json={{'input': ['long ' * 800] * 256}}, timeout=300)\n"
+    )
+    tokens = _metric(server, "btok_tokens_total")
+    client = subprocess.Popen([sys.executable, "-c", code])
+    while not _metric(server, "btok_rows"):
+        assert client.poll() is None
+    client.kill()
+    client.wait()
+    start = time.monotonic()
+    while _metric(server, "btok_rows"):
+        assert time.monotonic() - start < 30
+    assert _metric(server, 'btok_requests_total{status="499"}') == 1
+    assert embed(server, input="a").shape == (1, 64)
+    assert _metric(server, "btok_tokens_total") - tokens < 100  # of the last request
+
+
+def test_clients_that_do_not_read_do_not_hold_the_server(server):
+    body = json.dumps({"input": ["a"] * 256}).encode()
+    head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    deaf = [socket.socket() for _ in range(8)]
+    for connection in deaf:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        connection.connect(("127.0.0.1", server.port))
+        connection.sendall(head.encode() + b"\r\n\r\n" + body)
+    start = time.monotonic()
+    while _metric(server, "btok_rows") or time.monotonic() - start < 1:
+        assert time.monotonic() - start < 30
+    assert embed(server, input="a").shape == (1, 64)
+    for connection in deaf:
+        connection.close()
+    assert embed(server, input="a").shape == (1, 64)
+
+
+def _metric(client, name):
+    found = re.search(rf"^{re.escape(name)} (\S+)", client.get("/metrics").text, re.M)
+    return float(found[1]) if found else 0.0
+
+
+def test_pixels_of_all_clients_are_bounded(narrow):
+    """One picture is in the house at once, beside few rows."""
+    body = {"messages": [message(image(84, 84), "long " * 800)]}
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: narrow.post("/v1/embeddings", json=body), range(8)))
+    assert {answer.status_code for answer in answers} == {200, 429}
+    messages = [answer.json()["error"]["message"] for answer in answers if answer.status_code == 429]
+    assert any("--queue-pixels" in text for text in messages)
+    assert narrow.post("/v1/embeddings", json=body).status_code == 200
+
+
 def test_sigterm_answers_what_is_queued(exported):
     with served(exported, "--batch-rows", 4) as client, ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(embed, client, input=["long " * 400] * 16) for _ in range(8)]
@@ -248,7 +362,10 @@ def test_sigterm_answers_what_is_queued(exported):
             client.get("/health")
 
 
-@pytest.mark.parametrize("bounds", [{"max_rows": 0}, {"timeout": -1.0}, {"max_rows": 9, "queue_rows": 8}])
+@pytest.mark.parametrize(
+    "bounds",
+    [{"max_rows": 0}, {"timeout": -1.0}, {"max_rows": 9, "queue_rows": 8}, {"max_image_pixels": 10**9}],
+)
 def test_bounds_that_make_no_sense_are_refused(bounds):
     with pytest.raises(ValueError, match=next(iter(bounds))):
         Limits(**bounds)

@@ -78,7 +78,7 @@ def test_the_renderer_and_the_defaults_of_videos_are_set():
         return SimpleNamespace(tokenizer_mode=mode, multimodal_config=SimpleNamespace(media_io_kwargs=reading))
 
     update = vllm_plugin.BTokConfig.verify_and_update_model_config
-    for given, expected in (({}, vllm_plugin.VIDEO), ({"num_frames": 8}, {"num_frames": 8, "fps": 2.0})):
+    for given, expected in (({}, vllm_plugin.VIDEO), ({"num_frames": 8}, {**vllm_plugin.VIDEO, "num_frames": 8})):
         changed = config("auto", **given)
         update(changed)
         assert changed.tokenizer_mode == "btok" and changed.multimodal_config.media_io_kwargs == {"video": expected}

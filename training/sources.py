@@ -39,8 +39,8 @@ from datasets import Dataset, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from btok_hf.media import read_frames
 from btok_hf.training.data import FORMATS
+from btok_hf.video import read_frames
 
 logger = logging.getLogger(__name__)
 

@@ -1,5 +1,6 @@
 """The command that serves a model: serve."""
 
+from pathlib import Path
 from typing import Any
 
 from btok_hf.commands import add_command
@@ -28,11 +29,25 @@ def serve_command(commands: Any) -> None:
         ("--max-rows", int, 256, "most rows of a request"),
         ("--queue-rows", int, 1024, "most rows of all requests together"),
         ("--batch-rows", int, 64, "most rows of a batch"),
-        ("--max-body", int, 32 * 2**20, "most bytes of a request"),
-        ("--max-image-pixels", int, 50_000_000, "most pixels of an image, or of a video, that a client sends"),
+        ("--max-body", int, 32 * 2**20, "most bytes of a request, and of what it names"),
+        ("--max-image-pixels", int, 100_000_000, "most pixels of all images and frames of a request"),
+        ("--queue-pixels", int, 500_000_000, "most pixels of all requests together"),
         ("--timeout", float, 60.0, "most seconds of a request"),
     ):
         parser.add_argument(name, type=kind, default=default, help=f"{meaning} (default: %(default)s)")
+    parser.add_argument(
+        "--allow-urls",
+        type=lambda value: value.split(","),
+        default=(),
+        metavar="HOST[:PORT],…",
+        help="open http and https addresses of these hosts that clients name, redirects included (default: none)",
+    )
+    parser.add_argument(
+        "--allow-files",
+        type=Path,
+        metavar="FOLDER",
+        help="open files below this folder that clients name, as file:///… (default: none)",
+    )
 
 
 def run_serve(repo: str, dtype: str, max_pixels: int | None, **options: Any) -> None:
@@ -44,6 +59,7 @@ def run_serve(repo: str, dtype: str, max_pixels: int | None, **options: Any) -> 
     host, port, name = (options.pop(key) for key in ("host", "port", "name"))
     loading = {key: options.pop(key) for key in ("revision", "device", "max_seq_length")}
     loading |= {"model_kwargs": {"dtype": dtype}, "processor_kwargs": {"max_pixels": max_pixels} if max_pixels else {}}
+    hosts, folder = options.pop("allow_urls"), options.pop("allow_files")
     limits = Limits(**options)
     with named_source(repo):
-        serve(repo, host, port, name, limits, **loading)
+        serve(repo, host, port, name, limits, hosts, folder, **loading)

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from btok_hf.evaluation.readers import READERS, Pool, Row, query_text
 from btok_hf.evaluation.tasks import MEDIA, TASKS, Media, Query, Task, TaskInfo, TaskInput, holds
-from btok_hf.media import read_frames, read_image
+from btok_hf.media import read_image
+from btok_hf.video import read_frames
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -1,4 +1,4 @@
-"""Batches of rows from many clients: a bounded number of rows in the house, and one thread that owns the model.
+"""Batches of rows from many clients: bounded room in the house, and one thread that owns the model.
 
 The thread takes whatever has queued up, so batches grow under load, and a single row does not wait for others.
 """
@@ -21,7 +21,36 @@ class Row(NamedTuple):
 
 
 class QueueFull(Exception):
-    """There is no room for the rows of a request at the moment."""
+    """There is no room for a request at the moment."""
+
+
+class Room:
+    """How much of something may be in the house at once: waiting, being read, or being embedded.
+
+    Args:
+        most (`int`): The bound.
+        what (`str`): Of what, and its flag, for the message.
+    """
+
+    def __init__(self, most: int, what: str) -> None:
+        self.held, self._most, self._what, self._lock = 0, most, what, threading.Lock()
+
+    @contextmanager
+    def hold(self, amount: int) -> Iterator[None]:
+        """Hold room for a request until it is answered.
+
+        Raises:
+            QueueFull: So much does not fit at the moment.
+        """
+        with self._lock:
+            if self.held + amount > self._most:
+                raise QueueFull(f"the queue of {self._most} {self._what} is full; try again soon")
+            self.held += amount
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.held -= amount
 
 
 class Batcher:
@@ -31,7 +60,6 @@ class Batcher:
         embed (`Callable`): Function from a list of inputs and their prompt (`str`) to the embeddings, an array of
             shape `(inputs, dimensions)`, and the number of tokens of each input.
         batch_rows (`int`): Most rows of a batch.
-        queue_rows (`int`): Most rows that may be in the house: waiting, being read, or being embedded.
         observe (`Callable`, *optional*): Called with the number of rows of each batch.
     """
 
@@ -39,33 +67,14 @@ class Batcher:
         self,
         embed: Callable[[list[Any], str], tuple[np.ndarray, Sequence[int] | np.ndarray]],
         batch_rows: int,
-        queue_rows: int,
         observe: Callable[[int], Any] | None = None,
     ) -> None:
-        self.rows = 0
-        self._embed, self._batch_rows, self._queue_rows, self._observe = embed, batch_rows, queue_rows, observe
+        self._embed, self._batch_rows, self._observe = embed, batch_rows, observe
         self._waiting: deque[tuple[Any, str, Future[Row]]] = deque()
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="btok-batches")
         self._thread.start()
-
-    @contextmanager
-    def room(self, rows: int) -> Iterator[None]:
-        """Hold room for the rows of a request until it is answered.
-
-        Raises:
-            QueueFull: So many rows do not fit at the moment.
-        """
-        with self._changed:
-            if self.rows + rows > self._queue_rows:
-                raise QueueFull
-            self.rows += rows
-        try:
-            yield
-        finally:
-            with self._changed:
-                self.rows -= rows
 
     def submit(self, items: Sequence[Any], prompt: str) -> list[Future[Row]]:
         """Queue checked inputs. A future that is cancelled before its turn costs nothing.

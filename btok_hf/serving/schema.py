@@ -1,21 +1,15 @@
 """What clients of the server send: OpenAI's embeddings request with vLLM's `messages`, and reading the inputs in it.
 
-Nothing in a request is opened: no file, and no address but `data:`. Text is never taken for a file or a special token.
+Text is never taken for a file or a special token. What media may be opened is in `sources.py`.
 """
 
-import base64
-import binascii
-import io
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from btok_hf.inputs import ImageLimits, check_input
-
-# Pillow reads more, also formats that run other programs.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+from btok_hf.serving.sources import WEB, Sources
 
 
 class _Strict(BaseModel):
@@ -25,7 +19,7 @@ class _Strict(BaseModel):
 
 
 class Address(_Strict):
-    """Where an image or video is: `data:…;base64,…`. `detail` is OpenAI's and has no meaning here."""
+    """Where an image or video is (`Sources`). `detail` is OpenAI's and has no meaning here."""
 
     url: str
     detail: Literal["auto", "low", "high"] | None = None
@@ -46,12 +40,13 @@ class ImagePart(_Strict):
 
 
 class VideoPart(_Strict):
-    """A video of a message: its frames as images, two per second, `data:video/jpeg;base64,FRAME,FRAME,…`."""
+    """A video of a message: a file, or its frames."""
 
     type: Literal["video_url"]
     video_url: Address
 
 
+Empty = Annotated[dict[str, Any], Field(max_length=0)] | None
 Part = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
 
 
@@ -66,7 +61,29 @@ class Message(_Strict):
         return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
 
 
-class EmbeddingRequest(_Strict):
+class _WithoutEffect(_Strict):
+    """What clients of vLLM write, with the values that change nothing here. Other values are refused by name."""
+
+    add_generation_prompt: Literal[False] = False
+    continue_final_message: Literal[False] = False
+    add_special_tokens: bool = False  # tokenizers of Qwen add none
+    chat_template: None = None
+    chat_template_kwargs: Empty = None
+    mm_processor_kwargs: Empty = None
+    media_io_kwargs: Empty = None
+    truncate_prompt_tokens: Literal[-1] | None = None
+    truncation_side: Literal["left"] | None = None
+    padding: Literal["do_not_pad"] | None = None
+    use_activation: Literal[True] | None = None
+    embed_dtype: Literal["float32"] = "float32"
+    endianness: Literal["native", "little"] = "native"
+    priority: Literal[0] = 0
+    cache_salt: str | None = None
+    request_id: str | None = None
+    user: str | None = None
+
+
+class EmbeddingRequest(_WithoutEffect):
     """The body of `POST /v1/embeddings`: `input` (texts) or `messages` (one row of texts, images, videos).
 
     `prompt_name` names one of the model's instructions; `input_type` is the same for `query` and `document`.
@@ -79,8 +96,6 @@ class EmbeddingRequest(_Strict):
     dimensions: int | None = None
     prompt_name: str | None = None
     input_type: Literal["query", "document"] | None = None
-    user: str | None = None
-    add_generation_prompt: Literal[False] = False  # vLLM's clients write it
 
     @model_validator(mode="before")
     @classmethod
@@ -118,71 +133,49 @@ class EmbeddingRequest(_Strict):
             raise ValueError("the system message must be text; put images and videos into the user message")
         return " ".join(part.text for part in parts if isinstance(part, TextPart))
 
-    def rows(self, limits: ImageLimits, most_pixels: int) -> list[Any]:
-        """The checked inputs: decoded media, and texts.
+    def names_addresses(self) -> bool:
+        """Whether reading the inputs waits for other servers."""
+        parts = [part for message in self.messages or [] for part in message.parts()]
+        media = [part.image_url for part in parts if isinstance(part, ImagePart)]
+        media += [part.video_url for part in parts if isinstance(part, VideoPart)]
+        return any(part.url.startswith(WEB) for part in media)
+
+    def rows(self, limits: ImageLimits, sources: Sources) -> tuple[list[Any], int]:
+        """The checked inputs, decoded media and texts, and the number of pixels in them.
 
         Args:
             limits (`ImageLimits`): Those of the model's processor.
-            most_pixels (`int`): Most pixels of an image, and of all frames of a video.
+            sources (`Sources`): What may be opened, and bounds.
 
         Raises:
             ValueError: An input that cannot be embedded. The message has its place and what is wrong.
         """
         if self.messages is not None:
-            return [check_input(_item(self.messages[-1], most_pixels), limits)]
+            message, pixels = _read(self.messages[-1], sources)
+            return [check_input(message, limits)], pixels
         texts = [self.input] if isinstance(self.input, str) else self.input or []
-        return [check_input({"text": text}, limits, place) for place, text in enumerate(texts)]
+        return [check_input({"text": text}, limits, place) for place, text in enumerate(texts)], 0
 
     def count(self) -> int:
         """The number of rows."""
         return len(self.input) if isinstance(self.input, list) else 1
 
 
-def _item(message: Message, most_pixels: int) -> dict[str, Any]:
-    """The input dict of a user message. It is one row: images, videos, texts."""
-    item: dict[str, list[Any]] = {}
+def _read(message: Message, sources: Sources) -> tuple[dict[str, Any], int]:
+    """A user message with the files of its images and videos, in their order, and the number of their pixels."""
+    content: list[dict[str, Any]] = []
+    pixels = 0
     for part in message.parts():
         if isinstance(part, TextPart):
-            item.setdefault("text", []).append(part.text)
-        elif isinstance(part, VideoPart):
-            payloads = _payload(part.video_url.url, "video/jpeg").split(",")
-            frames = [_open(payload, most_pixels)[0] for payload in payloads]
-            if sum(frame.width * frame.height for frame in frames) > most_pixels:
-                raise ValueError(f"a video has more than {most_pixels} pixels in all (--max-image-pixels)")
-            item.setdefault("video", []).append(frames)
+            content.append({"type": "text", "text": part.text})
+            continue
+        value: Any
+        if isinstance(part, ImagePart):
+            file, size = sources.image(part.image_url.url, pixels)
+            value = {"type": "image", "image": {"bytes": file, "path": None}}
         else:
-            if "video" in item:
-                raise ValueError("images must come before videos in a message, because the row holds them in order")
-            _, content = _open(_payload(part.image_url.url, "image/"), most_pixels)
-            item.setdefault("image", []).append({"bytes": content, "path": None})
-    if not item:
-        raise ValueError("the user message is empty")
-    return item
-
-
-def _payload(url: str, kind: str) -> str:
-    """The base64 text of a `data:` address."""
-    head, comma, payload = url.partition(",")
-    if not head.startswith(f"data:{kind}") or not head.endswith(";base64") or not comma:
-        raise ValueError(
-            f"an address must be data:{kind}…;base64,…, got {url[:40]!r}: this server opens no files and no other "
-            "addresses. Send the content itself; of a video, its frames as JPEG or PNG, separated by commas"
-        )
-    return payload
-
-
-def _open(payload: str, most_pixels: int) -> tuple[Image.Image, bytes]:
-    """An image whose size is known but whose pixels are not decoded yet, and its file."""
-    try:
-        content = base64.b64decode(payload, validate=True)
-        image: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
-    except (binascii.Error, UnidentifiedImageError, ValueError, OSError, SyntaxError) as error:
-        raise ValueError(f"an image is not one of {', '.join(FORMATS)} in base64") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"an image has more than {most_pixels} pixels (--max-image-pixels)") from error
-    if image.width * image.height > most_pixels:
-        raise ValueError(
-            f"an image of {image.width} x {image.height} has more than {most_pixels} pixels (--max-image-pixels). "
-            "Reduce it"
-        )
-    return image, content
+            video, size = sources.video(part.video_url.url, pixels)
+            value = {"type": "video", "video": video}
+        content.append(value)
+        pixels += size
+    return {"role": message.role, "content": content}, pixels

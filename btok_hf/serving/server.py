@@ -8,10 +8,11 @@ import base64
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from btok_hf.inputs import ImageLimits
 from btok_hf.sentence_transformer import BTokSentenceTransformer
-from btok_hf.serving.batching import Batcher, QueueFull, Row
+from btok_hf.serving.batching import Batcher, QueueFull, Room, Row
 from btok_hf.serving.schema import EmbeddingRequest
+from btok_hf.serving.sources import Sources
 
 KEY = "BTOK_API_KEY"  # not a flag: other users of the machine can see flags
 
@@ -39,9 +41,10 @@ class Limits:
         max_rows (`int`): Most rows of a request.
         queue_rows (`int`): Most rows of all requests together. More are answered with 429.
         batch_rows (`int`): Most rows of a batch.
-        max_body (`int`): Most bytes of a request.
-        max_image_pixels (`int`): Most pixels of an image, and of all frames of a video, before any reduction.
-        timeout (`float`): Seconds from the first byte of a request to its answer.
+        max_body (`int`): Most bytes of a request, and of a file or download that it names.
+        max_image_pixels (`int`): Most pixels of all images and frames of a request, before any reduction.
+        queue_pixels (`int`): Most pixels of all requests together, of three bytes each. More are answered with 429.
+        timeout (`float`): Seconds from the first byte of a request to its answer, and of a download in it.
 
     Raises:
         ValueError: A bound below 1, or a request that would never fit.
@@ -51,18 +54,20 @@ class Limits:
     queue_rows: int = 1024
     batch_rows: int = 64
     max_body: int = 32 * 2**20
-    max_image_pixels: int = 50_000_000
+    max_image_pixels: int = 100_000_000
+    queue_pixels: int = 500_000_000
     timeout: float = 60.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if not value > 0:
                 raise ValueError(f"{name} must be above 0, got {value}.")
-        if self.max_rows > self.queue_rows:
-            raise ValueError(
-                f"max_rows={self.max_rows} is above queue_rows={self.queue_rows}: such a request would never fit. "
-                "Raise queue_rows, or lower max_rows."
-            )
+        for one, all_ in (("max_rows", "queue_rows"), ("max_image_pixels", "queue_pixels")):
+            if (asked := getattr(self, one)) > (most := getattr(self, all_)):
+                raise ValueError(
+                    f"{one}={asked} is above {all_}={most}: such a request would never fit. Raise {all_}, or lower "
+                    f"{one}."
+                )
 
 
 class ServedModel(BTokSentenceTransformer):
@@ -85,7 +90,10 @@ class ServedModel(BTokSentenceTransformer):
 
 
 class _Bounds:
-    """Middleware that bounds a request in bytes and seconds, so that neither a large nor a slow client holds it."""
+    """Middleware that bounds a request in bytes and seconds, so that neither a large nor a slow client holds it.
+
+    A request whose client is gone is cancelled.
+    """
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
         self.app, self.limits = app, limits
@@ -94,7 +102,7 @@ class _Bounds:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started, size = False, 0
+        started, gone, size, whole = False, False, 0, asyncio.Event()
 
         async def bounded_receive() -> Message:
             nonlocal size
@@ -102,6 +110,8 @@ class _Bounds:
             size += len(message.get("body", b""))
             if size > self.limits.max_body:
                 raise HTTPException(413, f"the request is larger than {self.limits.max_body} bytes (--max-body)")
+            if not message.get("more_body"):
+                whole.set()
             return message
 
         async def noting_send(message: Message) -> None:
@@ -109,13 +119,27 @@ class _Bounds:
             started = True
             await send(message)
 
-        try:
-            async with asyncio.timeout(self.limits.timeout):
-                await self.app(scope, bounded_receive, noting_send)
-        except TimeoutError:
+        async def end_if_gone(bound: asyncio.Timeout) -> None:
+            nonlocal gone
+            await whole.wait()
+            while (await receive())["type"] != "http.disconnect":
+                pass
             if not started:
-                text = f"no answer in {self.limits.timeout:g} s (--timeout): the server is busy, or the request slow"
-                await error_response(504, text)(scope, receive, send)
+                gone = True
+                bound.reschedule(0)
+
+        try:
+            async with asyncio.timeout(self.limits.timeout) as bound:
+                watch = asyncio.create_task(end_if_gone(bound))
+                try:
+                    await self.app(scope, bounded_receive, noting_send)
+                finally:
+                    watch.cancel()
+        except TimeoutError:
+            text = f"no answer in {self.limits.timeout:g} s (--timeout): the server is busy, or the request slow"
+            if not started:  # for a client that is gone, the metrics need a status: 499, as of nginx
+                response = Response(status_code=499) if gone else error_response(504, text)
+                await response(scope, receive, send)
 
 
 def error_response(status: int, message: str, param: str | None = None) -> JSONResponse:
@@ -143,26 +167,30 @@ class _Metrics:
         self.rows = Gauge("btok_rows", "Rows waiting, being read or being embedded", registry=self.registry)
 
 
-def make_app(model: ServedModel, name: str, limits: Limits, api_key: str | None = None) -> FastAPI:
+def make_app(model: ServedModel, name: str, limits: Limits, sources: Sources, api_key: str | None = None) -> FastAPI:
     """The application.
 
     Args:
         model (`ServedModel`): The model. One thread of the application uses it.
         name (`str`): What clients call it.
         limits (`Limits`): Bounds.
+        sources (`Sources`): What requests may name.
         api_key (`str`, *optional*): What clients must send as `Authorization: Bearer …` for paths below `/v1`.
     """
     metrics = _Metrics()
+    rows_held = Room(limits.queue_rows, "rows (--queue-rows)")
+    pixels_held = Room(limits.queue_pixels, "pixels (--queue-pixels)")
+    metrics.rows.set_function(lambda: rows_held.held)
     processor: Any = model.processor
     config: Any = model.config
     image_limits = ImageLimits(processor.image_processor.size["longest_edge"], config.vision_config.patch_size)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.batcher = Batcher(model.embed, limits.batch_rows, limits.queue_rows, metrics.batch.observe)
-        metrics.rows.set_function(lambda: app.state.batcher.rows)
-        # Two are enough to decode media beside the batches, and bound the memory of decoded ones.
-        with ThreadPoolExecutor(2) as app.state.readers:
+        app.state.batcher = Batcher(model.embed, limits.batch_rows, metrics.batch.observe)
+        # Two are enough to decode media beside the batches. Downloads have threads of their own, because a slow host
+        # holds them.
+        with ThreadPoolExecutor(2) as app.state.readers, ThreadPoolExecutor(8) as app.state.fetchers:
             yield
         app.state.batcher.close()
 
@@ -225,17 +253,19 @@ def make_app(model: ServedModel, name: str, limits: Limits, api_key: str | None 
         try:
             dimensions = _dimensions(model, body.dimensions)
             prompt = _prompt(model, body)
-            with app.state.batcher.room(body.count()):
+            with rows_held.hold(body.count()):
                 read = asyncio.get_running_loop().run_in_executor
-                items = await read(app.state.readers, body.rows, image_limits, limits.max_image_pixels)
-                futures = app.state.batcher.submit(items, prompt)
-                try:
-                    rows = await asyncio.gather(*map(asyncio.wrap_future, futures))
-                finally:
-                    for future in futures:  # a request that timed out or failed leaves the queue
-                        future.cancel()
-        except QueueFull:
-            return error_response(429, f"the queue of {limits.queue_rows} rows is full (--queue-rows); try again soon")
+                threads = app.state.fetchers if body.names_addresses() else app.state.readers
+                items, pixels = await read(threads, body.rows, image_limits, sources)
+                with pixels_held.hold(pixels):
+                    futures = app.state.batcher.submit(items, prompt)
+                    try:
+                        rows = await asyncio.gather(*map(asyncio.wrap_future, futures))
+                    finally:
+                        for future in futures:  # a request that failed, timed out or has no client leaves the queue
+                            future.cancel()
+        except QueueFull as error:
+            return error_response(429, str(error))
         except ValueError as error:
             return error_response(400, str(error))
         tokens = sum(row.tokens for row in rows)
@@ -288,7 +318,16 @@ def _written(row: Row, dimensions: int | None, encoding: str) -> str | list[floa
     return base64.b64encode(vector.astype("<f4").tobytes()).decode() if encoding == "base64" else vector.tolist()
 
 
-def serve(repo: str, host: str, port: int, name: str | None, limits: Limits, **load: Any) -> None:
+def serve(
+    repo: str,
+    host: str,
+    port: int,
+    name: str | None,
+    limits: Limits,
+    hosts: Collection[str] = (),
+    folder: Path | None = None,
+    **load: Any,
+) -> None:
     """Load a model and serve it until SIGTERM or SIGINT, after which what is queued is answered.
 
     Args:
@@ -296,8 +335,11 @@ def serve(repo: str, host: str, port: int, name: str | None, limits: Limits, **l
         host, port: Where to listen.
         name (`str`, *optional*): What clients call the model. Default: `repo`.
         limits (`Limits`): Bounds.
+        hosts (`Collection[str]`): Hosts that clients may name addresses of.
+        folder (`Path`, *optional*): Folder that clients may name files of.
         load: For `BTokSentenceTransformer`.
     """
     api_key = os.environ.get(KEY) or None
-    app = make_app(ServedModel(repo, **load), name or repo, limits, api_key)
+    sources = Sources(limits.max_image_pixels, limits.max_body, limits.timeout, hosts, folder)
+    app = make_app(ServedModel(repo, **load), name or repo, limits, sources, api_key)
     uvicorn.run(app, host=host, port=port, access_log=False, server_header=False)

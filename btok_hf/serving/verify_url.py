@@ -101,10 +101,8 @@ def request_body(row: Mapping[str, Any]) -> dict[str, Any]:
     if "messages" in row:
         messages = [{**message, "content": _content(message["content"])} for message in row["messages"]]
     else:
-        parts = []
-        for kind in ("image", "video", "text"):
-            for value in _as_list(row.get(kind, [])):
-                parts.append({"type": kind, kind: value})
+        kinds = [key for key in row if key in ("image", "video", "text")]  # some models keep the order as given
+        parts = [{"type": kind, kind: value} for kind in kinds for value in _as_list(row[kind])]
         messages = [{"role": "user", "content": _content(parts)}]
         if "prompt" in row:
             messages.insert(0, {"role": "system", "content": row["prompt"]})

@@ -4,16 +4,17 @@ vLLM calls `register` in each of its processes, for any model that it serves. So
 
 - `vllm_models.py`: the stock Qwen-VL models with a pooler over the Bottleneck Tokens.
 - `vllm_renderer.py`: plain texts go through the chat template, and a row without its tokens is refused.
+- `vllm_video.py`: files of videos are read as in this library.
 """
 
 import logging
 from typing import Any
 
 FAMILIES = ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL")
-MODE = "btok"  # what vLLM calls a tokenizer mode: it chooses the tokenizer and the renderer
+MODE = "btok"  # what vLLM calls a tokenizer mode chooses the tokenizer and the renderer; also the video backend
 # Frames without times count as two per second in this library, and none is left out. vLLM would count one per second
-# and drop those after the 32nd.
-VIDEO = {"num_frames": -1, "fps": 2.0}
+# and drop those after the 32nd. Files are read by this library.
+VIDEO = {"num_frames": -1, "fps": 2.0, "video_backend": MODE}
 
 
 def register() -> None:
@@ -22,6 +23,7 @@ def register() -> None:
 
     try:
         from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+        from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
         from vllm.renderers.registry import RENDERER_REGISTRY
         from vllm.tokenizers.registry import TokenizerRegistry
     except ImportError as error:  # not raised: it would stop vLLM from serving any other model
@@ -37,6 +39,13 @@ def register() -> None:
         MODELS_CONFIG_MAP[name] = BTokConfig  # no subclass of vLLM's, which is imported late
     TokenizerRegistry.tokenizers[MODE] = ("vllm.tokenizers.hf", "CachedHfTokenizer")
     RENDERER_REGISTRY.renderers[MODE] = ("btok_hf.serving.vllm_renderer", "BTokRenderer")
+    VIDEO_LOADER_REGISTRY.name2class[MODE] = _video_loader
+
+
+def _video_loader() -> Any:
+    from btok_hf.serving.vllm_video import BTokVideoLoader
+
+    return BTokVideoLoader()
 
 
 class BTokConfig:

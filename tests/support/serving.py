@@ -7,8 +7,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import numpy as np
@@ -88,3 +90,24 @@ def message(*parts):
         else:
             content.append({"type": "image_url", "image_url": {"url": "data:image/png;base64," + png(part)}})
     return {"role": "user", "content": content}
+
+
+class _Page(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(self.server.content)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@contextmanager
+def web_server(content, port):
+    """A web server on this machine that has one file. Yields the list of paths that it was asked for."""
+    with ThreadingHTTPServer(("127.0.0.1", port), _Page) as server:
+        server.content, server.asked = content, []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.asked
+        server.shutdown()

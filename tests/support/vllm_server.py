@@ -83,6 +83,11 @@ class VllmServer:
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read())["error"]["message"]
 
+    def metric(self, name):
+        """A number of `/metrics`, summed over its labels."""
+        lines = urllib.request.urlopen(f"{self.url}/metrics", timeout=10).read().decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
     def vectors(self, path="/v1/embeddings", **body):
         """The vectors of a request that must succeed."""
         status, answer = self.post(path, **body)

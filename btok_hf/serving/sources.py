@@ -1,0 +1,133 @@
+"""Where the images and videos of a request come from: the request itself, hosts with a name on a list, one folder."""
+
+import base64
+import binascii
+import io
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from PIL import Image, UnidentifiedImageError
+
+from btok_hf.download import download
+from btok_hf.video import read_video
+
+# Pillow reads more, also formats that run other programs.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+WEB = ("http://", "https://")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What requests may name, and how large it may be.
+
+    Args:
+        most_pixels (`int`): Of all images and frames of a request.
+        most_bytes (`int`): Of a file or a download.
+        most_seconds (`float`): Of a download, and of decoding a video.
+        hosts (`Collection[str]`): Hosts that addresses may lead to, `name` or `name:port`. Default: none.
+        folder (`Path`, *optional*): Files below it may be named. Default: none.
+
+    Raises:
+        ValueError: A host that is none, or a folder that does not exist.
+    """
+
+    most_pixels: int
+    most_bytes: int
+    most_seconds: float
+    hosts: Collection[str] = ()
+    folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        for host in self.hosts:
+            if not host or urlsplit(f"//{host}").netloc != host or {"@", "*"} & set(host):
+                raise ValueError(f"--allow-urls takes names of hosts, such as example.org:8080, got {host!r}.")
+        if self.folder is not None and not self.folder.is_dir():
+            raise ValueError(f"--allow-files takes a folder, and {str(self.folder)!r} is none.")
+
+    def image(self, url: str, taken: int = 0) -> tuple[bytes, int]:
+        """The file of an image, whose pixels are not decoded yet, and their number.
+
+        Args:
+            url (`str`): `data:image/…;base64,…`, `http(s)://…` or `file:///…`.
+            taken (`int`): Pixels of the rest of the request.
+
+        Raises:
+            ValueError: It may not be opened, is too large, or is no image.
+        """
+        content = self._content(url, "image")
+        image = self._opened(content, taken)
+        return content, image.width * image.height
+
+    def video(self, url: str, taken: int = 0) -> tuple[Any, int]:
+        """The frames of a video, as `check_input` takes them, and the number of their pixels.
+
+        Args:
+            url (`str`): As of an image, or `data:video/jpeg;base64,FRAME,FRAME,…`: images, two a second.
+            taken (`int`): Pixels of the rest of the request.
+
+        Raises:
+            ValueError: It may not be opened, is too large, or is no video.
+        """
+        head, _, payload = url.partition(",")
+        if head != "data:video/jpeg;base64":
+            content, left = io.BytesIO(self._content(url, "video")), self.most_pixels - taken
+            video = read_video(content, most_pixels=left, most_seconds=self.most_seconds)
+            return video, video["array"].size // 3
+        frames, pixels = [], 0
+        for frame in payload.split(","):
+            frames.append(self._opened(_decoded(frame), taken + pixels))
+            pixels += frames[-1].width * frames[-1].height
+        return frames, pixels
+
+    def _content(self, url: str, kind: str) -> bytes:
+        head, comma, payload = url.partition(",")
+        if head.startswith(f"data:{kind}/") and head.endswith(";base64") and comma:
+            return _decoded(payload)
+        if url.startswith(WEB) and self.hosts:
+            return download(url, hosts=self.hosts, most_bytes=self.most_bytes, most_seconds=self.most_seconds)
+        if url.startswith("file://") and self.folder is not None:
+            return self._file(url, self.folder.resolve())
+        allowed = [f"addresses at {', '.join(self.hosts)}"] if self.hosts else []
+        allowed += ["file:///… below its folder"] if self.folder is not None else []
+        raise ValueError(
+            f"an address must be data:{kind}/…;base64,…, got {url[:40]!r}: this server opens "
+            f"{' and '.join(allowed) or 'no files and no other addresses'}. Send the content itself"
+        )
+
+    def _file(self, url: str, folder: Path) -> bytes:
+        """A file below the folder, after links are followed."""
+        path = Path(url2pathname(urlsplit(url).path)).resolve()
+        # One message for both: nobody learns which files there are elsewhere.
+        if urlsplit(url).netloc or not path.is_relative_to(folder) or not path.is_file():
+            raise ValueError(f"{url[:200]!r} is no file below the folder of --allow-files. Send the content itself")
+        with open(path, "rb") as file:
+            content = file.read(self.most_bytes + 1)
+        if len(content) > self.most_bytes:
+            raise ValueError(f"{url[:200]!r} is larger than {self.most_bytes} bytes (--max-body)")
+        return content
+
+    def _opened(self, content: bytes, taken: int) -> Image.Image:
+        """An image that is not decoded yet."""
+        try:
+            image: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
+        except (UnidentifiedImageError, ValueError, OSError, SyntaxError) as error:
+            raise ValueError(f"an image is not one of {', '.join(FORMATS)} in base64") from error
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"an image has more than {self.most_pixels} pixels (--max-image-pixels)") from error
+        if taken + image.width * image.height > self.most_pixels:
+            raise ValueError(
+                f"the images and videos of a request have more than {self.most_pixels} pixels in all "
+                f"(--max-image-pixels); one has {image.width} x {image.height}. Reduce them, or send fewer"
+            )
+        return image
+
+
+def _decoded(payload: str) -> bytes:
+    try:
+        return base64.b64decode(payload, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError("the content after 'base64,' is not base64, or not complete") from error

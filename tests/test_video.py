@@ -1,0 +1,135 @@
+"""Reading video files and folders of frames."""
+
+import io
+import itertools
+
+import av
+import numpy as np
+import pytest
+from support.inputs import TOLERANCE
+from support.media import image
+from support.pictures import MEDIA
+
+from btok_hf import BTokSentenceTransformer, read_video
+from btok_hf.video import read_frames
+
+
+def test_an_mp4_path_is_read_through_pyav(loaded, mp4):
+    model = loaded["wrapper"]
+    expected = model.encode([{"video": read_video(mp4)}])
+    assert np.abs(model.encode([{"video": mp4}]) - expected).max() <= TOLERANCE
+    assert np.abs(model.encode([mp4]) - expected).max() <= TOLERANCE
+    clip = read_video(mp4, num_frames=5)
+    assert clip["array"].shape == (5, 64, 64, 3)
+    assert clip["video_metadata"]["duration"] == pytest.approx(2.0)
+    left_edges = [np.argmax(frame[24].max(axis=1) > 128) for frame in clip["array"]]
+    assert left_edges == sorted(left_edges) and left_edges[-1] > left_edges[0] + 20  # first to last frame
+
+
+@pytest.mark.parametrize(
+    "count, kept", [(20, [0, 2, 5, 8, 10, 13, 16, 19]), (8, range(8)), (3, range(3)), (1, [0, 0])]
+)
+def test_frames(tmp_path, repos, count, kept):
+    # The numbers have no leading zeros, so only natural order is right.
+    colours = [image(56, 40, number) for number in range(count)]
+    for number, colour in enumerate(colours):
+        colour.save(tmp_path / f"frame_{number}.png")
+    (tmp_path / "notes.txt").touch()
+    video = read_frames(tmp_path)
+    np.testing.assert_array_equal(video["array"], np.stack([np.asarray(colours[number]) for number in kept]))
+    assert len(read_frames(tmp_path, None)["array"]) == max(2, count)
+    for path in repos.values():  # no processor samples them again
+        grid = BTokSentenceTransformer(path, device="cpu").preprocess([{"video": video}])["video_grid_thw"]
+        assert grid[0, 0] == (len(video["array"]) + 1) // 2
+
+
+def test_rotated_videos_are_upright():
+    """A phone's video with a rotation flag, and the same pixels without it."""
+    rotated, stored = (read_video(MEDIA / name) for name in ("rotated.mp4", "upright.mp4"))
+    assert stored["array"].shape == (8, 112, 160, 3) and rotated["array"].shape == (8, 160, 112, 3)
+    assert np.array_equal(
+        rotated["array"], np.rot90(stored["array"], -1, axes=(1, 2))
+    )  # clockwise, as players show it
+    assert rotated["video_metadata"] == stored["video_metadata"]
+
+
+def test_frames_that_no_player_shows_are_not_sampled():
+    """A video of 24 frames, cut out of one of 300 without encoding it again."""
+    video = read_video(MEDIA / "cut.mp4")
+    metadata = video["video_metadata"]
+    assert len(video["array"]) == metadata["total_num_frames"] == 8
+    assert metadata["duration"] == pytest.approx(2.4) and metadata["fps"] == pytest.approx(8 / 2.4)
+    with av.open(str(MEDIA / "cut.mp4")) as container:
+        shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(shown) == 24
+    wanted = np.linspace(0, 23, 8).astype(int)
+    assert np.array_equal(video["array"], np.stack([shown[index] for index in wanted]))
+
+
+def test_a_video_of_one_frame_is_that_frame_twice():
+    video = read_video(MEDIA / "n1.mp4")
+    assert len(video["array"]) == 2 and np.array_equal(*video["array"])
+    assert video["video_metadata"]["total_num_frames"] == 2
+
+
+def test_a_hole_in_a_video_is_said(mp4, tmp_path, monkeypatch):
+    """Packets that the decoder drops without an error."""
+    decode = av.container.InputContainer.decode
+
+    class Holed:
+        def __init__(self, container):
+            self.container = container
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.container.close()
+
+        def __getattr__(self, name):
+            return getattr(self.container, name)
+
+        def decode(self, stream):
+            return itertools.islice(decode(self.container, stream), 3)
+
+    opened = av.open
+    monkeypatch.setattr(av, "open", lambda path, mode, **options: Holed(opened(path, mode, **options)))
+    with pytest.raises(ValueError, match=r"has a hole: \d+ frames are announced, but only \d of the 8 asked for"):
+        read_video(mp4)
+
+
+def test_a_video_in_memory_is_that_of_its_file():
+    path = MEDIA / "rotated.mp4"
+    np.testing.assert_array_equal(read_video(io.BytesIO(path.read_bytes()))["array"], read_video(path)["array"])
+    with pytest.raises(ValueError, match="The video cannot be decoded"):
+        read_video(io.BytesIO(b"nothing"))
+
+
+def test_a_size_that_no_video_has_is_no_lack_of_memory(monkeypatch):
+    """FFmpeg answers absurd sizes of a damaged file with a MemoryError of its own."""
+
+    def open_(path, mode, **options):
+        raise av.error.MemoryError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(av, "open", open_)
+    with pytest.raises(ValueError, match=r"upright.mp4' cannot be decoded"):
+        read_video(MEDIA / "upright.mp4")
+
+
+def test_a_video_that_names_other_files_opens_none(mp4, tmp_path, monkeypatch):
+    """FFmpeg reads playlists, and would follow them: strangers could look into files beside the service."""
+    playlist = tmp_path / "list.mp4"
+    playlist.write_text("ffconcat version 1.0\nfile 'clip.mp4'\n")
+    (tmp_path / "clip.mp4").symlink_to(mp4)
+    monkeypatch.chdir(tmp_path)
+    for source in (playlist, io.BytesIO(playlist.read_bytes())):
+        with pytest.raises(ValueError, match="cannot be decoded"):
+            read_video(source)
+
+
+def test_bounds_of_a_video(mp4):
+    assert len(read_video(mp4, most_pixels=8 * 64 * 64, most_seconds=60)["array"]) == 8
+    with pytest.raises(ValueError, match="its 8 frames of 64 x 64 have more than 32767 pixels"):
+        read_video(mp4, most_pixels=8 * 64 * 64 - 1)
+    with pytest.raises(ValueError, match="decoding it takes more than 0 seconds"):
+        read_video(mp4, most_seconds=0)
