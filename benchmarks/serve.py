@@ -74,7 +74,8 @@ async def load(url, key, bodies, clients, seconds):
         nonlocal refused
         connection = connections[number]
         while (start := time.perf_counter()) < end:
-            refused += await connection.post(bodies[number % len(bodies)]) != 200
+            status = await connection.post(bodies[number % len(bodies)])
+            refused += status != 200
             number += clients
             times.append(time.perf_counter() - start)
 

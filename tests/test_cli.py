@@ -114,17 +114,24 @@ def test_waiting_threads_sleep_unless_the_user_says_otherwise(btok, monkeypatch)
 
 
 def test_options_of_serve(btok, monkeypatch):
+    for flag, value in (("--allow-urls", "*"), ("--allow-files", "nothing")):  # before the model is loaded
+        status, _, errors = btok("serve", "nowhere", flag, value)
+        assert status == 1 and f"{flag} takes" in errors
     served = []
     monkeypatch.setattr("btok_hf.serving.server.serve", lambda *given, **load: served.append((given, load)))
     assert btok("serve", "a")[0] == 0
     loads = {"revision": None, "device": None, "model_kwargs": {"dtype": "auto"}, "processor_kwargs": {}}
-    assert served.pop() == (("a", "127.0.0.1", 8000, None, Limits()), {**loads, "max_seq_length": None})
+    assert served.pop() == (("a", "127.0.0.1", 8000, None, Limits(), (), None), {**loads, "max_seq_length": None})
     flags = "--host h --port 1 --name n --revision v --device cpu --dtype float32 --max-pixels 9 --max-seq-length 8"
-    flags += " --max-rows 1 --queue-rows 2 --batch-rows 3 --max-body 4 --max-image-pixels 5 --timeout 6"
+    flags += (
+        " --max-rows 1 --queue-rows 2 --batch-rows 3 --max-body 4 --max-image-pixels 5 --queue-pixels 6 --timeout 7"
+    )
+    flags += " --allow-urls example.org,b:80 --allow-files files"
     assert btok("serve", "a", *flags.split())[0] == 0
     loads = {"revision": "v", "device": "cpu", "model_kwargs": {"dtype": "float32"}, "max_seq_length": 8}
     loads |= {"processor_kwargs": {"max_pixels": 9}}
-    assert served.pop() == (("a", "h", 1, "n", Limits(1, 2, 3, 4, 5, 6.0)), loads)
+    hosts = ["example.org", "b:80"]
+    assert served.pop() == (("a", "h", 1, "n", Limits(1, 2, 3, 4, 5, 6, 7.0), hosts, Path("files")), loads)
     status, _, errors = btok("serve", "a", "--timeout", "0")
     assert status == 1 and "timeout must be above 0" in errors
 
