@@ -108,7 +108,7 @@ def test_what_identifies_a_model(copied, repo):
 
 
 def test_models_that_are_refused(tmp_path, folder, bases, copied):
-    with pytest.raises(ValueError, match="btok add-tokens"):
+    with pytest.raises(ValueError, match="add_bottleneck_tokens"):
         plan(folder, tmp_path / "out", bases["qwen2_vl"])
     (copied / "config.json").unlink()
     with pytest.raises(ValueError, match=r"has no config.json.*btok export"):

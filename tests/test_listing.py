@@ -5,7 +5,7 @@ import os
 import fsspec
 import pytest
 from support.corpus import pdf, read, write_files
-from support.hub_server import Repository
+from support.hub_server import Repository, blob_oid
 
 from btok_hf.corpus import listing
 from btok_hf.corpus.listing import FolderSource, Input, Unit, skipped_in_words
@@ -82,24 +82,22 @@ def test_object_storage(tmp_path):
 
 
 def test_a_dataset_on_the_hub(hub, repo, tmp_path):
-    """By its id; a new commit that touches one file changes the rows of this file only."""
+    """By its id. What says whether a file has changed is its hash, not the commit."""
     rows = "".join(f'{{"words": "text {index}"}}\n' for index in range(5)).encode()
+    contents = {"README.md": b"# A dataset", "data/a.jsonl": rows, "data/b.csv": b"words\nlast"}
     hub.repositories["org/texts"] = dataset = Repository("org/texts", private=True)
-    files = {
-        "README.md": (b"# A dataset", False),
-        "data/a.jsonl": (rows, False),
-        "data/b.csv": (b"words\nlast", False),
-    }
-    dataset.commit("main", files, "first")
-    out = tmp_path / "out"
-    command = ("-m", "btok_hf", "embed", "org/texts", out, "--model", repo, "--text", "words", "--device", "cpu")
-    printed = hub.run(*command, home=tmp_path / "home").stdout
+    dataset.commit("main", {path: (content, False) for path, content in contents.items()}, "first")
+    code = (
+        "import sys; from btok_hf.cli import main; from btok_hf.corpus.listing import Input\n"
+        "main(sys.argv[1:]); print([tuple(file) for file in Input('org/texts').files()])\n"
+    )
+    flags = ("--model", repo, "--text", "words", "--device", "cpu")
+    printed = hub.run("-c", code, "embed", "org/texts", tmp_path / "out", *flags, home=tmp_path / "home").stdout
     assert "2 units, 0 of them written; 6 rows" in printed and "left out: 1 that are no tables" in printed
-    assert list(read(out)) == [*(f"data/a.jsonl#row={index}" for index in range(5)), "data/b.csv#row=0"]
-    assert read_units(str(out))[0]["input"] == "hf://datasets/org/texts"
-    dataset.commit("main", files | {"data/b.csv": (b"words\nother", False)}, "second")
-    printed = hub.run(*command, home=tmp_path / "home").stdout
-    assert "2 units, 1 of them written; 1 rows" in printed and read(out)["data/b.csv#row=0"]["text"] == "other"
+    assert list(read(tmp_path / "out")) == [*(f"data/a.jsonl#row={index}" for index in range(5)), "data/b.csv#row=0"]
+    assert read_units(str(tmp_path / "out"))[0]["input"] == "hf://datasets/org/texts"
+    states = [(path, len(content), f"{len(content)} {blob_oid(content)}") for path, content in contents.items()]
+    assert printed.splitlines()[-1] == str(states)
 
 
 def test_hashes_are_preferred_to_times_and_neither_is_refused(monkeypatch):
@@ -144,7 +142,7 @@ def test_a_large_pdf_counts_as_many_rows(tmp_path, monkeypatch):
     folder = write_files(tmp_path / "in", texts=6, pictures=0)
     (folder / "a.pdf").write_bytes(pdf("text"))
     assert len(FolderSource(Input(str(folder)), 100).plan("s")) == 1
-    monkeypatch.setattr(listing, "PAGE_BYTES", 6)
+    monkeypatch.setattr(listing, "PAGE_BYTES", 2)
     assert FolderSource(Input(str(folder)), 100).plan("s")[0].files == ("a.pdf",)
 
 

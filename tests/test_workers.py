@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import namedtuple
 from itertools import chain
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 from support.corpus import embed, read, same, write_files, write_texts
 
 from btok_hf.corpus import workers
+from btok_hf.corpus.embed import Counts
 from btok_hf.corpus.listing import Unit
 from btok_hf.corpus.workers import Rank, grouped, in_order, rank
 
@@ -61,14 +63,16 @@ def test_a_killed_run_goes_on_where_it_was(texts, whole, repo, tmp_path, capfd):
     assert {path: path.stat().st_mtime_ns for path in written} == written  # finished units are not touched
 
 
-def test_ranks_beside_each_other_give_what_one_process_gives(texts, whole, repo, tmp_path):
+def test_ranks_beside_each_other_give_what_one_process_gives(texts, whole, repo, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    ranks = [
-        start(texts, out, repo, "--unit-rows", "4", RANK=str(index), WORLD_SIZE="2", LOCAL_RANK=str(index))
-        for index in range(2)
-    ]
-    errors = [process.communicate()[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], errors
+    other = start(texts, out, repo, "--unit-rows", "4", RANK="1", WORLD_SIZE="2", LOCAL_RANK="1")
+    wait_for_units(out, 1)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    embed(texts, out, repo, unit_rows=4)
+    assert same(read(out), whole)  # whoever is done first has seen to all units
+    errors = other.communicate()[1]
+    assert other.returncode == 0, errors
     assert same(read(out), whole)
 
 
@@ -128,10 +132,16 @@ def processes(name):
     return found
 
 
-def test_workers_of_ray_that_are_killed(texts, whole, repo, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def ray():
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, object_store_memory=workers.LOCAL_OBJECTS, include_dashboard=False)
+    yield ray
+    ray.shutdown()
+
+
+def test_workers_of_ray_that_are_killed(ray, texts, whole, repo, tmp_path):
     """Nothing is lost and nothing doubled."""
-    pytest.importorskip("ray")
-    monkeypatch.setenv("RAY_DEDUP_LOGS", "0")
     out, killed = tmp_path / "out", []
 
     def kill():
@@ -147,23 +157,21 @@ def test_workers_of_ray_that_are_killed(texts, whole, repo, tmp_path, monkeypatc
     assert len(killed) == 1 and same(read(out), whole)
 
 
-def test_a_unit_that_kills_its_workers_costs_no_other(tmp_path):
-    ray = pytest.importorskip("ray")
+def test_a_unit_that_kills_its_workers_costs_no_other(ray):
+    # Types of this function, so that workers need not import the library.
+    unit_of, counts_of = namedtuple("Unit", ("name", "rows")), namedtuple("Counts", ("rows", "failed", "reused"))
+    units = [unit_of(f"{index:08x}", 1) for index in range(6)]
 
     class Worker:
-        def embed(self, units):
-            if units[0].name == UNITS[2].name:
+        def embed(self, given):
+            if given[0].name == "00000002":
                 os.kill(os.getpid(), signal.SIGKILL)
-            return workers.Counts(1)
+            return counts_of(1, 0, 0)
 
-    ray.init(num_cpus=2, object_store_memory=workers.LOCAL_OBJECTS, include_dashboard=False)
-    try:
-        remote = ray.remote(max_restarts=-1, max_task_retries=1)(Worker)
-        with workers._Bar(6, Rank(1)) as bar:
-            counts, lost = workers._deal(ray, [remote.remote(), remote.remote()], UNITS[:6], bar)
-    finally:
-        ray.shutdown()
-    assert lost == [UNITS[2]] and counts.rows == 5
+    remote = ray.remote(max_restarts=-1, max_task_retries=1)(Worker)
+    with workers._Bar(units, Rank()) as bar:
+        counts, lost = workers._deal(ray, [remote.remote(), remote.remote()], units, bar)
+    assert lost == [units[2]] and counts == Counts(5, 0, 0)
 
 
 def test_a_unit_whose_node_is_gone_is_given_to_another_worker():

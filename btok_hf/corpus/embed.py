@@ -150,13 +150,13 @@ class Embedder:
         return Counts(len(rows), sum(row.error is not None for row in rows), reused)
 
     def _embed_new(self, new: Mapping[str, list[Row]]) -> None:
-        items = [same[0].item for same in new.values()]
+        items: list[Any] = [same[0].item for same in new.values()]
         options = self.job.options
-        encoded = self.model.encode_document(
+        encoded: Any = self.model.encode_document(
             items,
             prompt=options.prompt,
             batch_size=options.batch_size,
-            truncate_dim=options.dimensions,
+            truncate_dim=self.job.dimensions,
             normalize_embeddings=True,
             show_progress_bar=False,
             on_error="skip",

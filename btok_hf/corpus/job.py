@@ -78,8 +78,8 @@ class Job(NamedTuple):
     """What a worker needs to embed units. It can be pickled.
 
     Args:
-        given (`str`): The input.
-        out (`str`): The folder of the corpus.
+        given (`str`): The input, as an absolute path or address.
+        out (`str`): The folder of the corpus, likewise.
         options (`Options`): With the commit of a model on the Hub as `revision`.
         dimensions (`int`): Numbers of an embedding.
         metadata (`dict[str, pyarrow.DataType]`): Columns that are taken from a table.
@@ -179,7 +179,7 @@ def make_plan(given: str, out: str, options: Options, *, clean: bool = True, ret
         failed = corpus.failed(names)
         corpus.remove(failed)
         written -= failed
-    job = Job(given, out, options, dimensions, source.metadata)
+    job = Job(found.address, corpus.store.address, options, dimensions, source.metadata)
     missing = [unit for unit in units if unit.name not in written]
     return Plan(job, units, missing, len(stale), dict(found.skipped))
 

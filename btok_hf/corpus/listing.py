@@ -145,7 +145,7 @@ class Input:
 
     def _walk(self, folder: str) -> Iterator[dict[str, Any]]:
         """The files of a folder and of those in it."""
-        entries = sorted(self.fs.ls(folder, detail=True), key=lambda entry: entry["name"])
+        entries = sorted(self.fs.ls(folder, detail=True, refresh=True), key=lambda entry: entry["name"])
         for entry in entries:
             name = entry["name"].rstrip("/").rpartition("/")[2]
             if entry["name"].rstrip("/") == folder:

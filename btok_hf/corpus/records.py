@@ -4,6 +4,7 @@ import csv
 import json
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,9 @@ class ParquetCursor:
     def take(self, first: int, count: int) -> Iterator[pa.RecordBatch]:
         """`count` rows from row `first` on."""
         while count:
-            batch = self._left or next(self._batches)
+            batch = self._left or next(self._batches, None)
+            if batch is None:
+                raise OSError("the file holds fewer rows than it did when it was scanned")
             self._left = None
             skip = min(first - self._position, len(batch))
             used = min(len(batch) - skip, count)
@@ -98,7 +101,7 @@ def _json_records(path: str, opened: Any, offset: int) -> Iterator[tuple[int, Ca
                 f"jq -c '.[]' {os.path.basename(path)} > rows.jsonl"
             )
         if line.strip():
-            yield start, lambda line=line: _parsed(line)
+            yield start, partial(_parsed, line)
 
 
 def _parsed(line: bytes) -> dict[str, Any] | str:
@@ -107,6 +110,10 @@ def _parsed(line: bytes) -> dict[str, Any] | str:
     except ValueError as error:
         return f"the line is not JSON ({error})"
     return record if isinstance(record, dict) else f"the line is not a JSON object, but {type(record).__name__}"
+
+
+def _cells(header: list[str], cells: list[str]) -> dict[str, Any]:
+    return {name: cell or None for name, cell in zip(header, cells)}
 
 
 def _csv_records(opened: Any, offset: int, delimiter: str) -> Iterator[tuple[int, Callable[[], Any]]]:
@@ -132,12 +139,12 @@ def _csv_records(opened: Any, offset: int, delimiter: str) -> Iterator[tuple[int
         except StopIteration:
             return
         except csv.Error as error:
-            yield start, lambda error=error: f"the row is not CSV ({error})"
+            yield start, partial(str, f"the row is not CSV ({error})")
             continue
         if len(cells) == len(header):
-            yield start, lambda cells=cells: {name: cell or None for name, cell in zip(header, cells)}
+            yield start, partial(_cells, header, cells)
         elif cells:
-            yield start, lambda cells=cells: f"the row has {len(cells)} cells, and the table {len(header)} columns"
+            yield start, partial(str, f"the row has {len(cells)} cells, and the table {len(header)} columns")
 
 
 def wider(kind: pa.DataType, value: Any) -> pa.DataType:

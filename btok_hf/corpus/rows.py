@@ -1,7 +1,7 @@
 """A row on its way: what a source hands out, how its content is read and hashed, and what the model gets."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -224,7 +224,7 @@ def _thumbnail(item: dict[str, Any], pixels: int) -> bytes | None:
     return content.getvalue()
 
 
-def pdf_pages(path: str, content: bytes) -> Iterator[Row]:
+def pdf_pages(path: str, content: bytes) -> Generator[Row, None, None]:
     """The pages of a PDF as rows, drawn one by one.
 
     PDFium is not thread-safe: only one thread of a process may use this at a time.

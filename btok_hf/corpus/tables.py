@@ -191,6 +191,7 @@ class TableSource:
                 number += 1
         except (pa.ArrowException, OSError) as error:
             # The rest of a damaged table: its rows are counted and cannot be read.
+            self._cursor = None
             for missing in range(number, last):
                 yield self._failed(path, missing, f"the table cannot be read here ({error})")
 

@@ -71,6 +71,7 @@ class Store:
         self.fs, root = fsspec.core.url_to_fs(path)
         self.root = root.rstrip("/")
         self.is_local = isinstance(self.fs, LocalFileSystem)
+        self.address = self.root if self.is_local else path  # the same in every process
 
     def read(self, name: str) -> bytes | None:
         """The content of a file, or `None` if there is none."""

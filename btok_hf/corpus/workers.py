@@ -28,24 +28,24 @@ class Rank(NamedTuple):
     """A process among several that run the same command.
 
     Args:
-        index (`int`): From 0.
-        count (`int`): Of all processes.
-        local (`int`): Index on its machine.
+        number (`int`): From 0.
+        total (`int`): Processes in all.
+        local (`int`): Number on its machine.
     """
 
-    index: int = 0
-    count: int = 1
+    number: int = 0
+    total: int = 1
     local: int = 0
 
 
 def rank(environment: Mapping[str, str] = os.environ) -> Rank:
     """The rank that accelerate and torchrun (`RANK`, `WORLD_SIZE`) or Slurm (`SLURM_PROCID`, `SLURM_NTASKS`) give."""
-    for index, count, local in (
+    for number, total, local in (
         ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
         ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
     ):
-        if index in environment and count in environment:
-            return Rank(int(environment[index]), int(environment[count]), int(environment.get(local, 0)))
+        if number in environment and total in environment:
+            return Rank(int(environment[number]), int(environment[total]), int(environment.get(local, 0)))
     return Rank()
 
 
@@ -63,30 +63,34 @@ def in_order(units: Sequence[Unit], own: Rank) -> Iterator[Unit]:
     Returns:
         Iterator of `Unit`
     """
-    yield from (unit for unit in units if owner(unit, own.count) == own.index)
-    others = [unit for unit in units if owner(unit, own.count) != own.index]
-    random.Random(own.index).shuffle(others)
+    yield from (unit for unit in units if owner(unit, own.total) == own.number)
+    others = [unit for unit in units if owner(unit, own.total) != own.number]
+    random.Random(own.number).shuffle(others)
     yield from others
 
 
-def owner(unit: Unit, count: int) -> int:
-    """The rank that a unit is dealt to."""
-    return int(unit.name[:8], 16) % count
+def owner(unit: Unit, total: int) -> int:
+    """The number of the rank, of this many, that a unit is dealt to."""
+    return int(unit.name[:8], 16) % total
 
 
 class _Bar:
     """Progress in rows, with rows per second and the time left."""
 
-    def __init__(self, total: int, own: Rank) -> None:
-        name = "embed" if own.count == 1 else f"rank {own.index} of {own.count}"
-        self._bar = tqdm(total=total, desc=name, unit="row", disable=own.index > 0, smoothing=0.05)
+    def __init__(self, units: Sequence[Unit], own: Rank) -> None:
+        name = "embed" if own.total == 1 else f"rank {own.number} of {own.total}"
+        self._own = own
+        self._total = sum(unit.rows for unit in units if owner(unit, own.total) == own.number)
+        self._bar = tqdm(total=self._total, desc=name, unit="row", disable=own.number > 0, smoothing=0.05)
         self._seen: Counter[str] = Counter()
 
     def report(self, unit: Unit, rows: int, done: bool) -> None:
         self._seen[unit.name] += rows
         self._bar.update(rows)
-        if done:  # a PDF has more pages than the list of files told; what others wrote has no rows here
-            self._bar.total += self._seen.pop(unit.name) - unit.rows
+        if done:  # A PDF has more pages than the list of files told. What others wrote has no rows here.
+            expected = unit.rows if owner(unit, self._own.total) == self._own.number else 0
+            self._total += self._seen.pop(unit.name) - expected
+            self._bar.total = self._total
             self._bar.refresh()
 
     def __enter__(self) -> "_Bar":
@@ -124,27 +128,27 @@ def run(
             killed their workers.
     """
     own = rank() if ray is None else Rank()
-    if retry_failed and own.count > 1:
+    if retry_failed and own.total > 1:
         raise ValueError("--retry-failed removes units, so run it in one process, or with --ray.")
     if workers is not None and ray is None:
         raise ValueError("--workers counts workers of Ray. Add --ray, or start several processes with torchrun.")
     logging.getLogger("btok_hf.encoding").setLevel(logging.ERROR)  # rows that fail are in the summary
-    plan = make_plan(given, out, options, clean=own.index == 0, retry_failed=retry_failed)
-    if own.index == 0:
+    plan = make_plan(given, out, options, clean=own.number == 0, retry_failed=retry_failed)
+    if own.number == 0:
         _say_plan(plan)
     start = time.perf_counter()
     counts = Counts()
     lost: list[Unit] = []
     if plan.missing and ray is not None:
-        with _Bar(sum(unit.rows for unit in plan.missing), own) as bar:
+        with _Bar(plan.missing, own) as bar:
             counts, lost = _run_on_ray(plan.job, plan.missing, ray, workers, bar)
     elif plan.missing:
-        with _Bar(sum(unit.rows for unit in plan.missing), own) as bar:
+        with _Bar(plan.missing, own) as bar:
             counts = Embedder(_on_own_device(plan.job, own)).embed(in_order(plan.missing, own), bar.report)
     errors = Corpus(out).errors(unit.name for unit in plan.units)
-    name = "" if own.count == 1 else f"rank {own.index} of {own.count}: "
+    name = "" if own.total == 1 else f"rank {own.number} of {own.total}: "
     print(f"{name}{_words(counts, time.perf_counter() - start)}", flush=True)
-    if own.index == 0:
+    if own.number == 0:
         _say_errors(errors)
     if lost:
         raise RuntimeError(
@@ -159,7 +163,7 @@ def _on_own_device(job: Job, own: Rank) -> Job:
     """A job for the GPU of a rank: each takes one of its machine."""
     import torch
 
-    if job.options.device is None and own.count > 1 and torch.cuda.is_available():
+    if job.options.device is None and own.total > 1 and torch.cuda.is_available():
         device = f"cuda:{own.local % torch.cuda.device_count()}"
         return job._replace(options=job.options.replace(device=device))
     return job
@@ -173,9 +177,11 @@ def _run_on_ray(
         import ray
     except ImportError as error:
         raise ImportError("--ray needs the package ray: pip install 'btok-hf[ray]'.") from error
-    if address == "local":
+    started = ray.is_initialized()  # by the program that calls this
+    if not started and address == "local":
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would send statistics to its makers
         ray.init(num_cpus=workers or os.cpu_count(), object_store_memory=LOCAL_OBJECTS, include_dashboard=False)
-    else:
+    elif not started:
         ray.init(address)
     try:
         there = ray.cluster_resources()
@@ -190,7 +196,8 @@ def _run_on_ray(
         )(Embedder)
         return _deal(ray, [worker.remote(job) for _ in range(number)], units, bar)
     finally:
-        ray.shutdown()
+        if not started:
+            ray.shutdown()
 
 
 def _deal(ray: Any, workers: Iterable[Any], units: Sequence[Unit], bar: _Bar) -> tuple[Counts, list[Unit]]:
