@@ -152,7 +152,7 @@ def test_large_tables_have_an_index_that_finds_the_same(tmp_path, monkeypatch, p
     index = Index.build(out, path, precision=precision)[0]
     assert index.exact
     before = [[hit.id for hit in index.search(vector)] for vector in VECTORS[:30]]
-    monkeypatch.setattr(module, "EXACT_BYTES", 100)
+    monkeypatch.setattr(module, "EXACT_NUMBERS", 100)
     index = Index.build(out, path)[0]
     assert not index.exact and not index.lossless
     for exact in (True, False):
@@ -193,7 +193,7 @@ def test_nothing_is_deleted_while_units_are_missing(tmp_path):
 
 
 def test_new_rows_of_a_large_table_enter_its_index(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "EXACT_BYTES", 100)
+    monkeypatch.setattr(module, "EXACT_NUMBERS", 100)
     path = tmp_path / "db"
     Index.build(write(tmp_path, rows(range(280))), path)
     index, changes, _ = Index.build(write(tmp_path, rows()), path)

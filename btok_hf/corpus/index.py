@@ -35,8 +35,9 @@ SETTINGS = b"btok"
 # Columns with a meaning. All others are metadata of the user's table.
 COLUMNS = ("id", "kind", "source", "page", "content_hash", "text", "thumbnail", "row_hash", "vector")
 
-# A vector column above this many bytes gets an index. Below, exact search took less than 100 ms (docs/corpus.md).
-EXACT_BYTES = 256 * 2**20
+# Rows times dimensions above which vectors get an index. Exact search of 12.8 million numbers took 27 ms on one core
+# (docs/corpus.md).
+EXACT_NUMBERS = 16_000_000
 # Of k hits, this many times k candidates are compared by their stored vectors.
 REFINE = 10
 # Parts of the index that a search looks into.
@@ -175,8 +176,7 @@ class Index:
             # No stemming and no stop words, which belong to one language. ICU finds the words of all scripts.
             words = FTS(base_tokenizer="icu", stem=False, remove_stop_words=False)
             self._table.create_index("text", config=words)
-        width = self._table.schema.field("vector").type
-        large = self.count() * width.list_size * width.value_type.bit_width // 8 >= EXACT_BYTES
+        large = self.count() * self.settings["dimensions"] > EXACT_NUMBERS
         if large and (rebuild or "vector" not in have):
             binary = self.settings["precision"] == "binary"
             config = IvfFlat(distance_type="hamming") if binary else IvfRq(distance_type="cosine", num_bits=1)

@@ -13,7 +13,8 @@ from PIL import Image
 
 from btok_hf.download import REMOTE, download
 from btok_hf.encoding import ROW_ERRORS
-from btok_hf.media import read_image, read_video
+from btok_hf.media import read_image
+from btok_hf.video import read_video
 
 CHUNK = 2**20
 JPEG_QUALITY = 85
