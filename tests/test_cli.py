@@ -306,7 +306,7 @@ def test_index_says_what_it_did_and_how_well_it_finds(btok, corpus, tmp_path):
         ("index a --db b --precision int8", "LanceDB cannot search int8"),
         ("index a --faiss b --rebuild", "--rebuild needs --db"),
         ("search --db b", "the query is empty"),
-        ("search   --db b", "the query is empty"),
+        ("search  --db b", "the query is empty"),
         ("search x --db b -k 0", "-k is the number of hits"),
         ("search --db b --image no.png", "--image no.png is not a file"),
     ],
@@ -328,7 +328,7 @@ def test_search_as_lines_json_page_and_sheet(btok, corpus, tmp_path):
     status, output, errors = btok("search", "dog", "--db", db, "--where", "id = 'x'", "--sheet", sheet)
     assert (status, output) == (0, "nothing was found\n") and "x.png is not written" in errors
     status, output, errors = btok("search", "dog", "--db", db, "--where", "nothing = 1")
-    assert (status, output) == (1, "") and errors.startswith("error: The filter 'nothing = 1' cannot be used: ")
+    assert (status, output) == (1, "") and "error: The filter 'nothing = 1' cannot be used: " in errors
     assert len(errors.splitlines()) == 1
     status, _, errors = btok("search", "dog", "--db", str(tmp_path))
     assert status == 1 and "holds no database of btok index" in errors
