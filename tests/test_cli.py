@@ -308,6 +308,7 @@ def test_index_says_what_it_did_and_how_well_it_finds(btok, corpus, tmp_path):
         ("search --db b", "the query is empty"),
         ("search  --db b", "the query is empty"),
         ("search x --db b -k 0", "-k is the number of hits"),
+        ("search x --db b --sheet out.gif", "--sheet out.gif must end in .png"),
         ("search --db b --image no.png", "--image no.png is not a file"),
     ],
 )

@@ -7,6 +7,9 @@ from typing import Any
 
 from btok_hf.commands import add_command
 
+# Formats of a contact sheet, by suffix.
+SHEETS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
 
 def embed_command(commands: Any) -> None:
     parser = add_command(
@@ -188,6 +191,8 @@ def run_search(
     for name, file in (("image", image), ("video", video)):
         if file is not None and not Path(file).is_file():
             raise argparse.ArgumentError(None, f"--{name} {file} is not a file")
+    if sheet is not None and Path(sheet).suffix.lower() not in SHEETS:
+        raise argparse.ArgumentError(None, f"--sheet {sheet} must end in {', '.join(SHEETS)}")
     from btok_hf.corpus import results
     from btok_hf.corpus.search import Searcher
     from btok_hf.files import check_writable, replacing
@@ -202,7 +207,7 @@ def run_search(
         print(f"{sheet} is not written: there is nothing to show", file=sys.stderr)
     elif sheet:
         with replacing(Path(sheet)) as file:
-            results.as_sheet(hits).save(file, Path(sheet).suffix.lstrip(".").replace("jpg", "jpeg") or "png")
+            results.as_sheet(hits).save(file, SHEETS[Path(sheet).suffix.lower()])
     if html:
         query = " + ".join(part for part in (text, image, video) if part)
         with replacing(Path(html)) as file:
