@@ -17,7 +17,7 @@ def embed_command(commands: Any) -> None:
         "embed",
         run_embed,
         "Embed a folder, tables or a dataset into parquet files. The same command goes on after an interruption, and "
-        "embeds only what is new or changed. With several processes: torchrun --nproc-per-node 8 -m btok_hf embed …",
+        "embeds only what is new or changed. With several processes: accelerate launch -m btok_hf embed …",
         "btok embed photos photos-embedded --model org/btok-2b",
     )
     parser.add_argument(
