@@ -1,6 +1,6 @@
 """How an index of a corpus grows: time, size, memory, latency and recall from 10⁴ to 10⁶ vectors.
 
-    python -m benchmarks.corpus_index   # 20 minutes on one CPU core, 3 GB of disk
+    python -m benchmarks.corpus_index                                     # 20 minutes on one CPU core, 3 GB of disk
     python -m benchmarks.corpus_index --dimensions 1536 --sizes 10000 100000   # like the vectors of a 2B model
 
 It writes benchmarks/results/corpus_index.json (with 1536 dimensions corpus_index_1536.json) and draws
