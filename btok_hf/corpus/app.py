@@ -72,11 +72,10 @@ def launch(page: gr.Blocks, **options: Any) -> Any:
         What `gradio.Blocks.launch` returns.
     """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    # White on the darker shades is readable; fonts are those of the system.
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-    theme = gr.themes.Default(primary_hue="teal", **fonts).set(
-        button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800"
-    )
+    # Fonts of the system; white on the darker shades is readable.
+    theme = gr.themes.Default(
+        primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    ).set(button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800")
     page.queue(max_size=WAITING, default_concurrency_limit=4)
     return page.launch(
         theme=theme,
