@@ -26,7 +26,7 @@ def measure_recall(out: str, queries: np.ndarray, found: Sequence[Sequence[str]]
         `float`: From 0 to 1, the mean over the queries.
     """
     best = np.full((len(queries), 0), -np.inf, np.float32)
-    asked = {key: [] for keys in found for key in keys}
+    asked: dict[str, list[int]] = {key: [] for keys in found for key in keys}
     for number, keys in enumerate(found):
         for key in keys:
             asked[key].append(number)
