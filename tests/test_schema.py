@@ -7,14 +7,14 @@ from support.media import image
 from support.serving import message, png
 
 from btok_hf.inputs import ImageLimits
+from btok_hf.serving.origins import Origins
 from btok_hf.serving.schema import EmbeddingRequest
-from btok_hf.serving.sources import Sources
 
 LIMITS = ImageLimits(28 * 28 * 16, 14)
 
 
 def rows(**body):
-    return EmbeddingRequest.model_validate(body).rows(LIMITS, Sources(10**6, 10**6, 60))[0]
+    return EmbeddingRequest.model_validate(body).rows(LIMITS, Origins(10**6, 10**6, 60))[0]
 
 
 def test_texts_are_texts(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ def embed_command(commands: Any) -> None:
         "embed",
         run_embed,
         "Embed a folder, tables or a dataset into parquet files. The same command goes on after an interruption, and "
-        "embeds only what is new or changed. With several processes: torchrun --nproc-per-node 8 -m btok_hf embed …",
+        "embeds only what is new or changed. With several processes: accelerate launch -m btok_hf embed …",
         "btok embed photos photos-embedded --model org/btok-2b",
     )
     parser.add_argument(
@@ -113,7 +113,7 @@ def run_index(
     db: str | None,
     faiss: str | None,
     usearch: str | None,
-    precision: str | None,
+    precision: Any,
     dimensions: int | None,
     rebuild: bool,
 ) -> None:
@@ -206,12 +206,12 @@ def run_search(
     if sheet and not hits:
         print(f"{sheet} is not written: there is nothing to show", file=sys.stderr)
     elif sheet:
-        with replacing(Path(sheet)) as file:
-            results.as_sheet(hits).save(file, SHEETS[Path(sheet).suffix.lower()])
+        with replacing(Path(sheet)) as opened:
+            results.as_sheet(hits).save(opened, SHEETS[Path(sheet).suffix.lower()])
     if html:
         query = " + ".join(part for part in (text, image, video) if part)
-        with replacing(Path(html)) as file:
-            file.write(results.as_html(query, hits).encode())
+        with replacing(Path(html)) as opened:
+            opened.write(results.as_html(query, hits).encode())
 
 
 def app_command(commands: Any) -> None:

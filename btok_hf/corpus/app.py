@@ -130,7 +130,8 @@ def make_page(searcher: Searcher) -> gr.Blocks:
                 go = gr.Button("Search", variant="primary", elem_id="go")
                 picture = gr.Image(label="Picture", sources=["upload", "clipboard"], height=170, elem_id="picture")
                 # The file as it is: Gradio would open it here, where an error has no message.
-                picture.preprocess = lambda payload: payload and payload.path  # type: ignore[method-assign]
+                unopened: Any = lambda payload: payload and payload.path  # noqa: E731 (typed)
+                picture.preprocess = unopened  # type: ignore[method-assign]
                 clip = gr.Video(label="Clip", sources=["upload"], height=170, elem_id="clip")
                 kinds = gr.CheckboxGroup(answers.kinds, label="Kinds (none: all)", elem_id="kinds")
                 where = gr.Textbox(
@@ -181,9 +182,10 @@ def said(answer: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return answer(*inputs)
         except (ImportError, OSError, ValueError) as error:
+            reason: BaseException = error
             if str(error).startswith("Input ") and error.__cause__:  # which names the input once more
-                error = error.__cause__
-            message = re.sub(r"'/[^']*/([^'/]+)'", r"'\1'", str(error))  # names of files, without their folders
+                reason = error.__cause__
+            message = re.sub(r"'/[^']*/([^'/]+)'", r"'\1'", str(reason))  # names of files, without their folders
             raise gr.Error(html.escape(message, quote=False), duration=None, print_exception=False) from error
 
     return listener
@@ -225,7 +227,7 @@ class Answers:
         if len(text) > MAX_TEXT:
             raise ValueError(f"The text has {len(text):,} characters; at most {MAX_TEXT:,} are allowed. Shorten it.")
         given = {"image": picture and Path(picture), "video": clip and Path(clip), "text": text}
-        query = {key: value for key, value in given.items() if value}
+        query: dict[str, Any] = {key: value for key, value in given.items() if value}
         if not query:
             raise ValueError("There is nothing to search for. Type a text, or give a picture or a clip.")
         if words and not text:

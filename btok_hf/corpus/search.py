@@ -69,11 +69,12 @@ class Searcher:
     def embed(self, text: str | None = None, image: Any = None, video: Any = None) -> np.ndarray:
         """The embedding of a query: fp32, shape `(d,)`. Arguments and errors are those of `search`."""
         parts = {"image": image, "video": video, "text": text if text and text.strip() else None}
-        item = {name: value for name, value in parts.items() if value is not None}
+        item: Any = {name: value for name, value in parts.items() if value is not None}
         if not item:
             raise ValueError("The query is empty: give a text, an image or a video to search for.")
         with self._lock:
-            return self.model.encode_query([item], show_progress_bar=False, convert_to_numpy=True)[0]
+            vectors: Any = self.model.encode_query([item], show_progress_bar=False, convert_to_numpy=True)
+        return vectors[0]
 
     def reconstruct(self, item: dict[str, Any], prompt: str | None = None) -> str:
         """The text that the model decodes from the Bottleneck Tokens of an input (`BTokSentenceTransformer`)."""

@@ -1,6 +1,6 @@
 """What clients of the server send: OpenAI's embeddings request with vLLM's `messages`, and reading the inputs in it.
 
-Text is never taken for a file or a special token. What media may be opened is in `sources.py`.
+Text is never taken for a file or a special token. What media may be opened is in `origins.py`.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from btok_hf.inputs import ImageLimits, check_input
-from btok_hf.serving.sources import WEB, Sources
+from btok_hf.serving.origins import WEB, Origins
 
 
 class _Strict(BaseModel):
@@ -19,7 +19,7 @@ class _Strict(BaseModel):
 
 
 class Address(_Strict):
-    """Where an image or video is (`Sources`). `detail` is OpenAI's and has no meaning here."""
+    """Where an image or video is (`Origins`). `detail` is OpenAI's and has no meaning here."""
 
     url: str
     detail: Literal["auto", "low", "high"] | None = None
@@ -140,18 +140,18 @@ class EmbeddingRequest(_WithoutEffect):
         media += [part.video_url for part in parts if isinstance(part, VideoPart)]
         return any(part.url.startswith(WEB) for part in media)
 
-    def rows(self, limits: ImageLimits, sources: Sources) -> tuple[list[Any], int]:
+    def rows(self, limits: ImageLimits, origins: Origins) -> tuple[list[Any], int]:
         """The checked inputs, decoded media and texts, and the number of pixels in them.
 
         Args:
             limits (`ImageLimits`): Those of the model's processor.
-            sources (`Sources`): What may be opened, and bounds.
+            origins (`Origins`): What may be opened, and bounds.
 
         Raises:
             ValueError: An input that cannot be embedded. The message has its place and what is wrong.
         """
         if self.messages is not None:
-            message, pixels = _read(self.messages[-1], sources)
+            message, pixels = _read(self.messages[-1], origins)
             return [check_input(message, limits)], pixels
         texts = [self.input] if isinstance(self.input, str) else self.input or []
         return [check_input({"text": text}, limits, place) for place, text in enumerate(texts)], 0
@@ -161,7 +161,7 @@ class EmbeddingRequest(_WithoutEffect):
         return len(self.input) if isinstance(self.input, list) else 1
 
 
-def _read(message: Message, sources: Sources) -> tuple[dict[str, Any], int]:
+def _read(message: Message, origins: Origins) -> tuple[dict[str, Any], int]:
     """A user message with the files of its images and videos, in their order, and the number of their pixels."""
     content: list[dict[str, Any]] = []
     pixels = 0
@@ -171,10 +171,10 @@ def _read(message: Message, sources: Sources) -> tuple[dict[str, Any], int]:
             continue
         value: Any
         if isinstance(part, ImagePart):
-            file, size = sources.image(part.image_url.url, pixels)
+            file, size = origins.image(part.image_url.url, pixels)
             value = {"type": "image", "image": {"bytes": file, "path": None}}
         else:
-            video, size = sources.video(part.video_url.url, pixels)
+            video, size = origins.video(part.video_url.url, pixels)
             value = {"type": "video", "video": video}
         content.append(value)
         pixels += size

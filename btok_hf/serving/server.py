@@ -27,8 +27,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from btok_hf.inputs import ImageLimits
 from btok_hf.sentence_transformer import BTokSentenceTransformer
 from btok_hf.serving.batching import Batcher, QueueFull, Room, Row
+from btok_hf.serving.origins import Origins
 from btok_hf.serving.schema import EmbeddingRequest
-from btok_hf.serving.sources import Sources
 
 KEY = "BTOK_API_KEY"  # not a flag: other users of the machine can see flags
 
@@ -167,14 +167,14 @@ class _Metrics:
         self.rows = Gauge("btok_rows", "Rows waiting, being read or being embedded", registry=self.registry)
 
 
-def make_app(model: ServedModel, name: str, limits: Limits, sources: Sources, api_key: str | None = None) -> FastAPI:
+def make_app(model: ServedModel, name: str, limits: Limits, origins: Origins, api_key: str | None = None) -> FastAPI:
     """The application.
 
     Args:
         model (`ServedModel`): The model. One thread of the application uses it.
         name (`str`): What clients call it.
         limits (`Limits`): Bounds.
-        sources (`Sources`): What requests may name.
+        origins (`Origins`): What requests may name.
         api_key (`str`, *optional*): What clients must send as `Authorization: Bearer …` for paths below `/v1`.
     """
     metrics = _Metrics()
@@ -256,7 +256,7 @@ def make_app(model: ServedModel, name: str, limits: Limits, sources: Sources, ap
             with rows_held.hold(body.count()):
                 read = asyncio.get_running_loop().run_in_executor
                 threads = app.state.fetchers if body.names_addresses() else app.state.readers
-                items, pixels = await read(threads, body.rows, image_limits, sources)
+                items, pixels = await read(threads, body.rows, image_limits, origins)
                 with pixels_held.hold(pixels):
                     futures = app.state.batcher.submit(items, prompt)
                     try:
@@ -340,6 +340,6 @@ def serve(
         load: For `BTokSentenceTransformer`.
     """
     api_key = os.environ.get(KEY) or None
-    sources = Sources(limits.max_image_pixels, limits.max_body, limits.timeout, hosts, folder)
-    app = make_app(ServedModel(repo, **load), name or repo, limits, sources, api_key)
+    origins = Origins(limits.max_image_pixels, limits.max_body, limits.timeout, hosts, folder)
+    app = make_app(ServedModel(repo, **load), name or repo, limits, origins, api_key)
     uvicorn.run(app, host=host, port=port, access_log=False, server_header=False)

@@ -21,7 +21,7 @@ WEB = ("http://", "https://")
 
 
 @dataclass(frozen=True)
-class Sources:
+class Origins:
     """What requests may name, and how large it may be.
 
     Args:
