@@ -26,14 +26,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from btok_hf.features import GRID_KEYS, IGNORED, MEDIA_KEYS, ROW_KEYS
+from btok_hf.backbones import family_of
+from btok_hf.features import IGNORED, MEDIA_KEYS, ROW_KEYS
 from btok_hf.modeling.modeling_btok import (
     Backbone,
     append_bottleneck_tokens,
     bottleneck_token_ids,
     check_media,
     last_positions,
-    stock_class,
 )
 from btok_hf.packed_attention import ATTENTION, VISION_ATTENTION, PackedLayout
 
@@ -117,42 +117,12 @@ def backbone_and_head(model: torch.nn.Module) -> tuple[Backbone, Tensor | None]:
     stock: Any = model
     if hasattr(stock, "get_base_model"):  # wrapped by PEFT
         stock = stock.get_base_model()
-    stock_class(stock.config)  # refuses unsupported backbones
-    backbone = stock if hasattr(stock, "language_model") else stock.model
+    family_of(stock.config)  # refuses unsupported backbones
+    backbone = stock.base_model
     head = stock.get_output_embeddings()
     if head is None and stock.config.tie_word_embeddings:
         head = stock.get_input_embeddings()
     return backbone, None if head is None else head.weight
-
-
-def _position_ids(
-    backbone: Backbone,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    mm_token_type_ids: Tensor | None,
-    features: Mapping[str, Tensor],
-) -> Tensor:
-    """M-RoPE positions as the backbone computes them. Shape (3, batch, length)."""
-    grids = {key: features[key] for key in GRID_KEYS if features.get(key) is not None}
-    if not grids:
-        return (attention_mask.long().cumsum(1) - 1).clamp(min=0).expand(3, -1, -1)
-    if mm_token_type_ids is None:
-        raise ValueError(
-            "Images or video were given without mm_token_type_ids, which multimodal positions need. "
-            "Pass everything that the processor returned."
-        )
-    get_rope_index: Any = backbone.get_rope_index  # its annotations demand LongTensor, a type of no actual tensor
-    # The backbone loops over rows in Python. If all rows have the same layout, computing one of them is enough.
-    uniform = [
-        grid.view(len(input_ids), -1, *grid.shape[1:]) for grid in grids.values() if len(grid) % len(input_ids) == 0
-    ]
-    if len(uniform) == len(grids) and all((x == x[:1]).all() for x in (mm_token_type_ids, attention_mask, *uniform)):
-        first = {key: grid[0] for key, grid in zip(grids, uniform)}
-        positions, _ = get_rope_index(
-            input_ids[:1], mm_token_type_ids=mm_token_type_ids[:1], attention_mask=attention_mask[:1], **first
-        )
-        return positions.expand(-1, len(input_ids), -1)
-    return get_rope_index(input_ids, mm_token_type_ids=mm_token_type_ids, attention_mask=attention_mask, **grids)[0]
 
 
 def condense(
@@ -252,7 +222,7 @@ def reconstruct(
     backbone, tied_head = backbone_and_head(model)
     head = _check_head(tied_head if lm_head is None else lm_head)
     # Placeholders cannot be decoded: the backbone would expect media for them.
-    placeholders = [backbone.config.image_token_id, backbone.config.video_token_id]
+    placeholders = list(family_of(backbone.config).placeholders(backbone.config))
     ids = torch.tensor([prompt_ids] * len(inputs["input_ids"]))
     for _ in range(max_new_tokens):
         packed, ends = _pack(backbone, inputs, ids, torch.ones_like(ids, dtype=torch.bool))
@@ -303,7 +273,7 @@ def _pack(
     input_ids, attention_mask, types = append_bottleneck_tokens(
         rows["input_ids"], rows.get("attention_mask"), token_ids, rows.get("mm_token_type_ids")
     )
-    positions = _position_ids(backbone, input_ids, attention_mask, types, rows)
+    positions = family_of(backbone.config).positions(backbone, input_ids, attention_mask, types, rows)
     real = attention_mask.bool()
 
     # Each row becomes [encoded side | BToks | target].
@@ -333,8 +303,9 @@ def _pack(
 def _forward(backbone: Backbone, packed: dict[str, Any]) -> Tensor:
     """Last hidden states of the packed rows. Shape (length, hidden)."""
     # Not restored after this call, because activation checkpointing reads it again in the backward pass.
-    backbone.language_model.config._attn_implementation = ATTENTION
-    backbone.visual.config._attn_implementation = VISION_ATTENTION
+    family = family_of(backbone.config)
+    family.language_model(backbone).config._attn_implementation = ATTENTION
+    family.vision_tower(backbone).config._attn_implementation = VISION_ATTENTION
     return backbone(**packed, use_cache=False, vision_layouts={}).last_hidden_state[0]
 
 

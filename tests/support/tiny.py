@@ -18,7 +18,7 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from btok_hf.bottleneck import REQUIRED_TOKENS
+from btok_hf.backbones import REQUIRED_TOKENS
 
 BACKBONES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 SPECIAL = ["<|endoftext|>", *REQUIRED_TOKENS, "<|vision_pad|>"]
