@@ -33,11 +33,14 @@ class Family:
         name (`str`): What its makers call it.
         required_tokens (`tuple[str, ...]`): Special tokens that rows and targets are made of.
         adapted (`tuple[str, ...]`): Names of the linear layers of the language model that LoRA adapts by default.
+        mixers (`tuple[str, ...]`): Names of the modules in a layer that mix tokens otherwise than by attention. They
+            are causal and take hidden states of shape `(batch, length, hidden)`.
     """
 
     name: str
     required_tokens: tuple[str, ...] = REQUIRED_TOKENS
     adapted: tuple[str, ...] = PROJECTIONS
+    mixers: tuple[str, ...] = ()
 
     @property
     def lora_targets(self) -> str:
@@ -110,6 +113,11 @@ FAMILIES = {
     "qwen2_vl": Family("Qwen2-VL"),
     "qwen2_5_vl": Family("Qwen2.5-VL"),
     "qwen3_vl": Family("Qwen3-VL"),
+    # Three layers of Gated DeltaNet to one of attention. Its gates (in_proj_a, in_proj_b) have one output for a head:
+    # an adapter would be as large as they are.
+    "qwen3_5": Family(
+        "Qwen3.5", adapted=(*PROJECTIONS, "in_proj_qkv", "in_proj_z", "out_proj"), mixers=("linear_attn",)
+    ),
 }
 
 

@@ -5,18 +5,20 @@ Information about the input can therefore reach the prediction only through the 
 Tokens (BToks) in each layer (Bottleneck Tokens, arXiv 2604.11095, section on the Condensation Mask).
 
 Implementation:
-- All rows of a batch are concatenated without padding. A row has up to two attention segments. The prefix (encoded
-  side and BToks) is causal. The target has the BToks and the previous target tokens as its keys. This choice of keys
-  is the Condensation Mask: there is no mask tensor, no cache and no second forward.
-- Segments of similar shape share one call of torch's scaled-dot-product attention, on any device.
-- The layout is passed to the attention function as a keyword argument, so that activation checkpointing recomputes
-  the same attention. (Checkpointing silently drops a key/value cache.)
+- All rows of a batch are concatenated without padding. A row has up to two segments. The prefix (encoded side and
+  BToks) is causal. The target has the BToks and the previous target tokens as its keys. This choice of keys is the
+  Condensation Mask: there is no mask tensor, no cache and no second forward. It holds for every token mixer of a
+  layer: linear attention and convolutions run over the keys of a segment from a zero state.
+- Segments of similar shape share one call of a mixer (of attention: torch's scaled-dot-product attention), on any
+  device.
+- The layout is passed to the mixers as a keyword argument, so that activation checkpointing recomputes the same.
+  (Checkpointing silently drops a key/value cache.)
 - Checks, positions and layout are computed on the CPU and copied to the device before the first kernel is queued. On a
   GPU, reading a value waits for all queued kernels.
 - Target tokens get the positions after the maximum of the encoded side, as in generation.
 - The cross-entropy is computed for 256 target tokens at a time.
 
-The attention functions are in `btok_hf/packed_attention.py`, the training loss in `training/condensation_loss.py`.
+The mixers are in `btok_hf/packed_attention.py`, the training loss in `training/condensation_loss.py`.
 """
 
 from collections.abc import Mapping
@@ -35,7 +37,7 @@ from btok_hf.modeling.modeling_btok import (
     check_media,
     last_positions,
 )
-from btok_hf.packed_attention import ATTENTION, VISION_ATTENTION, PackedLayout
+from btok_hf.packed_attention import ATTENTION, VISION_ATTENTION, PackedLayout, pack_mixers
 
 CROSS_ENTROPY_ROWS = 256  # rows of logits in memory at once: 256 x 151,936 x 4 bytes = 156 MB
 
@@ -141,7 +143,7 @@ def condense(
             `AutoModelForImageTextToText`), `BTokForEmbedding`, or one of them wrapped by PEFT. Its attention
             implementations are set to `"btok_packed"` (language model) and `"btok_flash_packed"` (vision tower).
             Calls without a packed layout run transformers' SDPA. The vision tower computes the same as SDPA in fewer
-            calls.
+            calls. Other token mixers are wrapped (`pack_mixers`).
         inputs (`Mapping[str, torch.Tensor]`): What a processor returns for the encoded side: `input_ids`,
             `attention_mask` and, with media, `mm_token_type_ids`, pixels and grids. Bottleneck Tokens are appended to
             rows that do not end in them. Leave the tensors on the CPU: they are checked there and then copied to the
@@ -304,7 +306,9 @@ def _forward(backbone: Backbone, packed: dict[str, Any]) -> Tensor:
     """Last hidden states of the packed rows. Shape (length, hidden)."""
     # Not restored after this call, because activation checkpointing reads it again in the backward pass.
     family = family_of(backbone.config)
-    family.language_model(backbone).config._attn_implementation = ATTENTION
+    language_model = family.language_model(backbone)
+    language_model.config._attn_implementation = ATTENTION
+    pack_mixers(language_model, family.mixers)
     family.vision_tower(backbone).config._attn_implementation = VISION_ATTENTION
     return backbone(**packed, use_cache=False, vision_layouts={}).last_hidden_state[0]
 

@@ -29,6 +29,7 @@ STOCK_CLASSES = {
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_5": "Qwen3_5ForConditionalGeneration",
 }
 StockModel: TypeAlias = Any  # one of these classes
 Backbone: TypeAlias = Any  # its `model`: vision tower and language model, without a head
