@@ -23,7 +23,7 @@ import transformers
 from transformers import Qwen2VLConfig, Qwen2VLModel
 from transformers.initialization import no_init_weights
 
-from btok_hf.adapters import LORA_TARGETS
+from btok_hf.backbones import family_of
 from btok_hf.condensation import condense
 
 VOCABULARY, IMAGE, START, END = 151_936, 151_655, 151_652, 151_653
@@ -66,7 +66,9 @@ def build(device):
         parameter.data.fill_(0.01)
     tokens = {"language_model.embed_tokens": config.btok_token_ids}
     model.add_adapter(
-        peft.LoraConfig(r=16, lora_alpha=32, target_modules=LORA_TARGETS, trainable_token_indices=tokens)
+        peft.LoraConfig(
+            r=16, lora_alpha=32, target_modules=family_of(config).lora_targets, trainable_token_indices=tokens
+        )
     )
     for parameter in model.parameters():
         if parameter.requires_grad:

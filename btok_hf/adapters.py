@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from transformers import PreTrainedModel
 
+from btok_hf.backbones import family_of
 from btok_hf.hub_names import is_hub_id
 from btok_hf.modeling.modeling_btok import bottleneck_token_ids
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig
-
-# Default target modules of LoRA: the projections of the language model.
-LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 # Options of LoRA that train what a merge leaves out, or that merge only for some inputs.
 NOT_MERGED = (
@@ -105,7 +103,7 @@ def add_adapters(backbone: PreTrainedModel, lm_head: torch.nn.Module | None, pef
             "not match. Set lora_dropout=0.0."
         )
     if peft_config.target_modules is None:
-        peft_config.target_modules = LORA_TARGETS
+        peft_config.target_modules = family_of(backbone.config).lora_targets
     if peft_config.trainable_token_indices is not None:
         raise ValueError(
             f"trainable_token_indices must be unset, got {peft_config.trainable_token_indices}: it is set to the "

@@ -15,17 +15,9 @@ import torch
 from transformers import AutoConfig, AutoProcessor, ProcessorMixin
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from btok_hf.backbones import Family, family_of
 from btok_hf.export import untied_head, write_repository
-from btok_hf.modeling.modeling_btok import StockModel, load_stock_model, stock_class
-
-REQUIRED_TOKENS = (
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
+from btok_hf.modeling.modeling_btok import StockModel, load_stock_model
 
 # The order of a row's content: media, instruction, text (as in the paper), or as the user gives it. Parts are
 # separated by one space. `<|` in user text is escaped, so that no text can become a special token. The templates use
@@ -81,7 +73,7 @@ def add_bottleneck_tokens(
 
     Args:
         base (`str` or `Path`):
-            Local folder or Hub id of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint with its processor.
+            Local folder or Hub id of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5 checkpoint with its processor.
         output_dir (`str` or `Path`): Folder to write. Must not contain a model.
         num_tokens (`int`): K. 4 in the paper; 0 is the last-token-pooling baseline.
         order (`str`): Order of a row's content. `media_first` is the paper's: media, instruction, text. `as_given`
@@ -93,7 +85,7 @@ def add_bottleneck_tokens(
         seed (`int`): Seed of the noise.
         min_pixels (`int`, *optional*): Smaller images are enlarged to this many pixels. Default: the base's.
         max_pixels (`int`, *optional*): Larger images and frames are reduced to this many pixels. Lower it to save
-            memory: a token covers 28 x 28 pixels (32 x 32 for Qwen3-VL). Default: the base's.
+            memory: a token covers 28 x 28 pixels (32 x 32 for Qwen3-VL and Qwen3.5). Default: the base's.
         prompts (`dict[str, str]`, *optional*): Instructions by name, e.g. `query` and `document`, saved with the
             model for `encode_query` and `encode_document`.
         dtype (`str` or `torch.dtype`): Precision of loading and saving. Default: the checkpoint's.
@@ -123,11 +115,11 @@ def add_bottleneck_tokens(
     if on_hub:  # all files are read from the same commit, which is recorded in the configuration
         hub_kwargs["revision"] = extract_commit_hash(cached_file(base, "config.json", **hub_kwargs), None)
     config = AutoConfig.from_pretrained(base, **hub_kwargs)
-    stock_class(config)  # refuses unsupported backbones before the weights are loaded
+    family = family_of(config)  # refuses unsupported backbones before the weights are loaded
     processor = AutoProcessor.from_pretrained(base, **hub_kwargs)
     tokenizer = processor.tokenizer
     known = tokenizer.get_vocab()
-    _check_base(base, processor, known)
+    _check_base(base, family, processor, known)
 
     names = [bottleneck_token(index) for index in range(num_tokens)]
     present = [name for name in known if name.startswith("<|btok_")]
@@ -181,25 +173,25 @@ def add_bottleneck_tokens(
     )
 
 
-def _check_base(base: str | Path, processor: ProcessorMixin, known: Collection[str]) -> None:
+def _check_base(base: str | Path, family: Family, processor: ProcessorMixin, known: Collection[str]) -> None:
     if not isinstance(processor.chat_template, str):
         raise ValueError(
             f"{base} must have one chat template, got {type(processor.chat_template).__name__}. Copy "
             "chat_template.jinja or chat_template.json of the instruction-tuned model into the folder."
         )
-    absent = [token for token in REQUIRED_TOKENS if token not in known]
+    absent = [token for token in family.required_tokens if token not in known]
     if absent:
-        raise ValueError(f"The tokenizer of {base} lacks {', '.join(absent)}. Use the Qwen-VL tokenizer of the model.")
+        raise ValueError(f"The tokenizer of {base} lacks {', '.join(absent)}. Use the tokenizer of a {family.name}.")
     if processor.tokenizer.eos_token is None:
         raise ValueError(
-            f"The tokenizer of {base} has no eos_token, which Bottleneck Tokens are initialised from. Use the Qwen-VL "
-            "tokenizer of the model."
+            f"The tokenizer of {base} has no eos_token, which Bottleneck Tokens are initialised from. Use the "
+            f"tokenizer of a {family.name}."
         )
     odd = [token for token in processor.tokenizer.all_special_tokens if not token.startswith("<|")]
     if odd:
         raise ValueError(
             f"The tokenizer of {base} has special tokens that do not start with '<|': {odd}. The chat template cannot "
-            "escape them in user text. Use the Qwen-VL tokenizer of the model."
+            f"escape them in user text. Use the tokenizer of a {family.name}."
         )
 
 

@@ -5,18 +5,20 @@ Information about the input can therefore reach the prediction only through the 
 Tokens (BToks) in each layer (Bottleneck Tokens, arXiv 2604.11095, section on the Condensation Mask).
 
 Implementation:
-- All rows of a batch are concatenated without padding. A row has up to two attention segments. The prefix (encoded
-  side and BToks) is causal. The target has the BToks and the previous target tokens as its keys. This choice of keys
-  is the Condensation Mask: there is no mask tensor, no cache and no second forward.
-- Segments of similar shape share one call of torch's scaled-dot-product attention, on any device.
-- The layout is passed to the attention function as a keyword argument, so that activation checkpointing recomputes
-  the same attention. (Checkpointing silently drops a key/value cache.)
+- All rows of a batch are concatenated without padding. A row has up to two segments. The prefix (encoded side and
+  BToks) is causal. The target has the BToks and the previous target tokens as its keys. This choice of keys is the
+  Condensation Mask: there is no mask tensor, no cache and no second forward. It holds for every token mixer of a
+  layer: linear attention and convolutions run over the keys of a segment from a zero state.
+- Segments of similar shape share one call of a mixer (of attention: torch's scaled-dot-product attention), on any
+  device.
+- The layout is passed to the mixers as a keyword argument, so that activation checkpointing recomputes the same.
+  (Checkpointing silently drops a key/value cache.)
 - Checks, positions and layout are computed on the CPU and copied to the device before the first kernel is queued. On a
   GPU, reading a value waits for all queued kernels.
 - Target tokens get the positions after the maximum of the encoded side, as in generation.
 - The cross-entropy is computed for 256 target tokens at a time.
 
-The attention functions are in `btok_hf/packed_attention.py`, the training loss in `training/condensation_loss.py`.
+The mixers are in `btok_hf/packed_attention.py`, the training loss in `training/condensation_loss.py`.
 """
 
 from collections.abc import Mapping
@@ -26,16 +28,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from btok_hf.features import GRID_KEYS, IGNORED, MEDIA_KEYS, ROW_KEYS
+from btok_hf.backbones import family_of
+from btok_hf.features import IGNORED, MEDIA_KEYS, ROW_KEYS
 from btok_hf.modeling.modeling_btok import (
     Backbone,
     append_bottleneck_tokens,
     bottleneck_token_ids,
     check_media,
     last_positions,
-    stock_class,
 )
-from btok_hf.packed_attention import ATTENTION, VISION_ATTENTION, PackedLayout
+from btok_hf.packed_attention import ATTENTION, VISION_ATTENTION, PackedLayout, pack_mixers
 
 CROSS_ENTROPY_ROWS = 256  # rows of logits in memory at once: 256 x 151,936 x 4 bytes = 156 MB
 
@@ -117,42 +119,12 @@ def backbone_and_head(model: torch.nn.Module) -> tuple[Backbone, Tensor | None]:
     stock: Any = model
     if hasattr(stock, "get_base_model"):  # wrapped by PEFT
         stock = stock.get_base_model()
-    stock_class(stock.config)  # refuses unsupported backbones
-    backbone = stock if hasattr(stock, "language_model") else stock.model
+    family_of(stock.config)  # refuses unsupported backbones
+    backbone = stock.base_model
     head = stock.get_output_embeddings()
     if head is None and stock.config.tie_word_embeddings:
         head = stock.get_input_embeddings()
     return backbone, None if head is None else head.weight
-
-
-def _position_ids(
-    backbone: Backbone,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    mm_token_type_ids: Tensor | None,
-    features: Mapping[str, Tensor],
-) -> Tensor:
-    """M-RoPE positions as the backbone computes them. Shape (3, batch, length)."""
-    grids = {key: features[key] for key in GRID_KEYS if features.get(key) is not None}
-    if not grids:
-        return (attention_mask.long().cumsum(1) - 1).clamp(min=0).expand(3, -1, -1)
-    if mm_token_type_ids is None:
-        raise ValueError(
-            "Images or video were given without mm_token_type_ids, which multimodal positions need. "
-            "Pass everything that the processor returned."
-        )
-    get_rope_index: Any = backbone.get_rope_index  # its annotations demand LongTensor, a type of no actual tensor
-    # The backbone loops over rows in Python. If all rows have the same layout, computing one of them is enough.
-    uniform = [
-        grid.view(len(input_ids), -1, *grid.shape[1:]) for grid in grids.values() if len(grid) % len(input_ids) == 0
-    ]
-    if len(uniform) == len(grids) and all((x == x[:1]).all() for x in (mm_token_type_ids, attention_mask, *uniform)):
-        first = {key: grid[0] for key, grid in zip(grids, uniform)}
-        positions, _ = get_rope_index(
-            input_ids[:1], mm_token_type_ids=mm_token_type_ids[:1], attention_mask=attention_mask[:1], **first
-        )
-        return positions.expand(-1, len(input_ids), -1)
-    return get_rope_index(input_ids, mm_token_type_ids=mm_token_type_ids, attention_mask=attention_mask, **grids)[0]
 
 
 def condense(
@@ -171,7 +143,7 @@ def condense(
             `AutoModelForImageTextToText`), `BTokForEmbedding`, or one of them wrapped by PEFT. Its attention
             implementations are set to `"btok_packed"` (language model) and `"btok_flash_packed"` (vision tower).
             Calls without a packed layout run transformers' SDPA. The vision tower computes the same as SDPA in fewer
-            calls.
+            calls. Other token mixers are wrapped (`pack_mixers`).
         inputs (`Mapping[str, torch.Tensor]`): What a processor returns for the encoded side: `input_ids`,
             `attention_mask` and, with media, `mm_token_type_ids`, pixels and grids. Bottleneck Tokens are appended to
             rows that do not end in them. Leave the tensors on the CPU: they are checked there and then copied to the
@@ -252,8 +224,9 @@ def reconstruct(
     backbone, tied_head = backbone_and_head(model)
     head = _check_head(tied_head if lm_head is None else lm_head)
     # The backbone would expect media for a placeholder, and a target never holds a Bottleneck Token: untrained models,
-    # whose token rows are close to the last hidden states, would repeat it.
-    excluded = [backbone.config.image_token_id, backbone.config.video_token_id, *bottleneck_token_ids(backbone.config)]
+    # whose token rows are close to the last hidden states, would repeat it. With K = 0 it is the token that ends rows.
+    tokens = set(bottleneck_token_ids(backbone.config)) - {stop_id}
+    excluded = [*family_of(backbone.config).placeholders(backbone.config), *tokens]
     ids = torch.tensor([prompt_ids] * len(inputs["input_ids"]))
     for _ in range(max_new_tokens):
         packed, ends = _pack(backbone, inputs, ids, torch.ones_like(ids, dtype=torch.bool))
@@ -304,7 +277,7 @@ def _pack(
     input_ids, attention_mask, types = append_bottleneck_tokens(
         rows["input_ids"], rows.get("attention_mask"), token_ids, rows.get("mm_token_type_ids")
     )
-    positions = _position_ids(backbone, input_ids, attention_mask, types, rows)
+    positions = family_of(backbone.config).positions(backbone, input_ids, attention_mask, types, rows)
     real = attention_mask.bool()
 
     # Each row becomes [encoded side | BToks | target].
@@ -334,8 +307,11 @@ def _pack(
 def _forward(backbone: Backbone, packed: dict[str, Any]) -> Tensor:
     """Last hidden states of the packed rows. Shape (length, hidden)."""
     # Not restored after this call, because activation checkpointing reads it again in the backward pass.
-    backbone.language_model.config._attn_implementation = ATTENTION
-    backbone.visual.config._attn_implementation = VISION_ATTENTION
+    family = family_of(backbone.config)
+    language_model = family.language_model(backbone)
+    language_model.config._attn_implementation = ATTENTION
+    pack_mixers(language_model, family.mixers)
+    family.vision_tower(backbone).config._attn_implementation = VISION_ATTENTION
     return backbone(**packed, use_cache=False, vision_layouts={}).last_hidden_state[0]
 
 

@@ -1,9 +1,11 @@
-"""Attention over packed rows: the layout of queries and keys, and the attention functions that transformers calls.
+"""Token mixers over packed rows: the layout of queries and keys, and what runs attention and other mixers over it.
 
-`btok_hf/condensation.py` packs the rows. Importing this module registers the attention functions.
+One rule holds for every mixer: the queries of a segment see the sequence of the segment's keys and nothing else. A
+recurrent state is zero before it. `btok_hf/condensation.py` packs the rows and chooses the keys. Importing this module
+registers the attention functions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.utils import is_causal_conv1d_available, is_flash_linear_attention_available
 
 ATTENTION = "btok_packed"
 # If the name of an attention function contains "flash", transformers calls it once for all images of a batch, with
@@ -25,11 +28,12 @@ Segment = tuple[int, int, int, int]
 
 
 class PackedLayout:
-    """The attention segments of a packed row, grouped by shape.
+    """The segments of a packed row, grouped by shape.
 
-    Each group is one call of scaled-dot-product attention. Short causal segments are padded to the lengths of
-    `_padded`, so that a batch of texts of many lengths needs few calls. Padding is masked and its outputs are dropped.
-    Long segments and images are grouped by their exact shape, because fewer shapes occur and each call does more work.
+    Each group is one call of scaled-dot-product attention, or of another token mixer. Short causal segments are padded
+    to the lengths of `_padded`, so that a batch of texts of many lengths needs few calls. Padding comes last, no real
+    position sees it, and its outputs are dropped. Long segments and images are grouped by their exact shape, because
+    fewer shapes occur and each call does more work.
 
     Args:
         segments (`Sequence[tuple[int, int, int, int]]`):
@@ -48,13 +52,18 @@ class PackedLayout:
         self.shapes: list[tuple[int, int, int]] = []
         self.masks: list[Tensor | None] = []
         self.causal: list[bool] = []
-        group_queries, group_keys, group_real = [], [], []
+        group_queries, group_keys, group_real, group_ends = [], [], [], []
+        length = 0
         for (rows, columns), members in groups.items():
             query_start, query_length, key_start, key_length = torch.tensor(members).T[..., None]
             row, column = torch.arange(rows), torch.arange(columns)
             group_queries.append((query_start + row.minimum(query_length - 1)).flatten())
             group_keys.append((key_start + column.minimum(key_length - 1)).flatten())
             group_real.append((row < query_length).flatten())
+            # The queries are the last of their keys.
+            first = length + columns * torch.arange(len(members))[:, None] + key_length - query_length
+            group_ends.append((first + row).flatten())
+            length += len(members) * columns
             exact = bool((query_length == rows).all() and (key_length == columns).all())
             self.shapes.append((len(members), rows, columns))
             self.causal.append(causal and exact and rows == columns)
@@ -65,8 +74,12 @@ class PackedLayout:
             self.masks.append(mask)
         queries, kept = torch.cat(group_queries), torch.cat(group_real).nonzero()[:, 0]
         # The index of each packed position in the concatenated outputs of all groups.
-        self.order = kept[queries[kept].argsort()].to(device)
+        order = kept[queries[kept].argsort()]
+        self.order = order.to(device)
         self.queries, self.keys = queries.to(device), torch.cat(group_keys).to(device)
+        # The same in the concatenated keys of all groups.
+        self.ends = torch.cat(group_ends)[order].to(device)
+        self.sequences = _sequences(segments, device) if causal and _has_linear_kernels(device) else None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """Attention over the segments.
@@ -94,6 +107,46 @@ class PackedLayout:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale)
             outputs.append(out.transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs).index_select(0, self.order)
+
+    def mix(self, mixer: Callable[..., Tensor], hidden: Tensor) -> Tensor:
+        """A causal token mixer over the segments: it runs over the keys of each, and gives the outputs of the queries.
+
+        Args:
+            mixer (`Callable`): From hidden states of shape `(batch, length, hidden)` to as many outputs. With kernels
+                for sequences of many lengths, it is called once, with `cu_seq_lens_q` and `seq_idx`.
+            hidden (`torch.Tensor` of shape `(length, hidden)`): Hidden states of the packed row.
+
+        Returns:
+            `torch.Tensor` of shape `(length, hidden)`
+        """
+        if self.sequences is not None:
+            keys, ends, bounds, index = self.sequences
+            return mixer(hidden.index_select(0, keys)[None], cu_seq_lens_q=bounds, seq_idx=index)[0].index_select(
+                0, ends
+            )
+        groups = hidden.index_select(0, self.keys).split([n * columns for n, _, columns in self.shapes])
+        outputs = [
+            mixer(states.view(n, columns, -1)).flatten(0, 1) for (n, _, columns), states in zip(self.shapes, groups)
+        ]
+        return torch.cat(outputs).index_select(0, self.ends)
+
+
+def _has_linear_kernels(device: torch.device) -> bool:
+    """Whether transformers runs linear attention and its convolution with kernels that keep sequences apart."""
+    return device.type == "cuda" and is_flash_linear_attention_available() and is_causal_conv1d_available()
+
+
+def _sequences(segments: Sequence[Segment], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The keys of all segments behind each other: their indices, the places of the queries, bounds and numbers."""
+    query_start, query_length, key_start, key_length = torch.tensor(segments).T
+    bounds = F.pad(key_length.cumsum(0), (1, 0))
+    number = torch.arange(len(segments)).repeat_interleave(key_length)
+    place = torch.arange(len(number)) - bounds[number]  # of a key in its sequence
+    keys, back = key_start[number] + place, key_length[number] - place
+    is_query = (back <= query_length[number]).nonzero()[:, 0]
+    position = (query_start + query_length)[number] - back  # of a query in the packed row
+    ends = is_query[position[is_query].argsort()]
+    return keys.to(device), ends.to(device), bounds.int().to(device), number.int()[None].to(device)
 
 
 def _padded(length: int) -> int:
@@ -148,6 +201,39 @@ def _vision_attention(
     _, layout = layouts[id(cu_seq_lens_q)]
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     return layout.attend(query, key, value, scaling)[None], None
+
+
+class _PackedMixer:
+    """The forward of a token mixer other than attention: packed if a layout is given, otherwise as it was."""
+
+    def __init__(self, forward: Callable[..., Tensor]) -> None:
+        self.forward = forward
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        packed_layout: PackedLayout | None = None,
+        vision_layouts: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if packed_layout is None:
+            return self.forward(hidden_states, *args, **kwargs)
+        return packed_layout.mix(self.forward, hidden_states[0])[None]
+
+
+def pack_mixers(language_model: torch.nn.Module, names: Collection[str]) -> None:
+    """Make the token mixers with these names run over the layout of a packed row. Other calls stay as they were.
+
+    Not undone after a forward, because activation checkpointing calls them again in the backward pass.
+
+    Args:
+        language_model (`torch.nn.Module`): Changed in place. May be called again.
+        names (`Collection[str]`): Names of the mixers in their layers.
+    """
+    for name, module in language_model.named_modules():
+        if name.rpartition(".")[2] in names and not isinstance(module.forward, _PackedMixer):
+            module.forward = _PackedMixer(module.forward)
 
 
 AttentionInterface.register(VISION_ATTENTION, _vision_attention)

@@ -20,6 +20,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from btok_hf.adapters import find_base, has_adapters, load_adapters
+from btok_hf.backbones import family_of
 from btok_hf.condensation import condense, reconstruct
 from btok_hf.encoding import PackedEncoder
 from btok_hf.export import untied_head, write_repository
@@ -27,7 +28,6 @@ from btok_hf.features import IGNORED, PIXEL_KEYS
 from btok_hf.inputs import ImageLimits, Input, as_messages, check_input, shown
 from btok_hf.modeling.modeling_btok import (
     LOADING,
-    Backbone,
     bottleneck_token_ids,
     last_positions,
     load_stock_model,
@@ -92,6 +92,11 @@ class BottleneckTransformer(Transformer):
         return backbone
 
     @property
+    def vision_tower(self) -> PreTrainedModel:
+        """The part of the backbone that reads images and video."""
+        return family_of(self.config).vision_tower(self.model)
+
+    @property
     def image_limits(self) -> ImageLimits:
         """What images `check_input` lets pass."""
         return ImageLimits(self.processor.image_processor.size["longest_edge"], self.config.vision_config.patch_size)
@@ -147,8 +152,9 @@ class BottleneckTransformer(Transformer):
             options["processing_kwargs"] = {**given, "video": video}
         try:
             features = super().preprocess(rows, prompt=prompt, **options)
-            config, ids = self.config, features.get("input_ids", torch.empty(0))
-            if (ids == config.vision_start_token_id).sum() != (ids == config.vision_end_token_id).sum():
+            ids = features.get("input_ids", torch.empty(0))
+            before, after = family_of(self.config).media_bounds(self.config)
+            if (ids == before).sum() != (ids == after).sum():
                 # The processor misses only placeholders, and not the token before the first.
                 raise ValueError("Likely due to `truncation`")
         except ValueError as error:
@@ -205,8 +211,7 @@ class BottleneckTransformer(Transformer):
         shared = distributed.is_available() and distributed.is_initialized()
         if not shared or any(features.get(key) is not None for key in PIXEL_KEYS):
             return zero
-        parameters = cast(Backbone, self.model).visual.parameters()
-        return sum((p.flatten()[:0].sum() for p in parameters if p.requires_grad), zero)
+        return sum((p.flatten()[:0].sum() for p in self.vision_tower.parameters() if p.requires_grad), zero)
 
 
 class BTokSentenceTransformer(PackedEncoder):

@@ -15,31 +15,24 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias
 
 import torch
 import transformers
 from torch.nn.functional import normalize
-from transformers import (
-    AutoConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLModel,
-    Qwen2VLForConditionalGeneration,
-    Qwen2VLModel,
-    Qwen3VLForConditionalGeneration,
-    Qwen3VLModel,
-)
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-Backbone = Qwen2VLModel | Qwen2_5_VLModel | Qwen3VLModel
-StockModel = Qwen2VLForConditionalGeneration | Qwen2_5_VLForConditionalGeneration | Qwen3VLForConditionalGeneration
-STOCK_CLASSES: dict[str, type[PreTrainedModel]] = {
-    "qwen2_vl": Qwen2VLForConditionalGeneration,
-    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
-    "qwen3_vl": Qwen3VLForConditionalGeneration,
+# The classes of transformers by model_type. They are imported by name when they are needed, so that a repository
+# loads with any release that has the class of its own family.
+STOCK_CLASSES = {
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_5": "Qwen3_5ForConditionalGeneration",
 }
+StockModel: TypeAlias = Any  # one of these classes
+Backbone: TypeAlias = Any  # its `model`: vision tower and language model, without a head
 
 # While transformers loads a model, it replaces `PreTrainedModel.tie_weights`, `torch.linspace` and torch's default
 # dtype for all threads, and threads that overlap restore each other's replacements. So one thread of the process loads
@@ -72,9 +65,9 @@ def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     if config.model_type not in STOCK_CLASSES:
         raise ValueError(
             f"Bottleneck Tokens support the backbones {sorted(STOCK_CLASSES)}, got model_type {config.model_type!r}. "
-            "Start from a Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint."
+            "Start from a checkpoint of one of these families."
         )
-    return STOCK_CLASSES[config.model_type]
+    return getattr(transformers, STOCK_CLASSES[config.model_type])
 
 
 def load_stock_model(
@@ -229,7 +222,7 @@ class BTokForEmbedding(PreTrainedModel):
     def __init__(self, config: PreTrainedConfig, backbone: Backbone | None = None) -> None:
         super().__init__(config)
         bottleneck_token_ids(config)
-        self.model = cast(StockModel, stock_class(config)(config)).model if backbone is None else backbone
+        self.model = stock_class(config)(config).model if backbone is None else backbone
         self._no_split_modules = self.model._no_split_modules
         self.post_init()
 
@@ -370,7 +363,7 @@ def with_auto_map(config: dict[str, Any]) -> dict[str, Any]:
     transformers chooses its stock classes by `model_type` and ignores the architecture. Engines that choose by it, and
     do not know Bottleneck Tokens, refuse the model instead of pooling it in another way.
     """
-    stock = STOCK_CLASSES[config["model_type"]].__name__
+    stock = STOCK_CLASSES[config["model_type"]]
     return {
         **config,
         "architectures": [f"BTok{stock.replace('ForConditionalGeneration', 'ForEmbedding')}"],

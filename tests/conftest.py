@@ -60,6 +60,12 @@ def repo(repos):
     return repos["qwen2_vl"]
 
 
+@pytest.fixture(params=["qwen2_vl", "qwen3_5"])
+def either(repos, request):
+    """A repository of which all layers are attention, and one with recurrent layers."""
+    return repos[request.param]
+
+
 @pytest.fixture(scope="session")
 def model(repo):
     """The loaded repository. Tests must not change it."""

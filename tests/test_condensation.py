@@ -1,5 +1,6 @@
 """The packed condensation forward against its definition: a dense mask, full logits, padded batches."""
 
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -8,10 +9,12 @@ from support import tiny
 from support.gradients import assert_same_gradients
 from support.inputs import TARGETS, process, rows, targets
 from support.media import video
+from support.oracle import layer_by_layer
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
+from btok_hf.backbones import FAMILIES
 from btok_hf.condensation import _forward, condense, dense_condensation_mask, linear_cross_entropy, reconstruct
 from btok_hf.modeling.modeling_btok import last_positions
 from btok_hf.packed_attention import PackedLayout
@@ -64,9 +67,11 @@ def test_packed_equals_dense_mask(repos, backbone, kind, side):
     processor = AutoProcessor.from_pretrained(repos[backbone])
     inputs = process(processor, rows(kind), side)
     target_ids, labels = targets(processor)
+    # A mask over attention says nothing to recurrent layers.
+    reference = layer_by_layer if backbone == "qwen3_5" else dense_reference
     for masked in (True, False):
         model = AutoModelForImageTextToText.from_pretrained(repos[backbone])
-        expected = dense_reference(model, inputs, target_ids, labels, masked)
+        expected = reference(model, inputs, target_ids, labels, masked)
         expected_gradients = gradients(model, *expected)
         model = AutoModelForImageTextToText.from_pretrained(repos[backbone])
         actual = condense(model, inputs, target_ids, labels, condensation_mask=masked)
@@ -76,13 +81,26 @@ def test_packed_equals_dense_mask(repos, backbone, kind, side):
         assert_same_gradients(gradients(model, *actual), expected_gradients)
 
 
+@pytest.mark.parametrize("backbone", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_dense_mask_and_layer_by_layer_are_the_same_definition(repos, backbone, masked):
+    processor = AutoProcessor.from_pretrained(repos[backbone])
+    inputs, (target_ids, labels) = process(processor, rows("image"), "left"), targets(processor)
+    model = AutoModelForImageTextToText.from_pretrained(repos[backbone])
+    with torch.no_grad():
+        expected = dense_reference(model, inputs, target_ids, labels, masked)
+        actual = layer_by_layer(model, inputs, target_ids, labels, masked)
+    torch.testing.assert_close(actual[0], expected[0], atol=2e-6, rtol=0)
+    torch.testing.assert_close(actual[1], expected[1], atol=2e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing_changes_nothing(repo, reentrant):
-    processor = AutoProcessor.from_pretrained(repo)
+def test_activation_checkpointing_changes_nothing(either, reentrant):
+    processor = AutoProcessor.from_pretrained(either)
     inputs, (target_ids, labels) = process(processor, rows("image")), targets(processor)
     results = []
     for checkpointing in (False, True):
-        model = AutoModelForImageTextToText.from_pretrained(repo).train()
+        model = AutoModelForImageTextToText.from_pretrained(either).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
@@ -105,10 +123,50 @@ def test_bottleneck_tokens_are_appended_where_they_are_absent(repo):
     torch.testing.assert_close(actual.token_losses, expected.token_losses, atol=1e-5, rtol=0)
 
 
-def test_query_reaches_the_target_only_through_the_bottleneck(repo):
+@pytest.mark.parametrize("backbone", tiny.BACKBONES)
+def test_changing_the_query_moves_no_target_if_the_bottleneck_is_held(repos, backbone):
+    """With the Bottleneck Tokens' states held fixed in every layer, targets do not change in a single bit."""
+    moved = {masked: leak(repos[backbone], masked) for masked in (True, False)}
+    print(f"{backbone}: {moved[True]} nats with the mask, {moved[False]:.2} without")  # for docs/method.md
+    assert moved[True] == 0 and moved[False] > 1e-2
+
+
+def test_a_mask_over_attention_alone_leaks_through_a_recurrent_state(repos):
+    """Why the rule is said about every token mixer: the state of Gated DeltaNet carries the query past the mask."""
+    only_attention = replace(FAMILIES["qwen3_5"], mixers=())
+    with patch.dict(FAMILIES, {"qwen3_5": only_attention}):
+        moved = leak(repos["qwen3_5"])
+    print(f"qwen3_5: {moved:.2} nats with a mask over attention alone")
+    assert moved > 1e-2
+
+
+def leak(repo, masked=True):
+    """The largest change of a target's loss when the query changes and the Bottleneck Tokens' states do not."""
+    processor, model = AutoProcessor.from_pretrained(repo), AutoModelForImageTextToText.from_pretrained(repo).eval()
+    target_ids, labels = targets(processor, ["target text"])
+    states, losses = {}, []
+    for query in ("find the red car", "count my old hat"):  # the same number of bytes: positions stay
+        inputs = process(processor, [[{"role": "user", "content": query}]])
+        end = inputs["input_ids"].shape[1]
+
+        def hold(layer, args, end=end):
+            hidden = args[0].clone()
+            hidden[0, end - 4 : end] = states.setdefault(layer, hidden[0, end - 4 : end].clone())
+            return (hidden, *args[1:])
+
+        hooks = [layer.register_forward_pre_hook(hold) for layer in model.model.language_model.layers]
+        with torch.no_grad():
+            # The first loss is read from a Bottleneck Token.
+            losses.append(condense(model, inputs, target_ids, labels, condensation_mask=masked).token_losses[1:])
+        for hook in hooks:
+            hook.remove()
+    return (losses[0] - losses[1]).abs().max().item()
+
+
+def test_query_reaches_the_target_only_through_the_bottleneck(either):
     """If the Bottleneck Tokens cannot see the query, nothing of it reaches the target."""
-    processor = AutoProcessor.from_pretrained(repo)
-    model = AutoModelForImageTextToText.from_pretrained(repo).eval()
+    processor = AutoProcessor.from_pretrained(either)
+    model = AutoModelForImageTextToText.from_pretrained(either).eval()
     target_ids, labels = targets(processor, ["target text"])
 
     def losses(query, blind, condensation_mask=True):
@@ -117,7 +175,7 @@ def test_query_reaches_the_target_only_through_the_bottleneck(repo):
         with torch.no_grad(), attend or torch.no_grad():
             return condense(model, inputs, target_ids, labels, condensation_mask=condensation_mask).token_losses
 
-    one, other = "find the red car", "count my old hats"  # the same number of bytes: positions stay
+    one, other = "find the red car", "count my old hat"  # the same number of bytes: positions stay
     assert (losses(one, False) - losses(other, False)).abs().max() > 1e-1
     torch.testing.assert_close(losses(one, True), losses(other, True), atol=1e-4, rtol=0)
     assert (losses(one, True, False) - losses(other, True, False)).abs().max() > 1e-1  # without the mask it leaks
@@ -169,9 +227,9 @@ class Looks(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_forward_of_packed_text_looks_at_no_value(repo):
+def test_forward_of_packed_text_looks_at_no_value(either):
     """On a GPU each look waits for all queued kernels, so the layout must be complete before the forward."""
-    processor, model = AutoProcessor.from_pretrained(repo), AutoModel.from_pretrained(repo).eval()
+    processor, model = AutoProcessor.from_pretrained(either), AutoModel.from_pretrained(either).eval()
     inputs = process(processor, rows("text"))
     with torch.no_grad(), Looks() as whole:
         condense(model, inputs)

@@ -33,8 +33,8 @@ def test_gradcache_equals_the_full_batch(repo, mini_batch_size, symmetric):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("mask", [False, True])
-def test_gradcache_with_checkpointing_and_without_mask(repo, checkpointing, mask):
-    model = BTokSentenceTransformer(repo, device="cpu").train()
+def test_gradcache_with_checkpointing_and_without_mask(either, checkpointing, mask):
+    model = BTokSentenceTransformer(either, device="cpu").train()
     _, _, total = reference_loss(model, batch_features(model, condense="query"), 2.0, mask=mask)
     total.backward()
     expected = named_gradients(model)
@@ -46,8 +46,8 @@ def test_gradcache_with_checkpointing_and_without_mask(repo, checkpointing, mask
     assert_same_gradients(named_gradients(model), expected)
 
 
-def test_evaluation_gives_the_same_value_without_gradients(repo):
-    model = BTokSentenceTransformer(repo, device="cpu").eval()
+def test_evaluation_gives_the_same_value_without_gradients(either):
+    model = BTokSentenceTransformer(either, device="cpu").eval()
     _, _, total = reference_loss(model, batch_features(model), 0.7)
     for mini_batch_size in (2, 100):
         loss = CondensationLoss(model, mini_batch_size=mini_batch_size, condensation_weight=0.7)

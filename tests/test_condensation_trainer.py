@@ -151,8 +151,8 @@ def test_training_lowers_both_losses_and_finds_pairs(repo, tmp_path):
 
 
 @pytest.mark.parametrize("lora", [None, "lora", "dora"])
-def test_resuming_ends_where_an_uninterrupted_run_does(repo, tmp_path, lora):
-    whole, resumed = (checkpointed_trainer(repo, tmp_path / name, lora) for name in ("whole", "resumed"))
+def test_resuming_ends_where_an_uninterrupted_run_does(either, tmp_path, lora):
+    whole, resumed = (checkpointed_trainer(either, tmp_path / name, lora) for name in ("whole", "resumed"))
     whole.train()
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "out" / "checkpoint-2"))
     assert losses(resumed) == losses(whole)

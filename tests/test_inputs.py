@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image as PILImage
 from sentence_transformers import SentenceTransformer
-from support import pictures
+from support import pictures, tiny
 from support.inputs import TOLERANCE
 from support.media import image, video
 
@@ -179,7 +179,7 @@ def test_cells_of_datasets_and_data_addresses(both, tmp_path):
         assert_seen_as(both, item, seen)
 
 
-@pytest.mark.parametrize("backbone", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("backbone", tiny.BACKBONES)
 def test_a_video_has_one_vector_in_every_form(repos, backbone):
     wrapper, stock = BTokSentenceTransformer(repos[backbone], device="cpu"), SentenceTransformer(repos[backbone])
     frames = np.stack([np.roll(pictures.colours(), 14 * index, 1) for index in range(4)])
@@ -361,7 +361,7 @@ def test_any_error_of_a_decoder_is_that_of_its_file(both, tmp_path, monkeypatch)
         both[0].encode([tmp_path / "broken.avif"])
 
 
-@pytest.mark.parametrize("backbone", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("backbone", tiny.BACKBONES)
 @pytest.mark.parametrize("name", ["rotated.mp4", "cut.mp4", "n1.mp4"])
 def test_a_video_file_is_the_same_in_messages(repos, backbone, name):
     wrapper = BTokSentenceTransformer(repos[backbone], device="cpu")

@@ -1,18 +1,21 @@
-"""Packed attention: layouts are shared, and ordinary calls stay as they were."""
+"""Packed mixers: layouts are shared, kernels get the same sequences, and ordinary calls stay as they were."""
 
-from unittest.mock import patch
+import copy
+import pickle
+from itertools import pairwise
+from unittest.mock import Mock, patch
 
 import torch
 from support.inputs import process, rows
 from transformers import AutoModel, AutoProcessor
 
 from btok_hf.condensation import condense
-from btok_hf.packed_attention import PackedLayout
+from btok_hf.packed_attention import PackedLayout, pack_mixers
 
 
 def test_layers_of_the_vision_tower_share_their_layouts(repos):
     """There is one layout for the language model, and one for all tower layers with the same bounds."""
-    for backbone, kinds in (("qwen2_vl", 1), ("qwen2_5_vl", 2), ("qwen3_vl", 1)):
+    for backbone, kinds in (("qwen2_vl", 1), ("qwen2_5_vl", 2), ("qwen3_vl", 1), ("qwen3_5", 1)):
         processor, model = AutoProcessor.from_pretrained(repos[backbone]), AutoModel.from_pretrained(repos[backbone])
         inputs = process(processor, rows("image"))
         with (
@@ -24,9 +27,9 @@ def test_layers_of_the_vision_tower_share_their_layouts(repos):
         assert (language.call_count, vision.call_count) == (1, kinds), backbone
 
 
-def test_ordinary_calls_are_unchanged_after_condense(repo):
-    processor = AutoProcessor.from_pretrained(repo)
-    model = AutoModel.from_pretrained(repo).eval()
+def test_ordinary_calls_are_unchanged_after_condense(either):
+    processor = AutoProcessor.from_pretrained(either)
+    model = AutoModel.from_pretrained(either).eval()
     inputs = process(processor, rows("image"), "left")
     with torch.no_grad():
         before = model(**inputs).last_hidden_state
@@ -35,3 +38,57 @@ def test_ordinary_calls_are_unchanged_after_condense(repo):
     assert model.language_model.config._attn_implementation == "btok_packed"
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(after[real], before[real], atol=0, rtol=0)
+
+
+# Query length and key length of segments; a packed row has its segments in any order.
+SHAPES = [(5, 5), (2, 6), (40, 40), (9, 13), (130, 130), (1, 5), (5, 5)]
+
+
+def layout_of(shapes):
+    segments, start = [], 0
+    for queries, keys in shapes:
+        # The keys of a segment begin before its queries: with the Bottleneck Tokens.
+        segments.append((start, queries, start - (keys - queries), keys))
+        start += queries
+    return PackedLayout([segments[0], *segments[:0:-1]], torch.device("cpu")), segments, start
+
+
+def running_sum(states, cu_seq_lens_q=None, seq_idx=None):
+    """A mixer whose state carries everything on: the sum of all states so far, of each sequence."""
+    if cu_seq_lens_q is None:
+        return states.cumsum(1)
+    assert len(states) == 1 and seq_idx.shape == states.shape[:2] and seq_idx.dtype == cu_seq_lens_q.dtype
+    bounds = cu_seq_lens_q.tolist()
+    for number, (start, end) in enumerate(pairwise(bounds)):
+        assert (seq_idx[0, start:end] == number).all()
+    assert bounds[-1] == states.shape[1]
+    return torch.cat([states[:, start:end].cumsum(1) for start, end in pairwise(bounds)], 1)
+
+
+def test_a_mixer_sees_the_keys_of_a_segment_and_nothing_before_them():
+    """Grouped by shape, or all sequences behind each other as kernels take them."""
+    for kernels in (False, True):
+        with patch("btok_hf.packed_attention._has_linear_kernels", lambda device, kernels=kernels: kernels):
+            layout, segments, length = layout_of(SHAPES)
+        hidden = torch.randn(length, 3, dtype=torch.double)
+        mixer = Mock(wraps=running_sum)
+        mixed = layout.mix(mixer, hidden)
+        for start, queries, first, keys in segments:
+            expected = hidden[first : first + keys].cumsum(0)[-queries:]
+            torch.testing.assert_close(mixed[start : start + queries], expected)
+        assert mixer.call_count == (1 if kernels else len(layout.shapes))
+    assert len(layout.shapes) < len(segments)  # segments of similar shape share a call
+
+
+def test_packed_mixers_survive_copies_and_pickles(repos):
+    """`encode` with several processes pickles the model, and an export copies layers."""
+    model = AutoModel.from_pretrained(repos["qwen3_5"]).eval()
+    inputs = process(AutoProcessor.from_pretrained(repos["qwen3_5"]), rows("text"))
+    with torch.no_grad():
+        expected = condense(model, inputs).embeddings
+        pack_mixers(model.language_model, ["linear_attn"])  # again: nothing is packed twice
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            for parameter in other.parameters():
+                parameter.add_(1)
+            assert (condense(other, inputs).embeddings - expected).abs().max() > 1e-2  # its own weights are read
+            torch.testing.assert_close(condense(model, inputs).embeddings, expected, atol=0, rtol=0)

@@ -148,7 +148,8 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
         return self.forward_cached(features)
 
     def _vision_is_frozen(self) -> bool:
-        return not any(p.requires_grad for p in self._backbone().get_submodule("visual").parameters())
+        (model,) = self._inner
+        return not any(p.requires_grad for p in model.transformer.vision_tower.parameters())
 
     def _backbone(self) -> PreTrainedModel:
         (model,) = self._inner

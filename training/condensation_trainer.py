@@ -215,7 +215,7 @@ class CondensationTrainer(SentenceTransformerTrainer):
         """
         media, self._media = torch.tensor(int(self._media), device=self.args.device), False
         if self.args.world_size > 1 and not self.accelerator.reduce(media).item():
-            for parameter in cast(Any, self.model.transformer.model).visual.parameters():
+            for parameter in self.model.transformer.vision_tower.parameters():
                 parameter.grad = None
 
     def compute_loss(

@@ -6,7 +6,7 @@
 
 Four arguments set the memory on the device. The batch size is not one of them. Strongest first:
 
-    --max_pixels              pixels of an image or frame: a token is 28 x 28 of them (32 x 32 for Qwen3-VL)
+    --max_pixels              pixels of an image or frame: a token is 28 x 28 (Qwen3-VL, Qwen3.5: 32 x 32)
     --mini_batch_num_tokens   tokens per forward pass, or
     --mini_batch_size         rows per forward pass
     --gradient_checkpointing  recomputes the activations of all layers but one, which takes time

@@ -12,15 +12,18 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5Tokenizer,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
 
-from btok_hf.bottleneck import REQUIRED_TOKENS
+from btok_hf.backbones import REQUIRED_TOKENS
 
-BACKBONES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+BACKBONES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 SPECIAL = ["<|endoftext|>", *REQUIRED_TOKENS, "<|vision_pad|>"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -32,16 +35,29 @@ CHAT_TEMPLATE = (
 )
 
 
-def tokenizer():
-    tokenizer = Qwen2Tokenizer(vocab={c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}, merges=[])
+def tokenizer(kind=Qwen2Tokenizer):
+    tokenizer = kind(vocab={c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}, merges=[])
     tokenizer.add_tokens(SPECIAL, special_tokens=True)
     tokenizer.pad_token, tokenizer.eos_token, tokenizer.model_max_length = "<|endoftext|>", "<|im_end|>", 4096
     return tokenizer
 
 
+def hybrid(text):
+    """What the text configuration of a Qwen3.5 has besides: attention between two recurrent layers."""
+    return {
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "rope_parameters": {**text["rope_parameters"], "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]},
+    }
+
+
 def build(backbone, path, vocab_size=320, tied=True, seed=0, chat_template=CHAT_TEMPLATE, head_dim=16):
     """Write a random base checkpoint with its processor to `path`. 264 of the `vocab_size` rows are taken."""
-    tok = tokenizer()
+    tok = tokenizer(Qwen3_5Tokenizer if backbone == "qwen3_5" else Qwen2Tokenizer)
     ids = dict(zip(SPECIAL, tok.convert_tokens_to_ids(SPECIAL)))
     special = {
         "image_token_id": ids["<|image_pad|>"],
@@ -93,11 +109,16 @@ def build(backbone, path, vocab_size=320, tied=True, seed=0, chat_template=CHAT_
             "num_heads": 2,
             "patch_size": 16,
             "num_position_embeddings": 64,
-            "deepstack_visual_indexes": [0, 1],
         }
         text = {**text, "head_dim": head_dim}
         text["rope_parameters"] = {**text["rope_parameters"], "mrope_interleaved": True}
-        model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **special))
+        if backbone == "qwen3_vl":
+            vision["deepstack_visual_indexes"] = [0, 1]
+            model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **special))
+        else:
+            model = Qwen3_5ForConditionalGeneration(
+                Qwen3_5Config(text_config=text | hybrid(text), vision_config=vision, **special)
+            )
         pixels = {"shortest_edge": 32 * 32, "longest_edge": 32 * 32 * 16}
         processor = Qwen3VLProcessor(
             Qwen2VLImageProcessor(patch_size=16, size=pixels, image_mean=[0.5] * 3, image_std=[0.5] * 3),
@@ -111,6 +132,11 @@ def build(backbone, path, vocab_size=320, tied=True, seed=0, chat_template=CHAT_
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2 and "embed" not in name:
                 parameter.mul_(5)
+            # Recurrent layers that remember, as trained ones do: their random heads forget within a token or two.
+            if name.endswith("A_log"):
+                parameter.copy_(torch.linspace(-5, 0, len(parameter)))
+            elif "conv1d" in name:
+                parameter.normal_(std=0.5)
         model.tie_weights()
     model.save_pretrained(path)
     processor.save_pretrained(path)
