@@ -41,7 +41,8 @@ def golden_inputs(
     """The golden inputs: dicts of `text`, `image` and `video`, as in Sentence-Transformers, or of `messages`.
 
     Args:
-        prompts (`dict[str, str]`): The model's instructions by name. One text is embedded with each non-empty prompt.
+        prompts (`dict[str, str]`): The model's instructions by name. One text is embedded with each non-empty prompt;
+            of prompts with the same words, with one.
         side (`int`): Side of a frame of the long video in pixels, two tokens: 56 or, with patches of 16 pixels, 64.
         order (`str`): Order of content. With `as_given`, texts and images alternate in one input.
 
@@ -52,7 +53,9 @@ def golden_inputs(
     inputs: dict[str, tuple[dict[str, Any], str | None]] = {
         name: ({"text": text}, None) for name, text in TEXTS.items()
     }
-    for prompt in sorted(name for name, text in prompts.items() if text):
+    # Prompts with the same words give the same vector: one of them is an input.
+    names = {text: name for name, text in sorted(prompts.items(), reverse=True) if text}
+    for prompt in sorted(names.values()):
         inputs[f"prompt {prompt}"] = ({"text": short}, prompt)
     inputs["image"] = ({"image": _tiles(224, 224)}, None)
     inputs["image and text"] = ({"image": _tiles(448, 224, 5), "text": short}, None)

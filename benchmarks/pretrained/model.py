@@ -10,6 +10,7 @@ adapters. The second is for whoever trained them with `run.py --save`.
 
 import argparse
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -25,7 +26,8 @@ from btok_hf.golden import read_golden
 
 ADAPTERS = Path(__file__).parent / "model"
 ARM, SEED = "btok-condensation", 0
-WEIGHTS, CARD, GOLDEN = "adapter_model.safetensors", "README.md", "golden.json"
+WEIGHTS, CONFIG, GOLDEN = "adapter_model.safetensors", "adapter_config.json", "golden.json"
+CARD = ("README.md", "LICENSE", "assets")  # what the model's card consists of
 TOLERANCE = 1e-5  # between machines; the vectors have length 1
 
 
@@ -49,7 +51,9 @@ def build(base_dir: str | Path, output_dir: str | Path, adapters: str | Path = A
         add_tokens(Path(base_dir), start, ARMS[ARM], SEED)
         model = BTokSentenceTransformer(str(start), device="cpu")
         load_adapters(model[0].model, str(adapters))
-        export_model(model, output_dir, files={CARD: (adapters / CARD).read_text("utf-8")})
+        names = [path.relative_to(adapters).as_posix() for path in adapters.rglob("*") if path.is_file()]
+        card = {name: (adapters / name).read_bytes() for name in names if name not in (WEIGHTS, CONFIG, GOLDEN)}
+        export_model(model, output_dir, files=card)
     if not (adapters / GOLDEN).exists():
         return None
     recorded, written = (read_golden(path / GOLDEN)["inputs"] for path in (adapters, output_dir))
@@ -69,10 +73,14 @@ def keep(run: Path, base_dir: Path) -> None:
     ADAPTERS.mkdir(exist_ok=True)
     tensors = load_file(run / "adapters" / WEIGHTS)
     save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, ADAPTERS / WEIGHTS)
-    config = json.loads((run / "adapters" / "adapter_config.json").read_text("utf-8"))
+    config = json.loads((run / "adapters" / CONFIG).read_text("utf-8"))
     config["base_model_name_or_path"] = None  # a folder of whoever trained
-    (ADAPTERS / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
-    (ADAPTERS / CARD).write_bytes((run / "model" / CARD).read_bytes())
+    (ADAPTERS / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    for name in CARD:
+        if (run / "model" / name).is_dir():
+            shutil.copytree(run / "model" / name, ADAPTERS / name, dirs_exist_ok=True)
+        else:
+            shutil.copy(run / "model" / name, ADAPTERS / name)
     (ADAPTERS / GOLDEN).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         build(base_dir, folder, ADAPTERS)

@@ -144,6 +144,19 @@ def mrr(found: dict[str, list[int]]) -> dict[str, float]:
     return {task: round(100 * sum(1 / rank for rank in each) / len(each), 1) for task, each in found.items()}
 
 
+def describe(card: str, scored: dict[str, list[int]]) -> str:
+    """A card with the origin of the base, what the model can read, and its scores."""
+    card = card.replace("a local checkpoint whose origin is not recorded", ORIGIN, 1)
+    note, _, rest = card.partition("> **These weights were trained but not evaluated.**")
+    scores = "\n".join(f"| {task} | {score} |" for task, score in mrr(scored).items())
+    section = (
+        "## Text benchmark\n\nMean reciprocal rank of one run, in percent (docs/pretrained.md has others):\n\n"
+        f"| task | MRR |\n|---|---|\n{scores}\n\n"
+    )
+    reads = "> **English texts only.** The vision tower is random: images and videos mean nothing to this model."
+    return (note + reads + "\n" + rest.partition("\n")[2]).replace("## Training\n", section + "## Training\n", 1)
+
+
 def run(options: argparse.Namespace) -> None:
     """Train one arm with one seed and write its result, unless the result exists."""
     tag = options.tag if options.steps else "-untrained"
@@ -204,7 +217,7 @@ def run(options: argparse.Namespace) -> None:
     if options.save:
         model.save_pretrained(str(options.output / name / "adapters"))
         card = card_files(trainer, CARD, command=f"-m benchmarks.pretrained.run --arm {options.arm} --save".split())
-        card["README.md"] = card["README.md"].replace("a local checkpoint whose origin is not recorded", ORIGIN, 1)
+        card["README.md"] = describe(card["README.md"], scored)
         export_model(model, options.output / name / "model", files=card)
     result = {
         "arm": options.arm,
