@@ -1,6 +1,5 @@
 """Who embeds which units: one process, ranks of a launcher, or workers of Ray. `run` is `btok embed`."""
 
-import logging
 import os
 import random
 import re
@@ -132,7 +131,6 @@ def run(
         raise ValueError("--retry-failed removes units, so run it in one process, or with --ray.")
     if workers is not None and ray is None:
         raise ValueError("--workers counts workers of Ray. Add --ray, or start several processes with torchrun.")
-    logging.getLogger("btok_hf.encoding").setLevel(logging.ERROR)  # rows that fail are in the summary
     plan = make_plan(given, out, options, clean=own.number == 0, retry_failed=retry_failed)
     if own.number == 0:
         _say_plan(plan)
