@@ -1,11 +1,12 @@
 """Embed units: threads read and decode ahead, the model embeds, and each unit is written when it is whole."""
 
 import io
+import logging
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -152,15 +153,16 @@ class Embedder:
     def _embed_new(self, new: Mapping[str, list[Row]]) -> None:
         items: list[Any] = [same[0].item for same in new.values()]
         options = self.job.options
-        encoded: Any = self.model.encode_document(
-            items,
-            prompt=options.prompt,
-            batch_size=options.batch_size,
-            truncate_dim=self.job.dimensions,
-            normalize_embeddings=True,
-            show_progress_bar=False,
-            on_error="skip",
-        )
+        with _no_warnings():  # rows that fail are in the summary
+            encoded: Any = self.model.encode_document(
+                items,
+                prompt=options.prompt,
+                batch_size=options.batch_size,
+                truncate_dim=self.job.dimensions,
+                normalize_embeddings=True,
+                show_progress_bar=False,
+                on_error="skip",
+            )
         vectors = dict(zip(encoded.kept.tolist(), np.asarray(encoded.embeddings, np.float32)))
         for position, (content_hash, same) in enumerate(new.items()):
             vector = vectors.get(position)
@@ -175,6 +177,18 @@ class Embedder:
                     row.error = reason
                 else:
                     row.embedding = vector
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Hide the warnings of `encode` about rows that are left out."""
+    logger = logging.getLogger("btok_hf.encoding")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class _Memory:
