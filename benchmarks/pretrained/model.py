@@ -79,7 +79,7 @@ def keep(run: Path, base_dir: Path) -> None:
     for name in CARD:
         if (run / "model" / name).is_dir():
             shutil.copytree(run / "model" / name, ADAPTERS / name, dirs_exist_ok=True)
-        else:
+        elif (run / "model" / name).exists():  # a short run has no picture of its losses
             shutil.copy(run / "model" / name, ADAPTERS / name)
     (ADAPTERS / GOLDEN).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
