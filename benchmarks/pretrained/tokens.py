@@ -1,6 +1,6 @@
 """What the Bottleneck Tokens of a model hold: how alike their states are, and what can be decoded from them.
 
-    python -m benchmarks.pretrained.tokens runs/btok-135m         # ten minutes on one core
+    python -m benchmarks.pretrained.tokens runs/btok-135m         # some minutes on one core
 
 States: the cosine between the K states of one item, MRR of term → definition with their mean (the embedding), with
 each state alone, and with late interaction (MaxSim, ColBERT, arXiv 2004.12832: for each state of the query the nearest
@@ -11,6 +11,7 @@ it is scored by the round trip too: embedded as a term, does it find the definit
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -96,8 +97,8 @@ def of_decoded(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of an exported repository")
-    parser.add_argument("--states", type=int, default=600, help="terms of the first part")
-    parser.add_argument("--decoded", type=int, default=128, help="definitions to decode")
+    parser.add_argument("--states", type=int, default=300, help="terms of the first part")
+    parser.add_argument("--decoded", type=int, default=64, help="definitions to decode")
     parser.add_argument("--output", type=Path, default=RESULTS / "pretrained" / "tokens.json")
     options = parser.parse_args()
     task = tasks()[TASK]
@@ -119,7 +120,7 @@ def main() -> None:
     options.output.write_text(
         json.dumps(
             {
-                "command": f"python -m benchmarks.pretrained.tokens {options.model}",
+                "command": f"python -m benchmarks.pretrained.tokens {' '.join(sys.argv[1:])}",
                 "terms": options.states,
                 **result,
                 "definitions": options.decoded,
