@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from support.units import random_vectors, rows_of, write_units
+from transformers import Qwen2VLConfig
 
 from btok_hf.corpus import index as module
 from btok_hf.corpus.index import Index
@@ -84,12 +85,19 @@ def test_any_words_may_be_searched_for(built, text):
     assert len(built.search(VECTORS[7], text, k=3)) == 3
 
 
+@pytest.fixture
+def trained_for_8(tmp_path):
+    """The configuration of a model that was trained for vectors of 8 numbers too."""
+    folder = tmp_path / "trained"
+    Qwen2VLConfig(matryoshka_dimensions=[8, 16]).save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.mark.parametrize("options", [{}, {"dimensions": 8}, {"precision": "binary"}])
-def test_a_row_by_its_id_has_a_vector_that_finds_it(tmp_path, monkeypatch, options):
-    monkeypatch.setattr(module, "check_dimensions", lambda corpus, dimensions: None)
+def test_a_row_by_its_id_has_a_vector_that_finds_it(tmp_path, trained_for_8, options):
     given = [*rows(range(20)), *rows_of(random_vectors(1, seed=5), text=["it's"], label=["l0"])]
     given[-1]["id"] = "it's"
-    index = Index.build(write(tmp_path, given), tmp_path / "db", **options)[0]
+    index = Index.build(write(tmp_path, given, model=trained_for_8), tmp_path / "db", **options)[0]
     for name in ("a7", "it's"):
         row, vector = index.get(name)
         assert (row.id, row.score) == (name, 1) and row.text and vector.shape == (16,)
@@ -133,12 +141,13 @@ def test_other_precisions_find_nearly_the_same(tmp_path, precision, least):
     assert [hit.id for hit in reopened.search(VECTORS[3])] == found[3]
 
 
-def test_fewer_dimensions(tmp_path, monkeypatch):
-    out = write(tmp_path, rows())
+def test_fewer_dimensions(tmp_path, trained_for_8):
     with pytest.raises(OSError, match="org/btok-2b"):  # it cannot be asked what it was trained for
-        Index.build(out, tmp_path / "db", dimensions=8)
+        Index.build(write(tmp_path / "a", rows()), tmp_path / "db", dimensions=8)
+    out = write(tmp_path / "b", rows(), model=trained_for_8)
+    with pytest.raises(ValueError, match="can have 8, 16 here"):
+        Index.build(out, tmp_path / "db", dimensions=4)
     assert not (tmp_path / "db").exists()
-    monkeypatch.setattr(module, "check_dimensions", lambda corpus, dimensions: None)
     index = Index.build(out, tmp_path / "db", dimensions=8)[0]
     short = VECTORS[:, :8] / np.linalg.norm(VECTORS[:, :8], axis=1, keepdims=True)
     hits = index.search(VECTORS[7])

@@ -134,7 +134,8 @@ def processes(name):
 
 @pytest.fixture(scope="module")
 def ray():
-    ray = pytest.importorskip("ray")
+    import ray
+
     os.environ.setdefault("RAY_worker_niceness", "0")  # by default workers wait for every other job of the machine
     ray.init(num_cpus=2, object_store_memory=workers.LOCAL_OBJECTS, include_dashboard=False)
     yield ray
