@@ -38,11 +38,10 @@ tests/browser/node_modules: tests/browser/package.json tests/browser/package-loc
 	cd tests/browser && npm ci --no-audit --no-fund
 	touch $@
 
-# Up to two hours on two CPU cores. On a GPU: python -m benchmarks.gpu.
+# Up to two hours on two CPU cores. On a GPU: python -m benchmarks.gpu --minutes 8.
 bench: $(SETUP)
-	for name in encode train_step train_savings vision data_path growth startup; do \
+	for name in encode train_step train_savings attention vision data_path growth startup; do \
 		$(BIN)/python -m benchmarks.$$name || exit 1; done
-	$(BIN)/python -m benchmarks.gpu --steps correctness attention compile batch
 	$(BIN)/python -m benchmarks.tables
 
 # Half an hour on one CPU core. FUZZ="--minutes 5 --seed 7" bounds it.

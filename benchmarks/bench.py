@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -61,7 +62,10 @@ def repository(size, num_tokens):
     """A model of one of the `SIZES` with `num_tokens` Bottleneck Tokens; 0 is last-token pooling. Made once."""
     base, path = folder(size) / "base", folder(size) / f"k{num_tokens}"
     if not (base / "chat_template.jinja").exists():
-        build_base(base, corpus(), vocab_size=8192, patch_size=PATCH, pixels=PIXELS, max_length=8192, **SIZES[size])
+        with torch.device(DEVICE):  # random weights are made faster where they are used
+            build_base(
+                base, corpus(), vocab_size=8192, patch_size=PATCH, pixels=PIXELS, max_length=8192, **SIZES[size]
+            )
     if not (path / "chat_template.jinja").exists():
         add_bottleneck_tokens(base, path, num_tokens=num_tokens)
     return str(path)
@@ -248,18 +252,25 @@ def show(row):
     return row
 
 
+def result_file(name):
+    return RESULTS / (f"{name}.json" if DEVICE == "cpu" else f"{name}-gpu.json")
+
+
 def record(name, rows, **more):
-    """Write `benchmarks/results/{name}.json`."""
+    """Write `benchmarks/results/{name}.json`, on a GPU `{name}-gpu.json`."""
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    commit = ""
+    if shutil.which("git"):
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
     result = {
         "command": " ".join([f"python -m benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip(),
+        "commit": commit,
         "machine": machine(),
         "versions": versions,
         **more,
         "rows": rows,
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    result_file(name).write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -110,7 +110,7 @@ def main():
     )
     rows = [decoding(BTokSentenceTransformer(repository(options.size, 4)), options.rounds)]
     rows += [waiting(options.size, workers, options.steps) for workers in options.workers]
-    record("data_path" if DEVICE == "cpu" else "data_path-gpu", rows, size=options.size)
+    record("data_path", rows, size=options.size)
 
 
 if __name__ == "__main__":

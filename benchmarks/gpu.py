@@ -1,144 +1,99 @@
 """Run everything that needs a GPU: correctness first, then speed and memory at the size of Qwen2-VL-2B.
 
-    python -m benchmarks.gpu                    # writes benchmarks/results/gpu.json and, on a GPU, *-gpu.json
+    python -m benchmarks.gpu --minutes 8        # writes benchmarks/results/*-gpu.json, a file after each step
+    python -m benchmarks.gpu --minutes 8        # again: what the first run could not finish
     python -m benchmarks.gpu --steps correctness attention
 
-Without a GPU the same steps run on the CPU at a small size. The output then lists the figures that need a GPU.
+A step that fails, or that the time ends in, is named and the next one runs. Without a GPU the same steps run on the
+CPU at a small size, with `--output runs/trial`: that is how this script is tried.
 
-- correctness: embeddings, token losses and gradients of the packed forward on the GPU against the CPU, in fp32, with
-  targets that see fewer queries than keys; and how far bf16 moves the vectors.
-- attention: ways to compute the attention of a packed ragged batch.
+- correctness: embeddings, token losses and gradients of the packed forward against the CPU's in fp32, for texts,
+  images and videos, with targets that see fewer queries than keys; vectors of `encode`; how far bf16 moves them.
+- encode, train_step, attention, vision: those benchmarks.
+- batch: the largest batch of texts that trains, doubled until memory runs out.
+- recipe: two steps of the recipe for 24 GB from random weights, with its export, by `btok train` and `btok verify`.
 - compile: encoding with the MLPs compiled. (Whole layers would be compiled anew for every packed layout.)
-- batch: the largest batch of texts that trains on the GPU, doubled until memory runs out.
-- encode, train_step, vision: those benchmarks.
 """
 
-import importlib.util
+import json
+import shutil
+import signal
 import subprocess
 import sys
+import time
+import traceback
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
+from benchmarks import ROOT, attention, bench, encode, train_step, vision
 from benchmarks.bench import (
     DEVICE,
     arguments,
     compare,
+    folder,
     free,
     matrix_rate,
     mixture,
+    names,
     peak_of,
     record,
     repository,
+    result_file,
     show,
     summary,
 )
-from benchmarks.train_step import batch, contender
 from btok_hf import BTokSentenceTransformer
 from btok_hf.condensation import condense
-from btok_hf.packed_attention import PackedLayout
 
-STEPS = ("correctness", "attention", "compile", "batch", "encode", "train_step", "vision")
-WAITING = [
-    "embeddings, token losses and gradients of the GPU against the CPU's",
-    "tokens/s, share of the bf16 matrix rate and peak memory of encoding and training at the size of Qwen2-VL-2B",
-    "the largest batch that trains on the card",
-    "torch varlen_attn and flash-attn against grouped SDPA",
-    "one call of vision attention against many",
-    "torch.compile on it",
-]
-# Heads, key/value heads and their width in Qwen2-VL-2B.
-HEADS, GROUPS, WIDTH = 12, 2, 128
+RECIPE = "training/recipes/btok_qwen2vl_2b_24gb.yaml"
 
 
-def correctness(limit=1e-3):
-    """The packed condensation forward and backward: this device against the CPU, and bf16 against fp32."""
-    repo, found = repository("small", 4), {}
-    for device in dict.fromkeys(("cpu", DEVICE)):
-        model = BTokSentenceTransformer(repo, device=device)
-        features = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch(model, "ragged", 8)[0].items()}
-        targets, labels = features["target_ids"][:, 0], features["target_labels"][:, 0]
-        output = condense(model[0].model, features, targets, labels)
-        (output.embeddings.sum() + output.token_losses.sum()).backward()
-        gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).cpu()
-        found[device] = output.embeddings.detach().cpu(), output.token_losses.detach().cpu(), gradients
-    rows = []
-    for name, ours, cpu in zip(("embeddings", "token losses", "gradients"), found[DEVICE], found["cpu"]):
-        error = ((ours - cpu).abs().max() / cpu.abs().max()).item()
-        rows.append(
-            show({"table": "correctness", "what": f"{name}: {DEVICE} against CPU", "error": float(f"{error:.1e}")})
-        )
-        if not error <= limit:
-            raise SystemExit(f"{name} on {DEVICE} differ from those on the CPU by {error:.1e}. Nothing was timed.")
-    items = mixture("mixed", 48)
-    exact = BTokSentenceTransformer(repo, device="cpu").encode(items, convert_to_tensor=True)
+def outputs(model, kind):
+    """Embeddings, token losses and gradients of a batch with targets, on the CPU."""
+    features = train_step.batch(model, kind, 8)[0]
+    features = {name: x.to(model.device) if torch.is_tensor(x) else x for name, x in features.items()}
+    targets, labels = (features.pop(name)[:, 0] for name in ("target_ids", "target_labels"))
+    output = condense(model[0].model, features, targets, labels)
+    (output.embeddings.sum() + output.token_losses.sum()).backward()
+    gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).cpu()
+    model.zero_grad(set_to_none=True)
+    return {
+        "embeddings": output.embeddings.detach().cpu(),
+        "token losses": output.token_losses.detach().cpu(),
+        "gradients": gradients,
+    }
+
+
+def correctness(size, rounds, limit=1e-3):
+    """Largest relative differences of this device to the CPU; an error above `limit`."""
+    repo, rows = repository("small", 4), []
+    here, cpu = (BTokSentenceTransformer(repo, device=device) for device in (DEVICE, "cpu"))
+    items = mixture("mixed", 48) + [{"video": [picture] * 2} for picture in mixture("images", 2)]
+    for kind in ("ragged", "media"):
+        found, right = outputs(here, kind), outputs(cpu, kind)
+        for name, exact in right.items():
+            error = ((found[name] - exact).abs().max() / exact.abs().max()).item()
+            rows.append({"what": f"{name} of {kind} in fp32", "error": float(f"{error:.1e}")})
+    exact, ours = cpu.encode(items, convert_to_tensor=True), here.encode(items, convert_to_tensor=True).cpu()
+    rows.append({"what": "vectors of encode in fp32", "error": float(f"{(ours - exact).abs().max():.1e}")})
+    for row in rows:
+        show(row)
+        if not row["error"] <= limit:
+            raise RuntimeError(f"{row['what']} on {DEVICE} differ from those on the CPU by {row['error']}.")
     half = BTokSentenceTransformer(repo, model_kwargs={"dtype": torch.bfloat16}).encode(items, convert_to_tensor=True)
     cosine = F.cosine_similarity(exact, half.float().cpu()).min().item()
-    rows.append(
-        show({"table": "correctness", "what": "smallest cosine of bf16 and fp32 vectors", "cosine": round(cosine, 6)})
-    )
-    return rows
+    return [*rows, show({"what": "smallest cosine of bf16 and fp32 vectors", "cosine": round(cosine, 6)})]
 
 
-def ways(lengths):
-    """Callables that compute the causal attention of a packed batch, by name."""
-    starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
-    layout = PackedLayout([(s, n, s, n) for s, n in zip(starts, lengths)], torch.device(DEVICE))
-    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-    query = torch.randn(starts[-1], HEADS, WIDTH, device=DEVICE, dtype=dtype)
-    key, value = (torch.randn(starts[-1], GROUPS, WIDTH, device=DEVICE, dtype=dtype) for _ in range(2))
-    wide = [x.repeat_interleave(HEADS // GROUPS, dim=1) for x in (key, value)]
-    longest = max(lengths)
-
-    column = torch.arange(longest)
-    places = torch.stack([start + column.clamp(max=n - 1) for start, n in zip(starts, lengths)]).to(DEVICE)
-
-    def padded():
-        return F.scaled_dot_product_attention(*(x[places].transpose(1, 2) for x in (query, *wide)), is_causal=True)
-
-    def loop():
-        return [
-            F.scaled_dot_product_attention(
-                *(x[None, start : start + n].transpose(1, 2) for x in (query, *wide)), is_causal=True
-            )
-            for start, n in zip(starts, lengths)
-        ]
-
-    found = {
-        "grouped SDPA (this library)": lambda: layout.attend(query, *wide, WIDTH**-0.5),
-        "SDPA, a call each": loop,
-    }
-    found["SDPA, padded"] = padded
-    if DEVICE == "cuda":
-        bounds = torch.tensor(starts, dtype=torch.int32, device=DEVICE)
-        if importlib.util.find_spec("torch.nn.attention.varlen"):
-            from torch.nn.attention.varlen import varlen_attn
-
-            options = {"window_size": (-1, 0)}
-            try:
-                varlen_attn(query, *wide, bounds, bounds, longest, longest, **options)
-            except TypeError:  # torch 2.11
-                options = {"is_causal": True}
-            found["torch varlen_attn"] = lambda: varlen_attn(query, *wide, bounds, bounds, longest, longest, **options)
-        if importlib.util.find_spec("flash_attn"):
-            from flash_attn import flash_attn_varlen_func
-
-            found["flash-attn"] = lambda: flash_attn_varlen_func(
-                query, key, value, bounds, bounds, longest, longest, causal=True
-            )
-    return found
+def speed_of_encoding(size, rounds):
+    return encode.measure(size, rounds)[0]
 
 
-def attention(rounds):
-    model = BTokSentenceTransformer(repository("small", 4))
-    rows = []
-    for kind in ("names", "texts"):
-        items = mixture(kind, 256 if DEVICE == "cuda" else 32)
-        found = ways(model.preprocess(items)["attention_mask"].sum(1).tolist())
-        times = summary(compare(found, rounds), "SDPA, padded")
-        rows += [show({"table": "attention", "inputs": kind, "way": way, **part}) for way, part in times.items()]
-    return rows
+def training(size, rounds):
+    return train_step.speed(size, rounds) + train_step.memory(size)
 
 
 def compiled(size, rounds):
@@ -150,53 +105,105 @@ def compiled(size, rounds):
     times = summary(
         compare({"eager": partial(eager.encode, items), "compiled": partial(other.encode, items)}, rounds), "eager"
     )
-    return [
-        show({"table": "compile", "inputs": f"{len(items)} texts", "mlp": how, **part}) for how, part in times.items()
-    ]
+    return [show({"inputs": f"{len(items)} texts", "mlp": how, **part}) for how, part in times.items()]
 
 
-def largest_batch(size, seconds=120):
+def largest_batch(size, rounds, seconds=20):
     """Rows of the largest batch that takes a step, doubled until memory or patience ends."""
     rows, count = [], 64
     while True:
         step = None  # frees the last model before the next one is built
-        step = contender("packed", size, "ragged", count, 16)
+        step = train_step.contender("packed", size, "ragged", count, 16)
         try:
             memory = peak_of(step)
             (taken,) = compare({"step": step}, rounds=1, warm_up=0)["step"]
         except torch.OutOfMemoryError:
-            rows.append(show({"table": "batch", "rows": count, "result": "out of memory"}))
-            return rows
-        rows.append(show({"table": "batch", "rows": count, "seconds": round(taken, 2), "peak_gb": round(memory, 2)}))
+            return [*rows, show({"rows": count, "result": "out of memory"})]
+        rows.append(show({"rows": count, "seconds": round(taken, 2), "peak_gb": round(memory, 2)}))
         if 2 * taken > seconds or DEVICE == "cpu":
             return rows
         count *= 2
 
 
+def recipe(size, rounds):
+    """Seconds of two steps of the recipe for 24 GB with export, and of its verification, in processes of their own."""
+    repository(size, 4)
+    work = folder(size) / "recipe"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    pairs, count = work / "pairs.jsonl", 1024 if DEVICE == "cuda" else 16
+    # Different texts, because equal ones are not drawn into one batch.
+    texts = list(dict.fromkeys([*names(), *mixture("texts", 4 * count)]))[: 2 * count]
+    rows = [{"query": query, "positive": positive} for query, positive in zip(texts[::2], texts[1::2])]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    train = ["train", "--config", RECIPE, "--model_name_or_path", folder(size) / "base", "--output_dir", work / "out"]
+    train += ["--train_files", pairs, "--max_steps", "2", "--save_steps", "2"]
+    train += ["--use_cpu"] if DEVICE == "cpu" else []
+    train += ["--condense", "positive", "--condensation_steps", "2", "--per_device_train_batch_size", str(count // 2)]
+    found = []
+    for name, command in (("two steps and export", train), ("verify", ["verify", work / "out"])):
+        started = time.perf_counter()
+        run = subprocess.run(
+            [sys.executable, "-m", "btok_hf", *map(str, command)], cwd=ROOT, capture_output=True, text=True
+        )
+        if run.returncode:
+            raise RuntimeError(f"btok {command[0]} ended with {run.returncode}: {(run.stdout + run.stderr)[-1500:]}")
+        row = {"what": name, "rows": count, "seconds": round(time.perf_counter() - started, 1)}
+        found.append(show(row | {"output": run.stdout.strip().splitlines()[-1:]}))
+    return found
+
+
+STEPS = {
+    "correctness": correctness,
+    "encode": speed_of_encoding,
+    "train_step": training,
+    "attention": attention.measure,
+    "batch": largest_batch,
+    "recipe": recipe,
+    "vision": vision.measure,
+    "compile": compiled,
+}
+
+
+def stop(*_):
+    raise TimeoutError("the time is over")
+
+
 def main():
-    options = arguments(__doc__, steps={"nargs": "+", "choices": STEPS, "default": STEPS})
-    waiting = [] if DEVICE == "cuda" else WAITING
+    options = arguments(
+        __doc__,
+        steps={"nargs": "+", "choices": STEPS, "default": list(STEPS)},
+        minutes={"type": float, "default": 60, "help": "time for all steps"},
+        output={"type": Path, "default": bench.RESULTS, "help": "folder of the results"},
+    )
+    bench.RESULTS = options.output
+    started, left = time.monotonic(), []
     rate = matrix_rate(torch.bfloat16 if DEVICE == "cuda" else torch.float32)
-    steps = {
-        "correctness": correctness,
-        "attention": partial(attention, options.rounds),
-        "compile": partial(compiled, options.size, options.rounds),
-        "batch": partial(largest_batch, options.size),
-    }
-    rows = []
-    for name, step in steps.items():
-        if name not in options.steps:
+    signal.signal(signal.SIGALRM, stop)
+    for name in options.steps:
+        if result_file(name).exists():
+            print(f"{name}: {result_file(name).name} is there", flush=True)
             continue
-        rows += step()
-        # Saved after each step, so that a later failure does not lose it.
-        record("gpu", rows, size=options.size, matrix_gflop_per_s=round(rate, 1), waiting_for_a_gpu=waiting)
-        free()
-    for script in ("encode", "train_step", "vision"):
-        if script in options.steps:
-            command = [sys.executable, "-m", f"benchmarks.{script}", "--size", options.size]
-            subprocess.run([*command, "--rounds", str(options.rounds)], check=True)
-    if waiting:
-        print("No GPU here. These figures wait for one:", "; ".join(waiting))
+        rest, begun = int(60 * options.minutes - (time.monotonic() - started)), time.monotonic()
+        if rest < 1:
+            left.append(name)
+            continue
+        signal.alarm(rest)
+        try:
+            rows = STEPS[name](options.size, options.rounds)
+        except Exception:  # the next step may run all the same
+            traceback.print_exc()
+            left.append(name)
+        else:
+            signal.alarm(0)
+            seconds = round(time.monotonic() - begun)
+            record(name, rows, size=options.size, matrix_gflop_per_s=round(rate, 1), seconds=seconds)
+            print(f"{name}: {seconds} s", flush=True)
+        finally:
+            signal.alarm(0)
+            free()
+    if left:
+        raise SystemExit(f"Not finished: {', '.join(left)}. Run this again.")
 
 
 if __name__ == "__main__":

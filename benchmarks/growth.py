@@ -19,7 +19,7 @@ import torch
 from sentence_transformers.util import semantic_search
 
 from benchmarks import ROOT
-from benchmarks.bench import DEVICE, arguments, exact_texts, names, peak_of, record, repository, show
+from benchmarks.bench import DEVICE, arguments, exact_texts, names, peak_of, record, repository, result_file, show
 from btok_hf import BTokSentenceTransformer
 
 matplotlib.use("Agg")
@@ -130,9 +130,8 @@ def main():
     for library in ("semantic_search", "faiss"):
         for count in CORPORA:
             add("corpus", library, count, "search", count, library)
-    name = "growth" if DEVICE == "cpu" else "growth-gpu"
-    record(name, rows, size=options.size, dimensions=DIMENSIONS, queries=QUERIES)
-    picture(rows, ROOT / "docs" / "results" / f"{name}.png")
+    record("growth", rows, size=options.size, dimensions=DIMENSIONS, queries=QUERIES)
+    picture(rows, ROOT / "docs" / "results" / result_file("growth").with_suffix(".png").name)
 
 
 if __name__ == "__main__":

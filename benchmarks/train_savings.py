@@ -88,7 +88,7 @@ def main():
                 }
             )
         )
-    record("train_savings" if DEVICE == "cpu" else "train_savings-gpu", rows, size=options.size)
+    record("train_savings", rows, size=options.size)
 
 
 if __name__ == "__main__":

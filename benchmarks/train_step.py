@@ -2,7 +2,8 @@
 
     python -m benchmarks.train_step    # 16 minutes on one CPU core with --rounds 3
 
-It writes benchmarks/results/train_step.json.
+It writes benchmarks/results/train_step.json. On a GPU the batches are larger, and LoRA adapters are trained instead of
+all weights.
 
 Contenders, all with GradCache over the same mini-batches, InfoNCE and (but the last) condensation of λ = 5:
 
@@ -12,8 +13,8 @@ Contenders, all with GradCache over the same mini-batches, InfoNCE and (but the 
 - stock: CachedMultipleNegativesRankingLoss of Sentence-Transformers with last-token pooling, no condensation.
 
 Loss and gradients of the first three are compared before anything is timed. Peak memory is measured in a fresh process
-for each setting. On a GPU it is the allocator's peak. On a CPU it is the process's peak above what it held before the
-step.
+for each setting: the process's peak above what it held before the step. On a GPU it is the allocator's peak, and one
+process is enough.
 """
 
 import json
@@ -22,6 +23,7 @@ import sys
 from unittest.mock import patch
 
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 from torch.nn import functional as F
@@ -58,6 +60,8 @@ from btok_hf.training.condensation_collator import CondensationCollator
 
 TEMPERATURE = 0.05
 MEMORY_BATCHES = (64, 256, 1024, 4096)
+BATCHES = (("ragged", 16, 4), ("long", 4, 2)) if DEVICE == "cpu" else (("ragged", 128, 32), ("long", 32, 8))
+LORA = LoraConfig(r=16, lora_alpha=32, target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj")
 
 
 def _after(positions, target_ids):
@@ -129,7 +133,7 @@ CONDENSE = {"packed": condense, "dense": condense_dense, "split": condense_split
 
 
 def batch(model, kind, rows):
-    """Features of a batch: `ragged` texts with targets drawn from real data, `long`, or `names`."""
+    """Features of a batch: `ragged` texts and targets from real data, `long` ones, `names`, or `media` and names."""
     if kind == "ragged":
         queries = mixture("texts", rows)
         # Of any kind too: a name may ask for a module.
@@ -141,6 +145,10 @@ def batch(model, kind, rows):
         targets = exact_texts(model.tokenizer, 63, rows)  # and the end token
     else:
         queries = [names()[2 * i % len(names())] for i in range(rows)]
+        if kind == "media":  # images alone and with a text, and videos of two frames, in turns
+            pictures = mixture("images", rows)
+            forms = (lambda x: x, lambda x: {"image": x, "text": "a"}, lambda x: {"video": [x.resize((56, 56))] * 2})
+            queries = [forms[i % 3](picture) for i, picture in enumerate(pictures)]
         positives = targets = [names()[(2 * i + 1) % len(names())] for i in range(rows)]
     args = CondensationConfig(output_dir=str(ROOT / "runs" / "bench" / "args"), report_to="none", condense="positive")
     collator = CondensationCollator(
@@ -183,6 +191,8 @@ def contender(name, size, kind, rows, mini_batch, checkpointing=False):
     else:
         model, features = four, batch(four, kind, rows)
         loss = CondensationLoss(model, temperature=TEMPERATURE, mini_batch_size=mini_batch)
+    if DEVICE == "cuda":
+        inject_adapter_in_model(LORA, model[0].model)
     model.train()
     if checkpointing:
         model[0].model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -220,7 +230,7 @@ def check_equal(steps):
 
 def speed(size, rounds):
     rows = []
-    for kind, count, mini_batch in (("ragged", 16, 4), ("long", 4, 2)):
+    for kind, count, mini_batch in BATCHES:
         steps = {name: contender(name, size, kind, count, mini_batch) for name in (*CONDENSE, "stock")}
         error = check_equal(steps)
         found = summary(compare(steps, rounds), "packed")
@@ -245,9 +255,15 @@ def speed(size, rounds):
     return rows
 
 
+def _peak_of_a_process(setting):
+    command = [sys.executable, "-m", "benchmarks.train_step", "--one", json.dumps(setting)]
+    command += ["--threads", str(torch.get_num_threads())]
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+
+
 def memory(size):
     settings = [
-        (name, size, "ragged", 16, 4, checkpointing)
+        (name, size, *BATCHES[0], checkpointing)
         for checkpointing in (False, True)
         for name in (*CONDENSE, "stock")
         # A key/value cache is dropped under checkpointing.
@@ -256,16 +272,7 @@ def memory(size):
     settings += [("packed", size, "names", count, 32, False) for count in MEMORY_BATCHES]
     rows = []
     for setting in settings:
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.train_step",
-            "--one",
-            json.dumps(setting),
-            "--threads",
-            str(torch.get_num_threads()),
-        ]
-        value = float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+        value = peak_of(contender(*setting)) if DEVICE == "cuda" else _peak_of_a_process(setting)
         keys = ("contender", "size", "batch", "rows", "mini_batch", "checkpointing")
         rows.append(show({"table": "memory", **dict(zip(keys, setting)), "peak_gb": round(value, 3)}))
     return rows
@@ -284,7 +291,7 @@ def main():
     rows = speed(options.size, options.rounds) if "speed" in options.tables else []
     free()
     rows += memory(options.size) if "memory" in options.tables else []
-    record("train_step" if DEVICE == "cpu" else "train_step-gpu", rows, size=options.size)
+    record("train_step", rows, size=options.size)
 
 
 if __name__ == "__main__":

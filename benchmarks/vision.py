@@ -41,8 +41,8 @@ def calls(size, pictures):
     return inputs, encode, train
 
 
-def main():
-    options = arguments(__doc__)
+def measure(size, rounds):
+    """Rows of the table."""
     drawings, figures, pages = images()
     rows = []
     for name, pictures in (
@@ -50,7 +50,7 @@ def main():
         ("8 pages of 224 tokens", pages[:8]),
         ("20 figures of many sizes", figures[:20]),
     ):
-        inputs, encode, train = calls(options.size, pictures)
+        inputs, encode, train = calls(size, pictures)
         (ours, ours_grad), (loop, loop_grad) = train(VISION_ATTENTION), train("sdpa")
         error = ((ours - loop).abs().max() / loop.abs().max()).item()
         scale = max(gradient.abs().max() for gradient in loop_grad.values())
@@ -60,7 +60,7 @@ def main():
             raise SystemExit(f"{name}: outputs differ by {error:.1e}, gradients by {gradient_error:.1e}.")
         for mode, call in (("encode", encode), ("train", train)):
             contenders = {kind: (lambda call=call, kind=kind: call(kind)) for kind in ("sdpa", VISION_ATTENTION)}
-            found = summary(compare(contenders, options.rounds), "sdpa")
+            found = summary(compare(contenders, rounds), "sdpa")
             rows.append(
                 show(
                     {
@@ -76,7 +76,12 @@ def main():
                     }
                 )
             )
-    record("vision" if DEVICE == "cpu" else "vision-gpu", rows, size=options.size)
+    return rows
+
+
+def main():
+    options = arguments(__doc__)
+    record("vision", measure(options.size, options.rounds), size=options.size)
 
 
 if __name__ == "__main__":

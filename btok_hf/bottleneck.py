@@ -69,7 +69,8 @@ def add_bottleneck_tokens(
     """Write a copy of a base checkpoint with Bottleneck Tokens added, ready to train.
 
     The tokens use spare rows of the vocabulary. If there are too few, the embedding grows to a multiple of 64. It
-    never shrinks. The rows are initialised from the EOS row.
+    never shrinks. Their rows start as the row of the suffix's last token, whose state the words have made a summary, or
+    without a suffix as the EOS row.
 
     Args:
         base (`str` or `Path`):
@@ -81,7 +82,8 @@ def add_bottleneck_tokens(
             instruction comes first.
         suffix (`str`, *optional*): Words between the content and the tokens of every row, after one space, e.g.
             `This means in one word: "` (PromptEOL, arXiv 2307.16645). Truncation never removes them.
-        noise_std (`float`): Standard deviation of normal noise added to each row, relative to that of the EOS row.
+        noise_std (`float`): Standard deviation of normal noise added to each row, relative to that of the
+            row they start from.
         seed (`int`): Seed of the noise.
         min_pixels (`int`, *optional*): Smaller images are enlarged to this many pixels. Default: the base's.
         max_pixels (`int`, *optional*): Larger images and frames are reduced to this many pixels. Lower it to save
@@ -143,9 +145,10 @@ def add_bottleneck_tokens(
         ids = tokenizer.convert_tokens_to_ids(names) or [tokenizer.eos_token_id]
         if max(ids) >= model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(max(ids) + 1, pad_to_multiple_of=64, mean_resizing=False)
+        row = tokenizer.encode(f" {suffix}", add_special_tokens=False)[-1] if suffix else tokenizer.eos_token_id
         if num_tokens:
-            _initialise_rows(model, ids, tokenizer.eos_token_id, noise_std, seed)
-            # Their rows start equal to the EOS row, so that they would be as likely as EOS in plain generation.
+            _initialise_rows(model, ids, row, noise_std, seed)
+            # Their rows start equal to another token's, so that they would be as likely in plain generation.
             model.generation_config.suppress_tokens = ids
         processor.chat_template = embedding_chat_template(
             processor.chat_template, "".join(names) or tokenizer.eos_token, order, suffix
@@ -153,7 +156,8 @@ def add_bottleneck_tokens(
         model.config.btok_order, model.config.btok_suffix = order, suffix
         model.config.btok_token_ids = ids
         model.config.btok_num_tokens = num_tokens
-        model.config.btok_initialisation = {"row": tokenizer.eos_token, "noise_std": noise_std, "seed": seed}
+        start = tokenizer.convert_ids_to_tokens(row)
+        model.config.btok_initialisation = {"row": start, "noise_std": noise_std, "seed": seed}
     # The name of a local folder is not published. Its configuration may record the Hub id of its own base.
     model.config.btok_base_model = str(base) if on_hub else getattr(config, "btok_base_model", None)
     model.config.btok_base_revision = hub_kwargs["revision"] if on_hub else getattr(config, "btok_base_revision", None)
@@ -195,14 +199,14 @@ def _check_base(base: str | Path, family: Family, processor: ProcessorMixin, kno
         )
 
 
-def _initialise_rows(model: StockModel, ids: list[int], eos_id: int, noise_std: float, seed: int) -> None:
+def _initialise_rows(model: StockModel, ids: list[int], row: int, noise_std: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in filter(None, (model.get_input_embeddings(), untied_head(model))):
             weight = cast(torch.Tensor, layer.weight)
-            eos = weight[eos_id].float()
-            noise = torch.randn(len(ids), len(eos), generator=generator) * noise_std * eos.std().item()
-            weight[ids] = (eos + noise.to(eos.device)).to(weight.dtype)
+            start = weight[row].float()
+            noise = torch.randn(len(ids), len(start), generator=generator) * noise_std * start.std().item()
+            weight[ids] = (start + noise.to(start.device)).to(weight.dtype)
 
 
 def _set_pixels(processor: ProcessorMixin, min_pixels: int | None, max_pixels: int | None) -> None:

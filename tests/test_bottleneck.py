@@ -48,6 +48,17 @@ def test_noise_is_seeded(bases, tmp_path):
     assert len(first.weight[264:268].unique(dim=0)) == 4
 
 
+def test_tokens_after_a_suffix_start_as_its_last_token(bases, tmp_path):
+    before = AutoModelForImageTextToText.from_pretrained(bases["qwen2_vl"])
+    repo = add_bottleneck_tokens(bases["qwen2_vl"], tmp_path / "repo", suffix="in one word:")
+    after = AutoModelForImageTextToText.from_pretrained(repo)
+    tokenizer = AutoProcessor.from_pretrained(repo).tokenizer
+    colon = tokenizer.encode(":", add_special_tokens=False)
+    old, new = before.get_input_embeddings().weight, after.get_input_embeddings().weight
+    assert torch.equal(new[after.config.btok_token_ids], old[colon].expand(4, -1))
+    assert after.config.btok_initialisation["row"] == ":"
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_embedding_grows_only_without_spare_rows(tmp_path, tied):
     base = tiny.build("qwen2_vl", tmp_path / "base", vocab_size=265, tied=tied)

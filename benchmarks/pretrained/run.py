@@ -57,7 +57,7 @@ NOT_EVALUATED = (
 READS = "> **English texts only.** The vision tower is random: images and videos mean nothing to this model."
 PASSAGE = (18, 36)  # words of a module in a training row: complete modules would take eight times as long
 SUFFIX = 'means in one word: "'
-NOISE = 0.5  # of the new token rows, relative to the EOS row; without noise they would be equal
+NOISE = 0.5  # of the new token rows, relative to the row they start from; without noise they would be equal
 
 
 class Arm(NamedTuple):
@@ -102,7 +102,12 @@ def training_rows(dev: bool, seed: int) -> dict[str, list[dict]]:
     rng, split = random.Random(seed), "rest" if dev else "train"
     found: dict[str, list[dict]] = {
         "terms": [
-            {"query": row["term"], "positive": cut(row["definition"]), "group": row["term"].casefold()}
+            {
+                "query": row["term"],
+                "positive": cut(row["definition"]),
+                "group": row["term"].casefold(),
+                "book": row["book"],
+            }
             for row in rows("glossary", split)
         ]
     }
@@ -125,11 +130,21 @@ def training_rows(dev: bool, seed: int) -> dict[str, list[dict]]:
                 "query": query,
                 "positive": passage(modules[module], titled=source != "titles" and rng.random() < 0.5),
                 "group": module,
+                "book": modules[module]["book"],
             }
             for module, query in asked
             if module in modules
         ]
     return found
+
+
+def split_books(found: list[dict], source: str, by_book: bool) -> dict[str, list[dict]]:
+    """Rows by name of their dataset, `source` or `source/book`. A batch is drawn from one of them."""
+    by_name: dict[str, list[dict]] = {}
+    for row in found:
+        book = row.pop("book")
+        by_name.setdefault(f"{source}/{book}" if by_book else source, []).append(row)
+    return by_name
 
 
 def mrr(found: dict[str, list[int]]) -> dict[str, float]:
@@ -161,11 +176,14 @@ def run(options: argparse.Namespace) -> None:
         add_tokens(options.base, start, arm, options.seed)
     model = BTokSentenceTransformer(str(start))
     found = training_rows(options.dev, options.seed)
-    sets = {source: Dataset.from_list(found[source]) for source in options.sources}
-    words = {
-        source: dict(zip(("query", "positive"), (prompts(arm).get(kind, "") for kind in KINDS[source])))
-        for source in sets
-    }
+    parts = {source: split_books(found[source], source, options.by_book) for source in options.sources}
+    sets = {name: Dataset.from_list(part) for named in parts.values() for name, part in named.items()}
+    words, weights, condense = {}, {}, {}
+    for source, named in parts.items():
+        for name, part in named.items():
+            words[name] = dict(zip(("query", "positive"), (prompts(arm).get(kind, "") for kind in KINDS[source])))
+            weights[name] = WEIGHTS[source] * len(part) / len(found[source])
+            condense[name] = CONDENSE[source]
     settings = {
         "per_device_train_batch_size": options.batch,
         "mini_batch_num_tokens": 4096,
@@ -173,8 +191,8 @@ def run(options: argparse.Namespace) -> None:
         "max_steps": options.steps,
         "learning_rate": options.learning_rate,
         "temperature": options.temperature,
-        "dataset_weights": {source: WEIGHTS[source] for source in sets},
-        "condense": {source: CONDENSE[source] for source in sets},
+        "dataset_weights": weights,
+        "condense": condense,
         "condensation_weight": arm.weight,
         "condensation_mask": arm.mask,
     }
@@ -249,6 +267,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.05)
     parser.add_argument("--rank", type=int, default=16, help="of LoRA")
     parser.add_argument("--sources", nargs="+", choices=WEIGHTS, default=list(WEIGHTS))
+    parser.add_argument("--by-book", action="store_true", help="batches of one book: harder negatives")
     parser.add_argument("--only", default="", help="score only tasks whose names hold this, e.g. term")
     parser.add_argument("--save", action="store_true", help="export the model")
     parser.add_argument("--tag", default="", help="added to the name of the run")

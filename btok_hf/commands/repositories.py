@@ -30,7 +30,7 @@ def add_tokens_command(commands: Any) -> None:
         "--noise-std",
         type=float,
         default=0.0,
-        help="noise added to the token rows, relative to the std of the EOS row (default: %(default)s)",
+        help="noise added to the token rows, relative to the std of the row they start from (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
     parser.add_argument("--min-pixels", type=int, help="enlarge smaller images to this many pixels")
