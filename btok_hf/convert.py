@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-from transformers import AutoConfig, AutoProcessor, ProcessorMixin
+from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, ProcessorMixin
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -77,7 +77,9 @@ def convert_checkpoint(
     adapters = _read_adapters(checkpoint, hub_kwargs)
     source, its_kwargs = checkpoint, hub_kwargs
     if adapters is not None:  # modules and processor are in a folder of the run
-        source = find_base(checkpoint, adapters.base_model_name_or_path or "base_model")
+        beside = Path(checkpoint).resolve().with_name("base_model")  # first: its recorded path may look like a Hub id
+        recorded = adapters.base_model_name_or_path or beside.name
+        source = str(beside) if Path(beside, "config.json").is_file() else find_base(checkpoint, recorded)
         its_kwargs = {key: value for key, value in hub_kwargs.items() if key != "revision"}
     path = cached_file(source, "config.json", **its_kwargs)
     content = json.loads(Path(cast(str, path)).read_text("utf-8"))
@@ -90,28 +92,21 @@ def convert_checkpoint(
     check_base(source, family, processor, processor.tokenizer.get_vocab())
     ids = _token_ids(source, processor, num_tokens)
 
-    named = module.get("model_name_or_path")  # only where the weights of the backbone are not in the checkpoint
-    origin = base or named or (saved.get("text_config") or {}).get("_name_or_path")
-    if named and adapters is None:
-        raise ValueError(
-            f"{source} holds no weights, only the name of a base model, {named!r}: the reproduction writes it before "
-            "it trains adapters. Name a folder of adapters beside it, e.g. checkpoint-5000."
-        )
-    if named:
-        try:
-            model, _ = load_stock_model(origin, config, dtype="auto", **its_kwargs)
-        except OSError as error:
-            raise OSError(
-                f"The base model {origin!r} of the adapters in {checkpoint} cannot be read ({error}). Give its folder "
-                "or Hub id as base, or --base."
-            ) from error
-    else:
+    origin = base or module.get("model_name_or_path") or (saved.get("text_config") or {}).get("_name_or_path")
+    if "model_name_or_path" not in module:
         renamings = {rf"^_modules_dict\.{re.escape(name)}\.model\.": ""}
         model, _ = load_stock_model(source, config, dtype="auto", key_mapping=renamings, **its_kwargs)
+    elif adapters is None:
+        raise ValueError(
+            f"{source} holds no weights, only the name of a base model, {origin!r}: the reproduction writes it before "
+            "it trains adapters. Name a folder of adapters beside it, e.g. checkpoint-5000."
+        )
+    else:
+        model = _load_base(origin, config, checkpoint, its_kwargs)
     rows = model.get_input_embeddings().num_embeddings
     if max(ids) >= rows:
         raise ValueError(
-            f"{origin if named else source} has {rows} embedding rows, but the Bottleneck Tokens have the ids {ids}: "
+            f"The model of {checkpoint} has {rows} embedding rows, but the Bottleneck Tokens have the ids {ids}: "
             "their rows are missing. Use the tokenizer and the weights of one training run."
         )
     lm_head = untied_head(model)  # before there are adapters, behind which the embedding is another module
@@ -217,6 +212,17 @@ def _token_ids(source: str, processor: ProcessorMixin, num_tokens: int) -> list[
             "Restore the chat template of the base model."
         )
     return processor.tokenizer.convert_tokens_to_ids(names)
+
+
+def _load_base(base: str, config: PreTrainedConfig, checkpoint: str, hub_kwargs: Mapping[str, Any]) -> StockModel:
+    """The stock model that adapters were trained on."""
+    try:
+        return load_stock_model(base, config, dtype="auto", **hub_kwargs)[0]
+    except OSError as error:
+        raise OSError(
+            f"The base model {base!r} of the adapters in {checkpoint} cannot be read ({error}). Give its folder or "
+            "Hub id as base, or --base."
+        ) from error
 
 
 def _check_adapters(checkpoint: str, adapters: Any, ids: list[int]) -> None:
