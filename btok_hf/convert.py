@@ -30,7 +30,7 @@ from btok_hf.sentence_transformer import BTokSentenceTransformer
 # The modules that give the vectors of this library, in their order, with the settings that each may have.
 PIPELINE = (
     ("BToksTokenInjector", {"num_tokens"}),
-    ("Backbone", None),  # the end of its name: one wrapper for each family, all alike
+    ("Backbone", None),  # any: what they say is how it was loaded
     ("BToksPooling", set()),
     ("Normalize", set()),
 )
@@ -173,8 +173,10 @@ def _modules(source: str, content: Mapping[str, Any]) -> tuple[str, dict[str, An
             "'btoks' or 'vlm2emb' and modules by name. A stock checkpoint gets its tokens with `btok add-tokens`."
         )
     names = content.get("_module_order") or list(modules)  # JSON keys are sorted, so their order says nothing
-    types = [str(modules[name].get("type")) for name in names]
-    if len(types) != len(PIPELINE) or not all(given.endswith(kind) for given, (kind, _) in zip(types, PIPELINE)):
+    types = [str(modules.get(name, {}).get("type")) for name in names]
+    # The wrapper of each family has a name of its own, which ends so.
+    kinds = ["Backbone" if given.endswith("Backbone") else given for given in types]
+    if kinds != [kind for kind, _ in PIPELINE]:
         raise ValueError(
             f"{source} must have the modules {', '.join(kind for kind, _ in PIPELINE)} in this order, got "
             f"{', '.join(types)}. Other poolings, projections and places of the tokens have no counterpart here: keep "
