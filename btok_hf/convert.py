@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, ProcessorMixin
-from transformers.utils.hub import cached_file
+from transformers.utils.hub import cached_file, extract_commit_hash
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from btok_hf.adapters import check_exportable, find_base, load_adapters
@@ -117,8 +117,11 @@ def convert_checkpoint(
     _describe(model, processor, ids)
     model.config.btok_base_model = origin if origin and is_hub_id(origin) else None
     model.config.btok_base_revision = None  # the reproduction does not record it
-    # The name of a local folder is not published.
-    model.config.btok_converted_from = {"checkpoint": checkpoint if is_hub_id(checkpoint) else None}
+    on_hub = is_hub_id(checkpoint)  # the name of a local folder is not published
+    model.config.btok_converted_from = {
+        "checkpoint": checkpoint if on_hub else None,
+        "revision": extract_commit_hash(path, None) if on_hub and adapters is None else None,
+    }
     card = card or CardArguments()
     files: dict[str, str | bytes] = {"README.md": render_card(model.config, processor, {}, card)}
     if card.model_license == "apache-2.0":

@@ -98,7 +98,7 @@ def test_card_and_configuration_name_the_origin_and_no_folder(made, converted, t
     assert "license: apache-2.0" in card and "Its licence: apache-2.0" in card and "then a line break" in card
     assert "Apache License" in (converted / "LICENSE").read_text("utf-8")
     config = AutoConfig.from_pretrained(converted)
-    assert config.btok_converted_from == {"checkpoint": None} and config.btok_base_model is None
+    assert config.btok_converted_from == {"checkpoint": None, "revision": None} and config.btok_base_model is None
     for path in converted.rglob("*.json"):
         assert str(made[0]) not in path.read_text("utf-8"), path
 
@@ -125,6 +125,19 @@ def test_the_dtype_is_that_of_the_weights(copied, tmp_path):
     save_file({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path, {"format": "pt"})
     repo = convert_checkpoint(copied / "full", tmp_path / "repo")
     assert json.loads((repo / "config.json").read_text("utf-8"))["dtype"] == "bfloat16"
+
+
+def test_a_checkpoint_on_the_hub_is_named_with_its_revision(hub, made, tmp_path):
+    code = (
+        "import sys, huggingface_hub as hub; hub.create_repo('org/original')\n"
+        "hub.upload_folder(repo_id='org/original', folder_path=sys.argv[1])\n"
+    )
+    hub.run("-c", code, made[0] / "full", home=tmp_path / "home")
+    hub.run("-m", "btok_hf", "convert", "org/original", tmp_path / "repo", home=tmp_path / "home")
+    origin = AutoConfig.from_pretrained(tmp_path / "repo").btok_converted_from
+    assert origin["checkpoint"] == "org/original" and re.fullmatch("[0-9a-f]{40}", origin["revision"])
+    card = (tmp_path / "repo" / "README.md").read_text("utf-8")
+    assert f"(https://huggingface.co/org/original), revision {origin['revision']}" in card
 
 
 def modules(**changes):
