@@ -175,6 +175,16 @@ def add_bottleneck_tokens(
     )
 
 
+def prepare_processor(processor: ProcessorMixin) -> None:
+    """Set what rows with Bottleneck Tokens need of a processor besides their template, in place."""
+    # Limit pixels per frame, as the reference implementation does. transformers is moving to this behaviour.
+    processor.video_processor.cap_pixels_per_frame = True
+    # Truncation on the right would remove the Bottleneck Tokens. On the left it removes text. If it would remove media
+    # placeholders, the processor raises an error. Both places are set, because save_pretrained compares them.
+    tokenizer = processor.tokenizer
+    tokenizer.truncation_side = tokenizer.init_kwargs["truncation_side"] = "left"
+
+
 def check_base(base: str | Path, family: Family, processor: ProcessorMixin, known: Collection[str]) -> None:
     """Raise `ValueError` if a processor lacks what rows and targets are made of.
 
@@ -203,16 +213,6 @@ def check_base(base: str | Path, family: Family, processor: ProcessorMixin, know
             f"The tokenizer of {base} has special tokens that do not start with '<|': {odd}. The chat template cannot "
             f"escape them in user text. Use the tokenizer of a {family.name}."
         )
-
-
-def prepare_processor(processor: ProcessorMixin) -> None:
-    """Set what rows with Bottleneck Tokens need of a processor besides their template, in place."""
-    # Limit pixels per frame, as the reference implementation does. transformers is moving to this behaviour.
-    processor.video_processor.cap_pixels_per_frame = True
-    # Truncation on the right would remove the Bottleneck Tokens. On the left it removes text. If it would remove media
-    # placeholders, the processor raises an error. Both places are set, because save_pretrained compares them.
-    tokenizer = processor.tokenizer
-    tokenizer.truncation_side = tokenizer.init_kwargs["truncation_side"] = "left"
 
 
 def _initialise_rows(model: StockModel, ids: list[int], eos_id: int, noise_std: float, seed: int) -> None:
