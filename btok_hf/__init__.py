@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # editors and type checkers do not run `__getattr__`
     from btok_hf.bottleneck import add_bottleneck_tokens
     from btok_hf.condensation import condense
+    from btok_hf.convert import convert_checkpoint
     from btok_hf.export import export_adapters, export_model
     from btok_hf.hub import push, verify
     from btok_hf.media import read_image
@@ -23,6 +24,7 @@ _LAZY_IMPORTS = {
     "BottleneckTransformer": "btok_hf.sentence_transformer",
     "add_bottleneck_tokens": "btok_hf.bottleneck",
     "condense": "btok_hf.condensation",
+    "convert_checkpoint": "btok_hf.convert",
     "export_adapters": "btok_hf.export",
     "export_model": "btok_hf.export",
     "push": "btok_hf.hub",
@@ -37,6 +39,7 @@ __all__ = [  # a literal list, which editors can read
     "BottleneckTransformer",
     "add_bottleneck_tokens",
     "condense",
+    "convert_checkpoint",
     "export_adapters",
     "export_model",
     "push",

@@ -47,7 +47,7 @@ def add_adapters_in_fp32(backbone: PreTrainedModel, peft_config: "PeftConfig") -
             parameter.data = parameter.data.float()
 
 
-def load_adapters(backbone: PreTrainedModel, path: str, **hub_kwargs: Any) -> None:
+def load_adapters(backbone: PreTrainedModel, path: str, prefix: str = "", **hub_kwargs: Any) -> None:
     """Add the PEFT adapters of a checkpoint to a transformers model, and check that every tensor was loaded.
 
     `backbone.load_adapter` is not used: in transformers 5.17 it leaves the adapters random and only warns.
@@ -55,6 +55,7 @@ def load_adapters(backbone: PreTrainedModel, path: str, **hub_kwargs: Any) -> No
     Args:
         backbone (`PreTrainedModel`): The model that the adapters were trained on.
         path (`str`): Folder or Hub id of the checkpoint.
+        prefix (`str`): What the names of the backbone's tensors begin with in the checkpoint.
         hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:
@@ -64,7 +65,7 @@ def load_adapters(backbone: PreTrainedModel, path: str, **hub_kwargs: Any) -> No
     from peft.utils.save_and_load import load_peft_weights
 
     saved = load_peft_weights(path, device="cpu", **hub_kwargs)
-    saved = {name.removeprefix("base_model.model."): tensor for name, tensor in saved.items()}
+    saved = {name.removeprefix(f"base_model.model.{prefix}"): tensor for name, tensor in saved.items()}
     add_adapters_in_fp32(backbone, PeftConfig.from_pretrained(path, **hub_kwargs))
     set_peft_model_state_dict(backbone, saved, backbone.active_adapters()[0])
     loaded = get_peft_model_state_dict(backbone, adapter_name=backbone.active_adapters()[0])
@@ -95,7 +96,7 @@ def add_adapters(backbone: PreTrainedModel, lm_head: torch.nn.Module | None, pef
         ValueError: `lora_dropout` above 0, `trainable_token_indices` set in `peft_config`, another kind of adapters
             than LoRA, or an option of LoRA that could not be exported.
     """
-    _check_exportable(peft_config)
+    check_exportable(peft_config)
     if peft_config.lora_dropout > 0:
         raise ValueError(
             f"lora_dropout must be 0, got {peft_config.lora_dropout}: GradCache embeds each row twice and replays the "
@@ -121,7 +122,7 @@ def adapter_config(backbone: PreTrainedModel) -> Any:
     return backbone.peft_config[backbone.active_adapters()[0]]
 
 
-def _check_exportable(peft_config: "LoraConfig") -> None:
+def check_exportable(peft_config: "LoraConfig") -> None:
     """Refuse adapters that could be trained and then not be published as they are."""
     if getattr(peft_config.peft_type, "value", peft_config.peft_type) != "LORA":
         raise ValueError(

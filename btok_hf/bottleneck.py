@@ -31,7 +31,11 @@ def bottleneck_token(index: int) -> str:
 
 
 def embedding_chat_template(
-    base_template: str, tokens: str, order: str = "media_first", suffix: str | None = None
+    base_template: str,
+    tokens: str,
+    order: str = "media_first",
+    suffix: str | None = None,
+    after_media: str = " ",
 ) -> str:
     """A chat template for embedding rows; with a generation prompt, the base's own template.
 
@@ -40,12 +44,14 @@ def embedding_chat_template(
         tokens (`str`): What every row ends in: the Bottleneck Tokens.
         order (`str`): One of `ORDERS`.
         suffix (`str`, *optional*): Words between the content and the tokens, after one space.
+        after_media (`str`): What separates media from the words after them, with the order `media_first`.
     """
     end = tokens if suffix is None else f" {suffix}{tokens}"
     return (
         "{%- if add_generation_prompt -%}\n"
         + base_template
         + "{%- else -%}\n"
+        + ("{%- set after_media = " + json.dumps(after_media) + " -%}\n" if order == "media_first" else "")
         + Path(__file__).with_name("templates").joinpath(f"{order}.jinja").read_text("utf-8")
         + ("{{- " + json.dumps(end, ensure_ascii=False) + " -}}\n{%- endif -%}\n")
     )
@@ -121,7 +127,7 @@ def add_bottleneck_tokens(
     processor = AutoProcessor.from_pretrained(base, **hub_kwargs)
     tokenizer = processor.tokenizer
     known = tokenizer.get_vocab()
-    _check_base(base, family, processor, known)
+    check_base(base, family, processor, known)
 
     names = [bottleneck_token(index) for index in range(num_tokens)]
     present = [name for name in known if name.startswith("<|btok_")]
@@ -161,11 +167,7 @@ def add_bottleneck_tokens(
     # The name of a local folder is not published. Its configuration may record the Hub id of its own base.
     model.config.btok_base_model = str(base) if on_hub else getattr(config, "btok_base_model", None)
     model.config.btok_base_revision = hub_kwargs["revision"] if on_hub else getattr(config, "btok_base_revision", None)
-    # Limit pixels per frame, as the reference implementation does. transformers is moving to this behaviour.
-    processor.video_processor.cap_pixels_per_frame = True
-    # Truncation on the right would remove the Bottleneck Tokens. On the left it removes text. If it would remove media
-    # placeholders, the processor raises an error. Both places are set, because save_pretrained compares them.
-    tokenizer.truncation_side = tokenizer.init_kwargs["truncation_side"] = "left"
+    prepare_processor(processor)
     _set_pixels(processor, min_pixels, max_pixels)
     return write_repository(
         output_dir,
@@ -177,7 +179,25 @@ def add_bottleneck_tokens(
     )
 
 
-def _check_base(base: str | Path, family: Family, processor: ProcessorMixin, known: Collection[str]) -> None:
+def prepare_processor(processor: ProcessorMixin) -> None:
+    """Set what rows with Bottleneck Tokens need of a processor besides their template, in place."""
+    # Limit pixels per frame, as the reference implementation does. transformers is moving to this behaviour.
+    processor.video_processor.cap_pixels_per_frame = True
+    # Truncation on the right would remove the Bottleneck Tokens. On the left it removes text. If it would remove media
+    # placeholders, the processor raises an error. Both places are set, because save_pretrained compares them.
+    tokenizer = processor.tokenizer
+    tokenizer.truncation_side = tokenizer.init_kwargs["truncation_side"] = "left"
+
+
+def check_base(base: str | Path, family: Family, processor: ProcessorMixin, known: Collection[str]) -> None:
+    """Raise `ValueError` if a processor lacks what rows and targets are made of.
+
+    Args:
+        base (`str` or `Path`): Where the processor is from, for the message.
+        family (`Family`): The family of its model.
+        processor (`ProcessorMixin`): The processor.
+        known (`Collection[str]`): The words of its vocabulary.
+    """
     if not isinstance(processor.chat_template, str):
         raise ValueError(
             f"{base} must have one chat template, got {type(processor.chat_template).__name__}. Copy "

@@ -19,6 +19,7 @@ from btok_hf.errors import RESUME, one_line_errors, take_debug
 # In the order of `btok --help`.
 COMMANDS = (
     repositories.add_tokens_command,
+    repositories.convert_command,
     training.mine_command,
     training.train_command,
     repositories.export_command,

@@ -99,7 +99,7 @@ def export_model(
         files=files,
         max_shard_size=max_shard_size,
     )
-    _write_golden(output_dir, model)
+    write_golden_vectors(output_dir, model)
     return output_dir
 
 
@@ -240,7 +240,7 @@ def _write_config(output_dir: Path, config: PreTrainedConfig, dtype: torch.dtype
     shutil.copyfile(modeling_btok.__file__, output_dir / "modeling_btok.py")
 
 
-def _write_golden(output_dir: Path, model: "SentenceTransformer") -> None:
+def write_golden_vectors(output_dir: Path, model: "SentenceTransformer") -> None:
     """Write the golden vectors of the weights in `output_dir`. `btok_hf.verify` compares loaders with them.
 
     They are computed in fp32 on the CPU, for any precision and device of the model. The weights stay on disk and are

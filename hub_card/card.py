@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, Union
 
 import jinja2
@@ -109,6 +110,16 @@ def hub_id(source: str | None) -> str | None:
     return source if source is not None and is_hub_id(source) else None
 
 
+def apache_license() -> str:
+    """The text of Apache-2.0: the licence of this package, from the checkout or the installed distribution."""
+    checkout = Path(__file__).parents[1] / "LICENSE"
+    if checkout.is_file():
+        return checkout.read_text("utf-8")
+    installed = metadata.distribution("btok-hf").read_text("licenses/LICENSE")
+    assert installed is not None  # pyproject.toml lists it in license-files
+    return installed
+
+
 def render_card(
     config: PreTrainedConfig,
     processor: ProcessorMixin,
@@ -154,6 +165,7 @@ def render_card(
         "arguments": arguments,
         "base": base,
         "base_revision": getattr(config, "btok_base_revision", None),
+        "converted": getattr(config, "btok_converted_from", None),
         "model_type": config.model_type,
         "num_tokens": config.btok_num_tokens,
         "order": getattr(config, "btok_order", "media_first"),

@@ -22,7 +22,7 @@ import yaml
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 from matplotlib.figure import Figure
 
-from btok_hf.hub_card.card import CardArguments, hub_id, render_card
+from btok_hf.hub_card.card import CardArguments, apache_license, hub_id, render_card
 from btok_hf.hub_card.examples import evaluation_name, hardware, measured_examples, precision
 from btok_hf.hub_names import HUB_TOKEN
 
@@ -98,7 +98,7 @@ def card_files(
         results = _eval_results(evaluator, eval_source, arguments.eval_task, after)
         files[f".eval_results/{Path(eval_source).name}.yaml"] = results
     if arguments.model_license == "apache-2.0":
-        files["LICENSE"] = _apache_license()
+        files["LICENSE"] = apache_license()
     evaluation, compared = None, {}
     if evaluator is not None:
         assert before is not None and after is not None  # checked above
@@ -142,16 +142,6 @@ def _check_metrics(
                 f"The ablation {name!r} must have the metrics {sorted(after or [])}, got {sorted(metrics)}. Evaluate "
                 "both models with the same evaluator."
             )
-
-
-def _apache_license() -> str:
-    """The text of Apache-2.0: the licence of this package, from the checkout or the installed distribution."""
-    checkout = Path(__file__).parents[1] / "LICENSE"
-    if checkout.is_file():
-        return checkout.read_text("utf-8")
-    installed = metadata.distribution("btok-hf").read_text("licenses/LICENSE")
-    assert installed is not None  # pyproject.toml lists it in license-files
-    return installed
 
 
 def _data(

@@ -21,7 +21,20 @@ from btok_hf.corpus.tables import Columns
 from btok_hf.evaluation import mmeb
 from btok_hf.serving.server import Limits
 
-COMMANDS = ("add-tokens", "train", "export", "verify", "push", "serve", "embed", "index", "search", "app", "mmeb")
+COMMANDS = (
+    "add-tokens",
+    "convert",
+    "train",
+    "export",
+    "verify",
+    "push",
+    "serve",
+    "embed",
+    "index",
+    "search",
+    "app",
+    "mmeb",
+)
 
 
 @pytest.fixture
@@ -67,6 +80,7 @@ def test_each_command_has_help_with_an_example(btok, name):
 def test_unknown_flags_are_refused(btok, name):
     required = {
         "add-tokens": "a b",
+        "convert": "a b",
         "export": "a b",
         "verify": "a",
         "push": "a b",

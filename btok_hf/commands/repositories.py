@@ -1,4 +1,4 @@
-"""Commands that write, check and publish repositories: add-tokens, export, verify, push."""
+"""Commands that write, check and publish repositories: add-tokens, convert, export, verify, push."""
 
 import argparse
 from pathlib import Path
@@ -52,6 +52,34 @@ def run_add_tokens(query_prompt: str | None, document_prompt: str | None, output
             output_dir=output_dir, prompts={name: text for name, text in prompts.items() if text}, **options
         )
     print(f"Written to {output_dir}")
+
+
+def convert_command(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "convert",
+        run_convert,
+        "Write a checkpoint of the public reproduction (github.com/siryuson/BottleneckTokens) as a Hub repository.",
+        "btok convert outputs/btoks_qwen2vl_2b_v1/checkpoint-5000 btok-mine --license apache-2.0",
+    )
+    parser.add_argument("checkpoint", help="folder or Hub id: a full checkpoint or adapters, which are merged")
+    parser.add_argument("output_dir", help="folder to write")
+    parser.add_argument("--base", help="folder or Hub id of the base model (default: as the checkpoint names it)")
+    parser.add_argument("--license", help="id of the weights' licence, for the card")
+    parser.add_argument("--base-license", help="licence of the base model, for the card")
+    parser.add_argument("--revision", help="branch, tag or commit of the checkpoint on the Hub")
+
+
+def run_convert(
+    checkpoint: str, output_dir: str, base: str | None, license: str | None, base_license: str | None, **options: Any
+) -> None:
+    from btok_hf.convert import convert_checkpoint
+    from btok_hf.hub_card.card import CardArguments
+
+    card = CardArguments(model_license=license, base_license=base_license)
+    with named_source(checkpoint):
+        convert_checkpoint(checkpoint, output_dir, base=base, card=card, **options)
+    print(f"Converted to {output_dir}")
 
 
 def export_command(commands: Any) -> None:
