@@ -119,7 +119,7 @@ def add_bottleneck_tokens(
 
     Raises:
         ValueError: A model in `output_dir`, an unknown order, an unsupported backbone, a base without a chat template
-            or the family's special tokens, a base with another number of Bottleneck Tokens, another order or suffix,
+            or its family's special tokens, a base with another number of Bottleneck Tokens, another order or suffix,
             or a checkpoint with missing or unexpected tensors.
     """
     if num_tokens < 0:

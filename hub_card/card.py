@@ -157,7 +157,7 @@ def render_card(
         "hidden_size": text_config.hidden_size,
         "num_layers": text_config.num_hidden_layers,
         "max_length": processor.tokenizer.model_max_length,
-        "images": family_of(config).image_costs(processor),
+        "costs": family_of(config).image_costs(processor),
         "prompts": {name: text for name, text in prompts.items() if text},
         "install": " ".join(f'"{requirement}"' for requirement in _snippet_requirements()),
         "repository": json.dumps(repo_id or PLACEHOLDER),

@@ -27,7 +27,7 @@ def test_a_row_describes_its_backbone(bases, backbone):
     # LoRA adapts every linear layer of the language model but the gates of recurrent layers.
     names = [name for name, module in model.model.named_modules() if type(module).__name__ == "Linear"]
     adapted = {name for name in names if re.fullmatch(family.lora_targets, name)}
-    left_out = {name for name in names if name.startswith("language_model")} - adapted
+    left_out = {name for name in names if name.startswith(family.language)} - adapted
     assert adapted and {name.rpartition(".")[2] for name in left_out} == (
         {"in_proj_a", "in_proj_b"} if backbone == "qwen3_5" else set()
     )

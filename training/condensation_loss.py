@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from btok_hf.backbones import family_of
 from btok_hf.condensation import backbone_and_head
 from btok_hf.features import IGNORED, PIXEL_KEYS, HostFeatures
 from btok_hf.sentence_transformer import BTokSentenceTransformer
@@ -208,10 +209,13 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
         padded = {key: value for key, value in sentence_feature.items() if key != "cu_seq_lens_q"}
         minibatch = _create_minibatch(padded, begin, end)
         copies, vision = minibatch.pop("copies", None), minibatch.pop("vision", None)
+        config = self._backbone().config
         # `_create_minibatch` sliced them as if they had one entry per row.
-        for key, counts in self._family.items_per_row(self._backbone().config, padded).items():
+        for key, counts in family_of(config).items_per_row(config, padded).items():
             ends = F.pad(counts.cumsum(0), (1, 0))
             minibatch[key] = padded[key][ends[begin] : ends[end]]
+            if not len(minibatch[key]):
+                del minibatch[key]
         # Targets are run in the second pass, for a batch that fits one mini-batch, and in evaluation.
         if with_grad or not torch.is_grad_enabled():
             minibatch["condensation_mask"] = self.condensation_mask

@@ -31,7 +31,7 @@ from transformers import (
 from btok_hf.backbones import FAMILIES, REQUIRED_TOKENS
 
 BACKBONES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "idefics3", "smolvlm")
-VIDEO_BACKBONES = tuple(name for name in BACKBONES if FAMILIES[name].video)
+WITH_VIDEO = tuple(name for name in BACKBONES if FAMILIES[name].video)
 SPECIAL = ["<|endoftext|>", *REQUIRED_TOKENS, "<|vision_pad|>"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
