@@ -24,7 +24,7 @@ from btok_hf.backbones import family_of
 from btok_hf.condensation import condense, reconstruct
 from btok_hf.encoding import PackedEncoder
 from btok_hf.export import untied_head, write_repository
-from btok_hf.features import IGNORED, PIXEL_KEYS
+from btok_hf.features import IGNORED, MEDIA_KEYS
 from btok_hf.inputs import ImageLimits, Input, as_messages, check_input, shown
 from btok_hf.modeling.modeling_btok import (
     LOADING,
@@ -213,7 +213,8 @@ class BottleneckTransformer(Transformer):
         """
         zero = torch.zeros((), device=self.model.device)
         shared = distributed.is_available() and distributed.is_initialized()
-        if not shared or any(features.get(key) is not None for key in PIXEL_KEYS):
+        media = {key: features[key] for key in MEDIA_KEYS if features.get(key) is not None}
+        if not shared or family_of(self.config).pixels(media):
             return zero
         return sum((p.flatten()[:0].sum() for p in self.vision_tower.parameters() if p.requires_grad), zero)
 

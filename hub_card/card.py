@@ -158,6 +158,7 @@ def render_card(
         "num_layers": text_config.num_hidden_layers,
         "max_length": processor.tokenizer.model_max_length,
         "costs": family_of(config).image_costs(processor),
+        "takes_video": family_of(config).video is not None,
         "prompts": {name: text for name, text in prompts.items() if text},
         "install": " ".join(f'"{requirement}"' for requirement in _snippet_requirements()),
         "repository": json.dumps(repo_id or PLACEHOLDER),

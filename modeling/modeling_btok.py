@@ -201,10 +201,10 @@ def _grid_tokens(config: PreTrainedConfig, features: Mapping[str, Any]) -> Itera
 
 def _padded_tile_tokens(config: PreTrainedConfig, features: Mapping[str, Any]) -> Iterator[tuple[str, int, str, int]]:
     """The same for images that are cut into tiles of one size. Rows with fewer tiles are padded with empty ones."""
-    mask, size = features.get("pixel_attention_mask"), config.vision_config.image_size
-    side = size // config.vision_config.patch_size // config.scale_factor
+    mask, vision = features.get("pixel_attention_mask"), config.vision_config
     tiles = 0 if mask is None else int(mask.flatten(2).any(2).sum())
-    yield "image", config.image_token_id, "pixel_values", tiles * side**2
+    tokens = tiles * (vision.image_size // vision.patch_size // config.scale_factor) ** 2
+    yield "image", config.image_token_id, "pixel_values", tokens
 
 
 # How many placeholders the media need, by model_type. Default: by grids.

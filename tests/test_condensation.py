@@ -82,6 +82,24 @@ def test_packed_equals_dense_mask(repos, backbone, kind, side):
         assert_same_gradients(gradients(model, *actual), expected_gradients)
 
 
+@pytest.mark.parametrize("backbone", ["idefics3", "smolvlm"])
+def test_empty_tiles_are_dropped(repos, backbone):
+    """A row without images, of a batch with images, has only the tiles that it was padded with."""
+    processor, model = (
+        AutoProcessor.from_pretrained(repos[backbone]),
+        AutoModel.from_pretrained(repos[backbone]).eval(),
+    )
+    inputs, tiles = process(processor, rows("image")), []
+    model.vision_model.register_forward_pre_hook(
+        lambda module, args, kwargs: tiles.append(len(kwargs["pixel_values"])), with_kwargs=True
+    )
+    with torch.no_grad():
+        expected = condense(model, inputs).embeddings
+        alone = condense(model, {key: value[1:2] for key, value in inputs.items()}).embeddings
+    assert tiles == [int(inputs["pixel_attention_mask"].flatten(2).any(2).sum())]  # and none in the second call
+    torch.testing.assert_close(alone, expected[1:2], atol=2e-6, rtol=0)
+
+
 @pytest.mark.parametrize("backbone", ["qwen2_vl", "qwen2_5_vl"])
 @pytest.mark.parametrize("masked", [True, False])
 def test_the_dense_mask_and_layer_by_layer_are_the_same_definition(repos, backbone, masked):

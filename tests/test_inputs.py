@@ -219,6 +219,20 @@ def part(**content):
     return [{"role": "user", "content": [content]}]
 
 
+@pytest.mark.parametrize("backbone", [name for name in tiny.BACKBONES if name not in tiny.WITH_VIDEO])
+def test_a_backbone_without_video_refuses_it(repos, backbone):
+    wrapper, stock = BTokSentenceTransformer(repos[backbone], device="cpu"), SentenceTransformer(repos[backbone])
+    frames = np.stack([pictures.colours()] * 2)
+    messages = part(type="video", video=frames)
+    for item in (frames, {"video": pictures.MEDIA / "n1.mp4"}, {"video": frames, "text": "a"}, messages):
+        with pytest.raises(ValueError, match=r"^Input 0 .*this model takes no video; give some of its frames as"):
+            wrapper.encode([item])
+    with pytest.raises(ValueError, match="Modality 'video' is not supported"):
+        stock.encode([{"video": frames}])
+    with pytest.raises(Exception, match="This model takes no video"):  # Jinja's
+        stock.encode([messages])
+
+
 WRONG = [
     (pictures.colours() / 127.5 - 1, ValueError, r"float64 lie between -1 and .* no single meaning"),
     (pictures.colours().astype(np.int32) * 9, ValueError, "int32 lie between 0 and"),

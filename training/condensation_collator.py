@@ -86,6 +86,8 @@ class CondensationCollator(SentenceTransformerDataCollator):
             for key in (f"{side}_{pixels}" for pixels in PIXEL_KEYS):
                 if args.bf16 and key in batch:  # the vision tower would convert them anyway
                     batch[key] = batch[key].to(torch.bfloat16)
+            if f"{side}_pixel_attention_mask" in batch:  # it has eight bytes for a pixel
+                batch[f"{side}_pixel_attention_mask"] = batch[f"{side}_pixel_attention_mask"].bool()
             if texts:
                 texts = [texts[index] for index in kept]
                 batch[f"{side}_target_ids"], batch[f"{side}_target_labels"] = self._tokenize(texts)
