@@ -223,9 +223,7 @@ def check_media(config: PreTrainedConfig, input_ids: torch.Tensor, features: Map
                 f"Process texts and {kind}s together, and pass everything that the processor returns."
             )
         if pixels is not None and not torch.isfinite(pixels).all():
-            raise ValueError(
-                f"{pixel_key} has NaN or infinite values. Check the {kind} that was given to the processor."
-            )
+            raise ValueError(f"{pixel_key} has NaN or infinite values. Check the {kind} given to the processor.")
 
 
 class BTokForEmbedding(PreTrainedModel):
