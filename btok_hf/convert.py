@@ -18,8 +18,8 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from btok_hf.adapters import check_exportable, find_base, load_adapters
-from btok_hf.backbones import family_of
-from btok_hf.bottleneck import ORDERS, bottleneck_token, check_base, embedding_chat_template, prepare_processor
+from btok_hf.backbones import Family, family_of
+from btok_hf.bottleneck import ORDERS, bottleneck_token, check_base, cut_on_the_left, embedding_chat_template, escapes
 from btok_hf.export import untied_head, write_golden_vectors, write_repository
 from btok_hf.files import check_writable
 from btok_hf.hub_card.card import CardArguments, apache_license, render_card
@@ -114,7 +114,7 @@ def convert_checkpoint(
         _check_adapters(checkpoint, adapters, ids)
         load_adapters(model.model, checkpoint, f"_modules_dict.{name}.model.model.", **hub_kwargs)
 
-    _describe(model, processor, ids)
+    _describe(model, processor, family, ids)
     model.config.btok_base_model = origin if origin and is_hub_id(origin) else None
     model.config.btok_base_revision = None  # the reproduction does not record it
     on_hub = is_hub_id(checkpoint)  # the name of a local folder is not published
@@ -241,11 +241,14 @@ def _check_adapters(checkpoint: str, adapters: Any, ids: list[int]) -> None:
         )
 
 
-def _describe(model: StockModel, processor: ProcessorMixin, ids: list[int]) -> None:
+def _describe(model: StockModel, processor: ProcessorMixin, family: Family, ids: list[int]) -> None:
     """Set what a repository says of its Bottleneck Tokens, in place."""
     tokens = "".join(processor.tokenizer.convert_ids_to_tokens(ids))
-    processor.chat_template = embedding_chat_template(processor.chat_template, tokens, after_media=AFTER_MEDIA)
-    prepare_processor(processor)
+    processor.chat_template = embedding_chat_template(
+        processor.chat_template, tokens, family, escapes(processor.tokenizer), after_media=AFTER_MEDIA
+    )
+    cut_on_the_left(processor)
+    family.limit_pixels(processor, None, None)
     model.config.btok_order, model.config.btok_suffix = ORDERS[0], None
     model.config.btok_token_ids, model.config.btok_num_tokens = ids, len(ids)
     model.generation_config.suppress_tokens = ids

@@ -348,6 +348,9 @@ def _estimate(item: Any, processor: ProcessorMixin | None, tokenize: Callable[[s
 def _pixel_tokens(pixels: float, processor: ProcessorMixin | None, kind: str = "image_processor") -> int:
     """Tokens of an image, or of two video frames, with this many pixels, after the processor's resizing."""
     part: Any = getattr(processor, kind, None)
+    if hasattr(part, "max_image_size"):  # tiles of one size and a view of the whole, for an image of any size
+        tiles = math.ceil(part.size["longest_edge"] / part.max_image_size["longest_edge"]) ** 2 + 1
+        return tiles * cast(Any, processor).image_seq_len
     least, most, side = 56**2, 28**2 * 1280, 28
     if hasattr(part, "merge_size"):
         least, most = part.size["shortest_edge"], part.size["longest_edge"]

@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from btok_hf import golden
 from btok_hf.adapters import MergedTensors, adapter_config, has_adapters
+from btok_hf.backbones import family_of
 from btok_hf.condensation import condense
 from btok_hf.files import check_writable, explain_full_disk, write_files, write_json
 from btok_hf.hub_card.card import render_card
@@ -218,7 +219,9 @@ def write_repository(
                 (output_dir / golden.FILE_NAME).unlink(missing_ok=True)
                 for path in Path(folder).iterdir():
                     path.replace(output_dir / path.name)
-            _write_config(output_dir, config, tensors.empty("model.language_model.embed_tokens.weight").dtype)
+            _write_config(
+                output_dir, config, tensors.empty(f"model.{family_of(config).language}.embed_tokens.weight").dtype
+            )
             if generation_config is not None:
                 generation_config.save_pretrained(output_dir)
         # What the last call set. Saved, it would override the max_seq_length of whoever loads the repository.
@@ -250,10 +253,10 @@ def write_golden_vectors(output_dir: Path, model: "SentenceTransformer") -> None
     backbone = modeling_btok.load_stock_model(output_dir, config, dtype="auto")[0].model.eval()
     compute_in_fp32(backbone)
     module: Any = model[0]
-    images = module.processor.image_processor
-    inputs = golden.golden_inputs(
-        model.prompts, 2 * images.patch_size * images.merge_size, getattr(config, "btok_order", "media_first")
-    )
+    family = family_of(config)
+    image, frame = family.golden_sides(module.processor)
+    order = getattr(config, "btok_order", "media_first")
+    inputs = golden.golden_inputs(model.prompts, frame, order, image, takes_video=family.video is not None)
     embeddings: dict[str, np.ndarray] = {}
     # Golden inputs are never truncated: their vectors do not depend on the model's max_seq_length.
     limit, model.max_seq_length = model.max_seq_length, golden.longest(config)
@@ -316,7 +319,7 @@ def _write_sentence_transformers_files(
         ],
     )
     forward = {"method": "forward", "method_output_name": "last_hidden_state"}
-    modalities = ("text", "image", "video", "message")
+    modalities = ("text", "image", *(["video"] if family_of(config).video else []), "message")
     write_json(
         output_dir / "sentence_bert_config.json",
         {

@@ -62,10 +62,12 @@ class ImageLimits(NamedTuple):
     Args:
         max_pixels (`int`): Larger images are reduced to this many pixels.
         patch_size (`int`): Side of a patch in pixels. Images with a smaller side are refused.
+        takes_video (`bool`): `False`: videos are refused.
     """
 
     max_pixels: int
     patch_size: int
+    takes_video: bool = True
 
 
 def check_input(item: Input, limits: ImageLimits, position: int | None = None) -> Any:
@@ -207,6 +209,8 @@ def _as_file(value: Any) -> Any:
 
 def _read_video(video: Any, limits: ImageLimits) -> VideoInput:
     """A video with its metadata, from any form that it may have."""
+    if not limits.takes_video:
+        raise ValueError("this model takes no video; give some of its frames as images, e.g. {'image': [first, last]}")
     video = _as_file(video)
     if isinstance(video, (str, Path, io.BytesIO)):
         video = read_video(video)

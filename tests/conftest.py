@@ -60,9 +60,9 @@ def repo(repos):
     return repos["qwen2_vl"]
 
 
-@pytest.fixture(params=["qwen2_vl", "qwen3_5"])
+@pytest.fixture(params=["qwen2_vl", "qwen3_5", "idefics3"])
 def either(repos, request):
-    """A repository of which all layers are attention, and one with recurrent layers."""
+    """A repository with positions in time and space, one with recurrent layers, and one with padded tiles."""
     return repos[request.param]
 
 

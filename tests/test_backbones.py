@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 from support import layout, tiny
-from transformers import AutoModelForImageTextToText, Qwen2Config
+from support.media import image
+from transformers import AutoModelForImageTextToText, Idefics3Config, Qwen2Config
 
+from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens
 from btok_hf.backbones import FAMILIES, family_of
 from btok_hf.modeling.modeling_btok import STOCK_CLASSES, stock_class
 
@@ -27,22 +29,45 @@ def test_a_row_describes_its_backbone(bases, backbone):
     # LoRA adapts every linear layer of the language model but the gates of recurrent layers.
     names = [name for name, module in model.model.named_modules() if type(module).__name__ == "Linear"]
     adapted = {name for name in names if re.fullmatch(family.lora_targets, name)}
-    left_out = {name for name in names if name.startswith("language_model")} - adapted
+    left_out = {name for name in names if name.startswith(family.language)} - adapted
     assert adapted and {name.rpartition(".")[2] for name in left_out} == (
         {"in_proj_a", "in_proj_b"} if backbone == "qwen3_5" else set()
     )
 
 
+def test_a_bound_of_pixels_counts_tiles(bases, repos, tmp_path):
+    """Every image of a SmolVLM is resized to one longest side."""
+    repo = repos["idefics3"]
+
+    def tokens(repo, **options):
+        model = BTokSentenceTransformer(repo, device="cpu", processor_kwargs=options)
+        return int((model.preprocess([image(90, 90)])["input_ids"] == model.config.image_token_id).sum())
+
+    bounded = add_bottleneck_tokens(bases["idefics3"], tmp_path / "bounded", max_pixels=28 * 28)
+    assert tokens(bounded) == tokens(repo, max_pixels=55 * 55) == 4  # one tile is the whole
+    assert tokens(repo) == tokens(repo, size={"longest_edge": 56}) == 4 * (2 * 2 + 1)
+    for wrong, message in (
+        ({"max_pixels": 27 * 28}, "Set max_pixels to 784"),
+        ({"min_pixels": 1}, "Leave min_pixels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            add_bottleneck_tokens(bases["idefics3"], tmp_path / "refused", **wrong)
+        with pytest.raises(ValueError, match=message):
+            tokens(repo, **wrong)
+
+
 def test_an_unsupported_backbone_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"support the backbones \['qwen2_5_vl'.*got model_type 'qwen2'"):
+    with pytest.raises(ValueError, match=r"SmolVLM is supported with the language models llama, got 'mistral'"):
+        family_of(Idefics3Config(text_config={"model_type": "mistral"}))
+    with pytest.raises(ValueError, match=r"support the backbones \[.*'qwen2_5_vl'.*got model_type 'qwen2'"):
         family_of(Qwen2Config())
 
 
 def test_no_other_file_tells_families_apart():
     """A new family is a row here and a class in the remote code. vLLM's own classes are in its plugin."""
-    names = "|".join(
-        [*STOCK_CLASSES, *(name.removesuffix("ForConditionalGeneration") for name in STOCK_CLASSES.values())]
-    )
+    classes = {name.removesuffix("ForConditionalGeneration") for name in STOCK_CLASSES.values()}
+    # What its makers call a family may be in texts for people.
+    names = "|".join([*STOCK_CLASSES, *classes - {family.name for family in FAMILIES.values()}])
     allowed = {"backbones", "modeling_btok", "vllm_models", "vllm_plugin"}
     for path in layout.modules(ROOT).values():
         found = re.findall(rf"\b(?:{names})\b|model_type\s*(?:==|!=|in)\s", path.read_text("utf-8"))

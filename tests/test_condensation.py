@@ -9,12 +9,12 @@ from support import tiny
 from support.gradients import assert_same_gradients
 from support.inputs import TARGETS, process, rows, targets
 from support.media import video
-from support.oracle import layer_by_layer
+from support.oracle import layer_by_layer, positions_of
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-from btok_hf.backbones import FAMILIES
+from btok_hf.backbones import FAMILIES, family_of
 from btok_hf.condensation import _forward, condense, dense_condensation_mask, linear_cross_entropy, reconstruct
 from btok_hf.modeling.modeling_btok import last_positions
 from btok_hf.packed_attention import PackedLayout
@@ -24,10 +24,9 @@ def dense_reference(model, inputs, target_ids, labels, masked=True):
     """Embedding and token losses by definition: padded batch, stock SDPA, dense mask, full logits."""
     num_tokens = len(model.config.btok_token_ids)
     inputs = dict(inputs)
+    positions = positions_of(model.model, inputs)
     prefix, ids = inputs.pop("attention_mask"), inputs.pop("input_ids")
-    types = inputs.pop("mm_token_type_ids")
-    grids = {key: value for key, value in inputs.items() if key.endswith(("grid_thw", "grid_ts"))}
-    positions, _ = model.model.get_rope_index(ids, mm_token_type_ids=types, attention_mask=prefix, **grids)
+    inputs.pop("mm_token_type_ids", None)
     positions = positions * prefix
     after = positions.amax((0, 2))[:, None] + 1 + torch.arange(target_ids.shape[1])
     target = (labels != -100).flip(1).cummax(1).values.flip(1)
@@ -38,7 +37,7 @@ def dense_reference(model, inputs, target_ids, labels, masked=True):
     output = model.model(
         input_ids=torch.cat([ids, target_ids], 1),
         attention_mask=torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min),
-        position_ids=torch.cat([positions, after.expand(3, -1, -1)], 2),
+        position_ids=torch.cat([positions, after.expand(len(positions), -1, -1)], 2).squeeze(0),
         use_cache=False,
         **{key: value for key, value in inputs.items() if key != "second_per_grid_ts"},
     ).last_hidden_state
@@ -64,6 +63,8 @@ def gradients(model, embeddings, losses):
 @pytest.mark.parametrize("kind", ["text", "image", "uniform", "video"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_packed_equals_dense_mask(repos, backbone, kind, side):
+    if kind == "video" and backbone not in tiny.WITH_VIDEO:
+        pytest.skip("It takes no video")
     processor = AutoProcessor.from_pretrained(repos[backbone])
     inputs = process(processor, rows(kind), side)
     target_ids, labels = targets(processor)
@@ -79,6 +80,24 @@ def test_packed_equals_dense_mask(repos, backbone, kind, side):
         torch.testing.assert_close(actual.embeddings, expected[0], atol=2e-6, rtol=0)
         torch.testing.assert_close(actual.token_losses, expected[1], atol=2e-5, rtol=1e-5)
         assert_same_gradients(gradients(model, *actual), expected_gradients)
+
+
+@pytest.mark.parametrize("backbone", ["idefics3", "smolvlm"])
+def test_empty_tiles_are_dropped(repos, backbone):
+    """A row without images, of a batch with images, has only the tiles that it was padded with."""
+    processor, model = (
+        AutoProcessor.from_pretrained(repos[backbone]),
+        AutoModel.from_pretrained(repos[backbone]).eval(),
+    )
+    inputs, tiles = process(processor, rows("image")), []
+    model.vision_model.register_forward_pre_hook(
+        lambda module, args, kwargs: tiles.append(len(kwargs["pixel_values"])), with_kwargs=True
+    )
+    with torch.no_grad():
+        expected = condense(model, inputs).embeddings
+        alone = condense(model, {key: value[1:2] for key, value in inputs.items()}).embeddings
+    assert tiles == [int(inputs["pixel_attention_mask"].flatten(2).any(2).sum())]  # and none in the second call
+    torch.testing.assert_close(alone, expected[1:2], atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("backbone", ["qwen2_vl", "qwen2_5_vl"])
@@ -154,7 +173,8 @@ def leak(repo, masked=True):
             hidden[0, end - 4 : end] = states.setdefault(layer, hidden[0, end - 4 : end].clone())
             return (hidden, *args[1:])
 
-        hooks = [layer.register_forward_pre_hook(hold) for layer in model.model.language_model.layers]
+        layers = family_of(model.config).language_model(model.model).layers
+        hooks = [layer.register_forward_pre_hook(hold) for layer in layers]
         with torch.no_grad():
             # The first loss is read from a Bottleneck Token.
             losses.append(condense(model, inputs, target_ids, labels, condensation_mask=masked).token_losses[1:])

@@ -25,6 +25,17 @@ def test_pixels_in_bf16_are_what_the_vision_tower_sees(repo, tmp_path):
     assert losses[0] == losses[1]
 
 
+def test_no_target_holds_a_placeholder(repos):
+    """Special tokens have the form `<image>` in some families."""
+    model = BTokSentenceTransformer(repos["idefics3"], device="cpu")
+    args = CondensationConfig(output_dir="unused", condense="both", report_to="none", use_cpu=True)
+    collator = CondensationCollator(preprocess_fn=model.preprocess, tokenizer=model.tokenizer, args=args)
+    batch = collator([{"query": {"text": "q", "image": image(40, 40)}, "positive": "typed <image>"}])
+    assert "typed < image>" in model.tokenizer.decode(batch["query_target_ids"][0, 0])
+    assert model.config.image_token_id not in batch["query_target_ids"]
+    assert batch["query_pixel_attention_mask"].dtype == torch.bool
+
+
 def test_a_file_and_its_name_as_a_text_are_not_copies(repo, tmp_path):
     path = str(tmp_path / "photo.png")
     image(60, 40).save(path)

@@ -136,6 +136,13 @@ def test_estimated_tokens_of_media_are_those_of_the_processor(repo, tmp_path):
         assert estimate_tokens(wrong, processor) == 0
 
 
+def test_estimated_tokens_of_tiles_are_those_of_the_largest_image(repos):
+    model, sizes = BTokSentenceTransformer(repos["idefics3"], device="cpu"), ((10, 10), (300, 300), (300, 100))
+    rows = [model.preprocess([image(*size)])["input_ids"] for size in sizes]
+    assert [int((row == model.config.image_token_id).sum()) for row in rows] == [20, 20, 12]
+    assert [estimate_tokens(image(*size), model.processor) for size in sizes] == [20, 20, 20]
+
+
 def test_estimates_end_in_structures_without_end():
     circle: list = ["four words of text"]
     circle += [circle, circle]

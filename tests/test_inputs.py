@@ -179,7 +179,7 @@ def test_cells_of_datasets_and_data_addresses(both, tmp_path):
         assert_seen_as(both, item, seen)
 
 
-@pytest.mark.parametrize("backbone", tiny.BACKBONES)
+@pytest.mark.parametrize("backbone", tiny.WITH_VIDEO)
 def test_a_video_has_one_vector_in_every_form(repos, backbone):
     wrapper, stock = BTokSentenceTransformer(repos[backbone], device="cpu"), SentenceTransformer(repos[backbone])
     frames = np.stack([np.roll(pictures.colours(), 14 * index, 1) for index in range(4)])
@@ -200,8 +200,8 @@ def test_a_video_has_one_vector_in_every_form(repos, backbone):
 
 def test_a_video_of_one_frame_is_embedded_by_every_backbone(repos):
     frame = pictures.colours()
-    for repo in repos.values():
-        model = BTokSentenceTransformer(repo, device="cpu")
+    for backbone in tiny.WITH_VIDEO:
+        model = BTokSentenceTransformer(repos[backbone], device="cpu")
         twice = model.encode([{"video": np.stack([frame, frame])}])
         with_metadata = {"video": video_input(frame[None], 2.0)}
         for one in ({"video": [frame]}, frame[None], with_metadata, {"video": pictures.MEDIA / "n1.mp4"}):
@@ -217,6 +217,20 @@ def test_a_video_of_one_frame_is_embedded_by_every_backbone(repos):
 def part(**content):
     """A chat message with one part."""
     return [{"role": "user", "content": [content]}]
+
+
+@pytest.mark.parametrize("backbone", [name for name in tiny.BACKBONES if name not in tiny.WITH_VIDEO])
+def test_a_backbone_without_video_refuses_it(repos, backbone):
+    wrapper, stock = BTokSentenceTransformer(repos[backbone], device="cpu"), SentenceTransformer(repos[backbone])
+    frames = np.stack([pictures.colours()] * 2)
+    messages = part(type="video", video=frames)
+    for item in (frames, {"video": pictures.MEDIA / "n1.mp4"}, {"video": frames, "text": "a"}, messages):
+        with pytest.raises(ValueError, match=r"^Input 0 .*this model takes no video; give some of its frames as"):
+            wrapper.encode([item])
+    with pytest.raises(ValueError, match="Modality 'video' is not supported"):
+        stock.encode([{"video": frames}])
+    with pytest.raises(Exception, match="This model takes no video"):  # Jinja's
+        stock.encode([messages])
 
 
 WRONG = [
@@ -361,7 +375,7 @@ def test_any_error_of_a_decoder_is_that_of_its_file(both, tmp_path, monkeypatch)
         both[0].encode([tmp_path / "broken.avif"])
 
 
-@pytest.mark.parametrize("backbone", tiny.BACKBONES)
+@pytest.mark.parametrize("backbone", tiny.WITH_VIDEO)
 @pytest.mark.parametrize("name", ["rotated.mp4", "cut.mp4", "n1.mp4"])
 def test_a_video_file_is_the_same_in_messages(repos, backbone, name):
     wrapper = BTokSentenceTransformer(repos[backbone], device="cpu")

@@ -35,7 +35,7 @@ def test_ordinary_calls_are_unchanged_after_condense(either):
         before = model(**inputs).last_hidden_state
         condense(model, inputs)
         after = model(**inputs).last_hidden_state
-    assert model.language_model.config._attn_implementation == "btok_packed"
+    assert model.config.get_text_config()._attn_implementation == "btok_packed"
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(after[real], before[real], atol=0, rtol=0)
 

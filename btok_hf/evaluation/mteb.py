@@ -14,6 +14,7 @@ from mteb.models.model_meta import ScoringFunction
 from transformers import AutoConfig
 from transformers.utils import cached_file
 
+from btok_hf.backbones import family_of
 from btok_hf.sentence_transformer import BTokSentenceTransformer
 
 # Frames of a video, as in MMEB-V2. The default of mteb is two per second, however long a video is.
@@ -31,7 +32,8 @@ def mteb_meta(repo: Path | str, revision: str | None = None) -> ModelMeta:
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
 
     Returns:
-        `ModelMeta`: With the modalities text, image and video. Facts that the repository does not hold are unknown.
+        `ModelMeta`: With the modalities text, image and, if the backbone takes it, video. Facts that the repository
+            does not hold are unknown.
 
     Raises:
         OSError, ValueError: The repository cannot be read, or has no Bottleneck Tokens.
@@ -55,7 +57,7 @@ def mteb_meta(repo: Path | str, revision: str | None = None) -> ModelMeta:
             "similarity_fn_name": ScoringFunction.COSINE,
             "use_instructions": any(saved["prompts"].values()),
             "adapted_from": getattr(config, "btok_base_model", None),
-            "modalities": ["text", "image", "video"],
+            "modalities": ["text", "image", *(["video"] if family_of(config).video else [])],
         }
     )
 

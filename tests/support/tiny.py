@@ -1,8 +1,14 @@
 """Tiny random Qwen-VL checkpoints, made on the spot: byte-level tokenizer, two layers, a few kilobytes."""
 
+from pathlib import Path
+
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3ImageProcessor,
+    Idefics3Processor,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
@@ -19,11 +25,15 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+    SmolVLMImageProcessor,
 )
 
-from btok_hf.backbones import REQUIRED_TOKENS
+from btok_hf.backbones import FAMILIES, REQUIRED_TOKENS
 
-BACKBONES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
+BACKBONES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "idefics3", "smolvlm")
+WITH_VIDEO = tuple(name for name in BACKBONES if FAMILIES[name].video)
 SPECIAL = ["<|endoftext|>", *REQUIRED_TOKENS, "<|vision_pad|>"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -33,12 +43,20 @@ CHAT_TEMPLATE = (
     "{% else %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# Other markers of tiles are words: SmolVLM-2.2B has none of them as tokens, smaller ones have all.
+SMOLVLM_SPECIAL = ["<|endoftext|>", *FAMILIES["smolvlm"].required_tokens, "<global-img>", "<row_1_col_1>"]
+SMOLVLM_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}: "
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{ line['text'] }}"
+    "{% elif line['type'] == 'image' %}<image>{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
 
 
-def tokenizer(kind=Qwen2Tokenizer):
+def tokenizer(kind=Qwen2Tokenizer, special=SPECIAL, pad="<|endoftext|>", eos="<|im_end|>"):
     tokenizer = kind(vocab={c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}, merges=[])
-    tokenizer.add_tokens(SPECIAL, special_tokens=True)
-    tokenizer.pad_token, tokenizer.eos_token, tokenizer.model_max_length = "<|endoftext|>", "<|im_end|>", 4096
+    tokenizer.add_tokens([*special, eos], special_tokens=True)
+    tokenizer.pad_token, tokenizer.eos_token, tokenizer.model_max_length = pad, eos, 4096
     return tokenizer
 
 
@@ -53,6 +71,42 @@ def hybrid(text):
         "linear_value_head_dim": 16,
         "rope_parameters": {**text["rope_parameters"], "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]},
     }
+
+
+def smolvlm(backbone, vocab_size, tied):
+    """A random SmolVLM with its processor: tiles of 28 x 28 pixels, 4 tokens each, up to 2 x 2 and the whole."""
+    tok = tokenizer(special=SMOLVLM_SPECIAL, pad="<|im_end|>", eos="<end_of_utterance>")
+    config, model, images = {
+        "idefics3": (Idefics3Config, Idefics3ForConditionalGeneration, Idefics3ImageProcessor),
+        "smolvlm": (SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMImageProcessor),
+    }[backbone]
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {
+        "model_type": "llama",
+        "vocab_size": vocab_size,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
+        "bos_token_id": tok.convert_tokens_to_ids("<|im_start|>"),
+        "eos_token_id": tok.eos_token_id,
+        "pad_token_id": tok.pad_token_id,
+        "tie_word_embeddings": tied,
+    }
+    model = model(
+        config(
+            text_config=text,
+            vision_config={**vision, "image_size": 28, "patch_size": 7},
+            image_token_id=tok.convert_tokens_to_ids("<image>"),
+            scale_factor=2,
+            tie_word_embeddings=tied,
+        )
+    )
+    pixels = {"size": {"longest_edge": 56}, "max_image_size": {"longest_edge": 28}}
+    return model, Idefics3Processor(images(**pixels), tok, image_seq_len=4)
 
 
 def build(backbone, path, vocab_size=320, tied=True, seed=0, chat_template=CHAT_TEMPLATE, head_dim=16):
@@ -83,7 +137,10 @@ def build(backbone, path, vocab_size=320, tied=True, seed=0, chat_template=CHAT_
     }
     pixels = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 16}
     torch.manual_seed(seed)
-    if backbone == "qwen2_vl":
+    if backbone in ("idefics3", "smolvlm"):
+        model, processor = smolvlm(backbone, vocab_size, tied)
+        chat_template = SMOLVLM_TEMPLATE if chat_template == CHAT_TEMPLATE else chat_template
+    elif backbone == "qwen2_vl":
         vision = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 14}
         model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **special))
         processor = Qwen2VLProcessor(Qwen2VLImageProcessor(size=pixels), tok, Qwen2VLVideoProcessor(size=pixels))
@@ -140,4 +197,7 @@ def build(backbone, path, vocab_size=320, tied=True, seed=0, chat_template=CHAT_
         model.tie_weights()
     model.save_pretrained(path)
     processor.save_pretrained(path)
+    if backbone == "smolvlm":  # as published: a processor that needs num2words, and reads videos
+        config = Path(path, "processor_config.json")
+        config.write_text(config.read_text().replace("Idefics3Processor", "SmolVLMProcessor"))
     return str(path)
