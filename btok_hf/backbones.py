@@ -6,11 +6,14 @@ code (`modeling/modeling_btok.py`), because it travels with the weights.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch.nn import Module, ModuleList
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from btok_hf.features import GRID_KEYS
+from btok_hf.inputs import ImageLimits
 from btok_hf.modeling.modeling_btok import Backbone, stock_class
 
 REQUIRED_TOKENS = (
@@ -25,6 +28,23 @@ REQUIRED_TOKENS = (
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+class ImageCosts(NamedTuple):
+    """What images cost with the settings of a processor, for the model card.
+
+    Args:
+        setting (`str`): Argument of the processor that bounds the tokens of an image.
+        tokens (`dict[int, int]`): By value of the setting, the tokens of the largest image. The processor's own is
+            first, smaller ones follow.
+        unit (`int`): Pixels per token or, if images are cut into tiles, the side of a tile in pixels.
+        smallest (`int`, *optional*): Pixels that smaller images are enlarged to.
+    """
+
+    setting: str
+    tokens: dict[int, int]
+    unit: int
+    smallest: int | None
+
+
 @dataclass(frozen=True)
 class Family:
     """A family of backbones with the structure of Qwen-VL. A family of another structure overrides the methods.
@@ -35,12 +55,25 @@ class Family:
         adapted (`tuple[str, ...]`): Names of the linear layers of the language model that LoRA adapts by default.
         mixers (`tuple[str, ...]`): Names of the modules in a layer that mix tokens otherwise than by attention. They
             are causal and take hidden states of shape `(batch, length, hidden)`.
+        image, video (`str`): What stands for an image and a video in the text that the processor gets.
+        media_bounds (`tuple[str, str]`): Tokens before and after the placeholders of an image or a frame.
+        text_models (`tuple[str, ...]`): The `model_type` that the language model may have; empty if there is only one.
+        packs_images (`bool`): Whether the vision tower gets all images as one row, with their bounds.
+        reads_pixels (`bool`): Whether the processor knows `min_pixels` and `max_pixels` when it is loaded.
+        equal_videos (`bool`): Whether the processor takes only videos of equally many frames at a time.
     """
 
     name: str
     required_tokens: tuple[str, ...] = REQUIRED_TOKENS
     adapted: tuple[str, ...] = PROJECTIONS
     mixers: tuple[str, ...] = ()
+    image: str = "<|vision_start|><|image_pad|><|vision_end|>"
+    video: str = "<|vision_start|><|video_pad|><|vision_end|>"
+    media_bounds: tuple[str, str] = ("<|vision_start|>", "<|vision_end|>")
+    text_models: tuple[str, ...] = ()
+    packs_images: bool = True
+    reads_pixels: bool = True
+    equal_videos: bool = False
 
     @property
     def lora_targets(self) -> str:
@@ -51,17 +84,64 @@ class Family:
         """The part of a backbone that reads tokens."""
         return backbone.language_model
 
-    def vision_tower(self, backbone: Backbone) -> PreTrainedModel:
-        """The part of a backbone that reads pixels."""
+    def vision_tower(self, backbone: Backbone) -> Module:
+        """The part of a backbone that reads pixels, with all that lies between it and the language model."""
         return backbone.visual
 
     def placeholders(self, config: PreTrainedConfig) -> tuple[int, ...]:
         """Ids of the tokens that stand for images and video in a row."""
         return config.image_token_id, config.video_token_id
 
-    def media_bounds(self, config: PreTrainedConfig) -> tuple[int, int]:
-        """Ids of the tokens before and after the placeholders of an image or a video."""
-        return config.vision_start_token_id, config.vision_end_token_id
+    def image_limits(self, config: PreTrainedConfig, processor: ProcessorMixin) -> ImageLimits:
+        """What images `check_input` lets pass."""
+        return ImageLimits(processor.image_processor.size["longest_edge"], config.vision_config.patch_size)
+
+    def limit_pixels(self, processor: ProcessorMixin, min_pixels: int | None, max_pixels: int | None) -> None:
+        """Set the pixel limits of images and of video frames in a processor; `None` keeps its own.
+
+        Raises:
+            ValueError: `min_pixels` exceeds `max_pixels`.
+        """
+        # Limit pixels per frame, as the reference implementation does. transformers is moving to this behaviour.
+        processor.video_processor.cap_pixels_per_frame = True
+        for part in (processor.image_processor, processor.video_processor):
+            limits = {
+                "shortest_edge": part.size["shortest_edge"] if min_pixels is None else min_pixels,
+                "longest_edge": part.size["longest_edge"] if max_pixels is None else max_pixels,
+            }
+            if limits["shortest_edge"] > limits["longest_edge"]:
+                raise ValueError(
+                    f"min_pixels must not exceed max_pixels, got min_pixels={limits['shortest_edge']} and "
+                    f"max_pixels={limits['longest_edge']}. Lower min_pixels or raise max_pixels."
+                )
+            part.size = limits
+
+    def image_costs(self, processor: ProcessorMixin) -> ImageCosts:
+        """What images cost with this processor's settings."""
+        part = processor.image_processor
+        unit = (part.patch_size * part.merge_size) ** 2
+        least, most = part.size["shortest_edge"], part.size["longest_edge"] // unit
+        shown = [most // divisor for divisor in (1, 2, 4) if most // divisor * unit >= least]
+        return ImageCosts("max_pixels", {tokens * unit: tokens for tokens in shown}, unit, least)
+
+    def golden_sides(self, processor: ProcessorMixin) -> tuple[int, int | None]:
+        """Sides in pixels of a golden image, which is not resized, and of a frame of the long golden video.
+
+        `None`: without the long video. It has later positions in time than in the frame, so that positions after it
+        are checked.
+        """
+        part = processor.image_processor
+        return 224, 2 * part.patch_size * part.merge_size
+
+    def items_per_row(self, config: PreTrainedConfig, features: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Entries per row, shape `(batch,)`, of features that GradCache's engine would cut as if they had one."""
+        if "second_per_grid_ts" in features and "num_videos_per_sample" in features:
+            return {"second_per_grid_ts": features["num_videos_per_sample"]}
+        return {}
+
+    def masks(self, config: PreTrainedConfig) -> dict[str, None] | None:
+        """The `attention_mask` of a packed row: with it, the language model builds no mask of its own."""
+        return None
 
     def positions(
         self,
@@ -71,7 +151,7 @@ class Family:
         mm_token_type_ids: Tensor | None,
         features: Mapping[str, Tensor],
     ) -> Tensor:
-        """Positions of the tokens (M-RoPE) as the backbone computes them.
+        """Positions of the tokens as the backbone computes them: M-RoPE.
 
         Args:
             backbone: The stock backbone.
@@ -80,7 +160,7 @@ class Family:
             features (`dict[str, torch.Tensor]`): With media, their grids.
 
         Returns:
-            `torch.LongTensor` of shape `(3, batch, length)`: Time, height and width. Padding has any.
+            `torch.LongTensor` of shape `(axes, batch, length)`: Time, height and width. Padding has any.
 
         Raises:
             ValueError: Media without `mm_token_type_ids`.
@@ -108,6 +188,63 @@ class Family:
         return backbone.get_rope_index(input_ids, **rows, **grids)[0]
 
 
+class InternVL(Family):
+    """Images are cut into tiles of one size, a frame is one tile, and positions count tokens."""
+
+    def vision_tower(self, backbone: Backbone) -> Module:
+        return ModuleList([backbone.vision_tower, backbone.multi_modal_projector])
+
+    def placeholders(self, config: PreTrainedConfig) -> tuple[int, ...]:
+        return (config.image_token_id,)
+
+    def image_limits(self, config: PreTrainedConfig, processor: ProcessorMixin) -> ImageLimits:
+        part = processor.image_processor
+        tile = part.size["height"] * part.size["width"]
+        return ImageLimits(part.max_patches * tile, max(config.vision_config.patch_size))
+
+    def limit_pixels(self, processor: ProcessorMixin, min_pixels: int | None, max_pixels: int | None) -> None:
+        part = processor.image_processor
+        tile = part.size["height"] * part.size["width"]
+        least = part.min_patches if min_pixels is None else -(-min_pixels // tile)
+        most = part.max_patches if max_pixels is None else max_pixels // tile
+        if not 1 <= least <= most:
+            raise ValueError(
+                f"An image has tiles of {tile} pixels: at least {least} by min_pixels={min_pixels}, and at most "
+                f"{most} by max_pixels={max_pixels}. Lower min_pixels, or raise max_pixels."
+            )
+        part.min_patches, part.max_patches = least, most
+
+    def image_costs(self, processor: ProcessorMixin) -> ImageCosts:
+        part = processor.image_processor
+        shown = [part.max_patches // divisor for divisor in (1, 2, 4) if part.max_patches // divisor >= 1]
+        # Beside the tiles, there is a view of the whole image.
+        tokens = {tiles: (tiles + (tiles > 1)) * processor.image_seq_length for tiles in shown}
+        return ImageCosts("max_patches", tokens, part.size["height"], None)
+
+    def golden_sides(self, processor: ProcessorMixin) -> tuple[int, int | None]:
+        return processor.image_processor.size["height"], None
+
+    def items_per_row(self, config: PreTrainedConfig, features: Mapping[str, Any]) -> dict[str, Tensor]:
+        if "pixel_values" not in features:
+            return {}
+        tokens = (features["input_ids"] == config.image_token_id).sum(1)
+        return {"pixel_values": tokens // config.image_seq_length}
+
+    def masks(self, config: PreTrainedConfig) -> dict[str, None] | None:
+        # It would find the packed rows by their positions, and build a mask of length x length.
+        return dict.fromkeys(config.get_text_config().layer_types)
+
+    def positions(
+        self,
+        backbone: Backbone,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        mm_token_type_ids: Tensor | None,
+        features: Mapping[str, Tensor],
+    ) -> Tensor:
+        return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[None]
+
+
 # By model_type, like STOCK_CLASSES of the remote code.
 FAMILIES = {
     "qwen2_vl": Family("Qwen2-VL"),
@@ -118,10 +255,28 @@ FAMILIES = {
     "qwen3_5": Family(
         "Qwen3.5", adapted=(*PROJECTIONS, "in_proj_qkv", "in_proj_z", "out_proj"), mixers=("linear_attn",)
     ),
+    "internvl": InternVL(
+        "InternVL3 (-hf)",
+        required_tokens=("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"),
+        image="<IMG_CONTEXT>",  # the processor puts <img> and </img> around it
+        video="<video>",
+        media_bounds=("<img>", "</img>"),
+        text_models=("qwen2", "qwen3"),
+        packs_images=False,
+        reads_pixels=False,
+        equal_videos=True,
+    ),
 }
 
 
 def family_of(config: PreTrainedConfig) -> Family:
     """The family of a backbone, by its configuration; raises `ValueError` for an unsupported one."""
     stock_class(config)  # raises
-    return FAMILIES[config.model_type]
+    family = FAMILIES[config.model_type]
+    text_model = config.get_text_config().model_type
+    if family.text_models and text_model not in family.text_models:
+        raise ValueError(
+            f"{family.name} is supported with the language models {', '.join(family.text_models)}, got "
+            f"{text_model!r}, whose attention and tokens were not checked. Start from another checkpoint of it."
+        )
+    return family

@@ -7,12 +7,13 @@ The files are written by `btok_hf/export.py`. The row layouts are in `templates/
 """
 
 import json
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from transformers import AutoConfig, AutoProcessor, ProcessorMixin
+from transformers import AutoConfig, AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from btok_hf.backbones import Family, family_of
@@ -20,8 +21,8 @@ from btok_hf.export import untied_head, write_repository
 from btok_hf.modeling.modeling_btok import StockModel, load_stock_model
 
 # The order of a row's content: media, instruction, text (as in the paper), or as the user gives it. Parts are
-# separated by one space. `<|` in user text is escaped, so that no text can become a special token. The templates use
-# no filter but `replace`, because llama.cpp reads only part of Jinja.
+# separated by one space. Special tokens in user text are escaped, so that no text can become one. The templates use no
+# filter but `replace`, because llama.cpp reads only part of Jinja.
 ORDERS = ("media_first", "as_given")
 
 
@@ -30,23 +31,41 @@ def bottleneck_token(index: int) -> str:
     return f"<|btok_{index}|>"
 
 
+def escapes(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
+    """What a text may not hold, and what it holds instead: a special token is broken up after its first character."""
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    others = [token for token in special if not token.startswith("<|")]
+    return [(token, f"{token[0]} {token[1:]}") for token in ("<|", *others)]
+
+
 def embedding_chat_template(
-    base_template: str, tokens: str, order: str = "media_first", suffix: str | None = None
+    base_template: str,
+    tokens: str,
+    family: Family,
+    escaped: Sequence[tuple[str, str]],
+    order: str = "media_first",
+    suffix: str | None = None,
 ) -> str:
     """A chat template for embedding rows; with a generation prompt, the base's own template.
 
     Args:
         base_template (`str`): The base's template.
         tokens (`str`): What every row ends in: the Bottleneck Tokens.
+        family (`Family`): Says what stands for an image and for a video.
+        escaped (`list[tuple[str, str]]`): What is replaced in texts, and by what.
         order (`str`): One of `ORDERS`.
         suffix (`str`, *optional*): Words between the content and the tokens, after one space.
     """
     end = tokens if suffix is None else f" {suffix}{tokens}"
+    row = Path(__file__).with_name("templates").joinpath(f"{order}.jinja").read_text("utf-8")
+    filters = " | ".join(f"replace('{token}', '{instead}')" for token, instead in escaped)
+    for name, value in (("IMAGE", f"'{family.image}'"), ("VIDEO", f"'{family.video}'"), ("ESCAPED", filters)):
+        row = row.replace(name, value)
     return (
         "{%- if add_generation_prompt -%}\n"
         + base_template
         + "{%- else -%}\n"
-        + Path(__file__).with_name("templates").joinpath(f"{order}.jinja").read_text("utf-8")
+        + row
         + ("{{- " + json.dumps(end, ensure_ascii=False) + " -}}\n{%- endif -%}\n")
     )
 
@@ -73,7 +92,8 @@ def add_bottleneck_tokens(
 
     Args:
         base (`str` or `Path`):
-            Local folder or Hub id of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5 checkpoint with its processor.
+            Local folder or Hub id of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5 or InternVL3 (`-hf`) checkpoint with
+            its processor.
         output_dir (`str` or `Path`): Folder to write. Must not contain a model.
         num_tokens (`int`): K. 4 in the paper; 0 is the last-token-pooling baseline.
         order (`str`): Order of a row's content. `media_first` is the paper's: media, instruction, text. `as_given`
@@ -85,7 +105,8 @@ def add_bottleneck_tokens(
         seed (`int`): Seed of the noise.
         min_pixels (`int`, *optional*): Smaller images are enlarged to this many pixels. Default: the base's.
         max_pixels (`int`, *optional*): Larger images and frames are reduced to this many pixels. Lower it to save
-            memory: a token covers 28 x 28 pixels (32 x 32 for Qwen3-VL and Qwen3.5). Default: the base's.
+            memory: a token covers 28 x 28 pixels (32 x 32 for Qwen3-VL and Qwen3.5). InternVL counts in tiles of
+            448 x 448 pixels. Default: the base's.
         prompts (`dict[str, str]`, *optional*): Instructions by name, e.g. `query` and `document`, saved with the
             model for `encode_query` and `encode_document`.
         dtype (`str` or `torch.dtype`): Precision of loading and saving. Default: the checkpoint's.
@@ -96,8 +117,8 @@ def add_bottleneck_tokens(
 
     Raises:
         ValueError: A model in `output_dir`, an unknown order, an unsupported backbone, a base without a chat template
-            or the Qwen-VL special tokens, a base with another number of Bottleneck Tokens, another order or suffix, or
-            a checkpoint with missing or unexpected tensors.
+            or its family's special tokens, a base with another number of Bottleneck Tokens, another order or suffix,
+            or a checkpoint with missing or unexpected tensors.
     """
     if num_tokens < 0:
         raise ValueError(f"num_tokens must be 0 (last-token pooling) or more, got {num_tokens}.")
@@ -148,7 +169,12 @@ def add_bottleneck_tokens(
             # Their rows start equal to the EOS row, so that they would be as likely as EOS in plain generation.
             model.generation_config.suppress_tokens = ids
         processor.chat_template = embedding_chat_template(
-            processor.chat_template, "".join(names) or tokenizer.eos_token, order, suffix
+            processor.chat_template,
+            "".join(names) or tokenizer.eos_token,
+            family,
+            escapes(tokenizer),
+            order,
+            suffix,
         )
         model.config.btok_order, model.config.btok_suffix = order, suffix
         model.config.btok_token_ids = ids
@@ -157,12 +183,10 @@ def add_bottleneck_tokens(
     # The name of a local folder is not published. Its configuration may record the Hub id of its own base.
     model.config.btok_base_model = str(base) if on_hub else getattr(config, "btok_base_model", None)
     model.config.btok_base_revision = hub_kwargs["revision"] if on_hub else getattr(config, "btok_base_revision", None)
-    # Limit pixels per frame, as the reference implementation does. transformers is moving to this behaviour.
-    processor.video_processor.cap_pixels_per_frame = True
     # Truncation on the right would remove the Bottleneck Tokens. On the left it removes text. If it would remove media
     # placeholders, the processor raises an error. Both places are set, because save_pretrained compares them.
     tokenizer.truncation_side = tokenizer.init_kwargs["truncation_side"] = "left"
-    _set_pixels(processor, min_pixels, max_pixels)
+    family.limit_pixels(processor, min_pixels, max_pixels)
     return write_repository(
         output_dir,
         model.model,
@@ -187,10 +211,10 @@ def _check_base(base: str | Path, family: Family, processor: ProcessorMixin, kno
             f"The tokenizer of {base} has no eos_token, which Bottleneck Tokens are initialised from. Use the "
             f"tokenizer of a {family.name}."
         )
-    odd = [token for token in processor.tokenizer.all_special_tokens if not token.startswith("<|")]
+    odd = [token for token, _ in escapes(processor.tokenizer) if not re.fullmatch(r"<[^\s'\\]+", token)]
     if odd:
         raise ValueError(
-            f"The tokenizer of {base} has special tokens that do not start with '<|': {odd}. The chat template cannot "
+            f"The tokenizer of {base} has special tokens that are no words after '<': {odd}. The chat template cannot "
             f"escape them in user text. Use the tokenizer of a {family.name}."
         )
 
@@ -203,18 +227,3 @@ def _initialise_rows(model: StockModel, ids: list[int], eos_id: int, noise_std: 
             eos = weight[eos_id].float()
             noise = torch.randn(len(ids), len(eos), generator=generator) * noise_std * eos.std().item()
             weight[ids] = (eos + noise.to(eos.device)).to(weight.dtype)
-
-
-def _set_pixels(processor: ProcessorMixin, min_pixels: int | None, max_pixels: int | None) -> None:
-    """Set the pixel limits of images and of video frames in the processors' `size`."""
-    for part in (processor.image_processor, processor.video_processor):
-        limits = {
-            "shortest_edge": part.size["shortest_edge"] if min_pixels is None else min_pixels,
-            "longest_edge": part.size["longest_edge"] if max_pixels is None else max_pixels,
-        }
-        if limits["shortest_edge"] > limits["longest_edge"]:
-            raise ValueError(
-                f"min_pixels must not exceed max_pixels, got min_pixels={limits['shortest_edge']} and "
-                f"max_pixels={limits['longest_edge']}. Lower min_pixels or raise max_pixels."
-            )
-        part.size = limits

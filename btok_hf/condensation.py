@@ -22,11 +22,12 @@ The mixers are in `btok_hf/packed_attention.py`, the training loss in `training/
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from btok_hf.backbones import family_of
 from btok_hf.features import IGNORED, MEDIA_KEYS, ROW_KEYS
@@ -277,13 +278,14 @@ def _pack(
     input_ids, attention_mask, types = append_bottleneck_tokens(
         rows["input_ids"], rows.get("attention_mask"), token_ids, rows.get("mm_token_type_ids")
     )
-    positions = family_of(backbone.config).positions(backbone, input_ids, attention_mask, types, rows)
+    family = family_of(backbone.config)
+    positions = family.positions(backbone, input_ids, attention_mask, types, rows)
     real = attention_mask.bool()
 
     # Each row becomes [encoded side | BToks | target].
     keep = torch.cat([real, real_target], 1)
     after = positions.masked_fill(~real, -1).amax((0, 2))[:, None] + 1 + torch.arange(target_ids.shape[1])
-    positions = torch.cat([positions, after.expand(3, -1, -1)], 2)
+    positions = torch.cat([positions, after.expand(len(positions), -1, -1)], 2)
     prefix_lengths, target_lengths = real.sum(1), real_target.sum(1)
     starts = F.pad((prefix_lengths + target_lengths).cumsum(0), (1, 0))[:-1]
     segments = []
@@ -297,7 +299,8 @@ def _pack(
             segments.append((start + prefix, target, first_key, len(token_ids) + target))
     packed = {
         "input_ids": torch.cat([input_ids, target_ids], 1)[keep][None].to(device),
-        "position_ids": positions[:, keep][:, None].to(device),
+        "attention_mask": family.masks(backbone.config),
+        "position_ids": positions[:, keep][:, None].squeeze(0).to(device),  # no axis for the only kind of position
         "packed_layout": PackedLayout(segments, device),
         **{key: value.to(device) for key, value in media.items()},
     }
@@ -311,7 +314,8 @@ def _forward(backbone: Backbone, packed: dict[str, Any]) -> Tensor:
     language_model = family.language_model(backbone)
     language_model.config._attn_implementation = ATTENTION
     pack_mixers(language_model, family.mixers)
-    family.vision_tower(backbone).config._attn_implementation = VISION_ATTENTION
+    if family.packs_images:
+        cast(PreTrainedModel, family.vision_tower(backbone)).config._attn_implementation = VISION_ATTENTION
     return backbone(**packed, use_cache=False, vision_layouts={}).last_hidden_state[0]
 
 

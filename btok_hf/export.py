@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from btok_hf import golden
 from btok_hf.adapters import MergedTensors, adapter_config, has_adapters
+from btok_hf.backbones import family_of
 from btok_hf.condensation import condense
 from btok_hf.files import check_writable, explain_full_disk, write_files, write_json
 from btok_hf.hub_card.card import render_card
@@ -250,10 +251,8 @@ def _write_golden(output_dir: Path, model: "SentenceTransformer") -> None:
     backbone = modeling_btok.load_stock_model(output_dir, config, dtype="auto")[0].model.eval()
     compute_in_fp32(backbone)
     module: Any = model[0]
-    images = module.processor.image_processor
-    inputs = golden.golden_inputs(
-        model.prompts, 2 * images.patch_size * images.merge_size, getattr(config, "btok_order", "media_first")
-    )
+    image, frame = family_of(config).golden_sides(module.processor)
+    inputs = golden.golden_inputs(model.prompts, frame, getattr(config, "btok_order", "media_first"), image)
     embeddings: dict[str, np.ndarray] = {}
     # Golden inputs are never truncated: their vectors do not depend on the model's max_seq_length.
     limit, model.max_seq_length = model.max_seq_length, golden.longest(config)

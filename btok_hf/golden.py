@@ -36,15 +36,17 @@ TEXTS = {
 
 
 def golden_inputs(
-    prompts: Mapping[str, str | None], side: int = 56, order: str = "media_first"
+    prompts: Mapping[str, str | None], side: int | None = 56, order: str = "media_first", image: int = 224
 ) -> dict[str, tuple[dict[str, Any], str | None]]:
     """The golden inputs: dicts of `text`, `image` and `video`, as in Sentence-Transformers, or of `messages`.
 
     Args:
         prompts (`dict[str, str]`): The model's instructions by name. One text is embedded with each non-empty prompt;
             of prompts with the same words, with one.
-        side (`int`): Side of a frame of the long video in pixels, two tokens: 56 or, with patches of 16 pixels, 64.
+        side (`int`, *optional*): Side of a frame of the long video in pixels, two tokens: 56 or, with patches of 16
+            pixels, 64. `None` leaves this video out.
         order (`str`): Order of content. With `as_given`, texts and images alternate in one input.
+        image (`int`): Shorter side of an image in pixels; the longer is twice as long.
 
     Returns:
         `dict[str, tuple[dict, str | None]]`: By name, the input and the name of its prompt.
@@ -57,19 +59,21 @@ def golden_inputs(
     names = {text: name for name, text in sorted(prompts.items(), reverse=True) if text}
     for prompt in sorted(names.values()):
         inputs[f"prompt {prompt}"] = ({"text": short}, prompt)
-    inputs["image"] = ({"image": _tiles(224, 224)}, None)
-    inputs["image and text"] = ({"image": _tiles(448, 224, 5), "text": short}, None)
-    inputs["two images"] = ({"image": [_tiles(224, 224, 2), _tiles(448, 224, 11)], "text": short}, None)
-    inputs["video"] = ({"video": _clip(224, 4)}, None)
-    # The temporal positions exceed those of the frame. Releases differ in where the text after it goes on.
-    inputs["long video"] = ({"video": _clip(side, 32), "text": short}, None)
+    inputs["image"] = ({"image": _tiles(image, image)}, None)
+    inputs["image and text"] = ({"image": _tiles(2 * image, image, 5), "text": short}, None)
+    inputs["two images"] = ({"image": [_tiles(image, image, 2), _tiles(2 * image, image, 11)], "text": short}, None)
+    inputs["video"] = ({"video": _clip(image, 4)}, None)
+    if side is not None:
+        # The temporal positions exceed those of the frame. Releases differ in where the text after it goes on.
+        inputs["long video"] = ({"video": _clip(side, 32), "text": short}, None)
     system = {"role": "system", "content": "Find a page that answers."}
-    content = [_part(_tiles(224, 224, 7)), _part(short)]
+    content = [_part(_tiles(image, image, 7)), _part(short)]
     inputs["system message"] = ({"messages": [system, {"role": "user", "content": content}]}, None)
     if order == "as_given":
-        content = [_part("First:"), _part(_tiles(224, 224, 3)), _part("then"), _part(_tiles(224, 224, 9)), _part("!")]
+        pictures = [_part(_tiles(image, image, shift)) for shift in (3, 9)]
+        content = [_part("First:"), pictures[0], _part("then"), pictures[1], _part("!")]
         inputs["texts and images"] = ({"messages": [{"role": "user", "content": content}]}, None)
-        inputs["text and image"] = ({"text": short, "image": _tiles(448, 224, 5)}, None)
+        inputs["text and image"] = ({"text": short, "image": _tiles(2 * image, image, 5)}, None)
     return inputs
 
 
@@ -87,7 +91,7 @@ def _clip(side: int, count: int) -> dict[str, Any]:
 
 def _tiles(width: int, height: int, shift: int = 0) -> Image.Image:
     """Computed coloured squares. Sides are multiples of 28 and 32 pixels, so that no processor resizes the image:
-    resizing differs between releases."""
+    resizing differs between releases. (Processors that cut images into tiles resize their view of the whole.)"""
     y, x = np.mgrid[:height, :width] // 32
     x = x + shift
     return Image.fromarray(np.stack([x * 37 % 256, y * 59 % 256, (x + y) * 83 % 256], -1).astype(np.uint8))

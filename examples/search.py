@@ -18,7 +18,7 @@ from sentence_transformers.util import semantic_search
 
 from btok_hf import BTokSentenceTransformer
 from btok_hf.errors import one_line_errors
-from btok_hf.inputs import ImageLimits, check_input
+from btok_hf.inputs import check_input
 from btok_hf.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 MODEL = Path(__file__).resolve().parents[1] / "benchmarks" / "unified" / "models" / "btok-small"
@@ -55,8 +55,7 @@ def search(folder, query, image, model, top):
         raise ValueError(nothing)
     model = BTokSentenceTransformer(model)
     query = model.encode_query([item], convert_to_tensor=True)
-    processor, vision = model.transformer.processor, model.transformer.config.vision_config
-    limits = ImageLimits(processor.image_processor.size["longest_edge"], vision.patch_size)
+    limits = model.transformer.image_limits
     # The files are checked one by one, so that a bad one does not end the encoding. Images are not kept.
     paths = [path for path, item in files.items() if item and attempt(path, check_input, item, limits)]
     if not paths:

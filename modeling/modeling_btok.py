@@ -1,9 +1,9 @@
 """Remote code of a Bottleneck-Token model: the only Python file that is published with the weights.
 
-A Bottleneck-Token (BTok) checkpoint is a stock Qwen-VL checkpoint whose vocabulary has K more tokens. Every input row
-ends in these K tokens. The L2-normalised mean of their last hidden states is the embedding (Bottleneck Tokens,
-arXiv 2604.11095). `BTokForEmbedding` adds this pooling to the stock backbone. It has no parameters of its own, and it
-reads and writes the stock checkpoint layout.
+A Bottleneck-Token (BTok) checkpoint is a stock checkpoint of a causal vision-language model, such as Qwen-VL, whose
+vocabulary has K more tokens. Every input row ends in these K tokens. The L2-normalised mean of their last hidden
+states is the embedding (Bottleneck Tokens, arXiv 2604.11095). `BTokForEmbedding` adds this pooling to the stock
+backbone. It has no parameters of its own, and it reads and writes the stock checkpoint layout.
 
 Import only torch, transformers and the standard library here. Training and packed attention are in
 `btok_hf/condensation.py`.
@@ -12,7 +12,7 @@ Import only torch, transformers and the standard library here. Training and pack
 import json
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -30,6 +30,7 @@ STOCK_CLASSES = {
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
     "qwen3_5": "Qwen3_5ForConditionalGeneration",
+    "internvl": "InternVLForConditionalGeneration",
 }
 StockModel: TypeAlias = Any  # one of these classes
 Backbone: TypeAlias = Any  # its `model`: vision tower and language model, without a head
@@ -186,15 +187,33 @@ def append_bottleneck_tokens(
     return append(input_ids, tokens), append(attention_mask, attention_mask.new_ones(count)), mm_token_type_ids
 
 
+def _grid_tokens(config: PreTrainedConfig, features: Mapping[str, Any]) -> Iterator[tuple[str, int, str, int]]:
+    """For each kind of media: its name, its placeholder, the key of its pixels, and the tokens that the grids need."""
+    for kind, token_id, pixel_key in (
+        ("image", config.image_token_id, "pixel_values"),
+        ("video", config.video_token_id, "pixel_values_videos"),
+    ):
+        grid = features.get(f"{kind}_grid_thw")
+        tokens = 0 if grid is None else int(grid.prod(1).sum()) // config.vision_config.spatial_merge_size**2
+        yield kind, token_id, pixel_key, tokens
+
+
+def _tile_tokens(config: PreTrainedConfig, features: Mapping[str, Any]) -> Iterator[tuple[str, int, str, int]]:
+    """The same for images and frames that are cut into tiles of equally many tokens."""
+    tiles = features.get("pixel_values")
+    yield "image", config.image_token_id, "pixel_values", 0 if tiles is None else len(tiles) * config.image_seq_length
+
+
+# How many placeholders the media need, by model_type. Default: by grids.
+MEDIA_TOKENS = {"internvl": _tile_tokens}
+
+
 def check_media(config: PreTrainedConfig, input_ids: torch.Tensor, features: Mapping[str, Any]) -> None:
     """Raise `ValueError` if the media do not match their placeholder tokens, or if pixels are not finite."""
-    for kind, token_id, pixel_key, grid_key in (
-        ("image", config.image_token_id, "pixel_values", "image_grid_thw"),
-        ("video", config.video_token_id, "pixel_values_videos", "video_grid_thw"),
-    ):
-        pixels, grid = features.get(pixel_key), features.get(grid_key)
+    needed = MEDIA_TOKENS.get(config.model_type, _grid_tokens)
+    for kind, token_id, pixel_key, given in needed(config, features):
+        pixels = features.get(pixel_key)
         placeholders = int((input_ids == token_id).sum())
-        given = 0 if grid is None else int(grid.prod(1).sum()) // config.vision_config.spatial_merge_size**2
         if placeholders != given:
             raise ValueError(
                 f"input_ids have {placeholders} {kind} placeholder token(s), but the given {kind}s need {given}. "
@@ -207,7 +226,7 @@ def check_media(config: PreTrainedConfig, input_ids: torch.Tensor, features: Map
 
 
 class BTokForEmbedding(PreTrainedModel):
-    """A Qwen-VL backbone that returns one embedding per row, pooled from the K Bottleneck Tokens.
+    """A stock backbone that returns one embedding per row, pooled from the K Bottleneck Tokens.
 
     The configuration is that of the backbone, with `btok_token_ids`. Load the model with
     `AutoModel.from_pretrained(repo, trust_remote_code=True)`. Without the flag, `AutoModel` gives the stock backbone.
@@ -301,7 +320,7 @@ class BTokForEmbedding(PreTrainedModel):
                 Token ids from the processor. Bottleneck Tokens are appended to rows that do not end in them.
             attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): 1 for real tokens.
             mm_token_type_ids (`torch.Tensor` of shape `(batch, length)`, *optional*):
-                0 text, 1 image, 2 video. Required with images or video; the processor returns it.
+                0 text, 1 image, 2 video. Required with images or video if the processor returns it.
             truncate_dim (`int`, *optional*):
                 Number of leading dimensions to keep before normalisation (Matryoshka embeddings).
             return_dict (`bool`, *optional*): `False` returns a tuple.

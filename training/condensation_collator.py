@@ -12,6 +12,7 @@ from sentence_transformers.sentence_transformer.data_collator import SentenceTra
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from btok_hf.bottleneck import escapes
 from btok_hf.features import IGNORED, PIXEL_KEYS
 from btok_hf.inputs import content_hash, text_of
 from btok_hf.training.condensation_config import CONDENSE, CondensationConfig
@@ -118,7 +119,8 @@ class CondensationCollator(SentenceTransformerDataCollator):
         """
         assert self.args is not None and self.tokenizer is not None
         # As in the embedding chat template: no text may become a special token.
-        texts = [text.replace("<|", "< |") for text in texts]
+        for token, instead in escapes(self.tokenizer):
+            texts = [text.replace(token, instead) for text in texts]
         prompt = self.tokenizer(self.prompt, add_special_tokens=False)["input_ids"]
         end = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
         assert isinstance(end, int)  # one token, one id

@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from btok_hf.backbones import family_of
 from btok_hf.condensation import backbone_and_head
 from btok_hf.features import IGNORED, PIXEL_KEYS, HostFeatures
 from btok_hf.sentence_transformer import BTokSentenceTransformer
@@ -208,10 +209,13 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
         padded = {key: value for key, value in sentence_feature.items() if key != "cu_seq_lens_q"}
         minibatch = _create_minibatch(padded, begin, end)
         copies, vision = minibatch.pop("copies", None), minibatch.pop("vision", None)
-        if "second_per_grid_ts" in minibatch and "num_videos_per_sample" in padded:
-            # It has one entry per video. `_create_minibatch` sliced it as if it had one per row.
-            videos = F.pad(padded["num_videos_per_sample"].cumsum(0), (1, 0))
-            minibatch["second_per_grid_ts"] = padded["second_per_grid_ts"][videos[begin] : videos[end]]
+        config = self._backbone().config
+        # `_create_minibatch` sliced them as if they had one entry per row.
+        for key, counts in family_of(config).items_per_row(config, padded).items():
+            ends = F.pad(counts.cumsum(0), (1, 0))
+            minibatch[key] = padded[key][ends[begin] : ends[end]]
+            if not len(minibatch[key]):
+                del minibatch[key]
         # Targets are run in the second pass, for a batch that fits one mini-batch, and in evaluation.
         if with_grad or not torch.is_grad_enabled():
             minibatch["condensation_mask"] = self.condensation_mask
@@ -226,7 +230,7 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
             else:
                 memory = vision.pop(begin) if begin in vision else vision.setdefault(begin, [])
                 for key in minibatch.keys() & PIXEL_KEYS if memory else ():
-                    minibatch[key] = minibatch[key][:0]  # not read again
+                    minibatch[key] = minibatch[key][..., :0]  # not read again
                 with cached_vision(self._backbone(), memory):
                     output = self.model(HostFeatures(minibatch))
         embeddings = output["sentence_embedding"]
@@ -356,10 +360,10 @@ def cached_vision(backbone: PreTrainedModel, memory: list) -> Iterator[None]:
 
     def remember(method: Callable) -> Callable:
         @wraps(method)
-        def call(pixels: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
             if not filling:
-                return tree_map(lambda x: x.to(pixels.device), next(earlier))
-            output = method(pixels, *args, **kwargs)
+                return tree_map(lambda x: x.to(backbone.device), next(earlier))
+            output = method(*args, **kwargs)
             # The states before merging are four times as large, and not read again.
             output["last_hidden_state"] = output["pooler_output"]
             memory.append(tree_map(lambda x: x.cpu(), output))
@@ -367,7 +371,7 @@ def cached_vision(backbone: PreTrainedModel, memory: list) -> Iterator[None]:
 
         return call
 
-    names = ("get_image_features", "get_video_features")
+    names = [name for name in ("get_image_features", "get_video_features") if hasattr(backbone, name)]
     for name in names:
         setattr(backbone, name, remember(getattr(backbone, name)))
     try:

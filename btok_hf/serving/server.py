@@ -24,7 +24,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from btok_hf.inputs import ImageLimits
 from btok_hf.sentence_transformer import BTokSentenceTransformer
 from btok_hf.serving.batching import Batcher, QueueFull, Room, Row
 from btok_hf.serving.origins import Origins
@@ -181,9 +180,7 @@ def make_app(model: ServedModel, name: str, limits: Limits, origins: Origins, ap
     rows_held = Room(limits.queue_rows, "rows (--queue-rows)")
     pixels_held = Room(limits.queue_pixels, "pixels (--queue-pixels)")
     metrics.rows.set_function(lambda: rows_held.held)
-    processor: Any = model.processor
-    config: Any = model.config
-    image_limits = ImageLimits(processor.image_processor.size["longest_edge"], config.vision_config.patch_size)
+    image_limits = model.transformer.image_limits
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

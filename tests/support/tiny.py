@@ -1,8 +1,13 @@
-"""Tiny random Qwen-VL checkpoints, made on the spot: byte-level tokenizer, two layers, a few kilobytes."""
+"""Tiny random checkpoints of every family, made on the spot: byte-level tokenizer, two layers, a few kilobytes."""
 
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
+    GotOcr2ImageProcessor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    InternVLVideoProcessor,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
@@ -21,9 +26,9 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from btok_hf.backbones import REQUIRED_TOKENS
+from btok_hf.backbones import FAMILIES, REQUIRED_TOKENS
 
-BACKBONES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
+BACKBONES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "internvl")
 SPECIAL = ["<|endoftext|>", *REQUIRED_TOKENS, "<|vision_pad|>"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -35,9 +40,17 @@ CHAT_TEMPLATE = (
 )
 
 
-def tokenizer(kind=Qwen2Tokenizer):
-    tokenizer = kind(vocab={c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}, merges=[])
-    tokenizer.add_tokens(SPECIAL, special_tokens=True)
+INTERNVL = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}
+
+
+def tokenizer(kind=Qwen2Tokenizer, special=SPECIAL, **named):
+    tokenizer = kind(vocab={c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}, merges=[], **named)
+    tokenizer.add_tokens(special, special_tokens=True)
     tokenizer.pad_token, tokenizer.eos_token, tokenizer.model_max_length = "<|endoftext|>", "<|im_end|>", 4096
     return tokenizer
 
@@ -53,6 +66,42 @@ def hybrid(text):
         "linear_value_head_dim": 16,
         "rope_parameters": {**text["rope_parameters"], "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]},
     }
+
+
+def internvl(text, tied):
+    """An InternVL with tiles of 56 x 56 pixels, which are 4 tokens each."""
+    tok = tokenizer(
+        special=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<box>"], extra_special_tokens=dict(INTERNVL)
+    )
+    ids = {name: tok.convert_tokens_to_ids(f"<|{name}|>") for name in ("endoftext", "im_end")}
+    text = {
+        **text,
+        "model_type": "qwen2",
+        "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6},
+        "bos_token_id": ids["endoftext"],
+        "eos_token_id": ids["im_end"],
+        "pad_token_id": ids["endoftext"],
+    }
+    vision = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "image_size": [56, 56],
+        "patch_size": [14, 14],
+        "attention_bias": True,
+    }
+    config = InternVLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=tok.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=4,
+        tie_word_embeddings=tied,
+    )
+    size = {"height": 56, "width": 56}
+    images = GotOcr2ImageProcessor(size=size, max_patches=4)
+    processor = InternVLProcessor(images, tok, InternVLVideoProcessor(size=size), image_seq_length=4)
+    return InternVLForConditionalGeneration(config), processor
 
 
 def build(backbone, path, vocab_size=320, tied=True, seed=0, chat_template=CHAT_TEMPLATE, head_dim=16):
@@ -83,7 +132,12 @@ def build(backbone, path, vocab_size=320, tied=True, seed=0, chat_template=CHAT_
     }
     pixels = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 16}
     torch.manual_seed(seed)
-    if backbone == "qwen2_vl":
+    if backbone == "internvl":
+        model, processor = internvl(text, tied)
+        for kind, own in (("image", FAMILIES[backbone].image), ("video", FAMILIES[backbone].video)):
+            stock = f"<|vision_start|><|{kind}_pad|><|vision_end|>"
+            chat_template = chat_template and chat_template.replace(stock, own)
+    elif backbone == "qwen2_vl":
         vision = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 14}
         model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **special))
         processor = Qwen2VLProcessor(Qwen2VLImageProcessor(size=pixels), tok, Qwen2VLVideoProcessor(size=pixels))
@@ -135,8 +189,10 @@ def build(backbone, path, vocab_size=320, tied=True, seed=0, chat_template=CHAT_
             # Recurrent layers that remember, as trained ones do: their random heads forget within a token or two.
             if name.endswith("A_log"):
                 parameter.copy_(torch.linspace(-5, 0, len(parameter)))
-            elif "conv1d" in name:
+            elif "conv1d" in name or name.endswith(("position_embeddings", "cls_token")):
                 parameter.normal_(std=0.5)
+            elif "lambda_" in name:
+                parameter.fill_(1.0)
         model.tie_weights()
     model.save_pretrained(path)
     processor.save_pretrained(path)
