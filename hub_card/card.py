@@ -16,6 +16,7 @@ import jinja2
 from huggingface_hub import ModelCardData
 from transformers import PreTrainedConfig, ProcessorMixin
 
+from btok_hf.backbones import family_of
 from btok_hf.hub_names import is_hub_id
 
 PLACEHOLDER = "path-of-this-repository"
@@ -140,11 +141,6 @@ def render_card(
     arguments = arguments or CardArguments()
     shown: dict[str, Any] = {"similarities": None, **(examples or EXAMPLES)}
     text_config = config.get_text_config()
-    image_processor = processor.image_processor
-    # Pixels per image token.
-    patch = (image_processor.patch_size * image_processor.merge_size) ** 2
-    limits = image_processor.size
-    most = limits["longest_edge"] // patch
     base = getattr(config, "btok_base_model", None)
     facts = {
         "training": training,
@@ -161,9 +157,7 @@ def render_card(
         "hidden_size": text_config.hidden_size,
         "num_layers": text_config.num_hidden_layers,
         "max_length": processor.tokenizer.model_max_length,
-        "min_pixels": limits["shortest_edge"],
-        "patch": patch,
-        "image_tokens": [most // part for part in (1, 2, 4) if most // part * patch >= limits["shortest_edge"]],
+        "costs": family_of(config).image_costs(processor),
         "prompts": {name: text for name, text in prompts.items() if text},
         "install": " ".join(f'"{requirement}"' for requirement in _snippet_requirements()),
         "repository": json.dumps(repo_id or PLACEHOLDER),
