@@ -105,7 +105,7 @@ def add_bottleneck_tokens(
         seed (`int`): Seed of the noise.
         min_pixels (`int`, *optional*): Smaller images are enlarged to this many pixels. Default: the base's.
         max_pixels (`int`, *optional*): Larger images and frames are reduced to this many pixels. Lower it to save
-            memory: a token covers 28 x 28 pixels (32 x 32 for Qwen3-VL and Qwen3.5). InternVL counts in tiles of
+            memory: a token covers 28 x 28 pixels (32 x 32 for Qwen3-VL and Qwen3.5). InternVL3 counts in tiles of
             448 x 448 pixels. Default: the base's.
         prompts (`dict[str, str]`, *optional*): Instructions by name, e.g. `query` and `document`, saved with the
             model for `encode_query` and `encode_document`.

@@ -9,7 +9,7 @@ from support import tiny
 from support.gradients import assert_same_gradients
 from support.inputs import TARGETS, process, rows, targets
 from support.media import video
-from support.oracle import layer_by_layer
+from support.oracle import layer_by_layer, positions_of
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
@@ -24,10 +24,9 @@ def dense_reference(model, inputs, target_ids, labels, masked=True):
     """Embedding and token losses by definition: padded batch, stock SDPA, dense mask, full logits."""
     num_tokens = len(model.config.btok_token_ids)
     inputs = dict(inputs)
+    positions = positions_of(model.model, inputs)
     prefix, ids = inputs.pop("attention_mask"), inputs.pop("input_ids")
-    types = inputs.pop("mm_token_type_ids")
-    grids = {key: value for key, value in inputs.items() if key.endswith(("grid_thw", "grid_ts"))}
-    positions, _ = model.model.get_rope_index(ids, mm_token_type_ids=types, attention_mask=prefix, **grids)
+    inputs.pop("mm_token_type_ids", None)
     positions = positions * prefix
     after = positions.amax((0, 2))[:, None] + 1 + torch.arange(target_ids.shape[1])
     target = (labels != -100).flip(1).cummax(1).values.flip(1)
@@ -38,7 +37,7 @@ def dense_reference(model, inputs, target_ids, labels, masked=True):
     output = model.model(
         input_ids=torch.cat([ids, target_ids], 1),
         attention_mask=torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min),
-        position_ids=torch.cat([positions, after.expand(3, -1, -1)], 2),
+        position_ids=torch.cat([positions, after.expand(len(positions), -1, -1)], 2).squeeze(0),
         use_cache=False,
         **{key: value for key, value in inputs.items() if key != "second_per_grid_ts"},
     ).last_hidden_state

@@ -164,8 +164,9 @@ def test_a_frozen_vision_tower_runs_once(repos, checkpointing):
     for name, repo in repos.items():
         model = BTokSentenceTransformer(repo, device="cpu").train()
         backbone, calls = model[0].model, []
-        backbone.visual.requires_grad_(False)
-        backbone.visual.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        tower = getattr(backbone, "visual", None) or backbone.vision_tower
+        tower.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        model[0].vision_tower.requires_grad_(False)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         features = batch_features(model)
@@ -187,7 +188,7 @@ def test_a_frozen_vision_tower_runs_once(repos, checkpointing):
         assert_same_gradients(named_gradients(model), expected)
         assert "get_image_features" not in vars(backbone)
 
-        backbone.visual.requires_grad_(True)  # gradients of the tower need a second forward
+        model[0].vision_tower.requires_grad_(True)  # gradients of the tower need a second forward
         del calls[:]
         CondensationLoss(model, mini_batch_size=2)(features).backward()
         assert len(calls) == 2 * first

@@ -111,7 +111,7 @@ def test_each_golden_input_notices_what_it_is_for(bases, tmp_path):
         assert min(found.values()) > golden.TOLERANCE, (name, found)
 
 
-@pytest.mark.parametrize("backbone", tiny.BACKBONES)
+@pytest.mark.parametrize("backbone", [name for name in tiny.BACKBONES if name.startswith("qwen")])
 def test_the_temporal_positions_of_the_long_video_exceed_its_grid(repos, backbone):
     """Releases go on after a video at its longest side or at its last position, which are equal for a short one."""
     processor = AutoProcessor.from_pretrained(repos[backbone])

@@ -40,10 +40,21 @@ def _part(value):
 
 
 def process(processor, conversations, side="right"):
-    processor.tokenizer.padding_side = side
+    """What the processor returns, padded on one side. If it takes videos of one length, the longer ones are cut."""
+    videos = [part for row in conversations for m in row for part in m["content"] if "video" in part]
+    if hasattr(processor.image_processor, "max_patches") and videos:
+        shortest = min(len(part["video"]) for part in videos)
+        conversations = [
+            [{**m, "content": [_cut(part, shortest) for part in m["content"]]} for m in row] for row in conversations
+        ]
+    padding = {"padding": True, "padding_side": side}
     return processor.apply_chat_template(
-        conversations, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"padding": True}
+        conversations, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=padding
     )
+
+
+def _cut(part, frames):
+    return {**part, "video": part["video"][:frames]} if "video" in part else part
 
 
 def targets(processor, texts=TARGETS):

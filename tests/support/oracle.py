@@ -4,6 +4,15 @@ import torch
 from torch.nn import functional as F
 
 
+def positions_of(backbone, inputs):
+    """Positions of the tokens by the stock backbone, or by their number. Shape (axes, batch, length)."""
+    if not hasattr(backbone, "get_rope_index"):
+        return (inputs["attention_mask"].cumsum(1) - 1)[None]
+    grids = {key: value for key, value in inputs.items() if key.endswith(("grid_thw", "grid_ts"))}
+    rows = {key: inputs[key] for key in ("mm_token_type_ids", "attention_mask")}
+    return backbone.get_rope_index(inputs["input_ids"], **rows, **grids)[0]
+
+
 def layer_by_layer(model, inputs, target_ids, labels, masked=True):
     """Embeddings and token losses of a stock `…ForConditionalGeneration`. Unmasked, targets see the encoded side too.
 
@@ -12,13 +21,7 @@ def layer_by_layer(model, inputs, target_ids, labels, masked=True):
     """
     backbone, language_model = model.model, model.model.language_model
     num_tokens = len(model.config.btok_token_ids)
-    grids = {key: value for key, value in inputs.items() if key.endswith("grid_thw")}
-    positions, _ = backbone.get_rope_index(
-        inputs["input_ids"],
-        mm_token_type_ids=inputs["mm_token_type_ids"],
-        attention_mask=inputs["attention_mask"],
-        **grids,
-    )
+    positions = positions_of(backbone, inputs)
     embedded = {}
     hook = language_model.register_forward_pre_hook(
         lambda module, args, kwargs: embedded.update(kwargs), with_kwargs=True
