@@ -28,7 +28,8 @@ def rows(kind):
             [image(60, 80, 2), "this"],
             [image(60, 80, 3), "kind"],
         ],
-        "video": [[video(4), "move"], [video(6, 28, 1)], [image(60, 60), "still"], ["none"]],
+        # The processor of InternVL3 takes videos of one length.
+        "video": [[video(4), "move"], [video(4, 28, 1)], [image(60, 60), "still"], ["none"]],
     }[kind]
     return [[{"role": "user", "content": [_part(part) for part in content]}] for content in contents]
 
@@ -40,21 +41,10 @@ def _part(value):
 
 
 def process(processor, conversations, side="right"):
-    """What the processor returns, padded on one side. If it takes videos of one length, the longer ones are cut."""
-    videos = [part for row in conversations for m in row for part in m["content"] if "video" in part]
-    if hasattr(processor.image_processor, "max_patches") and videos:
-        shortest = min(len(part["video"]) for part in videos)
-        conversations = [
-            [{**m, "content": [_cut(part, shortest) for part in m["content"]]} for m in row] for row in conversations
-        ]
     padding = {"padding": True, "padding_side": side}
     return processor.apply_chat_template(
         conversations, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=padding
     )
-
-
-def _cut(part, frames):
-    return {**part, "video": part["video"][:frames]} if "video" in part else part
 
 
 def targets(processor, texts=TARGETS):

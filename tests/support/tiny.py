@@ -68,7 +68,7 @@ def hybrid(text):
     }
 
 
-def internvl(text, tied):
+def internvl(text, tied, text_model):
     """An InternVL with tiles of 56 x 56 pixels, which are 4 tokens each."""
     tok = tokenizer(
         special=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<box>"], extra_special_tokens=dict(INTERNVL)
@@ -76,7 +76,8 @@ def internvl(text, tied):
     ids = {name: tok.convert_tokens_to_ids(f"<|{name}|>") for name in ("endoftext", "im_end")}
     text = {
         **text,
-        "model_type": "qwen2",
+        "model_type": text_model,
+        "head_dim": 16,
         "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6},
         "bos_token_id": ids["endoftext"],
         "eos_token_id": ids["im_end"],
@@ -104,7 +105,16 @@ def internvl(text, tied):
     return InternVLForConditionalGeneration(config), processor
 
 
-def build(backbone, path, vocab_size=320, tied=True, seed=0, chat_template=CHAT_TEMPLATE, head_dim=16):
+def build(
+    backbone,
+    path,
+    vocab_size=320,
+    tied=True,
+    seed=0,
+    chat_template=CHAT_TEMPLATE,
+    head_dim=16,
+    text_model="qwen2",
+):
     """Write a random base checkpoint with its processor to `path`. 264 of the `vocab_size` rows are taken."""
     tok = tokenizer(Qwen3_5Tokenizer if backbone == "qwen3_5" else Qwen2Tokenizer)
     ids = dict(zip(SPECIAL, tok.convert_tokens_to_ids(SPECIAL)))
@@ -133,7 +143,7 @@ def build(backbone, path, vocab_size=320, tied=True, seed=0, chat_template=CHAT_
     pixels = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 16}
     torch.manual_seed(seed)
     if backbone == "internvl":
-        model, processor = internvl(text, tied)
+        model, processor = internvl(text, tied, text_model)
         for kind, own in (("image", FAMILIES[backbone].image), ("video", FAMILIES[backbone].video)):
             stock = f"<|vision_start|><|{kind}_pad|><|vision_end|>"
             chat_template = chat_template and chat_template.replace(stock, own)
