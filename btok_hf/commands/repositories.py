@@ -16,7 +16,9 @@ def add_tokens_command(commands: Any) -> None:
         "Add Bottleneck Tokens to a base checkpoint and write a repository that is ready to train.",
         "btok add-tokens Qwen/Qwen2-VL-2B-Instruct btok-start --max-pixels 501760",
     )
-    parser.add_argument("base", help="folder or Hub id of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5 checkpoint")
+    parser.add_argument(
+        "base", help="folder or Hub id of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5 or InternVL3-hf checkpoint"
+    )
     parser.add_argument("output_dir", help="folder to write")
     parser.add_argument("--num-tokens", type=int, default=4, help="K; 0 is last-token pooling (default: %(default)s)")
     parser.add_argument(
