@@ -66,6 +66,7 @@ class Family:
         packs_images (`bool`): Whether the vision tower gets all images as one row, with their bounds.
         reads_pixels (`bool`): Whether the processor knows `min_pixels` and `max_pixels` when it is loaded.
         processor (`str`): The class of transformers that loads the processor of a base.
+        equal_videos (`bool`): Whether the processor takes only videos of equally many frames at a time.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Family:
     packs_images: bool = True
     reads_pixels: bool = True
     processor: str = "AutoProcessor"
+    equal_videos: bool = False
 
     @property
     def lora_targets(self) -> str:
@@ -198,6 +200,63 @@ class Family:
         return backbone.get_rope_index(input_ids, **rows, **grids)[0]
 
 
+class InternVL(Family):
+    """Images are cut into tiles of one size, a frame is one tile, and positions count tokens."""
+
+    def vision_tower(self, backbone: Backbone) -> Module:
+        return ModuleList([backbone.vision_tower, backbone.multi_modal_projector])
+
+    def placeholders(self, config: PreTrainedConfig) -> tuple[int, ...]:
+        return (config.image_token_id,)
+
+    def image_limits(self, config: PreTrainedConfig, processor: ProcessorMixin) -> ImageLimits:
+        part = processor.image_processor
+        tile = part.size["height"] * part.size["width"]
+        return ImageLimits(part.max_patches * tile, max(config.vision_config.patch_size))
+
+    def limit_pixels(self, processor: ProcessorMixin, min_pixels: int | None, max_pixels: int | None) -> None:
+        part = processor.image_processor
+        tile = part.size["height"] * part.size["width"]
+        least = part.min_patches if min_pixels is None else -(-min_pixels // tile)
+        most = part.max_patches if max_pixels is None else max_pixels // tile
+        if not 1 <= least <= most:
+            raise ValueError(
+                f"An image has tiles of {tile} pixels: at least {least} by min_pixels={min_pixels}, and at most "
+                f"{most} by max_pixels={max_pixels}. Lower min_pixels, or raise max_pixels."
+            )
+        part.min_patches, part.max_patches = least, most
+
+    def image_costs(self, processor: ProcessorMixin) -> ImageCosts:
+        part = processor.image_processor
+        shown = [part.max_patches // divisor for divisor in (1, 2, 4) if part.max_patches // divisor >= 1]
+        # Beside the tiles, there is a view of the whole image.
+        tokens = {tiles: (tiles + (tiles > 1)) * processor.image_seq_length for tiles in shown}
+        return ImageCosts("max_patches", tokens, part.size["height"], None)
+
+    def golden_sides(self, processor: ProcessorMixin) -> tuple[int, int | None]:
+        return processor.image_processor.size["height"], None
+
+    def items_per_row(self, config: PreTrainedConfig, features: Mapping[str, Any]) -> dict[str, Tensor]:
+        if "pixel_values" not in features:
+            return {}
+        tokens = (features["input_ids"] == config.image_token_id).sum(1)
+        return {"pixel_values": tokens // config.image_seq_length}
+
+    def masks(self, config: PreTrainedConfig) -> Any:
+        # It would find the packed rows by their positions, and build a mask of length x length.
+        return dict.fromkeys(config.get_text_config().layer_types)
+
+    def positions(
+        self,
+        backbone: Backbone,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        mm_token_type_ids: Tensor | None,
+        features: Mapping[str, Tensor],
+    ) -> Tensor:
+        return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[None]
+
+
 @dataclass(frozen=True)
 class SmolVLM(Family):
     """Images are enlarged or reduced to one longest side and cut into tiles. Positions count tokens."""
@@ -285,6 +344,17 @@ FAMILIES = {
     # an adapter would be as large as they are.
     "qwen3_5": Family(
         "Qwen3.5", adapted=(*PROJECTIONS, "in_proj_qkv", "in_proj_z", "out_proj"), mixers=("linear_attn",)
+    ),
+    "internvl": InternVL(
+        "InternVL3 (-hf)",
+        required_tokens=("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"),
+        image="<IMG_CONTEXT>",  # the processor puts <img> and </img> around it
+        video="<video>",
+        media_bounds=("<img>", "</img>"),
+        text_models=("qwen2", "qwen3"),
+        packs_images=False,
+        reads_pixels=False,
+        equal_videos=True,
     ),
     "idefics3": SmolVLM("SmolVLM"),
     "smolvlm": SmolVLM("SmolVLM2"),

@@ -308,8 +308,8 @@ def estimate_tokens(
 
     Args:
         item (`Input`): An input of `encode`. Other values count as 0 tokens.
-        processor (`ProcessorMixin`, *optional*): The model's processor. If it is not a Qwen-VL processor, images count
-            as in Qwen2-VL.
+        processor (`ProcessorMixin`, *optional*): The model's processor. If it is neither that of a Qwen-VL nor of an
+            InternVL3, images count as in Qwen2-VL.
         tokenize (`Callable`, *optional*): Function from a text to its tokens. Default: one token for three bytes,
             which is rarely too low.
 
@@ -325,19 +325,19 @@ def _estimate(item: Any, processor: ProcessorMixin | None, tokenize: Callable[[s
         if isinstance(item, str) and not is_media_path(text):
             return len(tokenize(text)) if tokenize else len(text.encode("utf-8", "replace")) // 3
         if Path(text).suffix.lower() in VIDEO_SUFFIXES:
-            return VIDEO_FRAMES // 2 * _pixel_tokens(math.inf, processor, "video_processor")
+            return VIDEO_FRAMES // 2 * _pixel_tokens(None, processor, "video_processor")
         try:
             with Image.open(text) as image:
-                return _pixel_tokens(image.width * image.height, processor)
+                return _pixel_tokens(image.size, processor)
         except Exception:  # decoders raise any type; the error belongs to where the image is read
-            return _pixel_tokens(math.inf, processor)  # remote, or not an image
+            return _pixel_tokens(None, processor)  # remote, or not an image
     if isinstance(item, Image.Image):
-        return _pixel_tokens(item.width * item.height, processor)
+        return _pixel_tokens(item.size, processor)
     if hasattr(item, "ndim"):  # an array: three axes for an image, four for a video
+        *_, height, width = item.shape[:-1] if item.shape[-1] in (1, 3, 4) else (1, *item.shape)
         if item.ndim < 4:
-            return _pixel_tokens(math.prod(item.shape) // 3, processor)
-        pixels = math.prod(item.shape[1:]) // 3
-        return -(-item.shape[0] // 2) * _pixel_tokens(pixels, processor, "video_processor")
+            return _pixel_tokens((width, height), processor)
+        return -(-item.shape[0] // 2) * _pixel_tokens((width, height), processor, "video_processor")
     if isinstance(item, dict):
         item = [value for key, value in item.items() if key not in ("role", "type", "video_metadata")]
     if not isinstance(item, (list, tuple)) or not depth:
@@ -345,12 +345,26 @@ def _estimate(item: Any, processor: ProcessorMixin | None, tokenize: Callable[[s
     return sum(_estimate(part, processor, tokenize, depth - 1) for part in item)
 
 
-def _pixel_tokens(pixels: float, processor: ProcessorMixin | None, kind: str = "image_processor") -> int:
-    """Tokens of an image, or of two video frames, with this many pixels, after the processor's resizing."""
+def _pixel_tokens(
+    size: tuple[int, int] | None, processor: ProcessorMixin | None, kind: str = "image_processor"
+) -> int:
+    """Tokens of an image, or of two video frames, of this width and height after the processor's resizing.
+
+    Without a size, those of the largest image.
+    """
     part: Any = getattr(processor, kind, None)
-    if hasattr(part, "max_image_size"):  # tiles of one size and a view of the whole, for an image of any size
+    images: Any = getattr(processor, "image_processor", None)
+    if hasattr(images, "max_image_size"):  # tiles of one size and a view of the whole, for an image of any size
         tiles = math.ceil(part.size["longest_edge"] / part.max_image_size["longest_edge"]) ** 2 + 1
         return tiles * cast(Any, processor).image_seq_len
+    if hasattr(images, "max_patches"):  # tiles; a frame is one
+        tiles = 2
+        if kind == "image_processor":
+            # Beside the tiles of a large image, there is a view of the whole.
+            whole = part.max_patches + 1
+            tiles = whole if size is None else part.get_number_of_image_patches(*size[::-1], {"crop_to_patches": True})
+        return tiles * cast(Any, processor).image_seq_length
+    pixels = math.inf if size is None else math.prod(size)
     least, most, side = 56**2, 28**2 * 1280, 28
     if hasattr(part, "merge_size"):
         least, most = part.size["shortest_edge"], part.size["longest_edge"]

@@ -5,9 +5,12 @@ lists all added keys.
 """
 
 from collections import UserDict
-from typing import TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 PIXEL_KEYS = ("pixel_values", "pixel_values_videos")
 MEDIA_KEYS = (*PIXEL_KEYS, "pixel_attention_mask", "image_grid_thw", "video_grid_thw")
@@ -46,6 +49,26 @@ class BatchFeatures(TypedDict, total=False):
     condensation_mask: bool
     sentence_embedding: Tensor
     condensation_loss: Tensor
+
+
+def joined(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Features of a batch from those of its rows.
+
+    Args:
+        rows (`list[dict]`): What the processor returns for one row each.
+        tokenizer (`PreTrainedTokenizerBase`): Pads them.
+
+    Returns:
+        `dict[str, Any]`: Token ids and their masks padded, and other tensors behind each other.
+    """
+    batch: dict[str, Any] = {}
+    for row in rows:
+        for key, value in row.items():
+            batch.setdefault(key, []).append(value)
+    for key, values in batch.items():
+        batch[key] = torch.cat(values) if isinstance(values[0], Tensor) and key not in ROW_KEYS else values[0]
+    ids = {key: [row[key][0] for row in rows] for key in ("input_ids", "attention_mask")}
+    return {**batch, **tokenizer.pad(ids, return_tensors="pt")}
 
 
 class HostFeatures(UserDict):

@@ -24,8 +24,9 @@ from btok_hf.backbones import family_of
 from btok_hf.condensation import condense, reconstruct
 from btok_hf.encoding import PackedEncoder
 from btok_hf.export import untied_head, write_repository
-from btok_hf.features import IGNORED, MEDIA_KEYS
+from btok_hf.features import IGNORED, MEDIA_KEYS, joined
 from btok_hf.inputs import ImageLimits, Input, as_messages, check_input, shown
+from btok_hf.media import VideoMetadata
 from btok_hf.modeling.modeling_btok import (
     LOADING,
     bottleneck_token_ids,
@@ -144,17 +145,8 @@ class BottleneckTransformer(Transformer):
         """
         places = range(len(inputs)) if positions is None else positions
         checked = [check_input(item, self.image_limits, place) for item, place in zip(inputs, places)]
-        options, metadata = dict(kwargs), []
-        rows: list[Any] = []
-        for messages, of_row in map(as_messages, checked):
-            rows.append(messages)
-            metadata += of_row
-        if metadata:
-            given = kwargs.get("processing_kwargs") or {}
-            video = {**given.get("video", {}), "video_metadata": metadata}
-            options["processing_kwargs"] = {**given, "video": video}
         try:
-            features = super().preprocess(rows, prompt=prompt, **options)
+            features = self._process(list(map(as_messages, checked)), prompt, kwargs)
             ids = features.get("input_ids", torch.empty(0))
             before, after = map(self.tokenizer.convert_tokens_to_ids, family_of(self.config).media_bounds)
             if (ids == before).sum() != (ids == after).sum():
@@ -185,6 +177,30 @@ class BottleneckTransformer(Transformer):
                 "chat_template.jinja."
             )
         return features
+
+    def _process(
+        self,
+        rows: list[tuple[list[dict[str, Any]], list[VideoMetadata]]],
+        prompt: str | None,
+        options: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """What the processor makes of rows of messages with the metadata of their videos."""
+        metadata = [video for _, videos in rows for video in videos]
+        lengths = sorted({video["total_num_frames"] for video in metadata})
+        if len(lengths) > 1 and family_of(self.config).equal_videos:
+            if len(rows) > 1:
+                assert self.tokenizer is not None  # checked when the model was loaded
+                return joined([self._process([row], prompt, options) for row in rows], self.tokenizer)
+            raise ValueError(
+                f"its videos have {' and '.join(map(str, lengths))} frames, but this backbone takes videos of equally "
+                "many frames in one input; sample as many of each (btok_hf.read_video), or give them as inputs of "
+                "their own"
+            )
+        if metadata:
+            given = options.get("processing_kwargs") or {}
+            video = {**given.get("video", {}), "video_metadata": metadata}
+            options = {**options, "processing_kwargs": {**given, "video": video}}
+        return super().preprocess([messages for messages, _ in rows], prompt=prompt, **options)
 
     def forward(self, features: Mapping[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Embed a mini-batch and, if it has targets, predict them. The features stay on the host."""

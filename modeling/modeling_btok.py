@@ -32,6 +32,7 @@ STOCK_CLASSES = {
     "qwen3_5": "Qwen3_5ForConditionalGeneration",
     "idefics3": "Idefics3ForConditionalGeneration",
     "smolvlm": "SmolVLMForConditionalGeneration",
+    "internvl": "InternVLForConditionalGeneration",
 }
 StockModel: TypeAlias = Any  # one of these classes
 Backbone: TypeAlias = Any  # its `model`: vision tower and language model, without a head
@@ -199,6 +200,12 @@ def _grid_tokens(config: PreTrainedConfig, features: Mapping[str, Any]) -> Itera
         yield kind, token_id, pixel_key, tokens
 
 
+def _tile_tokens(config: PreTrainedConfig, features: Mapping[str, Any]) -> Iterator[tuple[str, int, str, int]]:
+    """The same for images and frames that are cut into tiles of equally many tokens."""
+    tiles = features.get("pixel_values")
+    yield "image", config.image_token_id, "pixel_values", 0 if tiles is None else len(tiles) * config.image_seq_length
+
+
 def _padded_tile_tokens(config: PreTrainedConfig, features: Mapping[str, Any]) -> Iterator[tuple[str, int, str, int]]:
     """The same for images that are cut into tiles of one size. Rows with fewer tiles are padded with empty ones."""
     mask, vision = features.get("pixel_attention_mask"), config.vision_config
@@ -208,7 +215,7 @@ def _padded_tile_tokens(config: PreTrainedConfig, features: Mapping[str, Any]) -
 
 
 # How many placeholders the media need, by model_type. Default: by grids.
-MEDIA_TOKENS = {"idefics3": _padded_tile_tokens, "smolvlm": _padded_tile_tokens}
+MEDIA_TOKENS = {"internvl": _tile_tokens, "idefics3": _padded_tile_tokens, "smolvlm": _padded_tile_tokens}
 
 
 def check_media(config: PreTrainedConfig, input_ids: torch.Tensor, features: Mapping[str, Any]) -> None:

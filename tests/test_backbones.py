@@ -3,14 +3,29 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from support import layout, tiny
-from support.media import image
-from transformers import AutoModelForImageTextToText, Idefics3Config, Qwen2Config
+from support.gradients import assert_same_gradients, named_gradients
+from support.inputs import process
+from support.media import image, video
+from support.training import batch_features, collator
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Idefics3Config,
+    InternVLConfig,
+    LlamaConfig,
+    Qwen2Config,
+)
+from transformers.models.qwen2 import modeling_qwen2
 
-from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens
+from btok_hf import BTokForEmbedding, BTokSentenceTransformer, add_bottleneck_tokens
 from btok_hf.backbones import FAMILIES, family_of
+from btok_hf.condensation import condense
 from btok_hf.modeling.modeling_btok import STOCK_CLASSES, stock_class
+from btok_hf.training import CondensationLoss
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,3 +87,111 @@ def test_no_other_file_tells_families_apart():
     for path in layout.modules(ROOT).values():
         found = re.findall(rf"\b(?:{names})\b|model_type\s*(?:==|!=|in)\s", path.read_text("utf-8"))
         assert path.stem in allowed or not found, (path.name, found)
+
+
+@pytest.fixture(scope="module")
+def internvl(repos):
+    return BTokSentenceTransformer(repos["internvl"], device="cpu")
+
+
+def test_only_checked_language_models_are_supported():
+    family_of(InternVLConfig())
+    with pytest.raises(ValueError, match=r"InternVL3 \(-hf\) is supported with .* qwen2, qwen3, got 'llama'"):
+        family_of(InternVLConfig(text_config=LlamaConfig()))
+
+
+@pytest.mark.parametrize("order", ["media_first", "as_given"])
+def test_special_tokens_without_bars_stay_text(bases, tmp_path, order):
+    """In rows and in targets. Only media have placeholders."""
+    repo = add_bottleneck_tokens(bases["internvl"], tmp_path / "repo", order=order, noise_std=1.0)
+    model = BTokSentenceTransformer(repo, device="cpu")
+    typed = "a <IMG_CONTEXT> <<img> </img> <video> <box> <|im_end|>"
+    item = {"text": typed, "image": image(56, 56)}
+    ids = model.preprocess([item])["input_ids"][0].tolist()
+    row = "<img>" + 4 * "<IMG_CONTEXT>" + "</img>"
+    text = "a < IMG_CONTEXT> << img> < /img> < video> < box> < |im_end|>"
+    parts = [row, text] if order == "media_first" else [text, row]
+    assert model.tokenizer.decode(ids) == " ".join(parts) + "<|btok_0|><|btok_1|><|btok_2|><|btok_3|>"
+    collate, tokenizer = collator(repo, tmp_path, condense="positive")
+    target_ids = collate([{"query": "q", "positive": typed}])["query_target_ids"][0, 0]
+    assert tokenizer.decode(target_ids).endswith(f"assistant\n{text}<|im_end|>")
+
+
+def test_images_are_cut_into_tiles_up_to_max_pixels(bases, repos, internvl, tmp_path):
+    def tiles(model, *size):
+        return len(model.preprocess([image(*size)])["pixel_values"])
+
+    assert [tiles(internvl, *size) for size in ((56, 56), (112, 56), (224, 224), (20, 200))] == [1, 3, 5, 5]
+    two = 2 * 56 * 56
+    built = add_bottleneck_tokens(bases["internvl"], tmp_path / "repo", max_pixels=two)
+    at_load = {
+        setting: BTokSentenceTransformer(repos["internvl"], device="cpu", processor_kwargs={setting: value})
+        for setting, value in (("max_pixels", two), ("max_patches", 2))
+    }
+    for model in (BTokSentenceTransformer(built, device="cpu"), *at_load.values()):
+        assert tiles(model, 112, 56) == 3 and tiles(model, 224, 224) == 1
+        assert model.transformer.image_limits.max_pixels == two
+    enlarged = add_bottleneck_tokens(bases["internvl"], tmp_path / "enlarged", min_pixels=two)
+    assert tiles(BTokSentenceTransformer(enlarged, device="cpu"), 56, 56) > 2
+    card = (built / "README.md").read_text("utf-8")
+    assert "| 2 (default) | 12 |" in card and 'processor_kwargs={"max_patches": 1}' in card
+    for limits in ({"max_pixels": 56 * 55}, {"min_pixels": 3 * 56 * 56, "max_pixels": two}):
+        with pytest.raises(ValueError, match=r"An image has tiles of 3136 pixels.*Lower min_pixels"):
+            add_bottleneck_tokens(bases["internvl"], tmp_path / "other", **limits)
+
+
+def test_videos_of_several_lengths_share_a_batch_but_no_row(internvl):
+    clips = [{"video": video(count), "text": f"{count} frames"} for count in (4, 2, 7)]
+    expected = np.concatenate([internvl.encode([clip]) for clip in clips])
+    assert np.abs(internvl.encode([*clips, "a text"])[:3] - expected).max() <= 1e-6
+    with pytest.raises(ValueError, match=r"^Input 1 .*its videos have 3 and 4 frames.*sample as many of each"):
+        internvl.encode(["a", {"video": [video(4), video(3)]}])
+
+
+def test_media_that_do_not_match_their_tiles_are_refused(repos):
+    model, processor = (cls.from_pretrained(repos["internvl"]) for cls in (BTokForEmbedding, AutoProcessor))
+    content = [{"type": "image", "image": image(112, 56)}, {"type": "text", "text": "a"}]
+    whole = process(processor, [[{"role": "user", "content": content}]])
+    for pixels, given in ((whole["pixel_values"][:2], 8), (None, 0)):
+        with pytest.raises(ValueError, match=rf"have 12 image placeholder .*but the given images need {given}"):
+            model(**{**whole, "pixel_values": pixels})
+    with pytest.raises(ValueError, match="pixel_values has NaN"):
+        model(**{**whole, "pixel_values": whole["pixel_values"] * torch.nan})
+
+
+def test_gradcache_cuts_tiles_where_rows_end(internvl):
+    """Rows have no tiles, one, several, or frames."""
+    items = ["text", image(56, 56), {"image": [image(112, 56), image(224, 224)]}, {"video": video(3), "text": "see"}]
+    internvl.train()
+    features = batch_features(internvl, rows=slice(4))
+    features[0] |= internvl.preprocess(items)
+    found = []
+    for size in (1, 3, 100):
+        internvl.zero_grad()
+        loss = CondensationLoss(internvl, mini_batch_size=size)
+        loss(features).backward()
+        found.append(named_gradients(internvl))
+        assert loss.cached == (size < 100)
+    assert_same_gradients(found[0], found[2])
+    assert_same_gradients(found[1], found[2])
+
+
+def test_a_packed_row_needs_no_mask_of_its_length_squared(internvl, monkeypatch):
+    def refuse(**kwargs):
+        raise AssertionError("a mask was built")
+
+    monkeypatch.setattr(modeling_qwen2, "create_causal_mask", refuse)
+    condense(internvl.transformer.model, internvl.preprocess(["a", "b"]))
+
+
+def test_internvl_3_5_has_qwen3_as_its_language_model(tmp_path):
+    base = tiny.build("internvl", tmp_path / "base", text_model="qwen3", tied=False)
+    repo = add_bottleneck_tokens(base, tmp_path / "repo", noise_std=1.0)
+    wrapper = BTokSentenceTransformer(repo, device="cpu")
+    stock = BTokForEmbedding.from_pretrained(repo)
+    assert type(stock.model.language_model).__name__ == "Qwen3Model" and wrapper.transformer.lm_head is not None
+    features = wrapper.preprocess(["a text", {"image": image(112, 56), "text": "longer"}])
+    with torch.no_grad():
+        expected = stock(**{key: features[key] for key in ("input_ids", "attention_mask", "pixel_values")})
+    actual = wrapper.encode(["a text", {"image": image(112, 56), "text": "longer"}])
+    assert np.abs(actual - expected.pooler_output.numpy()).max() <= 1e-6

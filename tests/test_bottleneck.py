@@ -99,6 +99,16 @@ def test_unsuitable_bases_are_refused(bases, tmp_path):
         add_bottleneck_tokens(bases["qwen2_vl"], bases["qwen3_vl"])
 
 
+def test_special_tokens_that_are_words_are_refused(tmp_path):
+    """A text with a space in every such word would be another text."""
+    base = tiny.build("qwen2_vl", tmp_path / "base")
+    processor = AutoProcessor.from_pretrained(base)
+    processor.tokenizer.add_tokens(["SEP"], special_tokens=True)
+    processor.save_pretrained(base)
+    with pytest.raises(ValueError, match=r"no words after '<': \['SEP'\]. The chat template cannot escape them"):
+        add_bottleneck_tokens(base, tmp_path / "repo")
+
+
 def test_max_pixels_bounds_the_tokens_of_an_image(bases, tmp_path):
     repo = add_bottleneck_tokens(bases["qwen2_vl"], tmp_path / "repo", max_pixels=28 * 28 * 4)
     processor = AutoProcessor.from_pretrained(repo)

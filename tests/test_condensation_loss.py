@@ -165,7 +165,8 @@ def test_a_frozen_vision_tower_runs_once(repos, checkpointing):
     for name, repo in repos.items():
         model = BTokSentenceTransformer(repo, device="cpu").train()
         backbone, calls = model[0].model, []
-        tower = next(backbone.get_submodule(n) for n in ("visual", "vision_model") if hasattr(backbone, n))
+        towers = ("visual", "vision_tower", "vision_model")
+        tower = next(backbone.get_submodule(name) for name in towers if hasattr(backbone, name))
         tower.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         model[0].vision_tower.requires_grad_(False)
         if checkpointing:

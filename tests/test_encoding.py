@@ -143,6 +143,19 @@ def test_estimated_tokens_of_tiles_are_those_of_the_largest_image(repos):
     assert [estimate_tokens(image(*size), model.processor) for size in sizes] == [20, 20, 20]
 
 
+def test_estimated_tokens_of_tiles_are_those_of_the_processor(repos, tmp_path):
+    """A tile of 56 x 56 pixels is 4 tokens, and so is a frame."""
+    processor = BTokSentenceTransformer(repos["internvl"], device="cpu").processor
+    for item, tiles in (
+        (image(56, 56), 1),
+        (image(56, 112), 3),
+        ({"image": [np.zeros((56, 112, 3)), np.zeros((3, 112, 56))]}, 6),
+        ({"video": video(6, 64)}, 6),
+        ("missing.png", 5),
+    ):
+        assert estimate_tokens(item, processor) == 4 * tiles
+
+
 def test_estimates_end_in_structures_without_end():
     circle: list = ["four words of text"]
     circle += [circle, circle]

@@ -8,26 +8,24 @@ from PIL import Image
 from support.inputs import TOLERANCE
 from support.media import image, video
 
-from btok_hf.inputs import ImageLimits, check_input
+from btok_hf.inputs import check_input
 from btok_hf.media import array_as_rgb, with_metadata
 
 
 def test_large_jpegs_are_decoded_at_a_reduced_size(loaded, tmp_path):
     """They keep four times the pixels that the model takes or more, and the vector hardly changes."""
     model = loaded["wrapper"]
-    limit = model[0].processor.image_processor.size["longest_edge"]
+    limits = model[0].image_limits
     page = image(20, 15).resize((1600, 1200), Image.Resampling.BICUBIC)
     page.save(tmp_path / "large.jpg", quality=95)
     page.save(tmp_path / "large.png")
     page.resize((170, 128)).save(tmp_path / "small.jpg")
-    image_processor = model.processor.image_processor
-    limits = ImageLimits(image_processor.size["longest_edge"], image_processor.patch_size)
     sizes = {
         name: check_input(str(tmp_path / name), limits)["image"].size
         for name in ("large.jpg", "large.png", "small.jpg")
     }
     assert sizes == {"large.jpg": (400, 300), "large.png": (1600, 1200), "small.jpg": (170, 128)}
-    assert 400 * 300 >= 4 * limit > 200 * 150
+    assert 400 * 300 >= 4 * limits.max_pixels > 200 * 150
     assert check_input({"image": tmp_path / "large.jpg"}, limits)["image"].size == (400, 300)
     reduced, whole = model.encode([str(tmp_path / "large.jpg"), Image.open(tmp_path / "large.jpg")])
     assert reduced @ whole > 0.999

@@ -36,6 +36,8 @@ def relayout(repo, path, rename):
 LAYOUTS = {
     # As published for Qwen2-VL and Qwen2.5-VL before transformers 4.52.
     "published": lambda n: n.replace("model.language_model.", "model.").replace("model.visual.", "visual."),
+    # As published for InternVL3.
+    "internvl": lambda n: n.replace("model.language_model.", "language_model.model.").removeprefix("model."),
     # As transformers names the modules of ...ForConditionalGeneration today (and Qwen3-VL was published).
     "current": lambda n: n,
     # As AutoModel saves the backbone alone.
@@ -46,8 +48,9 @@ LAYOUTS = {
 @pytest.mark.parametrize("backbone", tiny.BACKBONES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_loads_completely(repos, tmp_path, backbone, layout):
-    if backbone not in ("qwen2_vl", "qwen2_5_vl") and layout == "published":
-        pytest.skip("It was only ever published in the current layout")
+    published_for = {"published": ("qwen2_vl", "qwen2_5_vl"), "internvl": ("internvl",)}
+    if backbone not in published_for.get(layout, tiny.BACKBONES):
+        pytest.skip("It was never published in this layout")
     path = relayout(repos[backbone], tmp_path / "repo", LAYOUTS[layout])
     expected = AutoModelForImageTextToText.from_pretrained(repos[backbone]).model.state_dict()
     loaded = {

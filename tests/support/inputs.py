@@ -28,7 +28,8 @@ def rows(kind):
             [image(60, 80, 2), "this"],
             [image(60, 80, 3), "kind"],
         ],
-        "video": [[video(4), "move"], [video(6, 28, 1)], [image(60, 60), "still"], ["none"]],
+        # The processor of InternVL3 takes videos of one length.
+        "video": [[video(4), "move"], [video(4, 28, 1)], [image(60, 60), "still"], ["none"]],
     }[kind]
     return [[{"role": "user", "content": [_part(part) for part in content]}] for content in contents]
 
@@ -40,9 +41,9 @@ def _part(value):
 
 
 def process(processor, conversations, side="right"):
-    processor.tokenizer.padding_side = side
+    padding = {"padding": True, "padding_side": side}
     return processor.apply_chat_template(
-        conversations, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"padding": True}
+        conversations, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=padding
     )
 
 

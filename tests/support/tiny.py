@@ -1,14 +1,19 @@
-"""Tiny random Qwen-VL checkpoints, made on the spot: byte-level tokenizer, two layers, a few kilobytes."""
+"""Tiny random checkpoints of every family, made on the spot: byte-level tokenizer, two layers, a few kilobytes."""
 
 from pathlib import Path
 
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
+    GotOcr2ImageProcessor,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     Idefics3ImageProcessor,
     Idefics3Processor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    InternVLVideoProcessor,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
@@ -32,7 +37,7 @@ from transformers import (
 
 from btok_hf.backbones import FAMILIES, REQUIRED_TOKENS
 
-BACKBONES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "idefics3", "smolvlm")
+BACKBONES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "internvl", "idefics3", "smolvlm")
 WITH_VIDEO = tuple(name for name in BACKBONES if FAMILIES[name].video)
 SPECIAL = ["<|endoftext|>", *REQUIRED_TOKENS, "<|vision_pad|>"]
 CHAT_TEMPLATE = (
@@ -53,8 +58,16 @@ SMOLVLM_TEMPLATE = (
 )
 
 
-def tokenizer(kind=Qwen2Tokenizer, special=SPECIAL, pad="<|endoftext|>", eos="<|im_end|>"):
-    tokenizer = kind(vocab={c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}, merges=[])
+INTERNVL = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}
+
+
+def tokenizer(kind=Qwen2Tokenizer, special=SPECIAL, pad="<|endoftext|>", eos="<|im_end|>", **named):
+    tokenizer = kind(vocab={c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}, merges=[], **named)
     tokenizer.add_tokens([*special, eos], special_tokens=True)
     tokenizer.pad_token, tokenizer.eos_token, tokenizer.model_max_length = pad, eos, 4096
     return tokenizer
@@ -109,7 +122,53 @@ def smolvlm(backbone, vocab_size, tied):
     return model, Idefics3Processor(images(**pixels), tok, image_seq_len=4)
 
 
-def build(backbone, path, vocab_size=320, tied=True, seed=0, chat_template=CHAT_TEMPLATE, head_dim=16):
+def internvl(text, tied, text_model):
+    """An InternVL with tiles of 56 x 56 pixels, which are 4 tokens each."""
+    tok = tokenizer(
+        special=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<box>"], extra_special_tokens=dict(INTERNVL)
+    )
+    ids = {name: tok.convert_tokens_to_ids(f"<|{name}|>") for name in ("endoftext", "im_end")}
+    text = {
+        **text,
+        "model_type": text_model,
+        "head_dim": 16,
+        "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6},
+        "bos_token_id": ids["endoftext"],
+        "eos_token_id": ids["im_end"],
+        "pad_token_id": ids["endoftext"],
+    }
+    vision = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "image_size": [56, 56],
+        "patch_size": [14, 14],
+        "attention_bias": True,
+    }
+    config = InternVLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=tok.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=4,
+        tie_word_embeddings=tied,
+    )
+    size = {"height": 56, "width": 56}
+    images = GotOcr2ImageProcessor(size=size, max_patches=4)
+    processor = InternVLProcessor(images, tok, InternVLVideoProcessor(size=size), image_seq_length=4)
+    return InternVLForConditionalGeneration(config), processor
+
+
+def build(
+    backbone,
+    path,
+    vocab_size=320,
+    tied=True,
+    seed=0,
+    chat_template=CHAT_TEMPLATE,
+    head_dim=16,
+    text_model="qwen2",
+):
     """Write a random base checkpoint with its processor to `path`. 264 of the `vocab_size` rows are taken."""
     tok = tokenizer(Qwen3_5Tokenizer if backbone == "qwen3_5" else Qwen2Tokenizer)
     ids = dict(zip(SPECIAL, tok.convert_tokens_to_ids(SPECIAL)))
@@ -140,6 +199,11 @@ def build(backbone, path, vocab_size=320, tied=True, seed=0, chat_template=CHAT_
     if backbone in ("idefics3", "smolvlm"):
         model, processor = smolvlm(backbone, vocab_size, tied)
         chat_template = SMOLVLM_TEMPLATE if chat_template == CHAT_TEMPLATE else chat_template
+    elif backbone == "internvl":
+        model, processor = internvl(text, tied, text_model)
+        for kind, own in (("image", FAMILIES[backbone].image), ("video", FAMILIES[backbone].video)):
+            stock = f"<|vision_start|><|{kind}_pad|><|vision_end|>"
+            chat_template = chat_template and chat_template.replace(stock, own)
     elif backbone == "qwen2_vl":
         vision = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 14}
         model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **special))
@@ -192,8 +256,10 @@ def build(backbone, path, vocab_size=320, tied=True, seed=0, chat_template=CHAT_
             # Recurrent layers that remember, as trained ones do: their random heads forget within a token or two.
             if name.endswith("A_log"):
                 parameter.copy_(torch.linspace(-5, 0, len(parameter)))
-            elif "conv1d" in name:
+            elif "conv1d" in name or name.endswith(("position_embeddings", "cls_token")):
                 parameter.normal_(std=0.5)
+            elif "lambda_" in name:
+                parameter.fill_(1.0)
         model.tie_weights()
     model.save_pretrained(path)
     processor.save_pretrained(path)
