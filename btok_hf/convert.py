@@ -24,7 +24,7 @@ from btok_hf.export import untied_head, write_golden_vectors, write_repository
 from btok_hf.files import check_writable
 from btok_hf.hub_card.card import CardArguments, apache_license, render_card
 from btok_hf.hub_names import is_hub_id
-from btok_hf.modeling.modeling_btok import StockModel, load_stock_model
+from btok_hf.modeling.modeling_btok import StockModel, load_stock_model, stock_class
 from btok_hf.sentence_transformer import BTokSentenceTransformer
 
 # The modules that give the vectors of this library, in their order, with the settings that each may have.
@@ -86,8 +86,9 @@ def convert_checkpoint(
     name, module, num_tokens = _modules(source, content)
     saved = module.get("backbone_config") or {}
     # Asked first, because transformers answers an unknown family with a list of all that it knows.
-    family = family_of(cast(Any, SimpleNamespace(model_type=saved.get("model_type"))))
+    stock_class(cast(Any, SimpleNamespace(model_type=saved.get("model_type"))))
     config = AutoConfig.for_model(**_settings(saved))
+    family = family_of(config)
     processor = AutoProcessor.from_pretrained(source, config=config, **its_kwargs)
     check_base(source, family, processor, processor.tokenizer.get_vocab())
     ids = _token_ids(source, processor, num_tokens)

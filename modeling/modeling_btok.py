@@ -30,9 +30,9 @@ STOCK_CLASSES = {
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
     "qwen3_5": "Qwen3_5ForConditionalGeneration",
+    "internvl": "InternVLForConditionalGeneration",
     "idefics3": "Idefics3ForConditionalGeneration",
     "smolvlm": "SmolVLMForConditionalGeneration",
-    "internvl": "InternVLForConditionalGeneration",
 }
 StockModel: TypeAlias = Any  # one of these classes
 Backbone: TypeAlias = Any  # its `model`: vision tower and language model, without a head
