@@ -1,5 +1,7 @@
 """`btok embed` on CPU cores: rows a second by processes and threads, going on after a kill, memory by number of rows.
 
+And the memory of `btok index`, by number of rows.
+
 The model is btok-small. Every run is a fresh process, or several, and its seconds include the start of Python and the
 loading of the model.
 
@@ -8,6 +10,7 @@ loading of the model.
 
 `throughput` embeds the 3,112 emoji drawings. `kill` does it with two processes, kills both with SIGKILL after a third
 of the units, goes on with one, and compares with an undisturbed run. `memory` embeds short texts, all different.
+`index` indexes random vectors of 128 numbers with random thumbnails of 4 kB.
 """
 
 import argparse
@@ -48,7 +51,7 @@ def finish(started):
     for process in started:
         _, status, usage = os.wait4(process.pid, 0)
         if status:
-            raise SystemExit(f"btok embed ended with status {status}: {process.args}")
+            raise SystemExit(f"status {status}: {process.args}")
         peaks.append(usage.ru_maxrss // 1000)
     return peaks
 
@@ -128,17 +131,57 @@ def memory(folder, sizes):
     return found
 
 
+def index(folder, sizes):
+    """Peak memory of one run into a new database, and of a second one in which nothing changed."""
+    found = []
+    for size in sizes:
+        write_units(folder / "out", size)
+        for run in ("new", "again"):
+            begin = time.perf_counter()
+            words = ("-m", "btok_hf", "index", folder / "out", "--db", folder / f"db-{size}")
+            (peak,) = finish([subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.DEVNULL)])
+            seconds = round(time.perf_counter() - begin, 1)
+            found.append({"rows": size, "run": run, "peak_mb": peak, "seconds": seconds})
+            print(found[-1], flush=True)
+    return found
+
+
+def write_units(out, size, rows=500, dimensions=128):
+    """Units of `rows` rows. Only those that another size has not written."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from btok_hf.corpus.units import Corpus, unit_schema
+
+    corpus, schema, generator = Corpus(str(out)), unit_schema(dimensions), np.random.default_rng(size)
+    corpus.claim({"format": 1, "model": "none", "revision": None, "dimensions": dimensions})
+    names = [f"{start:09d}" for start in range(0, size, rows)]
+    for start in set(map(int, names)) - set(map(int, corpus.written())):
+        columns = {name: pa.nulls(rows, schema.field(name).type) for name in schema.names}
+        columns |= {"id": [f"pictures/{start + row}.png" for row in range(rows)], "kind": ["image"] * rows}
+        columns["thumbnail"] = [generator.bytes(4096) for _ in range(rows)]
+        vectors = generator.standard_normal(rows * dimensions, np.float32)
+        columns["embedding"] = pa.FixedSizeListArray.from_arrays(vectors, dimensions)
+        content = pa.BufferOutputStream()
+        pq.write_table(pa.table(columns, schema), content)
+        corpus.write(f"{start:09d}", content.getvalue().to_pybytes(), {})
+    corpus.set_plan(names)
+
+
 def main():
-    tables = {"throughput": throughput, "kill": kill, "memory": memory}
+    tables = {"throughput": throughput, "kill": kill, "memory": memory, "index": index}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", nargs="+", choices=tables, default=list(tables), help="tables to measure")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 10_000, 100_000], help="rows of `memory`")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[1000, 10_000, 100_000], help="rows of `memory`, `index`"
+    )
     options = parser.parse_args()
     path = RESULTS / "corpus_embed.json"
     report = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     for name in options.table:
         with tempfile.TemporaryDirectory() as folder:
-            report[name] = tables[name](Path(folder), options.sizes if name == "memory" else ARMS)
+            report[name] = tables[name](Path(folder), ARMS if name == "throughput" else options.sizes)
     report["machine"] = f"{os.cpu_count()} CPU cores ({platform.machine()}), no GPU"
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 

@@ -77,6 +77,8 @@ def test_a_text_file(tmp_path):
 @pytest.mark.parametrize(
     "parts, reason",
     [
+        ({"image": b""}, "the file is empty"),
+        ({"video": b""}, "the file is empty"),
         ({"image": b"no picture"}, "not an image that Pillow can read"),
         ({"video": b"no video"}, "cannot be decoded"),
         ({"image": File(LOCAL, "/nothing/a.png")}, "No such file"),
@@ -88,6 +90,11 @@ def test_a_text_file(tmp_path):
 def test_what_cannot_be_read_is_noted(parts, reason):
     row = prepared(parts)
     assert reason in row.error and row.item is None and row.parts == {} and not row.error.startswith("[Errno")
+
+
+def test_an_empty_pdf(tmp_path):
+    (tmp_path / "a.pdf").write_bytes(b"")
+    assert prepared({"pdf": File(LOCAL, str(tmp_path / "a.pdf"))}).error == "the file is empty"
 
 
 def test_known_content_is_not_decoded(monkeypatch):

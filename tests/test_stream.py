@@ -53,7 +53,7 @@ def test_a_vector_without_direction_is_refused(tmp_path):
     [
         ([], "nothing to index: 0 rows"),
         (rows_of([None, None]), "nothing to index: 2 rows, and none has an embedding"),
-        (rows_of(random_vectors(3)) + rows_of(random_vectors(2)), "2 rows have the id of another row"),
+        (rows_of(random_vectors(3)) + rows_of(random_vectors(2)), "2 rows have the id of another row, e.g. 'a0'"),
     ],
 )
 def test_ids_that_no_database_can_hold(tmp_path, rows, message):
@@ -63,7 +63,9 @@ def test_ids_that_no_database_can_hold(tmp_path, rows, message):
 
 def test_only_ids_of_embedded_rows_are_wanted(tmp_path):
     out = write_units(tmp_path, rows_of([*random_vectors(2), None]))
-    assert wanted_ids(out).tolist() == sorted([hash("a0"), hash("a1")])
+    ids, missing = wanted_ids(out)
+    assert ids.tolist() == sorted([hash("a0"), hash("a1")]) and missing == 0
+    assert wanted_ids(write_units(tmp_path, rows_of(random_vectors(2)), planned=3))[1] == 3
 
 
 def test_new_changed_and_gone_rows(tmp_path):
