@@ -1,6 +1,6 @@
 """`btok embed` on CPU cores: rows a second by processes and threads, going on after a kill, memory by number of rows.
 
-And the memory of `btok index`, by number of rows.
+And the memory of `btok index`, by number of rows, and the start of the Space.
 
 The model is btok-small. Every run is a fresh process, or several, and its seconds include the start of Python and the
 loading of the model.
@@ -11,16 +11,19 @@ loading of the model.
 `throughput` embeds the 3,112 emoji drawings. `kill` does it with two processes, kills both with SIGKILL after a third
 of the units, goes on with one, and compares with an undisturbed run. `memory` embeds short texts, all different.
 `index` indexes random vectors of 128 numbers with random thumbnails of 4 kB.
+`space` starts the page of `examples/space` twice: the first time it embeds and indexes its 300 files.
 """
 
 import argparse
 import json
 import os
 import platform
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
 from benchmarks import RESULTS, ROOT
@@ -169,8 +172,43 @@ def write_units(out, size, rows=500, dimensions=128):
     corpus.set_plan(names)
 
 
+def space(folder, _):
+    """Seconds until the page answers, and seconds of CPU time until then."""
+    command = [sys.executable, "-m", "examples.space.prepare", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    found = []
+    for run in ("first", "again"):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        given = {"GRADIO_SERVER_PORT": port, "GRADIO_TEMP_DIR": str(folder / "uploads"), "OMP_NUM_THREADS": "1"}
+        given |= {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        begin = time.perf_counter()
+        command = [sys.executable, str(folder / "app.py")]
+        process = subprocess.Popen(command, env={**os.environ, **given}, stdout=subprocess.DEVNULL)
+        while not answers(port):
+            if process.poll() is not None:
+                raise SystemExit("the page did not start")
+            time.sleep(0.1)
+        seconds = round(time.perf_counter() - begin, 1)
+        process.kill()
+        usage = os.wait4(process.pid, 0)[2]
+        cpu = round(usage.ru_utime + usage.ru_stime, 1)
+        found.append({"start": run, "seconds": seconds, "cpu_seconds": cpu, "peak_mb": usage.ru_maxrss // 1000})
+        print(found[-1], flush=True)
+    return found
+
+
+def answers(port):
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}"):
+            return True
+    except OSError:
+        return False
+
+
 def main():
-    tables = {"throughput": throughput, "kill": kill, "memory": memory, "index": index}
+    tables = {"throughput": throughput, "kill": kill, "memory": memory, "index": index, "space": space}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", nargs="+", choices=tables, default=list(tables), help="tables to measure")
     parser.add_argument(
