@@ -65,6 +65,8 @@ def test_parts_and_lists_keep_their_order():
     assert prepared({"image": [second, first], "text": "a text"}).content_hash != row.content_hash
     assert prepared({"image": first, "text": "other"}).content_hash != row.content_hash
     assert prepared({"text": "ab"}).content_hash != prepared({"text": ["a", "b"]}).content_hash
+    kinds = [prepared(part).content_hash for part in ({"text": "x"}, {"image": b"x"}, {"video": b"x"})]
+    assert len(set(kinds)) == 3  # the same bytes as something else
 
 
 def test_a_text_file(tmp_path):
