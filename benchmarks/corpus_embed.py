@@ -1,5 +1,7 @@
 """`btok embed` on CPU cores: rows a second by processes and threads, going on after a kill, memory by number of rows.
 
+And the memory of `btok index`, by number of rows, and the start of the Space.
+
 The model is btok-small. Every run is a fresh process, or several, and its seconds include the start of Python and the
 loading of the model.
 
@@ -8,16 +10,20 @@ loading of the model.
 
 `throughput` embeds the 3,112 emoji drawings. `kill` does it with two processes, kills both with SIGKILL after a third
 of the units, goes on with one, and compares with an undisturbed run. `memory` embeds short texts, all different.
+`index` indexes random vectors of 128 numbers with random thumbnails of 4 kB.
+`space` starts the page of `examples/space` twice: the first time it embeds and indexes its 300 files.
 """
 
 import argparse
 import json
 import os
 import platform
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
 from benchmarks import RESULTS, ROOT
@@ -48,7 +54,7 @@ def finish(started):
     for process in started:
         _, status, usage = os.wait4(process.pid, 0)
         if status:
-            raise SystemExit(f"btok embed ended with status {status}: {process.args}")
+            raise SystemExit(f"status {status}: {process.args}")
         peaks.append(usage.ru_maxrss // 1000)
     return peaks
 
@@ -128,17 +134,92 @@ def memory(folder, sizes):
     return found
 
 
+def index(folder, sizes):
+    """Peak memory of one run into a new database, and of a second one in which nothing changed."""
+    found = []
+    for size in sizes:
+        write_units(folder / "out", size)
+        for run in ("new", "again"):
+            begin = time.perf_counter()
+            words = ("-m", "btok_hf", "index", folder / "out", "--db", folder / f"db-{size}")
+            (peak,) = finish([subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.DEVNULL)])
+            seconds = round(time.perf_counter() - begin, 1)
+            found.append({"rows": size, "run": run, "peak_mb": peak, "seconds": seconds})
+            print(found[-1], flush=True)
+    return found
+
+
+def write_units(out, size, rows=500, dimensions=128):
+    """Units of `rows` rows. Only those that another size has not written."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from btok_hf.corpus.units import Corpus, unit_schema
+
+    corpus, schema, generator = Corpus(str(out)), unit_schema(dimensions), np.random.default_rng(size)
+    corpus.claim({"format": 1, "model": "none", "revision": None, "dimensions": dimensions})
+    names = [f"{start:09d}" for start in range(0, size, rows)]
+    for start in set(map(int, names)) - set(map(int, corpus.written())):
+        columns = {name: pa.nulls(rows, schema.field(name).type) for name in schema.names}
+        columns |= {"id": [f"pictures/{start + row}.png" for row in range(rows)], "kind": ["image"] * rows}
+        columns["thumbnail"] = [generator.bytes(4096) for _ in range(rows)]
+        vectors = generator.standard_normal(rows * dimensions, np.float32)
+        columns["embedding"] = pa.FixedSizeListArray.from_arrays(vectors, dimensions)
+        content = pa.BufferOutputStream()
+        pq.write_table(pa.table(columns, schema), content)
+        corpus.write(f"{start:09d}", content.getvalue().to_pybytes(), {})
+    corpus.set_plan(names)
+
+
+def space(folder, _):
+    """Seconds until the page answers, and seconds of CPU time until then."""
+    command = [sys.executable, "-m", "examples.space.prepare", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    found = []
+    for run in ("first", "again"):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        given = {"GRADIO_SERVER_PORT": port, "GRADIO_TEMP_DIR": str(folder / "uploads"), "OMP_NUM_THREADS": "1"}
+        given |= {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        begin = time.perf_counter()
+        command = [sys.executable, str(folder / "app.py")]
+        process = subprocess.Popen(command, env={**os.environ, **given}, stdout=subprocess.DEVNULL)
+        while not answers(port):
+            if process.poll() is not None:
+                raise SystemExit("the page did not start")
+            time.sleep(0.1)
+        seconds = round(time.perf_counter() - begin, 1)
+        process.kill()
+        usage = os.wait4(process.pid, 0)[2]
+        cpu = round(usage.ru_utime + usage.ru_stime, 1)
+        found.append({"start": run, "seconds": seconds, "cpu_seconds": cpu, "peak_mb": usage.ru_maxrss // 1000})
+        print(found[-1], flush=True)
+    return found
+
+
+def answers(port):
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}"):
+            return True
+    except OSError:
+        return False
+
+
 def main():
-    tables = {"throughput": throughput, "kill": kill, "memory": memory}
+    tables = {"throughput": throughput, "kill": kill, "memory": memory, "index": index, "space": space}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", nargs="+", choices=tables, default=list(tables), help="tables to measure")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 10_000, 100_000], help="rows of `memory`")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[1000, 10_000, 100_000], help="rows of `memory`, `index`"
+    )
     options = parser.parse_args()
     path = RESULTS / "corpus_embed.json"
     report = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     for name in options.table:
         with tempfile.TemporaryDirectory() as folder:
-            report[name] = tables[name](Path(folder), options.sizes if name == "memory" else ARMS)
+            report[name] = tables[name](Path(folder), ARMS if name == "throughput" else options.sizes)
     report["machine"] = f"{os.cpu_count()} CPU cores ({platform.machine()}), no GPU"
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 

@@ -54,6 +54,8 @@ def read_video(
             open(path, "rb") if isinstance(path, (str, Path)) else nullcontext(path) as file,
             av.open(file, "r", options={"protocol_whitelist": "none"}) as container,
         ):
+            if not container.streams.video:
+                raise ValueError("it has no video stream")
             stream = container.streams.video[0]
             # Packets are counted without decoding, so that only the kept frames are in memory. A file that was cut
             # without encoding it again has packets that no player shows.

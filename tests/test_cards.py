@@ -58,6 +58,8 @@ def test_a_large_hit_shows_its_original_or_says_that_it_is_gone():
     (video,) = seen.of("video")
     assert video["src"] == "file=clip.mp4" and "controls" in video and video["aria-label"] == "video a.png"
     assert "year2001" in seen.text and "not there" not in seen.text
+    seen = Seen(cards.large(hit(), "file=a.png"))
+    assert seen.of("img")[0]["src"] == "file=a.png" and not seen.of("video") and "not there" not in seen.text
     seen = Seen(cards.large(hit("video"), None))
     assert seen.of("img")[0]["src"].startswith("data:") and "not there" in seen.text
     seen = Seen(cards.large(hit("text", "word " * 10_000, None), None))

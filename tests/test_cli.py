@@ -331,7 +331,7 @@ def test_arguments_of_a_corpus_that_cannot_be_right(btok, words, message):
     assert (status, output) == (2, "") and message in errors
 
 
-def test_search_as_lines_json_page_and_sheet(btok, corpus, tmp_path):
+def test_search_as_lines_json_page_and_sheet(btok, corpus, tmp_path, monkeypatch):
     db, page, sheet = str(corpus / "db"), tmp_path / "out.html", tmp_path / "out.jpg"
     status, output, _ = btok("search", "dog", "--db", db, "-k", "2", "--html", str(page), "--sheet", str(sheet))
     assert status == 0 and len(output.splitlines()) == 2 and output.isascii() and "\x1b" not in output
@@ -342,7 +342,9 @@ def test_search_as_lines_json_page_and_sheet(btok, corpus, tmp_path):
     sheet = str(tmp_path / "x.png")
     status, output, errors = btok("search", "dog", "--db", db, "--where", "id = 'x'", "--sheet", sheet)
     assert (status, output) == (0, "nothing was found\n") and "x.png is not written" in errors
-    status, output, errors = btok("search", "dog", "--db", db, "--where", "nothing = 1")
+    with monkeypatch.context() as patch:
+        patch.setattr("btok_hf.corpus.search._load", None)  # a wrong condition is found before the model is loaded
+        status, output, errors = btok("search", "dog", "--db", db, "--where", "nothing = 1")
     assert (status, output) == (1, "") and "error: The filter 'nothing = 1' cannot be used: " in errors
     assert errors.splitlines()[-1].startswith("error: ")
     status, _, errors = btok("search", "dog", "--db", str(tmp_path))

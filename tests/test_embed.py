@@ -66,13 +66,15 @@ def test_failed_rows_are_kept_with_their_reason(folder, tmp_path, repo):
     (folder / "empty.txt").write_text(" ")
     (folder / "latin.txt").write_bytes("\xe4".encode("latin-1"))
     (folder / "broken.pdf").write_bytes(b"%PDF-1.4 nothing")
+    (folder / "empty.pdf").write_bytes(b"")
     (folder / "broken.mp4").write_bytes(b"no video")
     Image.new("RGB", (4, 4)).save(folder / "small.png")
     errors = embed(folder, tmp_path / "out", repo)
     rows = read(tmp_path / "out")
     failed = {id: row["error"] for id, row in rows.items() if row["error"]}
     assert failed == errors and all(rows[id]["embedding"] is None for id in failed)
-    assert failed.keys() == {"broken.png", "empty.txt", "latin.txt", "broken.pdf", "broken.mp4", "small.png"}
+    broken = {"broken.png", "empty.txt", "latin.txt", "broken.pdf", "empty.pdf", "broken.mp4", "small.png"}
+    assert failed.keys() == broken and failed["empty.pdf"] == "the file is empty"
     assert failed["small.png"].startswith("image of 4 x 4 pixels is smaller than one patch")  # no place of a call
     assert "not UTF-8" in failed["latin.txt"] and "PDF cannot be read" in failed["broken.pdf"]
     assert sum(row["embedding"] is not None for row in rows.values()) == 11

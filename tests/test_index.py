@@ -1,9 +1,11 @@
 """A corpus as a database: building, bringing up to date, searching."""
 
+import datetime
 import subprocess
 import sys
 import threading
 import time
+from decimal import Decimal
 
 import lancedb
 import numpy as np
@@ -57,10 +59,13 @@ def test_hits_are_the_nearest_rows_with_their_columns(built):
 def test_a_filter_holds_for_every_hit(built):
     hits = built.search(VECTORS[7], k=20, where="label = 'l2' AND id != 'a8'")
     assert [hit.id for hit in hits] == nearest(VECTORS[7], 20, lambda number: number % 3 == 2 and number != 8)
+    assert len(built.search(VECTORS[7], where="label = 'l2' -- a comment")) == 10
     assert built.search(VECTORS[7], where="label = 'none'") == [] and built.count("label = 'l2'") == 100
 
 
-@pytest.mark.parametrize("where", ["labl = 'l2'", "label = ", "1", "", "label = (SELECT 1)"])
+@pytest.mark.parametrize(
+    "where", ["labl = 'l2'", "label = ", "1", "", "label = (SELECT 1)", "label = 'l2'; id = 'a8'"]
+)
 def test_a_filter_that_is_none_is_named_with_the_columns(built, where):
     with pytest.raises(ValueError, match=r"^The filter .* columns id, kind, source, page, .* label") as error:
         built.search(VECTORS[7], where=where)
@@ -272,6 +277,51 @@ def test_after_a_kill_the_next_run_goes_on(tmp_path):
     index, changes, _ = Index.build(out, path)
     assert (changes.added, changes.replaced, changes.deleted) == (50, 0, 50)
     assert state(index) == {f"a{number}": new[number] for number in range(50, 300)}
+
+
+def test_one_run_writes_at_a_time(tmp_path):
+    """Two that add the same rows would double them."""
+    out, path = write(tmp_path, rows(range(20))), tmp_path / "db"
+    with module._alone(str(path)), pytest.raises(RuntimeError, match=r"Another btok index is writing to .*db\. Wait"):
+        Index.build(out, path)
+    assert Index.build(out, path)[0].count() == 20
+
+
+def test_units_that_are_written_meanwhile_are_not_deleted(tmp_path, monkeypatch):
+    """Ids and missing units are read at one time: rows of a unit that comes later must stay."""
+    path = tmp_path / "db"
+    Index.build(write(tmp_path, rows(range(200))), path)
+    write(tmp_path, rows(range(100)), planned=1)
+    read = module.wanted_ids
+
+    def then_written(out):
+        found = read(out)
+        write(tmp_path, rows(range(200)))
+        return found
+
+    monkeypatch.setattr(module, "wanted_ids", then_written)
+    index, changes, _ = Index.build(tmp_path / "out", path)
+    assert index.count() == 200 and (changes.missing, changes.deleted) == (1, 0)
+
+
+def test_columns_of_many_types(tmp_path):
+    types = {
+        "a map": pa.map_(pa.string(), pa.int64()),
+        "it's": pa.struct([("a", pa.int32()), ("b", pa.list_(pa.string()))]),
+        "when": pa.timestamp("us", "UTC"),
+        "much": pa.decimal128(30, 2),
+        "long": pa.large_string(),
+        "few": pa.uint8(),
+    }
+    day = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+    values = [[("k", 1)], {"a": 1, "b": ["x"]}, day, Decimal("1.50"), "x", 7]
+    given = rows_of(VECTORS[:2], **{name: [value, None] for name, value in zip(types, values)})
+    out = write_units(tmp_path / "out", given, metadata=types)
+    for added in (2, 0):  # the second run finds its own columns again
+        index, changes, _ = Index.build(out, tmp_path / "db")
+        assert (changes.added, changes.replaced) == (added, 0)
+    assert list(index.search(VECTORS[0], k=1)[0].metadata.values()) == values
+    assert len(index.search(VECTORS[0], where="`it's` IS NOT NULL AND few > 6")) == 1
 
 
 def test_rows_that_fail_later_are_deleted(tmp_path):

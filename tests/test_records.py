@@ -43,9 +43,15 @@ def test_csv(tmp_path):
     values = [record for _, record in found]
     assert values[:2] == [{"a": "1", "b": 'two\nlines, "quoted"'}, {"a": "2", "b": None}]
     assert values[2] == "the row has 1 cells, and the table 2 columns"
-    assert values[3] == {"a": "x", "b": "\udcff"} and values[4] == {"a": "3", "b": "c"}  # the model's checks refuse it
+    assert values[3] == "the row is not UTF-8; convert the table" and values[4] == {"a": "3", "b": "c"}
     for index, (start, _) in enumerate(found):
         assert [record for _, record in records(tmp_path / "a.csv", start)] == values[index:]
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"a\.csv has several columns a\. Rename all but one"):
+        records(write(tmp_path / "a.csv", b"a,b,a\n1,2,3\n"))
+    assert records(write(tmp_path / "b.csv", b",b,\n1,2,3\n"))[0][1]["b"] == "2"  # columns without a name
 
 
 def test_tab_separated_and_long_cells(tmp_path):

@@ -4,6 +4,7 @@ import base64
 import datetime
 import io
 import json
+import math
 import re
 from html.parser import HTMLParser
 
@@ -54,6 +55,12 @@ def test_json_holds_everything_but_the_pictures():
         "metadata": {"year": 2020, "empty": None},
     }
     assert rows[2]["text"] == EVIL * 9 and rows[3]["metadata"]["day"] == "2026-11-27" and json.loads(as_json([])) == []
+
+
+def test_json_has_no_numbers_that_json_does_not_know():
+    odd = Hit("a", 0.5, "text", None, None, None, None, {"x": math.nan, "deep": [{"y": math.inf, 1: 2.5}], "t": ()})
+    (row,) = json.loads(as_json([odd]), parse_constant=pytest.fail)
+    assert row["metadata"] == {"x": None, "deep": [{"y": None, "1": 2.5}], "t": []}
 
 
 class Page(HTMLParser):

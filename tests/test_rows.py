@@ -65,6 +65,8 @@ def test_parts_and_lists_keep_their_order():
     assert prepared({"image": [second, first], "text": "a text"}).content_hash != row.content_hash
     assert prepared({"image": first, "text": "other"}).content_hash != row.content_hash
     assert prepared({"text": "ab"}).content_hash != prepared({"text": ["a", "b"]}).content_hash
+    kinds = [prepared(part).content_hash for part in ({"text": "x"}, {"image": b"x"}, {"video": b"x"})]
+    assert len(set(kinds)) == 3  # the same bytes as something else
 
 
 def test_a_text_file(tmp_path):
@@ -77,6 +79,8 @@ def test_a_text_file(tmp_path):
 @pytest.mark.parametrize(
     "parts, reason",
     [
+        ({"image": b""}, "the file is empty"),
+        ({"video": b""}, "the file is empty"),
         ({"image": b"no picture"}, "not an image that Pillow can read"),
         ({"video": b"no video"}, "cannot be decoded"),
         ({"image": File(LOCAL, "/nothing/a.png")}, "No such file"),
@@ -88,6 +92,11 @@ def test_a_text_file(tmp_path):
 def test_what_cannot_be_read_is_noted(parts, reason):
     row = prepared(parts)
     assert reason in row.error and row.item is None and row.parts == {} and not row.error.startswith("[Errno")
+
+
+def test_an_empty_pdf(tmp_path):
+    (tmp_path / "a.pdf").write_bytes(b"")
+    assert prepared({"pdf": File(LOCAL, str(tmp_path / "a.pdf"))}).error == "the file is empty"
 
 
 def test_known_content_is_not_decoded(monkeypatch):

@@ -28,6 +28,7 @@ def test_a_hash_changes_with_every_column(tmp_path):
     vectors = random_vectors(2)
     base = dict(rows_of(vectors[:1], text=["t"], year=[1])[0], thumbnail=b"x", source="s")
     changes = [{"text": "u"}, {"year": 2}, {"thumbnail": b"y"}, {"source": None}, {"embedding": vectors[1].tolist()}]
+    changes += [{"thumbnail": b"x1", "year": 2}, {"thumbnail": b"x", "year": 12}]  # equal if put together
     hashes = []
     for number, change in enumerate([{}, {}, *changes]):
         stream = stream_of(tmp_path / str(number), [base | change], metadata={"year": pa.int64()})
@@ -53,7 +54,7 @@ def test_a_vector_without_direction_is_refused(tmp_path):
     [
         ([], "nothing to index: 0 rows"),
         (rows_of([None, None]), "nothing to index: 2 rows, and none has an embedding"),
-        (rows_of(random_vectors(3)) + rows_of(random_vectors(2)), "2 rows have the id of another row"),
+        (rows_of(random_vectors(3)) + rows_of(random_vectors(2)), "2 rows have the id of another row, e.g. 'a0'"),
     ],
 )
 def test_ids_that_no_database_can_hold(tmp_path, rows, message):
@@ -63,7 +64,9 @@ def test_ids_that_no_database_can_hold(tmp_path, rows, message):
 
 def test_only_ids_of_embedded_rows_are_wanted(tmp_path):
     out = write_units(tmp_path, rows_of([*random_vectors(2), None]))
-    assert wanted_ids(out).tolist() == sorted([hash("a0"), hash("a1")])
+    ids, missing = wanted_ids(out)
+    assert ids.tolist() == sorted([hash("a0"), hash("a1")]) and missing == 0
+    assert wanted_ids(write_units(tmp_path, rows_of(random_vectors(2)), planned=3))[1] == 3
 
 
 def test_new_changed_and_gone_rows(tmp_path):
@@ -80,10 +83,11 @@ def test_new_changed_and_gone_rows(tmp_path):
 
 
 def test_changes_come_in_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_BYTES", 1)
-    stream = stream_of(tmp_path, rows_of(random_vectors(250)))
-    sizes = [len(added) for added, _ in stream.changes(Held([], np.empty(0, np.int64)))]
-    assert sizes == [100, 100, 50, 0]
+    first = next(iter(stream_of(tmp_path, rows_of(random_vectors(250)))))
+    for size, expected in ((1, [100, 100, 50, 0]), (int(0.8 * first.nbytes), [100, 100, 50])):
+        monkeypatch.setattr(module, "CHUNK_BYTES", size)
+        stream = stream_of(tmp_path, rows_of(random_vectors(250)))
+        assert [len(added) for added, _ in stream.changes(Held([], np.empty(0, np.int64)))] == expected
 
 
 @pytest.mark.parametrize("name", ["vector", "row_hash", "_score"])

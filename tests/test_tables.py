@@ -213,6 +213,48 @@ def test_tables_in_object_storage(tmp_path, repo):
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".csv"])
+def test_ids_that_are_not_unique_are_refused_before_work(tmp_path, repo, suffix):
+    def embedding():
+        return embed(tmp_path / "in", tmp_path / "out", repo, columns=COLUMNS._replace(metadata=()))
+
+    write(tmp_path / "in" / f"a{suffix}", [*ROWS, ROWS[3]])
+    with pytest.raises(ValueError, match=r"1 rows have the key of another row, e\.g\. 'k3'.*another column for --id"):
+        embedding()
+    assert not (tmp_path / "out" / "corpus.json").exists()
+    write(tmp_path / "in" / f"a{suffix}", ROWS)
+    write(tmp_path / "in" / "b.jsonl", [{"key": None, "words": "x"}] * 2)  # rows that fail
+    assert len(embedding()) == 2
+    write(tmp_path / "in" / "b.jsonl", ROWS[:2])  # ids of another table
+    with pytest.raises(ValueError, match=r"2 rows have the key of another row, e\.g\. 'k0'"):
+        embedding()
+
+
+def test_ids_are_read_once(tmp_path, monkeypatch):
+    write(tmp_path / "in" / "a.jsonl"), write(tmp_path / "in" / "b.parquet", [{**ROWS[0], "key": "other"}])
+    first = source(tmp_path / "in")
+    first.plan("s")
+    first.check_ids()
+    monkeypatch.setattr(TableSource, "_ids", None)
+    again = source(tmp_path / "in")
+    again.plan("s")
+    again.check_ids()
+    (tmp_path / "in" / "a.jsonl").unlink()
+    last = source(tmp_path / "in")
+    last.plan("s")
+    last.forget()
+    assert sorted(path.suffix for path in (tmp_path / "out" / "scans").iterdir()) == [".ids", ".json"]
+
+
+def test_a_table_without_readable_rows_says_why(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"words": "a"}, indent=2))
+    with pytest.raises(
+        ValueError, match=r"a\.json has no row that can be read: the line is not JSON.*one object a line"
+    ):
+        source(path, Columns("words")).plan("s")
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".csv"])
 def test_a_missing_column_is_named_before_work(tmp_path, suffix):
     with pytest.raises(ValueError, match=rf"a\{suffix} has no column wrods. Its columns are key, words, year"):
         source(write(tmp_path / f"a{suffix}"), Columns("wrods")).plan("s")

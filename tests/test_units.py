@@ -62,6 +62,20 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path):
     assert os.listdir(tmp_path / "out") == ["unit"]
 
 
+def test_what_cannot_be_written_is_named_and_leaves_no_draft(tmp_path, monkeypatch):
+    def full(number):
+        raise OSError(28, "No space left on device")
+
+    store = Store(str(tmp_path / "out"))
+    with monkeypatch.context() as patch:
+        patch.setattr("btok_hf.corpus.units.os.fsync", full)
+        with pytest.raises(OSError, match=r"out/a cannot be written \(No space left on device\)") as error:
+            store.write("a", b"x")
+    assert error.value.errno == 28 and os.listdir(tmp_path / "out") == []
+    with pytest.raises(OSError, match=r"cannot be written \(Not a directory\)"):
+        Store("/dev/null/out").write("a", b"x")
+
+
 def test_claim_refuses_another_corpus(place):
     corpus = Corpus(place)
     assert corpus.settings() is None

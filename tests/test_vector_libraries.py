@@ -1,5 +1,6 @@
 """Indexes of faiss and usearch: read back as the documentation says, they find what exact search does."""
 
+import os
 import sys
 
 import numpy as np
@@ -68,6 +69,36 @@ def test_a_run_that_fails_leaves_what_was_there(out, tmp_path):
         with pytest.raises(ValueError, match="No row has an embedding"):
             write(empty, file)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_an_old_index_never_has_new_ids(out, tmp_path, monkeypatch):
+    import faiss
+
+    file = tmp_path / "index.faiss"
+    write_faiss(out, file)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(index, name):
+        with open(name, "wb") as opened:
+            opened.write(b"half")
+        raise RuntimeError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(faiss, "write_index", full)
+        with pytest.raises(RuntimeError, match="No space left"):
+            write_faiss(out, file)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    replace = os.replace
+
+    def killed(draft, target):
+        if target == file:
+            raise KeyboardInterrupt
+        replace(draft, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_faiss(out, file)
+    assert [path.name for path in tmp_path.iterdir()] == ["index.faiss.ids.parquet"]
 
 
 def test_a_library_that_is_missing_is_named(out, tmp_path, monkeypatch):

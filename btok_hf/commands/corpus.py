@@ -194,11 +194,14 @@ def run_search(
     if sheet is not None and Path(sheet).suffix.lower() not in SHEETS:
         raise argparse.ArgumentError(None, f"--sheet {sheet} must end in {', '.join(SHEETS)}")
     from btok_hf.corpus import results
+    from btok_hf.corpus.index import Index
     from btok_hf.corpus.search import Searcher
     from btok_hf.files import check_writable, replacing
 
     for path in filter(None, (sheet, html)):
         check_writable(Path(path).parent)
+    if where is not None:
+        Index.open(db).count(where)
     hits = Searcher(db, model, device).search(
         text, None if image is None else Path(image), None if video is None else Path(video), k, where, hybrid
     )

@@ -124,7 +124,7 @@ class Embedder:
 
     def _pages(self, row: Row) -> Iterator[Row]:
         """A row; of a PDF its pages, which are drawn here, because PDFium runs in one thread only."""
-        if "pdf" not in row.parts:
+        if "pdf" not in row.parts or row.error is not None:
             yield row
             return
         with closing(pdf_pages(row.id, row.parts["pdf"])) as pages:

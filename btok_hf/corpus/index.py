@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 try:
     import lancedb
@@ -30,7 +31,7 @@ from btok_hf.corpus.stream import Changes, Held, RowStream, check_same_corpus, d
 from btok_hf.corpus.units import read_units
 from btok_hf.corpus.vectors import Precision, bits, check_dimensions, cut, load
 
-TABLE = "items"
+TABLE, LOCK = "items", ".btok.lock"
 SETTINGS = b"btok"
 # Columns with a meaning. All others are metadata of the user's table.
 COLUMNS = ("id", "kind", "source", "page", "content_hash", "text", "thumbnail", "row_hash", "vector")
@@ -125,9 +126,10 @@ class Index:
             `np.ndarray`: Embeddings of up to 100 rows chosen at random, to measure recall with.
 
         Raises:
+            RuntimeError: Another process is writing to the same folder.
             ValueError: Rows of another model than the database's, ids that are not unique, or no rows.
         """
-        wanted = wanted_ids(str(out))
+        wanted, missing = wanted_ids(str(out))
         corpus, batches = read_units(str(out))
         table = _find_table(str(path))
         if table is None:
@@ -144,29 +146,32 @@ class Index:
                         "another database."
                     )
         stream = RowStream(batches, settings)
-        if table is None:
-            schema = stream.schema.with_metadata({SETTINGS: json.dumps(settings)})
-            table = _connect(str(path)).create_table(TABLE, schema=schema)
-        elif set(table.schema) != set(stream.schema):
-            differing = sorted({column.name for column in set(table.schema) ^ set(stream.schema)})
-            raise ValueError(
-                f"{path} has other columns than the units: {', '.join(differing)}. Write another database."
-            )
-        held = Held(table.search().select(["id", "row_hash"]).to_batches(), wanted)
-        changes = Changes(missing=corpus["units_planned"] - corpus["units_written"])
-        for added, changed in stream.changes(held):
-            # LanceDB holds all rows of a merge in memory, and those of an addition not.
-            if len(changed):
-                table.merge_insert("id").when_matched_update_all().execute(changed)
-            if len(added):
-                table.add(added)
-            changes.added += len(added)
-            changes.replaced += len(changed)
-        index = cls(str(path), table)
-        if not changes.missing:
-            changes.deleted = index.delete(held.gone)
-        changes.failed = stream.failed
-        index._update_indexes(rebuild or changes.added + changes.replaced > index.count() // 2)
+        with _alone(str(path)):
+            if table is None:
+                schema = stream.schema.with_metadata({SETTINGS: json.dumps(settings)})
+                table = _connect(str(path)).create_table(TABLE, schema=schema)
+            table.checkout_latest()
+            # Compared by `==`: maps that are equal have several hashes.
+            there, now = ({column.name: column.type for column in schema} for schema in (table.schema, stream.schema))
+            if differing := sorted(name for name in there | now if there.get(name) != now.get(name)):
+                raise ValueError(
+                    f"{path} has other columns than the units: {', '.join(differing)}. Write another database."
+                )
+            held = Held(table.search().select(["id", "row_hash"]).to_batches(), wanted)
+            changes = Changes(missing=missing)
+            for added, changed in stream.changes(held):
+                # LanceDB holds all rows of a merge in memory, and those of an addition not.
+                if len(changed):
+                    table.merge_insert("id").when_matched_update_all().execute(changed)
+                if len(added):
+                    table.add(added)
+                changes.added += len(added)
+                changes.replaced += len(changed)
+            index = cls(str(path), table)
+            if not changes.missing:
+                changes.deleted = index.delete(held.gone)
+            changes.failed = stream.failed
+            index._update_indexes(rebuild or changes.added + changes.replaced > index.count() // 2)
         return index, changes, stream.sample
 
     def _update_indexes(self, rebuild: bool) -> None:
@@ -197,7 +202,7 @@ class Index:
     def count(self, where: str | None = None) -> int:
         """The number of rows, or of those for which an SQL condition holds."""
         with _bad_condition(where, self._table.schema):
-            return self._table.count_rows(where)
+            return self._table.count_rows(None if where is None else _whole(where))
 
     @property
     def columns(self) -> list[str]:
@@ -285,7 +290,7 @@ class Index:
             else:  # without an index these do nothing
                 query = query.nprobes(PROBES) if binary else query.nprobes(PROBES).refine_factor(REFINE)
         with _bad_condition(where, self._table.schema):
-            found = (query.where(where) if where is not None else query).to_arrow()
+            found = (query.where(_whole(where)) if where is not None else query).to_arrow()
         if vector is None:
             return _hits(found, found.column("_score").to_pylist())
         column = cast(pa.Array, found.column("vector").combine_chunks())
@@ -319,6 +324,22 @@ def _connect(path: str) -> Any:
     return lancedb.connect(path, read_consistency_interval=FRESH)
 
 
+@contextmanager
+def _alone(path: str) -> Iterator[None]:
+    """Let one process write to a folder: two that add the same rows would double them. A kill ends it too."""
+    if "://" in path:
+        yield
+        return
+    Path(path).mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(Path(path, LOCK), timeout=0):
+            yield
+    except Timeout as error:
+        raise RuntimeError(
+            f"Another btok index is writing to {path}. Wait until it has ended, and run the command again."
+        ) from error
+
+
 def _find_table(path: str) -> Any:
     """The table of a database, or `None`."""
     if "://" not in path and not Path(path, f"{TABLE}.lance").is_dir():
@@ -330,6 +351,11 @@ def _find_table(path: str) -> Any:
     if SETTINGS not in (table.schema.metadata or {}):
         raise ValueError(f"{path} holds a table {TABLE!r} that btok index did not write. Name another database.")
     return table
+
+
+def _whole(where: str) -> str:
+    """A condition that is read to its end: behind `;` LanceDB would leave out the rest without a word."""
+    return f"({where}\n)"
 
 
 @contextmanager

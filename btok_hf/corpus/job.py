@@ -131,9 +131,10 @@ def make_plan(given: str, out: str, options: Options, *, clean: bool = True, ret
         FileNotFoundError: There is no such input.
         ImportError: A kind of content needs a package that is not installed.
         OSError: The model cannot be found.
-        ValueError: Nothing to embed, options that do not fit the model, or a folder with another corpus.
+        ValueError: Nothing to embed, ids that are not unique, options that do not fit the model, or a folder with
+            another corpus.
     """
-    found = Input(given)
+    found = Input(given, out)
     with named_source(options.model):
         revision, config = identify(options.model, options.revision)
     if Path(options.model).exists():
@@ -165,6 +166,8 @@ def make_plan(given: str, out: str, options: Options, *, clean: bool = True, ret
     if held is not None:  # before tables are scanned
         corpus.compare(held, settings | {"metadata": held.get("metadata")})
     units = source.plan(identity)
+    if clean and isinstance(source, TableSource):  # once is enough
+        source.check_ids()
     settings["metadata"] = {name: str(kind) for name, kind in source.metadata.items()}
     corpus.claim(settings)
     names = [unit.name for unit in units]

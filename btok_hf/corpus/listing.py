@@ -13,6 +13,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from btok_hf.corpus.rows import File, Row
+from btok_hf.corpus.units import WRITTEN, Store
 from btok_hf.hub_names import is_hub_id
 from btok_hf.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
@@ -73,6 +74,7 @@ class Input:
     Args:
         given (`str`): A path, an address that fsspec knows (`s3://…`, `hf://…`), with `*` a pattern of them, or the id
             of a dataset on the Hub.
+        out (`str`, *optional*): OUT, which may lie in the input. What is written there is no input.
 
     Attributes:
         address (`str`): The same as an absolute path or address.
@@ -83,7 +85,8 @@ class Input:
         FileNotFoundError: There is no such input.
     """
 
-    def __init__(self, given: str) -> None:
+    def __init__(self, given: str, out: str | None = None) -> None:
+        self._written = tuple(f"{Store(out).root}/{name}" for name in WRITTEN) if out is not None else ()
         if is_hub_id(given):
             given = f"hf://datasets/{given}"
         self.fs, path = fsspec.core.url_to_fs(given)
@@ -129,6 +132,9 @@ class Input:
             entries = [self.fs.info(self._path)]
         for entry in entries:
             path = entry["name"]
+            if self._written and path.startswith(self._written):
+                self.skipped["that btok embed wrote"] += 1
+                continue
             size, state = entry.get("size"), next((entry[key] for key in STATES if entry.get(key) is not None), None)
             if self._is_local and entry["type"] != "file":
                 if not os.path.isfile(path):

@@ -33,7 +33,7 @@ def line_records(path: str, file: File, offset: int = 0) -> Iterator[tuple[int, 
         text that says what is wrong with it.
 
     Raises:
-        ValueError: JSON that is one list.
+        ValueError: JSON that is one list; two columns of one name.
     """
     delimiter = DELIMITERS.get(Path(path).suffix.lower())
     with file.open() as opened:
@@ -41,7 +41,7 @@ def line_records(path: str, file: File, offset: int = 0) -> Iterator[tuple[int, 
             opened.seek(offset)
             yield from _json_records(path, opened, offset)
         else:
-            yield from _csv_records(opened, offset, delimiter)
+            yield from _csv_records(path, opened, offset, delimiter)
 
 
 class ParquetCursor:
@@ -112,11 +112,15 @@ def _parsed(line: bytes) -> dict[str, Any] | str:
     return record if isinstance(record, dict) else f"the line is not a JSON object, but {type(record).__name__}"
 
 
-def _cells(header: list[str], cells: list[str]) -> dict[str, Any]:
+def _cells(header: list[str], cells: list[str]) -> dict[str, Any] | str:
+    try:
+        "".join(cells).encode()
+    except UnicodeEncodeError:
+        return "the row is not UTF-8; convert the table"
     return {name: cell or None for name, cell in zip(header, cells)}
 
 
-def _csv_records(opened: Any, offset: int, delimiter: str) -> Iterator[tuple[int, Callable[[], Any]]]:
+def _csv_records(path: str, opened: Any, offset: int, delimiter: str) -> Iterator[tuple[int, Callable[[], Any]]]:
     csv.field_size_limit(2**31 - 1)
     read = 0
 
@@ -124,11 +128,13 @@ def _csv_records(opened: Any, offset: int, delimiter: str) -> Iterator[tuple[int
         nonlocal read
         for line in opened:
             read += len(line)
-            # Bytes that are no UTF-8 become half characters, which the model's checks refuse row by row.
+            # Bytes that are no UTF-8 become half characters, which `_cells` refuses row by row.
             yield line.decode("utf-8-sig" if read == len(line) else "utf-8", "surrogateescape")
 
     reader = csv.reader(lines(), delimiter=delimiter)
     header = next(reader, [])
+    if twice := {name for name in header if name and header.count(name) > 1}:
+        raise ValueError(f"The table {path} has several columns {', '.join(sorted(twice))}. Rename all but one.")
     if offset > read:
         opened.seek(offset)
         read = offset

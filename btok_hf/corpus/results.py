@@ -3,9 +3,11 @@
 import base64
 import io
 import json
+import math
 import textwrap
 from collections.abc import Sequence
 from importlib.resources import files
+from typing import Any
 
 from jinja2 import Environment
 from PIL import Image, ImageDraw, ImageFont
@@ -34,9 +36,18 @@ def as_lines(hits: Sequence[Hit]) -> str:
 
 
 def as_json(hits: Sequence[Hit]) -> str:
-    """A JSON list of the hits without their thumbnails. Values that JSON does not know are texts."""
+    """A JSON list of the hits without their thumbnails. Values that JSON does not know are texts, and NaN is null."""
     rows = [{name: value for name, value in vars(hit).items() if name != "thumbnail"} for hit in hits]
-    return json.dumps(rows, ensure_ascii=False, indent=2, default=str)
+    return json.dumps(_of_json(rows), ensure_ascii=False, indent=2, default=str)
+
+
+def _of_json(value: Any) -> Any:
+    """A value in which NaN and infinity, which JSON has not, are null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _of_json(each) for key, each in value.items()}
+    return [_of_json(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def as_html(query: str, hits: Sequence[Hit]) -> str:

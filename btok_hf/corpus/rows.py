@@ -20,6 +20,7 @@ CHUNK = 2**20
 JPEG_QUALITY = 85
 # Pages are drawn at this resolution, and large ones smaller.
 PAGE_DPI, PAGE_PIXELS = 150, 4_000_000
+EMPTY = "the file is empty"
 
 
 class File(NamedTuple):
@@ -129,6 +130,7 @@ def prepare(row: Row, reading: Reading) -> Row:
     try:
         if "pdf" in parts:
             row.parts = {"pdf": parts["pdf"].read()}
+            row.error = None if row.parts["pdf"] else EMPTY
             return row
         if isinstance(parts.get("text"), File):
             parts = {"text": _text(parts["text"].read())}
@@ -198,10 +200,11 @@ def _decode(key: str, part: Any, reading: Reading) -> Any:
     """A part as `encode` takes it."""
     if key == "text" or isinstance(part, Image.Image):
         return part
-    if key == "image":
-        return read_image(io.BytesIO(part), reading.max_pixels)
     with closing(io.BytesIO(part) if isinstance(part, bytes) else part.open()) as file:
-        return read_video(file)
+        if not file.read(1):
+            raise ValueError(EMPTY)
+        file.seek(0)
+        return read_image(file, reading.max_pixels) if key == "image" else read_video(file)
 
 
 def _size(part: Any) -> int:
@@ -246,7 +249,7 @@ def pdf_pages(path: str, content: bytes) -> Generator[Row, None, None]:
     try:
         document = pypdfium2.PdfDocument(content)
     except pypdfium2.PdfiumError as error:
-        yield failed(f"the PDF cannot be read ({error}). Repair it, or remove its password")
+        yield failed(f"the PDF cannot be read ({str(error).rstrip('.')}). Repair it, or remove its password")
         return
     with closing(document):
         if not len(document):

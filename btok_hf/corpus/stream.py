@@ -123,8 +123,8 @@ def _among(keys: np.ndarray, ordered: np.ndarray) -> np.ndarray:
     return found
 
 
-def wanted_ids(out: str) -> np.ndarray:
-    """Hashes of the ids of all rows with an embedding, sorted: 8 bytes a row.
+def wanted_ids(out: str) -> tuple[np.ndarray, int]:
+    """Hashes of the ids of all rows with an embedding, sorted: 8 bytes a row. And how many units are missing.
 
     Args:
         out (`str`): Folder or address that `btok embed` wrote.
@@ -133,7 +133,8 @@ def wanted_ids(out: str) -> np.ndarray:
         ValueError: There are none, or ids that name several rows.
     """
     keys, failed = [np.empty(0, np.int64)], 0
-    for batch in read_units(out, columns=["id", "error"])[1]:
+    corpus, batches = read_units(out, columns=["id", "error"])
+    for batch in batches:
         embedded = batch.filter(batch.column("error").is_null())
         failed += len(batch) - len(embedded)
         keys.append(hashes(embedded.column("id")))
@@ -144,10 +145,14 @@ def wanted_ids(out: str) -> np.ndarray:
             "or wait for its first unit."
         )
     if again := np.count_nonzero(found[1:] == found[:-1]):
+        several = set(found[1:][found[1:] == found[:-1]].tolist())
+        names = (key for batch in read_units(out, columns=["id"])[1] for key in batch.column("id").to_pylist())
+        twice = next(key for key in names if hash(key) in several)
         raise ValueError(
-            f"{again:,} rows have the id of another row. Ids must be unique: give btok embed another --id."
+            f"{again:,} rows have the id of another row, e.g. {twice!r}. Ids must be unique: give btok embed another "
+            "--id."
         )
-    return found
+    return found, corpus["units_planned"] - corpus["units_written"]
 
 
 class RowStream:

@@ -9,22 +9,23 @@ import csv
 import json
 import os
 from collections.abc import Iterator, Mapping
+from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from btok_hf.corpus.listing import Input, Unit, check_packages, name_of, skipped_in_words
-from btok_hf.corpus.records import DELIMITERS, ParquetCursor, json_array, line_records, wider
+from btok_hf.corpus.records import BUFFER, DELIMITERS, ParquetCursor, json_array, line_records, wider
 from btok_hf.corpus.rows import File, Row
-from btok_hf.corpus.units import UNIT_COLUMNS, Store
+from btok_hf.corpus.units import SCANS, UNIT_COLUMNS, Store
 from btok_hf.download import REMOTE
 
 PARTS = ("image", "video", "text")  # in the order of a row
 SUFFIXES = (".parquet", ".jsonl", ".json", *DELIMITERS)
-SCANS = "scans"
 # Lines that are searched for a column if types need no look at all of them.
 HEAD = 1000
 
@@ -77,7 +78,7 @@ class TableSource:
     ) -> None:
         self.input, self.columns, self.unit_rows, self.store = given, columns, unit_rows, store
         self.metadata = dict(metadata or {})
-        self._scan_names: set[str] = set()
+        self._scans: dict[str, str] = {}  # paths of tables, by the name of what is kept of them
         self._cursor: ParquetCursor | None = None
         if taken := set(columns.metadata) & set(UNIT_COLUMNS):
             raise ValueError(
@@ -106,7 +107,7 @@ class TableSource:
                 self.input.skipped["that are no tables"] += 1
                 continue
             name = name_of(*file, self.unit_rows, *self.columns.names())
-            self._scan_names.add(name)
+            self._scans[name] = file.path
             held = self.store.read(f"{SCANS}/{name}.json")
             if held is None:
                 scan = self._scan(file.path)
@@ -135,8 +136,57 @@ class TableSource:
 
     def forget(self) -> None:
         """Remove the scans of tables that are gone."""
-        for name in self.store.names(SCANS, ".json") - self._scan_names:
-            self.store.remove(f"{SCANS}/{name}.json")
+        for name in self.store.names(SCANS, ".json") - self._scans.keys():
+            for suffix in (".json", ".ids"):
+                self.store.remove(f"{SCANS}/{name}{suffix}")
+
+    def check_ids(self) -> None:
+        """Raise a `ValueError` if rows of the planned tables share an id.
+
+        Ids are compared by 64 bits, which are kept beside the scans: the tables are read once for it.
+        """
+        if self.columns.id is None:
+            return
+        found = [np.empty(0, np.int64)]
+        for name, path in self._scans.items():
+            held = self.store.read(f"{SCANS}/{name}.ids")
+            if held is None:
+                keys = (id.encode("utf-8", "surrogatepass") for id in self._ids(path))
+                held = b"".join(blake2b(key, digest_size=8).digest() for key in keys)
+                self.store.write(f"{SCANS}/{name}.ids", held)
+            found.append(np.frombuffer(held, np.int64))
+        hashes = np.sort(np.concatenate(found))
+        again = np.count_nonzero(hashes[1:] == hashes[:-1])
+        if again and (twice := self._first_again()) is not None:
+            raise ValueError(
+                f"{again:,} rows have the {self.columns.id} of another row, e.g. {twice!r}. Ids must be unique: "
+                "choose another column for --id, or leave it out."
+            )
+
+    def _first_again(self) -> str | None:
+        """The first id that another row has too."""
+        seen: set[str] = set()
+        for path in self._scans.values():
+            for id in self._ids(path):
+                if id in seen:
+                    return id
+                seen.add(id)
+        return None
+
+    def _ids(self, path: str) -> Iterator[str]:
+        """The ids of a table, as far as it can be read. Rows without one fail later."""
+        file, column = self.input.file(path), str(self.columns.id)
+        try:
+            if path.lower().endswith(".parquet"):
+                with file.open() as opened, pq.ParquetFile(opened, buffer_size=BUFFER, pre_buffer=False) as parquet:
+                    for batch in parquet.iter_batches(columns=[column]):
+                        yield from (str(id) for id in batch.column(0).to_pylist() if id is not None)
+            else:
+                records = (parse() for _, parse in line_records(path, file))
+                ids = (record.get(column) for record in records if isinstance(record, dict))
+                yield from (str(id) for id in ids if id is not None)
+        except (pa.ArrowException, OSError):
+            return
 
     def _scan(self, path: str) -> dict[str, Any]:
         """Rows of a table, where its units start, and the types of the metadata."""
@@ -153,7 +203,7 @@ class TableSource:
                     for name in self.columns.metadata
                 }
             else:
-                seen: set[str] = set()
+                seen, wrong = set[str](), ""
                 types = dict.fromkeys(self.columns.metadata, pa.null())
                 for start, parse in line_records(path, file):
                     if rows % self.unit_rows == 0:
@@ -161,10 +211,17 @@ class TableSource:
                     rows += 1
                     if self.columns.metadata or rows <= HEAD:
                         record = parse()
-                        if isinstance(record, dict):
+                        if isinstance(record, str):
+                            wrong = wrong or record
+                        else:
                             seen |= record.keys()
                             for name, kind in types.items():
                                 types[name] = wider(kind, record.get(name))
+                if rows and not seen:
+                    raise ValueError(
+                        f"The table {path} has no row that can be read: {wrong}. Write JSON as one object a line, "
+                        "and CSV with the names of its columns in the first row."
+                    )
                 if rows:
                     self._check(path, seen)
         except (pa.ArrowException, csv.Error, OSError) as error:

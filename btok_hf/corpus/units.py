@@ -4,6 +4,7 @@
     OUT/plan.json            the names of the units that the input has now, in order
     OUT/units/NAME.parquet   rows; a unit is there whole or not at all
     OUT/errors/NAME.json     the failed rows of a unit, and why; none if all are fine
+    OUT/scans/               where rows of tables start, and hashes of their ids
 
 The name of a unit is a hash of the settings and of the input's files and rows that it holds. So a changed file makes
 other units; those of its old content are not in the plan, are never read, and are removed by the next run.
@@ -24,7 +25,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 FORMAT = 1
 KINDS = ("text", "image", "video", "page", "mixed")
-SETTINGS, PLAN, UNITS, ERRORS = "corpus.json", "plan.json", "units", "errors"
+SETTINGS, PLAN, UNITS, ERRORS, SCANS = "corpus.json", "plan.json", "units", "errors", "scans"
+WRITTEN = (SETTINGS, PLAN, f"{UNITS}/", f"{ERRORS}/", f"{SCANS}/")
 # Drafts of a process that was killed. Writing a unit takes seconds.
 OLD_DRAFT_SECONDS = 3600
 # Their values may differ between runs into one folder: the revision says what the model is.
@@ -87,14 +89,23 @@ class Store:
             self.fs.pipe_file(path, content)  # object storage shows an object when its upload is complete
             return
         folder, last = os.path.split(path)
-        os.makedirs(folder, exist_ok=True)
         # Several machines may write the same file of a shared file system.
         draft = os.path.join(folder, f".{last}.{socket.gethostname()}.{os.getpid()}.tmp")
-        with open(draft, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
+        try:
+            os.makedirs(folder, exist_ok=True)
+            with open(draft, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, path)
+        except OSError as error:
+            with contextlib.suppress(OSError):  # it would take up the rest of a full disk
+                os.unlink(draft)
+            raise OSError(
+                error.errno,
+                f"{path} cannot be written ({error.strerror}). What is written already stays: make room, or OUT "
+                "writable, and run the same command again",
+            ) from error
 
     def names(self, folder: str, suffix: str) -> set[str]:
         """The files of a folder with a suffix, without it."""

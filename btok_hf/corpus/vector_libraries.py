@@ -119,14 +119,19 @@ def _write(
     check_writable(file.parent)
     file.parent.mkdir(parents=True, exist_ok=True)
     count, schema = 0, pa.schema([pa.field("id", pa.string())])
-    with replacing(file.with_name(file.name + IDS)) as ids, pq.ParquetWriter(ids, schema) as writer:
-        for keys, vectors in batches:
-            add(np.ascontiguousarray(vectors))
-            writer.write_batch(pa.record_batch([keys], schema=schema))
-            count += len(keys)
-        if not count:
-            raise ValueError("No row has an embedding: see the errors of btok embed.")
     draft = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    save(str(draft))
-    os.replace(draft, file)
+    try:
+        with replacing(file.with_name(file.name + IDS)) as ids:
+            with pq.ParquetWriter(ids, schema) as writer:
+                for keys, vectors in batches:
+                    add(np.ascontiguousarray(vectors))
+                    writer.write_batch(pa.record_batch([keys], schema=schema))
+                    count += len(keys)
+            if not count:
+                raise ValueError("No row has an embedding: see the errors of btok embed.")
+            save(str(draft))
+            file.unlink(missing_ok=True)  # an old index with new ids would find wrong rows
+        os.replace(draft, file)
+    finally:
+        draft.unlink(missing_ok=True)
     return count
