@@ -110,6 +110,7 @@ def test_files_below_the_folder_are_read(folder):
         "{folder}",
         "{folder}/nothing.png",
         "{folder}/nothing%00.png",
+        "{folder}/" + 300 * "a",
         "localhost{folder}/inside.png",
         "/dev/stdin",
         "",
@@ -117,7 +118,7 @@ def test_files_below_the_folder_are_read(folder):
 )
 def test_other_files_are_not(folder, path):
     origins = Origins(*BOUNDS, folder=folder)
-    with pytest.raises(ValueError, match=r"no file below the folder|null byte"):
+    with pytest.raises(ValueError, match="no file below the folder"):
         origins.image("file://" + path.format(folder=folder))
     for url in (f"{folder}/inside.png", f"file:{folder}/inside.png", f"FILE://{folder}/inside.png"):
         with pytest.raises(ValueError, match="this server opens file:///… below its folder"):

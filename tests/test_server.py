@@ -22,7 +22,7 @@ from support.pictures import MEDIA
 from support.serving import embed, message, png, refusal, served, web_server
 
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model
-from btok_hf.serving.server import Limits
+from btok_hf.cli import main
 from btok_hf.serving.verify_url import verify_url
 
 FRAMES = [image(56, 56, seed) for seed in range(4)]
@@ -186,6 +186,8 @@ def test_many_clients_at_once_get_their_own_vectors(server, model):
         ({"messages": [message("a"), message("b")]}, "one user message"),
         ({"messages": [{"role": "system", "content": message(FRAMES[0])["content"]}, message("a")]}, "must be text"),
         ({"messages": [message()]}, "empty"),
+        ({"messages": [{"role": "system", "content": "\ud800"}, message("a")]}, "half a character"),
+        ({"messages": [{"role": "user", "content": "a", "\ud800": 1}]}, "unicode|no field"),
         ("{", "JSON"),
         (b"\xff", "body"),
         ("[" * 100_000, "body"),
@@ -215,12 +217,34 @@ def test_addresses_and_broken_images_are_refused(server, url, says):
     assert says in refusal(server, 400, {"messages": [{"role": "user", "content": content}]})
 
 
+@pytest.mark.parametrize(
+    "body, says",
+    [
+        (b'{"input": [' + b"0.5, " * 200_000 + b"1]}", "input"),
+        (b'{"messages": [' + b"1, " * 300_000 + b"1]}", "messages"),
+        (b'{"messages": [{"role": "user", "content": [' + b"1, " * 300_000 + b"1]}]}", "messages"),
+        (json.dumps({"messages": [message(*["a"] * 5000)]}), "at most 4096"),
+        (json.dumps({f"x{number}": 1 for number in range(100_000)}), "'x0' is no field"),
+        (
+            json.dumps({"messages": [{"role": "user", "content": "a"} | dict.fromkeys(map(str, range(100_000)))]}),
+            "no f",
+        ),
+    ],
+)
+def test_a_million_mistakes_are_refused_at_the_first(server, body, says):
+    """A report of all of them took minutes and gigabytes, and nobody else was answered meanwhile."""
+    start = time.monotonic()
+    assert says in refusal(server, 400, body)
+    assert time.monotonic() - start < 5
+
+
 def test_unknown_models_and_paths(server):
     for name in ("gpt", "\ud800"):
         assert "only 'tiny'" in refusal(server, 404, json.dumps({"input": "a", "model": name}))
     assert server.get("/v1/models").json()["data"][0]["id"] == "tiny"
     assert server.get("/v1/nothing").json()["error"]["code"] == 404
-    assert server.get("/v1/embeddings").json()["error"]["code"] == 405
+    answer = server.get("/v1/embeddings")
+    assert answer.json()["error"]["code"] == 405 and answer.headers["allow"] == "POST"
 
 
 def test_fuzzed_bodies_leave_it_up(server):
@@ -362,10 +386,35 @@ def test_sigterm_answers_what_is_queued(exported):
             client.get("/health")
 
 
-@pytest.mark.parametrize(
-    "bounds",
-    [{"max_rows": 0}, {"timeout": -1.0}, {"max_rows": 9, "queue_rows": 8}, {"max_image_pixels": 10**9}],
-)
-def test_bounds_that_make_no_sense_are_refused(bounds):
-    with pytest.raises(ValueError, match=next(iter(bounds))):
-        Limits(**bounds)
+def test_sigterm_does_not_wait_for_who_does_not_read(exported):
+    body = json.dumps({"input": ["a"] * 4096}).encode()
+    with served(exported, "--max-rows", 4096, "--queue-rows", 4096, "--timeout", 4) as client, socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        deaf.connect(("127.0.0.1", client.port))
+        head = "POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+        deaf.sendall(head.encode() + b"%d\r\n\r\n" % len(body) + body)
+        while not _metric(client, "btok_tokens_total"):
+            time.sleep(0.1)
+        client.process.send_signal(signal.SIGTERM)
+        assert client.process.wait(20) == -signal.SIGTERM
+
+
+def test_a_second_interrupt_ends_it_at_once(exported):
+    with served(exported) as client, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(client.post, "/v1/embeddings", json={"input": ["long " * 800] * 256})
+        while not _metric(client, "btok_rows"):
+            assert not asked.done()
+        client.process.send_signal(signal.SIGINT)
+        time.sleep(1)
+        client.process.send_signal(signal.SIGINT)
+        client.process.wait(10)
+        with pytest.raises(httpx.TransportError):
+            asked.result()
+
+
+@pytest.mark.parametrize("key", ["", " secret"])
+def test_keys_that_nobody_can_send_are_refused(exported, key, monkeypatch, capsys):
+    """An empty one is a secret that was not found. A server without a key would be open to all."""
+    monkeypatch.setenv("BTOK_API_KEY", key)
+    with pytest.raises(SystemExit, match="BTOK_API_KEY is set, but empty or with white space"):
+        main(["serve", str(exported)])
