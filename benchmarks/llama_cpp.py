@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import urllib.error
+import unicodedata
 import urllib.request
 from pathlib import Path
 
@@ -72,6 +72,7 @@ def post(url, path, body):
 
 def embed(url, text, images=(), tokens=4):
     """The embedding of one row; a text may begin with an instruction."""
+    text = unicodedata.normalize("NFC", text)  # as the tokenizer does, but not llama.cpp's
     # llama.cpp puts images where they stand and adds no space.
     parts = [{"type": "image_url", "image_url": {"url": image}} for image in images]
     parts += [{"type": "text", "text": f" {text}" if images and text else text}]

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from btok_hf.inputs import ImageLimits, check_input
+from btok_hf.inputs import ImageLimits, check_input, read_text
 from btok_hf.serving.origins import FRAMES, WEB, Origins
 
 MOST_PARTS = 4096  # of a message; a request of --max-body could hold a million
@@ -135,14 +135,14 @@ class EmbeddingRequest(_WithoutEffect):
         """The text of the system message; `None` without one.
 
         Raises:
-            ValueError: It has media.
+            ValueError: It has media, or half a character.
         """
         if self.messages is None or self.messages[0].role != "system":
             return None
         parts = self.messages[0].parts()
         if not all(isinstance(part, TextPart) for part in parts):
             raise ValueError("the system message must be text; put images and videos into the user message")
-        return " ".join(part.text for part in parts if isinstance(part, TextPart))
+        return read_text(" ".join(part.text for part in parts if isinstance(part, TextPart)))
 
     def reads_slowly(self) -> bool:
         """Whether reading the inputs waits for other servers, or decodes videos."""

@@ -100,10 +100,11 @@ def make_app(model: ServedModel, name: str, limits: Limits, origins: Origins, ap
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
+        # Of a value that may have two forms, the error of the one that was read further.
+        last = max(reversed(error.errors()), key=lambda one: len(one["loc"]))
         # The path to the value: body, then names of fields and alternatives.
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        message = first["msg"].removeprefix("Value error, ")
+        where = ".".join(str(part) for part in last["loc"] if part != "body")
+        message = last["msg"].removeprefix("Value error, ")
         return error_response(400, f"{where}: {message}" if where else message, where or None)
 
     @app.exception_handler(HTTPException)
@@ -135,7 +136,7 @@ def make_app(model: ServedModel, name: str, limits: Limits, origins: Origins, ap
             return error_response(400, text, "input")
         try:
             dimensions = _dimensions(model, body.dimensions)
-            prompt = _prompt(model, body)
+            prompt = instruction_of(model, body)
             with rows_held.hold(body.count()), pixels_held.hold() as more_pixels:
                 read = asyncio.get_running_loop().run_in_executor
                 threads = app.state.slow_readers if body.reads_slowly() else app.state.readers
@@ -165,8 +166,12 @@ def make_app(model: ServedModel, name: str, limits: Limits, origins: Origins, ap
     return app
 
 
-def _prompt(model: ServedModel, body: EmbeddingRequest) -> str:
-    """The instruction: the system message, a named one, or else the model's default."""
+def instruction_of(model: BTokSentenceTransformer, body: EmbeddingRequest) -> str:
+    """The instruction of a request: the system message, a named one, or else the default of the model.
+
+    Raises:
+        ValueError: Two at once, or a name that the model does not have.
+    """
     given = body.instruction()
     prompt_name = body.prompt_name or body.input_type
     if given is not None and prompt_name is not None:
