@@ -222,10 +222,7 @@ def test_addresses_and_broken_images_are_refused(server, url, says):
         (b'{"messages": [{"role": "user", "content": [' + b"1, " * 300_000 + b"1]}]}", "messages"),
         (json.dumps({"messages": [message(*["a"] * 5000)]}), "at most 4096"),
         (json.dumps({f"x{number}": 1 for number in range(100_000)}), "'x0' is no field"),
-        (
-            json.dumps({"messages": [{"role": "user", "content": "a"} | dict.fromkeys(map(str, range(100_000)))]}),
-            "no f",
-        ),
+        (json.dumps({"messages": [{"role": "user"} | dict.fromkeys(map(str, range(9**6)))]}), "no field"),
     ],
 )
 def test_a_million_mistakes_are_refused_at_the_first(server, body, says):
@@ -239,7 +236,8 @@ def test_unknown_models_and_paths(server):
     for name in ("gpt", "\ud800"):
         assert "only 'tiny'" in refusal(server, 404, json.dumps({"input": "a", "model": name}))
     assert server.get("/v1/models").json()["data"][0]["id"] == "tiny"
-    assert server.get("/v1/nothing").json()["error"]["code"] == 404
+    for path in ("/v1/nothing", "/v1/embeddings/"):
+        assert server.get(path).json()["error"]["code"] == 404
     answer = server.get("/v1/embeddings")
     assert answer.json()["error"]["code"] == 405 and answer.headers["allow"] == "POST"
 
@@ -383,16 +381,15 @@ def test_sigterm_does_not_wait_for_who_does_not_read(exported):
 
 
 def test_a_second_interrupt_ends_it_at_once(exported):
-    with served(exported) as client, ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(client.post, "/v1/embeddings", json={"input": ["long " * 800] * 256})
+    with served(exported, "--max-rows", 1024) as client, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(client.post, "/v1/embeddings", json={"input": ["long " * 800] * 1024})
         while not _metric(client, "btok_rows"):
             assert not asked.done()
-        client.process.send_signal(signal.SIGINT)
-        time.sleep(1)
-        client.process.send_signal(signal.SIGINT)
-        client.process.wait(10)
-        with pytest.raises(httpx.TransportError):
-            asked.result()
+        for _ in "12":
+            client.process.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+        client.process.wait(20)
+        assert isinstance(asked.exception(), httpx.TransportError)
 
 
 @pytest.mark.parametrize("key", ["", " secret"])

@@ -32,6 +32,7 @@ from btok_hf.serving.verify_url import request_body
 
 MODEL = ROOT / "benchmarks" / "unified" / "models" / "btok-small"
 KEY, BODY, PIXELS, STEP = "a key", 2_000_000, 2_000_000, 500
+# A request whose announced length is longer than what comes gets 504, which whole requests must not get.
 REFUSALS = {400, 401, 404, 405, 413, 429, 431}
 # What JSON may hold in the place of anything else; some of it Python's json does not write.
 JUNK = (b"null", b"true", b"0", b"-1", b"64", b"1e999", b"NaN", b"-Infinity", b"9" * 5000, b"1.5", b"[]", b"{}",
@@ -83,7 +84,7 @@ def good(rng):
     kind = int(rng.integers(4))
     if kind == 0:
         return {
-            "input": [text(rng)[:2000] or "a" for _ in range(int(rng.integers(1, 4)))],
+            "input": [words(rng) for _ in range(int(rng.integers(1, 4)))],
             "encoding_format": "base64",
         }
     if kind == 1:
@@ -205,6 +206,7 @@ def send(port, sent, goes):
             pass  # the server refuses before it has read everything
         except TimeoutError:
             return "no answer in 90 s", received
+    received = received.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n").removeprefix(b"HTTP/1.1 100 \r\n\r\n")
     head, _, body = received.partition(b"\r\n\r\n")
     return (int(head.split()[1]) if head else "closed"), body
 
@@ -232,7 +234,7 @@ def run(options):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flags = ["--port", str(port), "--max-body", str(BODY), "--max-image-pixels", str(PIXELS), "--device", "cpu"]
+    flags = ["--port", str(port), "--max-body", str(BODY), "--max-image-pixels", str(PIXELS), "--timeout", "10"]
     command = [sys.executable, "-m", "btok_hf", "serve", str(MODEL), *flags]
     with subprocess.Popen(command, env={**os.environ, "BTOK_API_KEY": KEY}) as server:
         try:
@@ -269,7 +271,7 @@ def fuzz(options, port, server):
                 fault = None
                 if status == 200 and body is not None:
                     fault = wrong(body, answer, model, limits, origins)
-                elif not goes and status != 200 and status not in REFUSALS:
+                elif not goes and status != 200 and status not in REFUSALS | ({504} if body is None else set()):
                     fault = f"status {status}: {answer[:300]!r}"
                 if fault:
                     findings += 1

@@ -92,8 +92,9 @@ def make_app(model: ServedModel, name: str, limits: Limits, origins: Origins, ap
             yield
         app.state.batcher.close()
 
-    # The page with interactive documentation would load scripts from elsewhere.
-    app = FastAPI(title="btok serve", lifespan=lifespan, docs_url=None, redoc_url=None)
+    # The page with interactive documentation would load scripts from elsewhere. Redirects would lead to the host that
+    # the client names.
+    app = FastAPI(title="btok serve", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(
         Gate, limits=limits, key=None if api_key is None else os.fsencode(api_key), answered=metrics.answered
     )
