@@ -1,6 +1,7 @@
 """What requests may name: their own content, and only hosts and files that the flags allow."""
 
 import base64
+import contextlib
 import io
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -73,6 +74,17 @@ def test_formats_that_nobody_sends_are_refused(kind):
     image(28, 28).save(file, kind)
     with pytest.raises(ValueError, match="not one of PNG"):
         Origins(*BOUNDS).image(data(file.getvalue()))
+
+
+def test_damaged_images_are_refused():
+    """Found by `benchmarks.fuzz.requests`: at damaged AVIF files Pillow raises RuntimeError, which was status 500."""
+    file = io.BytesIO()
+    image(28, 28).save(file, "AVIF")
+    content = file.getvalue()
+    for place in range(len(content)):
+        damaged = content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :]
+        with contextlib.suppress(ValueError):
+            Origins(*BOUNDS).image(data(damaged))
 
 
 def test_a_video_file_is_read_as_in_the_library():

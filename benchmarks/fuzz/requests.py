@@ -213,8 +213,11 @@ def send(port, sent, goes):
 
 def wrong(body, answer, model, limits, origins):
     """What is wrong with the vectors of an answer; `None` if they are those of `encode`."""
-    asked = EmbeddingRequest.model_validate(json.loads(body))
-    expected = model.encode(asked.rows(limits, origins, lambda pixels: None), prompt=instruction_of(model, asked))
+    try:
+        asked = EmbeddingRequest.model_validate(json.loads(body))
+        expected = model.encode(asked.rows(limits, origins, lambda pixels: None), prompt=instruction_of(model, asked))
+    except ValueError as error:
+        return f"the library refuses what the server embeds: {error}"
     rows = [row["embedding"] for row in json.loads(answer)["data"]]
     found = [np.frombuffer(base64.b64decode(row), "<f4") if isinstance(row, str) else np.array(row) for row in rows]
     difference = np.abs(np.stack(found) - expected).max()

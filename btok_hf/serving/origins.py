@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from btok_hf.download import download
 from btok_hf.video import read_video
@@ -121,10 +121,12 @@ class Origins:
         """An image that is not decoded yet."""
         try:
             image: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
-        except (UnidentifiedImageError, ValueError, OSError, SyntaxError) as error:
-            raise ValueError(f"an image is not one of {', '.join(FORMATS)} in base64") from error
         except Image.DecompressionBombError as error:
             raise ValueError(f"an image has more than {self.most_pixels} pixels (--max-image-pixels)") from error
+        except MemoryError:
+            raise
+        except Exception as error:  # decoders raise any type at damaged files
+            raise ValueError(f"an image is not one of {', '.join(FORMATS)} in base64, or damaged") from error
         if taken + image.width * image.height > self.most_pixels:
             raise ValueError(
                 f"the images and videos of a request have more than {self.most_pixels} pixels in all "
