@@ -1,8 +1,7 @@
-"""Load on an embedding server over HTTP: throughput and times to the answer; or bad requests of every kind.
+"""Load on an embedding server over HTTP: throughput and times to the answer.
 
     btok serve benchmarks/unified/models/btok-small &
     python -m benchmarks.serve --url http://127.0.0.1:8000              # 2 minutes
-    python -m benchmarks.serve --url http://127.0.0.1:8000 --fuzz 10000
 
 Any server with OpenAI's `/v1/embeddings` and vLLM's `messages` will do. Every client sends its next request when the
 last one is answered, one row each.
@@ -13,7 +12,6 @@ import asyncio
 import base64
 import io
 import json
-import random
 import re
 import time
 from functools import cache
@@ -103,37 +101,16 @@ async def measure(address, key, clients, seconds):
             )
 
 
-async def fuzz(client, count):
-    """Good requests with bytes changed, cut and repeated. Prints how many answers had each status."""
-    chance, statuses = random.Random(0), {}
-    good = [json.dumps(bodies[0] | {"encoding_format": "base64"}).encode() for bodies in requests().values()]
-    parts = [b"null", b"1e999", b"-1", b"[]", b"{}", b'"', b"\\ud800", b"NaN", b"input", b"\x00", b"[" * 5000]
-    for _ in range(count):
-        body = bytearray(chance.choice(good))
-        for _ in range(chance.randint(1, 4)):
-            place = chance.randrange(len(body))
-            body[place : place + chance.choice([0, 1, 9, 200])] = chance.choice(parts)
-        answer = await client.post("/v1/embeddings", content=bytes(body), headers={"Content-Type": "application/json"})
-        statuses[answer.status_code] = statuses.get(answer.status_code, 0) + 1
-    answer = await client.post("/v1/embeddings", json=requests()["texts"][0])
-    print(f"{count} bad requests: {dict(sorted(statuses.items()))}; a good one after them: {answer.status_code}")
-
-
 async def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", nargs="+", required=True, help="of servers, without /v1; one after another")
     parser.add_argument("--key", default="", help="API key")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64], help="clients at once")
     parser.add_argument("--seconds", type=float, default=15, help="for each number of clients")
-    parser.add_argument("--fuzz", type=int, default=0, help="send so many bad requests instead")
     options = parser.parse_args()
     for url in options.url:
         print(url)
-        if options.fuzz:
-            async with httpx.AsyncClient(base_url=url, headers=_headers(options.key), timeout=120) as client:
-                await fuzz(client, options.fuzz)
-        else:
-            await measure(url, options.key, options.clients, options.seconds)
+        await measure(url, options.key, options.clients, options.seconds)
 
 
 if __name__ == "__main__":

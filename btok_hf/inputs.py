@@ -163,11 +163,16 @@ def _read_part(key: str, value: Any, limits: ImageLimits) -> Any:
 def _read_value(key: str, value: Any, limits: ImageLimits) -> Any:
     """One text, image or video."""
     if key == "text":
-        return _read_text(value)
+        return read_text(value)
     return _read_image(value, limits) if key == "image" else _read_video(value, limits)
 
 
-def _read_text(text: Any) -> str:
+def read_text(text: Any) -> str:
+    """A text that has a form in UTF-8.
+
+    Raises:
+        ValueError: It is none, or has half a character.
+    """
     if not isinstance(text, str):
         raise ValueError(f"'text' must be a string or a list of strings, got {type(text).__name__}")
     try:

@@ -64,10 +64,9 @@ def read_video(
             container.seek(0)
             wanted = set(np.linspace(0, total - 1, min(num_frames, total)).astype(int).tolist())
             frames = []
+            _check_pixels(stream.codec_context, len(wanted), most_pixels)  # before the first frame takes memory
             for index, frame in enumerate(container.decode(stream)):
-                if frame.width * frame.height * len(wanted) > most_pixels:
-                    size = f"{len(wanted)} frames of {frame.width} x {frame.height}"
-                    raise ValueError(f"its {size} have more than {most_pixels} pixels")
+                _check_pixels(frame, len(wanted), most_pixels)  # a file may announce another size
                 if time.monotonic() > end:
                     raise ValueError(f"decoding it takes more than {most_seconds:g} seconds")
                 if index in wanted:
@@ -87,6 +86,11 @@ def read_video(
             "can be decoded. Encode it again, or remove it."
         )
     return video_input(frames_as_rgb(frames), fps * len(frames) / total)
+
+
+def _check_pixels(sized: Any, count: int, most: float) -> None:
+    if sized.width * sized.height * count > most:
+        raise ValueError(f"its {count} frames of {sized.width} x {sized.height} have more than {most} pixels")
 
 
 def _frame_rate(shown: Sequence[int | None], stream: Any) -> float:

@@ -85,6 +85,31 @@ def test_room_is_bounded_and_given_back():
         pass
 
 
+def test_a_request_takes_more_room_until_it_is_over():
+    room = Room(8, "pixels")
+    with room.hold() as take:
+        take(5)
+        with pytest.raises(QueueFull, match="the queue of 8 pixels is full"):
+            take(4)
+        take(3)
+        assert room.held == 8
+    assert room.held == 0
+    with pytest.raises(QueueFull, match="over"):  # a thread that still reads for it
+        take(1)
+    assert room.held == 0
+
+
+def test_a_model_that_loses_rows_is_an_error_and_not_a_wait():
+    batcher = Batcher(lambda items, prompt: (np.ones((1, 2)), [1] * len(items)), batch_rows=4)
+    first, second = batcher.submit([1, 2], "")
+    assert first.result(10).tokens == second.result(10).tokens == 1  # one by one
+    batcher.close()
+    batcher = Batcher(lambda items, prompt: (np.ones((0, 2)), []), batch_rows=4)
+    with pytest.raises(RuntimeError, match="0 embeddings for 1 rows"):
+        batcher.submit([1], "")[0].result(10)
+    batcher.close()
+
+
 def test_closing_answers_what_is_queued(model):
     batcher = Batcher(model.embed, batch_rows=4)
     futures = batcher.submit([1], "") + batcher.submit([2], "")

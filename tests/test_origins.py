@@ -1,6 +1,7 @@
 """What requests may name: their own content, and only hosts and files that the flags allow."""
 
 import base64
+import contextlib
 import io
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -75,6 +76,17 @@ def test_formats_that_nobody_sends_are_refused(kind):
         Origins(*BOUNDS).image(data(file.getvalue()))
 
 
+def test_damaged_images_are_refused():
+    """Found by `benchmarks.fuzz.requests`: at damaged AVIF files Pillow raises RuntimeError, which was status 500."""
+    file = io.BytesIO()
+    image(28, 28).save(file, "AVIF")
+    content = file.getvalue()
+    for place in range(len(content)):
+        damaged = content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :]
+        with contextlib.suppress(ValueError):
+            Origins(*BOUNDS).image(data(damaged))
+
+
 def test_a_video_file_is_read_as_in_the_library():
     content = (MEDIA / "rotated.mp4").read_bytes()
     for kind in ("video/mp4", "video/webm"):
@@ -110,6 +122,7 @@ def test_files_below_the_folder_are_read(folder):
         "{folder}",
         "{folder}/nothing.png",
         "{folder}/nothing%00.png",
+        "{folder}/" + 300 * "a",
         "localhost{folder}/inside.png",
         "/dev/stdin",
         "",
@@ -117,7 +130,7 @@ def test_files_below_the_folder_are_read(folder):
 )
 def test_other_files_are_not(folder, path):
     origins = Origins(*BOUNDS, folder=folder)
-    with pytest.raises(ValueError, match=r"no file below the folder|null byte"):
+    with pytest.raises(ValueError, match="no file below the folder"):
         origins.image("file://" + path.format(folder=folder))
     for url in (f"{folder}/inside.png", f"file:{folder}/inside.png", f"FILE://{folder}/inside.png"):
         with pytest.raises(ValueError, match="this server opens file:///… below its folder"):

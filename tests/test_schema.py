@@ -14,7 +14,7 @@ LIMITS = ImageLimits(28 * 28 * 16, 14)
 
 
 def rows(**body):
-    return EmbeddingRequest.model_validate(body).rows(LIMITS, Origins(10**6, 10**6, 60))[0]
+    return EmbeddingRequest.model_validate(body).rows(LIMITS, Origins(10**6, 10**6, 60), lambda pixels: None)
 
 
 def test_texts_are_texts(tmp_path, monkeypatch):
@@ -98,9 +98,32 @@ def test_what_clients_of_vllm_write_is_taken_if_it_changes_nothing():
             EmbeddingRequest.model_validate({"input": "a", **same, name: value})
 
 
-def test_addresses_of_other_servers_are_known_before_they_are_read():
-    for url, expected in (("data:video/mp4;base64,", False), ("https://example.org/a.mp4", True)):
-        content = [{"type": "text", "text": "https://"}, {"type": "video_url", "video_url": {"url": url}}]
+def test_what_takes_long_is_known_before_it_is_read():
+    for kind, url, expected in (
+        ("image", "data:image/png;base64,", False),
+        ("image", "https://example.org/a.png", True),
+        ("video", "data:video/jpeg;base64,", False),  # frames
+        ("video", "data:video/mp4;base64,", True),
+        ("video", "https://example.org/a.mp4", True),
+    ):
+        content = [{"type": "text", "text": "https://"}, {"type": f"{kind}_url", f"{kind}_url": {"url": url}}]
         body = {"messages": [{"role": "user", "content": content}]}
-        assert EmbeddingRequest.model_validate(body).names_addresses() is expected
-    assert not EmbeddingRequest.model_validate({"input": "https://example.org/a.png"}).names_addresses()
+        assert EmbeddingRequest.model_validate(body).reads_slowly() is expected
+    assert not EmbeddingRequest.model_validate({"input": "https://example.org/a.png"}).reads_slowly()
+
+
+def test_pixels_are_counted_part_by_part_before_they_are_decoded():
+    """So that a request that is over, or does not fit, is not read to its end."""
+    counted = []
+
+    def more_pixels(pixels):
+        counted.append(pixels)
+        if len(counted) == 2:
+            raise KeyError("full")
+
+    parts = message(image(28, 28), [image(28, 28)] * 2, "text", image(28, 28))
+    parts["content"][0]["image_url"]["url"] = "data:image/png;base64," + png(image(28, 28))[:80]  # only its header
+    request = EmbeddingRequest.model_validate({"messages": [parts]})
+    with pytest.raises(KeyError, match="full"):
+        request.rows(LIMITS, Origins(10**6, 10**6, 60), more_pixels)
+    assert counted == [28 * 28, 2 * 28 * 28]

@@ -6,6 +6,7 @@ import itertools
 import av
 import numpy as np
 import pytest
+from PIL import Image
 from support import tiny
 from support.inputs import TOLERANCE
 from support.media import image
@@ -136,3 +137,17 @@ def test_bounds_of_a_video(mp4):
         read_video(mp4, most_pixels=8 * 64 * 64 - 1)
     with pytest.raises(ValueError, match="decoding it takes more than 0 seconds"):
         read_video(mp4, most_seconds=0)
+
+
+def test_large_frames_are_refused_before_they_take_memory():
+    """A GIF of some bytes that announces 16,000 x 16,000 pixels, and whose frames cannot be decoded."""
+    file = io.BytesIO()
+    frames = [Image.new("P", (16, 16), colour) for colour in range(2)]
+    frames[0].save(file, "gif", save_all=True, append_images=frames[1:])
+    content = bytearray(file.getvalue())
+    content[6:10] = (16_000).to_bytes(2, "little") * 2
+    for place in range(len(content)):
+        if content[place : place + 1] == b"\x2c":  # a frame begins: its left edge lies outside
+            content[place + 1 : place + 3] = b"\xff\xff"
+    with pytest.raises(ValueError, match="frames of 16000 x 16000 have more than 1000000 pixels"):
+        read_video(io.BytesIO(content), most_pixels=10**6)

@@ -225,10 +225,15 @@ def _videos():
     return files
 
 
+def video_bytes(rng):
+    """The bytes of a video file, mostly damaged."""
+    content, other = pick(rng, _videos()), pick(rng, _videos())
+    return content if rng.random() < 0.15 else damaged(rng, content, other)
+
+
 def video(rng, folder):
     """A video file, mostly damaged, in one of its forms."""
-    content, other = pick(rng, _videos()), pick(rng, _videos())
-    content = content if rng.random() < 0.15 else damaged(rng, content, other)
+    content = video_bytes(rng)
     kind = int(rng.integers(5))
     path = folder / f"v{pick(rng, ('.mp4', '.webm', '.avi', '.mkv', '.MOV'))}"
     path.write_bytes(content)

@@ -30,6 +30,7 @@ def serve_command(commands: Any) -> None:
         ("--queue-rows", int, 1024, "most rows of all requests together"),
         ("--batch-rows", int, 64, "most rows of a batch"),
         ("--max-body", int, 32 * 2**20, "most bytes of a request, and of what it names"),
+        ("--queue-body", int, 512 * 2**20, "most bytes of all requests together"),
         ("--max-image-pixels", int, 100_000_000, "most pixels of all images and frames of a request"),
         ("--queue-pixels", int, 500_000_000, "most pixels of all requests together"),
         ("--timeout", float, 60.0, "most seconds of a request"),
@@ -52,7 +53,8 @@ def serve_command(commands: Any) -> None:
 
 def run_serve(repo: str, dtype: str, max_pixels: int | None, **options: Any) -> None:
     try:
-        from btok_hf.serving.server import Limits, serve
+        from btok_hf.serving.gate import Limits
+        from btok_hf.serving.server import serve
     except ModuleNotFoundError as error:
         raise ImportError(f"btok serve needs the package {error.name}: pip install 'btok-hf[serve]'.") from error
 

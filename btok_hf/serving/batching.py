@@ -36,21 +36,31 @@ class Room:
         self.held, self._most, self._what, self._lock = 0, most, what, threading.Lock()
 
     @contextmanager
-    def hold(self, amount: int) -> Iterator[None]:
-        """Hold room for a request until it is answered.
+    def hold(self, amount: int = 0) -> Iterator[Callable[[int], None]]:
+        """Hold room for a request until it is answered. Yields a function that takes more of it, from any thread.
 
         Raises:
-            QueueFull: So much does not fit at the moment.
+            QueueFull: So much does not fit at the moment. Of the function also: the request is over.
         """
-        with self._lock:
-            if self.held + amount > self._most:
-                raise QueueFull(f"the queue of {self._most} {self._what} is full; try again soon")
-            self.held += amount
+        mine, over = 0, False
+
+        def take(more: int) -> None:
+            nonlocal mine
+            with self._lock:
+                if over:
+                    raise QueueFull("the request is over")
+                if self.held + more > self._most:
+                    raise QueueFull(f"the queue of {self._most} {self._what} is full; try again soon")
+                self.held += more
+                mine += more
+
+        take(amount)
         try:
-            yield
+            yield take
         finally:
             with self._lock:
-                self.held -= amount
+                over = True
+                self.held -= mine
 
 
 class Batcher:
@@ -73,7 +83,8 @@ class Batcher:
         self._waiting: deque[tuple[Any, str, Future[Row]]] = deque()
         self._changed = threading.Condition()
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="btok-batches")
+        # A daemon, so that a server whose end is forced does not wait for it.
+        self._thread = threading.Thread(target=self._run, name="btok-batches", daemon=True)
         self._thread.start()
 
     def submit(self, items: Sequence[Any], prompt: str) -> list[Future[Row]]:
@@ -117,6 +128,8 @@ class Batcher:
             self._observe(len(batch))
         try:
             embeddings, tokens = self._embed([item for item, _ in batch], prompt)
+            if not len(embeddings) == len(tokens) == len(batch):
+                raise RuntimeError(f"The model gave {len(embeddings)} embeddings for {len(batch)} rows.")
         except Exception as error:
             if len(batch) == 1:
                 batch[0][1].set_exception(error)

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from btok_hf.download import download
 from btok_hf.video import read_video
@@ -18,6 +18,7 @@ from btok_hf.video import read_video
 # Pillow reads more, also formats that run other programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 WEB = ("http://", "https://")
+FRAMES = "data:video/jpeg;base64,"
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,12 @@ class Origins:
         Raises:
             ValueError: It may not be opened, is too large, or is no video.
         """
-        head, _, payload = url.partition(",")
-        if head != "data:video/jpeg;base64":
+        if not url.startswith(FRAMES):
             content, left = io.BytesIO(self._content(url, "video")), self.most_pixels - taken
             video = read_video(content, most_pixels=left, most_seconds=self.most_seconds)
             return video, video["array"].size // 3
         frames, pixels = [], 0
-        for frame in payload.split(","):
+        for frame in url.removeprefix(FRAMES).split(","):
             frames.append(self._opened(_decoded(frame), taken + pixels))
             pixels += frames[-1].width * frames[-1].height
         return frames, pixels
@@ -100,12 +100,19 @@ class Origins:
 
     def _file(self, url: str, folder: Path) -> bytes:
         """A file below the folder, after links are followed."""
-        path = Path(url2pathname(urlsplit(url).path)).resolve()
-        # One message for both: nobody learns which files there are elsewhere.
-        if urlsplit(url).netloc or not path.is_relative_to(folder) or not path.is_file():
-            raise ValueError(f"{url[:200]!r} is no file below the folder of --allow-files. Send the content itself")
-        with open(path, "rb") as file:
-            content = file.read(self.most_bytes + 1)
+        # One message for all: nobody learns which files there are elsewhere.
+        refusal = ValueError(f"{url[:200]!r} is no file below the folder of --allow-files. Send the content itself")
+        try:
+            path = Path(url2pathname(urlsplit(url).path)).resolve()
+            if urlsplit(url).netloc or not path.is_relative_to(folder) or not path.is_file():
+                raise refusal
+            with open(path, "rb") as file:
+                content = file.read(self.most_bytes + 1)
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # names that are too long or hold a null byte, files that are not readable
+            raise refusal from error
         if len(content) > self.most_bytes:
             raise ValueError(f"{url[:200]!r} is larger than {self.most_bytes} bytes (--max-body)")
         return content
@@ -114,10 +121,12 @@ class Origins:
         """An image that is not decoded yet."""
         try:
             image: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
-        except (UnidentifiedImageError, ValueError, OSError, SyntaxError) as error:
-            raise ValueError(f"an image is not one of {', '.join(FORMATS)} in base64") from error
         except Image.DecompressionBombError as error:
             raise ValueError(f"an image has more than {self.most_pixels} pixels (--max-image-pixels)") from error
+        except MemoryError:
+            raise
+        except Exception as error:  # decoders raise any type at damaged files
+            raise ValueError(f"an image is not one of {', '.join(FORMATS)} in base64, or damaged") from error
         if taken + image.width * image.height > self.most_pixels:
             raise ValueError(
                 f"the images and videos of a request have more than {self.most_pixels} pixels in all "

@@ -3,19 +3,30 @@
 Text is never taken for a file or a special token. What media may be opened is in `origins.py`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from btok_hf.inputs import ImageLimits, check_input
-from btok_hf.serving.origins import WEB, Origins
+from btok_hf.inputs import ImageLimits, check_input, read_text
+from btok_hf.serving.origins import FRAMES, WEB, Origins
+
+MOST_PARTS = 4096  # of a message; a request of --max-body could hold a million
 
 
 class _Strict(BaseModel):
     """A field that would be ignored is an error: the client wants something that it would not get."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    # pydantic reports each of a million unknown fields, which takes minutes and gigabytes. Lists have `fail_fast`.
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, body: Any) -> Any:
+        if isinstance(body, Mapping) and len(body) > len(cls.model_fields):
+            unknown = next(name for name in body if name not in cls.model_fields)
+            raise ValueError(f"{unknown!r} is no field; there are {', '.join(cls.model_fields)}")
+        return body
 
 
 class Address(_Strict):
@@ -54,7 +65,7 @@ class Message(_Strict):
     """A system message, which is the instruction, or the user's message, which is the input."""
 
     role: Literal["system", "user"]
-    content: str | list[Part]
+    content: str | Annotated[list[Part], Field(max_length=MOST_PARTS, fail_fast=True)]
 
     def parts(self) -> list[TextPart | ImagePart | VideoPart]:
         """The content as parts."""
@@ -89,8 +100,8 @@ class EmbeddingRequest(_WithoutEffect):
     `prompt_name` names one of the model's instructions; `input_type` is the same for `query` and `document`.
     """
 
-    input: str | list[str] | None = None
-    messages: list[Message] | None = None
+    input: str | Annotated[list[str], Field(fail_fast=True)] | None = None
+    messages: Annotated[list[Message], Field(fail_fast=True)] | None = None
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None
@@ -124,45 +135,45 @@ class EmbeddingRequest(_WithoutEffect):
         """The text of the system message; `None` without one.
 
         Raises:
-            ValueError: It has media.
+            ValueError: It has media, or half a character.
         """
         if self.messages is None or self.messages[0].role != "system":
             return None
         parts = self.messages[0].parts()
         if not all(isinstance(part, TextPart) for part in parts):
             raise ValueError("the system message must be text; put images and videos into the user message")
-        return " ".join(part.text for part in parts if isinstance(part, TextPart))
+        return read_text(" ".join(part.text for part in parts if isinstance(part, TextPart)))
 
-    def names_addresses(self) -> bool:
-        """Whether reading the inputs waits for other servers."""
+    def reads_slowly(self) -> bool:
+        """Whether reading the inputs waits for other servers, or decodes videos."""
         parts = [part for message in self.messages or [] for part in message.parts()]
-        media = [part.image_url for part in parts if isinstance(part, ImagePart)]
-        media += [part.video_url for part in parts if isinstance(part, VideoPart)]
-        return any(part.url.startswith(WEB) for part in media)
+        images = [part.image_url.url for part in parts if isinstance(part, ImagePart)]
+        videos = [part.video_url.url for part in parts if isinstance(part, VideoPart)]
+        return any(url.startswith(WEB) for url in images) or any(not url.startswith(FRAMES) for url in videos)
 
-    def rows(self, limits: ImageLimits, origins: Origins) -> tuple[list[Any], int]:
-        """The checked inputs, decoded media and texts, and the number of pixels in them.
+    def rows(self, limits: ImageLimits, origins: Origins, more_pixels: Callable[[int], None]) -> list[Any]:
+        """The checked inputs: texts and decoded media.
 
         Args:
             limits (`ImageLimits`): Those of the model's processor.
             origins (`Origins`): What may be opened, and bounds.
+            more_pixels (`Callable`): Called with the pixels of each image or video. It ends the reading by an error.
 
         Raises:
             ValueError: An input that cannot be embedded. The message has its place and what is wrong.
         """
         if self.messages is not None:
-            message, pixels = _read(self.messages[-1], origins)
-            return [check_input(message, limits)], pixels
+            return [check_input(_read(self.messages[-1], origins, more_pixels), limits)]
         texts = [self.input] if isinstance(self.input, str) else self.input or []
-        return [check_input({"text": text}, limits, place) for place, text in enumerate(texts)], 0
+        return [check_input({"text": text}, limits, place) for place, text in enumerate(texts)]
 
     def count(self) -> int:
         """The number of rows."""
         return len(self.input) if isinstance(self.input, list) else 1
 
 
-def _read(message: Message, origins: Origins) -> tuple[dict[str, Any], int]:
-    """A user message with the files of its images and videos, in their order, and the number of their pixels."""
+def _read(message: Message, origins: Origins, more_pixels: Callable[[int], None]) -> dict[str, Any]:
+    """A user message with the files of its images and videos, in their order."""
     content: list[dict[str, Any]] = []
     pixels = 0
     for part in message.parts():
@@ -176,6 +187,7 @@ def _read(message: Message, origins: Origins) -> tuple[dict[str, Any], int]:
         else:
             video, size = origins.video(part.video_url.url, pixels)
             value = {"type": "video", "video": video}
+        more_pixels(size)
         content.append(value)
         pixels += size
-    return {"role": message.role, "content": content}, pixels
+    return {"role": message.role, "content": content}

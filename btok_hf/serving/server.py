@@ -1,17 +1,15 @@
 """The server behind `btok serve`: OpenAI's embeddings over HTTP, with vLLM's `messages`, bounds and metrics.
 
-What a request may hold is in `schema.py`, how rows become batches in `batching.py`.
+What every request passes is in `gate.py`, what it may hold in `schema.py`, how rows become batches in `batching.py`.
 """
 
 import asyncio
 import base64
+import math
 import os
-import secrets
-import time
 from collections.abc import AsyncIterator, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,51 +20,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from btok_hf.sentence_transformer import BTokSentenceTransformer
 from btok_hf.serving.batching import Batcher, QueueFull, Room, Row
+from btok_hf.serving.gate import Gate, Limits, error_response
 from btok_hf.serving.origins import Origins
 from btok_hf.serving.schema import EmbeddingRequest
 
 KEY = "BTOK_API_KEY"  # not a flag: other users of the machine can see flags
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Bounds of the server; flags of `btok serve`.
-
-    Args:
-        max_rows (`int`): Most rows of a request.
-        queue_rows (`int`): Most rows of all requests together. More are answered with 429.
-        batch_rows (`int`): Most rows of a batch.
-        max_body (`int`): Most bytes of a request, and of a file or download that it names.
-        max_image_pixels (`int`): Most pixels of all images and frames of a request, before any reduction.
-        queue_pixels (`int`): Most pixels of all requests together, of three bytes each. More are answered with 429.
-        timeout (`float`): Seconds from the first byte of a request to its answer, and of a download in it.
-
-    Raises:
-        ValueError: A bound below 1, or a request that would never fit.
-    """
-
-    max_rows: int = 256
-    queue_rows: int = 1024
-    batch_rows: int = 64
-    max_body: int = 32 * 2**20
-    max_image_pixels: int = 100_000_000
-    queue_pixels: int = 500_000_000
-    timeout: float = 60.0
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not value > 0:
-                raise ValueError(f"{name} must be above 0, got {value}.")
-        for one, all_ in (("max_rows", "queue_rows"), ("max_image_pixels", "queue_pixels")):
-            if (asked := getattr(self, one)) > (most := getattr(self, all_)):
-                raise ValueError(
-                    f"{one}={asked} is above {all_}={most}: such a request would never fit. Raise {all_}, or lower "
-                    f"{one}."
-                )
 
 
 class ServedModel(BTokSentenceTransformer):
@@ -88,71 +49,6 @@ class ServedModel(BTokSentenceTransformer):
         return self.encode(items, prompt=prompt, show_progress_bar=False), self.lengths
 
 
-class _Bounds:
-    """Middleware that bounds a request in bytes and seconds, so that neither a large nor a slow client holds it.
-
-    A request whose client is gone is cancelled.
-    """
-
-    def __init__(self, app: ASGIApp, limits: Limits) -> None:
-        self.app, self.limits = app, limits
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        started, gone, size, whole = False, False, 0, asyncio.Event()
-
-        async def bounded_receive() -> Message:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > self.limits.max_body:
-                raise HTTPException(413, f"the request is larger than {self.limits.max_body} bytes (--max-body)")
-            if not message.get("more_body"):
-                whole.set()
-            return message
-
-        async def noting_send(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
-        async def end_if_gone(bound: asyncio.Timeout) -> None:
-            nonlocal gone
-            await whole.wait()
-            while (await receive())["type"] != "http.disconnect":
-                pass
-            if not started:
-                gone = True
-                bound.reschedule(0)
-
-        try:
-            async with asyncio.timeout(self.limits.timeout) as bound:
-                watch = asyncio.create_task(end_if_gone(bound))
-                try:
-                    await self.app(scope, bounded_receive, noting_send)
-                finally:
-                    watch.cancel()
-        except TimeoutError:
-            text = f"no answer in {self.limits.timeout:g} s (--timeout): the server is busy, or the request slow"
-            if not started:  # for a client that is gone, the metrics need a status: 499, as of nginx
-                response = Response(status_code=499) if gone else error_response(504, text)
-                await response(scope, receive, send)
-
-
-def error_response(status: int, message: str, param: str | None = None) -> JSONResponse:
-    """An error as OpenAI's clients expect it. What clients wrote may hold halves of characters."""
-    kinds = {401: "authentication_error", 429: "rate_limit_error", 504: "timeout_error"}
-    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    text = message.encode("utf-8", "backslashreplace").decode()
-    headers = {"Retry-After": "1"} if status == 429 else {"WWW-Authenticate": "Bearer"} if status == 401 else None
-    if status in (413, 504):  # the rest of the body is not read
-        headers = {"Connection": "close"}
-    error = {"message": text, "type": kind, "param": param, "code": status}
-    return JSONResponse({"error": error}, status, headers)
-
-
 class _Metrics:
     """What Prometheus reads at `/metrics`."""
 
@@ -164,6 +60,11 @@ class _Metrics:
         sizes = [2**power for power in range(11)]
         self.batch = Histogram("btok_batch_rows", "Rows of a batch", buckets=sizes, registry=self.registry)
         self.rows = Gauge("btok_rows", "Rows waiting, being read or being embedded", registry=self.registry)
+
+    def answered(self, status: int, seconds: float) -> None:
+        """Count an answer."""
+        self.requests.labels(status).inc()
+        self.seconds.observe(seconds)
 
 
 def make_app(model: ServedModel, name: str, limits: Limits, origins: Origins, api_key: str | None = None) -> FastAPI:
@@ -185,44 +86,31 @@ def make_app(model: ServedModel, name: str, limits: Limits, origins: Origins, ap
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.batcher = Batcher(model.embed, limits.batch_rows, metrics.batch.observe)
-        # Two are enough to decode media beside the batches. Downloads have threads of their own, because a slow host
-        # holds them.
-        with ThreadPoolExecutor(2) as app.state.readers, ThreadPoolExecutor(8) as app.state.fetchers:
+        # Two are enough to decode images beside the batches. Downloads and videos have threads of their own, because a
+        # slow host or a long video holds them.
+        with ThreadPoolExecutor(2) as app.state.readers, ThreadPoolExecutor(8) as app.state.slow_readers:
             yield
         app.state.batcher.close()
 
-    # The page with interactive documentation would load scripts from elsewhere.
-    app = FastAPI(title="btok serve", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(_Bounds, limits=limits)
-
-    @app.middleware("http")
-    async def observe(request: Request, call_next: Any) -> Response:
-        if not request.url.path.startswith("/v1/"):
-            return await call_next(request)
-        start, status = time.perf_counter(), 500
-        try:
-            given = request.headers.get("authorization", "").encode("utf-8", "replace")
-            if api_key is not None and not secrets.compare_digest(given, f"Bearer {api_key}".encode()):
-                response = error_response(401, "the API key is missing or wrong. Send it as 'Authorization: Bearer …'")
-            else:
-                response = await call_next(request)
-            status = response.status_code
-            return response
-        finally:
-            metrics.requests.labels(status).inc()
-            metrics.seconds.observe(time.perf_counter() - start)
+    # The page with interactive documentation would load scripts from elsewhere. Redirects would lead to the host that
+    # the client names.
+    app = FastAPI(title="btok serve", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.add_middleware(
+        Gate, limits=limits, key=None if api_key is None else os.fsencode(api_key), answered=metrics.answered
+    )
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
+        # Of a value that may have two forms, the error of the one that was read further.
+        last = max(reversed(error.errors()), key=lambda one: len(one["loc"]))
         # The path to the value: body, then names of fields and alternatives.
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        message = first["msg"].removeprefix("Value error, ")
+        where = ".".join(str(part) for part in last["loc"] if part != "body")
+        message = last["msg"].removeprefix("Value error, ")
         return error_response(400, f"{where}: {message}" if where else message, where or None)
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
-        return error_response(error.status_code, str(error.detail))
+        return error_response(error.status_code, str(error.detail), headers=error.headers)
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:
@@ -249,18 +137,17 @@ def make_app(model: ServedModel, name: str, limits: Limits, origins: Origins, ap
             return error_response(400, text, "input")
         try:
             dimensions = _dimensions(model, body.dimensions)
-            prompt = _prompt(model, body)
-            with rows_held.hold(body.count()):
+            prompt = instruction_of(model, body)
+            with rows_held.hold(body.count()), pixels_held.hold() as more_pixels:
                 read = asyncio.get_running_loop().run_in_executor
-                threads = app.state.fetchers if body.names_addresses() else app.state.readers
-                items, pixels = await read(threads, body.rows, image_limits, origins)
-                with pixels_held.hold(pixels):
-                    futures = app.state.batcher.submit(items, prompt)
-                    try:
-                        rows = await asyncio.gather(*map(asyncio.wrap_future, futures))
-                    finally:
-                        for future in futures:  # a request that failed, timed out or has no client leaves the queue
-                            future.cancel()
+                threads = app.state.slow_readers if body.reads_slowly() else app.state.readers
+                items = await read(threads, body.rows, image_limits, origins, more_pixels)
+                futures = app.state.batcher.submit(items, prompt)
+                try:
+                    rows = await asyncio.gather(*map(asyncio.wrap_future, futures))
+                finally:
+                    for future in futures:  # a request that failed, timed out or has no client leaves the queue
+                        future.cancel()
         except QueueFull as error:
             return error_response(429, str(error))
         except ValueError as error:
@@ -280,8 +167,12 @@ def make_app(model: ServedModel, name: str, limits: Limits, origins: Origins, ap
     return app
 
 
-def _prompt(model: ServedModel, body: EmbeddingRequest) -> str:
-    """The instruction: the system message, a named one, or else the model's default."""
+def instruction_of(model: BTokSentenceTransformer, body: EmbeddingRequest) -> str:
+    """The instruction of a request: the system message, a named one, or else the default of the model.
+
+    Raises:
+        ValueError: Two at once, or a name that the model does not have.
+    """
     given = body.instruction()
     prompt_name = body.prompt_name or body.input_type
     if given is not None and prompt_name is not None:
@@ -336,7 +227,20 @@ def serve(
         folder (`Path`, *optional*): Folder that clients may name files of.
         load: For `BTokSentenceTransformer`.
     """
-    api_key = os.environ.get(KEY) or None
+    api_key = os.environ.get(KEY)
+    if api_key is not None and (not api_key or api_key != api_key.strip()):
+        raise ValueError(f"{KEY} is set, but empty or with white space around it. Give a key, or unset it for none.")
     origins = Origins(limits.max_image_pixels, limits.max_body, limits.timeout, hosts, folder)
     app = make_app(ServedModel(repo, **load), name or repo, limits, origins, api_key)
-    uvicorn.run(app, host=host, port=port, access_log=False, server_header=False)
+    # h11 bounds the size of headers, httptools does not. After SIGTERM, all that outlasts the timeout is a client that
+    # does not read its answer.
+    uvicorn.run(
+        app,
+        host=host,
+        port=port,
+        http="h11",
+        ws="none",
+        timeout_graceful_shutdown=math.ceil(limits.timeout) + 1,
+        access_log=False,
+        server_header=False,
+    )
