@@ -42,20 +42,21 @@ def tokenizer(kind=Qwen2Tokenizer):
     return tokenizer
 
 
-def hybrid(text):
+def hybrid(text, linear_dim):
     """What the text configuration of a Qwen3.5 has besides: attention between two recurrent layers."""
+    sections = [text["head_dim"] // 8, *[text["head_dim"] // 16] * 2]
     return {
         "num_hidden_layers": 3,
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],
         "linear_num_value_heads": 4,
         "linear_num_key_heads": 2,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16,
-        "rope_parameters": {**text["rope_parameters"], "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]},
+        "linear_key_head_dim": linear_dim,
+        "linear_value_head_dim": linear_dim,
+        "rope_parameters": {**text["rope_parameters"], "partial_rotary_factor": 0.5, "mrope_section": sections},
     }
 
 
-def build(backbone, path, vocab_size=320, tied=True, seed=0, chat_template=CHAT_TEMPLATE, head_dim=16):
+def build(backbone, path, vocab_size=320, tied=True, seed=0, chat_template=CHAT_TEMPLATE, head_dim=16, linear_dim=16):
     """Write a random base checkpoint with its processor to `path`. 264 of the `vocab_size` rows are taken."""
     tok = tokenizer(Qwen3_5Tokenizer if backbone == "qwen3_5" else Qwen2Tokenizer)
     ids = dict(zip(SPECIAL, tok.convert_tokens_to_ids(SPECIAL)))
@@ -117,7 +118,7 @@ def build(backbone, path, vocab_size=320, tied=True, seed=0, chat_template=CHAT_
             model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **special))
         else:
             model = Qwen3_5ForConditionalGeneration(
-                Qwen3_5Config(text_config=text | hybrid(text), vision_config=vision, **special)
+                Qwen3_5Config(text_config=text | hybrid(text, linear_dim), vision_config=vision, **special)
             )
         pixels = {"shortest_edge": 32 * 32, "longest_edge": 32 * 32 * 16}
         processor = Qwen3VLProcessor(
