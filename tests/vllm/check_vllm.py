@@ -127,7 +127,7 @@ SERVED = [
     ("qwen2_vl", 4),
     ("qwen2_5_vl", 4),
     ("qwen3_vl", 4),
-    ("qwen3_5", 4),
+    ("qwen3_5", 1),
     ("qwen2_vl", 0),
     ("qwen3_vl", 1, "as_given"),
 ]
@@ -215,7 +215,7 @@ def test_dimensions_that_the_model_was_trained_for(served):
 
 
 def refused(repo):
-    """Requests whose rows do not end in the tokens, and rows with placeholders but without media."""
+    """Requests whose rows do not end in the tokens or have nothing else, and placeholders without media."""
     config = json.loads((repo / "config.json").read_text("utf-8"))
     tokens = config["btok_token_ids"]
     message = [{"role": "user", "content": "A text of some length."}]
@@ -224,6 +224,8 @@ def refused(repo):
         "tokens not at the end": {"input": [70, *tokens, 72]},
         "tokens twice": {"input": [70, *tokens, *tokens]},
         "one of several": {"input": [[70, *tokens], [70, 71, 72]]},
+        "only tokens": {"input": tokens},
+        "empty": {"input": ""},
         "no media": {"input": [70, config["image_token_id"], *tokens]},
         "generation prompt": {"messages": message, "add_generation_prompt": True},
         "cut": {"messages": message, "truncate_prompt_tokens": 6, "truncation_side": "right"},
