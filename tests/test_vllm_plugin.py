@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import transformers
 from transformers import AutoModelForImageTextToText
 
@@ -36,7 +38,7 @@ def test_repositories_name_the_architectures_that_it_registers(repos, exported):
     """No engine knows them otherwise, and transformers has no such classes. The plugin has not all families."""
     names = {f"BTok{family}ForEmbedding" for family in vllm_plugin.FAMILIES}
     configs = [json.loads(Path(repo, "config.json").read_text("utf-8")) for repo in [*repos.values(), exported]]
-    unknown = {f"BTok{family}ForEmbedding" for family in ("Qwen3_5", "Idefics3", "SmolVLM")}
+    unknown = {f"BTok{family}ForEmbedding" for family in ("InternVL", "Idefics3", "SmolVLM")}
     assert {name for config in configs for name in config["architectures"]} == names | unknown
     assert len(names | unknown) == len(STOCK_CLASSES) and not any(
         hasattr(transformers, name) for name in names | unknown
@@ -73,6 +75,24 @@ def test_settings_that_cut_rows_are_refused():
     ):
         with pytest.raises(ValueError, match=rf"needs whole rows, but {word}.*would cut them"):
             check(settings(**{name: True}))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "key", "value", "wrong"),
+    [
+        ("bfloat16", 128, 128, None),
+        ("bfloat16", 64, 64, None),
+        ("float16", 128, 128, "--dtype bfloat16 on a CPU.*got float16"),
+        ("float32", 128, 128, "--dtype bfloat16 on a CPU.*got float32"),
+        ("bfloat16", 32, 32, r"linear heads of 64 or of 128 on a CPU.*got \(32, 32\)"),
+        ("bfloat16", 64, 128, r"linear heads of 64 or of 128 on a CPU.*got \(64, 128\)"),
+    ],
+)
+def test_what_the_cpu_kernels_of_recurrent_layers_cannot_run_is_refused(dtype, key, value, wrong):
+    text = SimpleNamespace(linear_key_head_dim=key, linear_value_head_dim=value)
+    config = SimpleNamespace(dtype=getattr(torch, dtype), hf_text_config=text)
+    with pytest.raises(ValueError, match=wrong) if wrong else nullcontext():
+        vllm_plugin.BTokRecurrentConfig.check_cpu_kernels(config)
 
 
 def test_the_renderer_and_the_defaults_of_videos_are_set():

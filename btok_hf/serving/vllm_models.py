@@ -12,6 +12,7 @@ from vllm.model_executor.layers.pooler.seqwise.methods import SequencePoolingMet
 from vllm.model_executor.models.interfaces_base import default_pooling_type
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration
+from vllm.model_executor.models.qwen3_5 import Qwen3_5ForConditionalGeneration
 from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
 
 
@@ -106,3 +107,8 @@ class BTokQwen2_5_VLForEmbedding(WithPositionsOfTransformers, Qwen2_5_VLForCondi
 @default_pooling_type(seq_pooling_type="MEAN")
 class BTokQwen3VLForEmbedding(WithBottleneckTokens, Qwen3VLForConditionalGeneration):
     """Qwen3-VL with Bottleneck Tokens. A frame is an image to its positions, so that vLLM and transformers agree."""
+
+
+@default_pooling_type(seq_pooling_type="MEAN")
+class BTokQwen3_5ForEmbedding(WithBottleneckTokens, Qwen3_5ForConditionalGeneration):
+    """Qwen3.5 with Bottleneck Tokens. Positions as in Qwen3-VL; rows that are whole start from a state of zero."""

@@ -10,7 +10,8 @@ vLLM calls `register` in each of its processes, for any model that it serves. So
 import logging
 from typing import Any
 
-FAMILIES = ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL")
+FAMILIES = ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3_5")
+RECURRENT = ("Qwen3_5",)
 MODE = "btok"  # what vLLM calls a tokenizer mode chooses the tokenizer and the renderer; also the video backend
 # Frames without times count as two per second in this library, and none is left out. vLLM would count one per second
 # and drop those after the 32nd. Files are read by this library.
@@ -36,7 +37,8 @@ def register() -> None:
     for family in FAMILIES:
         name = f"BTok{family}ForEmbedding"
         ModelRegistry.register_model(name, f"btok_hf.serving.vllm_models:{name}")
-        MODELS_CONFIG_MAP[name] = BTokConfig  # no subclass of vLLM's, which is imported late
+        # No subclasses of vLLM's, which is imported late.
+        MODELS_CONFIG_MAP[name] = BTokRecurrentConfig if family in RECURRENT else BTokConfig
     TokenizerRegistry.tokenizers[MODE] = ("vllm.tokenizers.hf", "CachedHfTokenizer")
     RENDERER_REGISTRY.renderers[MODE] = ("btok_hf.serving.vllm_renderer", "BTokRenderer")
     VIDEO_LOADER_REGISTRY.name2class[MODE] = _video_loader
@@ -77,4 +79,36 @@ class BTokConfig:
             raise ValueError(
                 f"A model with Bottleneck Tokens needs whole rows, but {', '.join(given)} would cut them. Switch "
                 "this off, and leave the pooling type of --pooler-config out: then vLLM's defaults are right."
+            )
+
+
+class BTokRecurrentConfig(BTokConfig):
+    """The same for Qwen3.5, most of whose layers are a recurrence (Gated DeltaNet)."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """Also set what vLLM sets for the stock model. Raise `ValueError` for what its CPU kernels cannot run."""
+        from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+        from vllm.platforms import current_platform
+
+        BTokConfig.verify_and_update_config(vllm_config)
+        MODELS_CONFIG_MAP["Qwen3_5ForConditionalGeneration"].verify_and_update_config(vllm_config)
+        if current_platform.is_cpu():
+            BTokRecurrentConfig.check_cpu_kernels(vllm_config.model_config)
+
+    @staticmethod
+    def check_cpu_kernels(model_config: Any) -> None:
+        """Raise `ValueError` for models that vLLM would load on a CPU, only to end at the first request."""
+        dtype = str(model_config.dtype).removeprefix("torch.")
+        if dtype != "bfloat16":
+            raise ValueError(
+                "A model with Bottleneck Tokens needs --dtype bfloat16 on a CPU if it is a Qwen3.5: vLLM's kernels of "
+                f"Gated DeltaNet take nothing else there, got {dtype}."
+            )
+        text = model_config.hf_text_config
+        sizes = (text.linear_key_head_dim, text.linear_value_head_dim)
+        if sizes not in ((64, 64), (128, 128)):
+            raise ValueError(
+                "A model with Bottleneck Tokens needs linear heads of 64 or of 128 on a CPU if it is a Qwen3.5: "
+                f"vLLM's kernels of Gated DeltaNet know no others there, got {sizes}. Serve it with btok serve."
             )

@@ -58,6 +58,11 @@ class BTokRenderer(HfRenderer):
                 "is too long.",
                 parameter="input",
             )
+        # The library refuses it too. With Qwen3.5 on a CPU, a row of one token would end vLLM's engine.
+        if len(ids) == len(tokens):
+            raise VLLMValidationError(
+                "An input is empty: nothing but its Bottleneck Tokens. Remove it or fill it.", parameter="input"
+            )
         if row["type"] == "token" and {config.image_token_id, config.video_token_id} & set(ids):
             raise VLLMValidationError(
                 "The token ids have placeholders of images or videos, but none were sent. Send messages.",

@@ -73,16 +73,17 @@ def tokenizer(kind=Qwen2Tokenizer, special=SPECIAL, pad="<|endoftext|>", eos="<|
     return tokenizer
 
 
-def hybrid(text):
+def hybrid(text, linear_dim):
     """What the text configuration of a Qwen3.5 has besides: attention between two recurrent layers."""
+    sections = [text["head_dim"] // 8, *[text["head_dim"] // 16] * 2]
     return {
         "num_hidden_layers": 3,
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],
         "linear_num_value_heads": 4,
         "linear_num_key_heads": 2,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16,
-        "rope_parameters": {**text["rope_parameters"], "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]},
+        "linear_key_head_dim": linear_dim,
+        "linear_value_head_dim": linear_dim,
+        "rope_parameters": {**text["rope_parameters"], "partial_rotary_factor": 0.5, "mrope_section": sections},
     }
 
 
@@ -167,6 +168,7 @@ def build(
     seed=0,
     chat_template=CHAT_TEMPLATE,
     head_dim=16,
+    linear_dim=16,
     text_model="qwen2",
 ):
     """Write a random base checkpoint with its processor to `path`. 264 of the `vocab_size` rows are taken."""
@@ -238,7 +240,7 @@ def build(
             model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **special))
         else:
             model = Qwen3_5ForConditionalGeneration(
-                Qwen3_5Config(text_config=text | hybrid(text), vision_config=vision, **special)
+                Qwen3_5Config(text_config=text | hybrid(text, linear_dim), vision_config=vision, **special)
             )
         pixels = {"shortest_edge": 32 * 32, "longest_edge": 32 * 32 * 16}
         processor = Qwen3VLProcessor(
