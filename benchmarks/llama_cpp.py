@@ -28,7 +28,6 @@ from btok_hf.serving.verify_url import request_body
 # two. Models with 2B parameters need neither line.
 RUN = """
 import runpy, sys
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/gguf-py"]
 import gguf
 from conversion import base
 plain = gguf.get_tensor_name_map
@@ -62,7 +61,9 @@ def convert(source, repo, output):
 
 def _converted(source, repo, output, flags):
     command = [sys.executable, "-c", RUN, str(source), str(repo), "--outfile", str(output), *flags]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "NO_LOCAL_GGUF": "1"})
+    modules = os.pathsep.join([str(source), f"{source}/gguf-py"])
+    environment = {**os.environ, "NO_LOCAL_GGUF": "1", "PYTHONPATH": modules}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 def post(url, path, body):
