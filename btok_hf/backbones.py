@@ -139,7 +139,7 @@ class Family:
             return {"second_per_grid_ts": features["num_videos_per_sample"]}
         return {}
 
-    def masks(self, config: PreTrainedConfig) -> dict[str, None] | None:
+    def masks(self, config: PreTrainedConfig) -> dict[str, Any] | None:
         """The `attention_mask` of a packed row: with it, the language model builds no mask of its own."""
         return None
 
@@ -230,7 +230,7 @@ class InternVL(Family):
         tokens = (features["input_ids"] == config.image_token_id).sum(1)
         return {"pixel_values": tokens // config.image_seq_length}
 
-    def masks(self, config: PreTrainedConfig) -> dict[str, None] | None:
+    def masks(self, config: PreTrainedConfig) -> dict[str, Any] | None:
         # It would find the packed rows by their positions, and build a mask of length x length.
         return dict.fromkeys(config.get_text_config().layer_types)
 

@@ -360,7 +360,7 @@ def _pixel_tokens(
             # Beside the tiles of a large image, there is a view of the whole.
             whole = part.max_patches + 1
             tiles = whole if size is None else part.get_number_of_image_patches(*size[::-1], {"crop_to_patches": True})
-        return tiles * processor.image_seq_length
+        return tiles * cast(Any, processor).image_seq_length
     least, most, side = 56**2, 28**2 * 1280, 28
     if hasattr(part, "merge_size"):
         least, most = part.size["shortest_edge"], part.size["longest_edge"]
