@@ -353,11 +353,10 @@ def _pixel_tokens(
     Without a size, those of the largest image.
     """
     part: Any = getattr(processor, kind, None)
-    images: Any = getattr(processor, "image_processor", None)
-    if hasattr(images, "max_image_size"):  # tiles of one size and a view of the whole, for an image of any size
+    if hasattr(part, "max_image_size"):  # tiles of one size and a view of the whole, for an image of any size
         tiles = math.ceil(part.size["longest_edge"] / part.max_image_size["longest_edge"]) ** 2 + 1
         return tiles * cast(Any, processor).image_seq_len
-    if hasattr(images, "max_patches"):  # tiles; a frame is one
+    if hasattr(getattr(processor, "image_processor", None), "max_patches"):  # tiles; a frame is one
         tiles = 2
         if kind == "image_processor":
             # Beside the tiles of a large image, there is a view of the whole.

@@ -148,6 +148,7 @@ class BottleneckTransformer(Transformer):
         try:
             features = self._process(list(map(as_messages, checked)), prompt, kwargs)
             ids = features.get("input_ids", torch.empty(0))
+            assert self.tokenizer is not None  # checked when the model was loaded
             before, after = map(self.tokenizer.convert_tokens_to_ids, family_of(self.config).media_bounds)
             if (ids == before).sum() != (ids == after).sum():
                 # The processor misses only placeholders, and not the token before the first.
@@ -200,7 +201,8 @@ class BottleneckTransformer(Transformer):
             given = options.get("processing_kwargs") or {}
             video = {**given.get("video", {}), "video_metadata": metadata}
             options = {**options, "processing_kwargs": {**given, "video": video}}
-        return super().preprocess([messages for messages, _ in rows], prompt=prompt, **options)
+        conversations: list[Any] = [messages for messages, _ in rows]
+        return super().preprocess(conversations, prompt=prompt, **options)
 
     def forward(self, features: Mapping[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Embed a mini-batch and, if it has targets, predict them. The features stay on the host."""
