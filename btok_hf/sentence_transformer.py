@@ -156,6 +156,7 @@ class BottleneckTransformer(Transformer):
         try:
             features = super().preprocess(rows, prompt=prompt, **options)
             ids = features.get("input_ids", torch.empty(0))
+            assert self.tokenizer is not None  # checked when the model was loaded
             before, after = map(self.tokenizer.convert_tokens_to_ids, family_of(self.config).media_bounds)
             if (ids == before).sum() != (ids == after).sum():
                 # The processor misses only placeholders, and not the token before the first.
