@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -230,7 +230,7 @@ class InternVL(Family):
         part = processor.image_processor
         shown = [part.max_patches // divisor for divisor in (1, 2, 4) if part.max_patches // divisor >= 1]
         # Beside the tiles, there is a view of the whole image.
-        tokens = {tiles: (tiles + (tiles > 1)) * processor.image_seq_length for tiles in shown}
+        tokens = {tiles: (tiles + (tiles > 1)) * cast(Any, processor).image_seq_length for tiles in shown}
         return ImageCosts("max_patches", tokens, part.size["height"], None)
 
     def golden_sides(self, processor: ProcessorMixin) -> tuple[int, int | None]:
@@ -304,7 +304,7 @@ class SmolVLM(Family):
         most = -(-part.size["longest_edge"] // tile)
         # Beside the tiles, there is a view of the whole image.
         tokens: dict[int | str, int] = {
-            json.dumps({"longest_edge": side * tile}): (side**2 + (side > 1)) * processor.image_seq_len
+            json.dumps({"longest_edge": side * tile}): (side**2 + (side > 1)) * cast(Any, processor).image_seq_len
             for side in dict.fromkeys(max(most // divisor, 1) for divisor in (1, 2, 4))
         }
         return ImageCosts("size", tokens, tile, None)

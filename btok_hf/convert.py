@@ -28,7 +28,7 @@ from btok_hf.modeling.modeling_btok import StockModel, load_stock_model, stock_c
 from btok_hf.sentence_transformer import BTokSentenceTransformer
 
 # The modules that give the vectors of this library, in their order, with the settings that each may have.
-PIPELINE = (
+PIPELINE: tuple[tuple[str, set[str] | None], ...] = (
     ("BToksTokenInjector", {"num_tokens"}),
     ("Backbone", None),  # any: what they say is how it was loaded
     ("BToksPooling", set()),
@@ -103,7 +103,7 @@ def convert_checkpoint(
             "it trains adapters. Name a folder of adapters beside it, e.g. checkpoint-5000."
         )
     else:
-        model = _load_base(origin, config, checkpoint, its_kwargs)
+        model = _load_base(str(origin), config, checkpoint, its_kwargs)
     rows = model.get_input_embeddings().num_embeddings
     if max(ids) >= rows:
         raise ValueError(
@@ -212,7 +212,7 @@ def _token_ids(source: str, processor: ProcessorMixin, num_tokens: int) -> list[
             f"The modules of {source} have K = {num_tokens} Bottleneck Tokens, but its tokenizer has {len(present)}"
             f"{': ' * bool(present)}{', '.join(present)}. Put the tokenizer of the same training run there."
         )
-    if "<|btok_" in processor.chat_template:
+    if "<|btok_" in cast(str, processor.chat_template):  # checked by check_base
         raise ValueError(
             f"The chat template of {source} already has Bottleneck Tokens, but the modules append them to every row. "
             "Restore the chat template of the base model."
@@ -246,7 +246,7 @@ def _describe(model: StockModel, processor: ProcessorMixin, family: Family, ids:
     """Set what a repository says of its Bottleneck Tokens, in place."""
     tokens = "".join(processor.tokenizer.convert_ids_to_tokens(ids))
     processor.chat_template = embedding_chat_template(
-        processor.chat_template, tokens, family, escapes(processor.tokenizer), after_media=AFTER_MEDIA
+        cast(str, processor.chat_template), tokens, family, escapes(processor.tokenizer), after_media=AFTER_MEDIA
     )
     cut_on_the_left(processor)
     family.limit_pixels(processor, None, None)
