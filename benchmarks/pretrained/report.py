@@ -23,6 +23,7 @@ LABELS = {
     "btok": "BToks",
     "btok-unmasked": "BToks + condensation, no mask",
     "btok-condensation": "BToks + condensation",
+    "btok-condensation-terms": "BToks + condensation, terms alone",
     "btok-no-words": "BToks, no words",
 }
 REFERENCE = "all-MiniLM-L6-v2"
@@ -38,9 +39,16 @@ def results() -> dict[str, dict[str, np.ndarray]]:
     if BUILT.exists():
         ranks["`make model`, fp32"] = list(json.loads(BUILT.read_text())["ranks"].values())
     return {
-        name: {task: np.mean([100 / np.array(each[task]) for each in found], axis=0) for task in tasks()}
+        name: {task: np.mean([100 / np.array(each[task]) for each in found], axis=0) for task in found[0]}
         for name, found in ranks.items()
     }
+
+
+def cell(values: np.ndarray | None, groups: list[str], rng: np.random.Generator, sign: str) -> str:
+    """The mean of a task with its interval; nothing for a task that was not scored."""
+    if values is None:
+        return ""
+    return f"{values.mean():{sign}.1f} ± {half_width(bootstrap(values, groups, rng)):.1f}"
 
 
 def table(scores: dict[str, dict[str, np.ndarray]]) -> str:
@@ -48,17 +56,14 @@ def table(scores: dict[str, dict[str, np.ndarray]]) -> str:
     rng = np.random.default_rng(0)
     lines = [f"| task | queries / candidates | {' | '.join(scores)} |", "|---" * (len(scores) + 2) + "|"]
     for name, task in tasks().items():
-        cells = [
-            f"{by_task[name].mean():.1f} ± {half_width(bootstrap(by_task[name], task.groups, rng)):.1f}"
-            for by_task in scores.values()
-        ]
+        cells = [cell(by_task.get(name), task.groups, rng, "") for by_task in scores.values()]
         lines.append(f"| {name} | {len(task.queries):,} / {len(task.candidates):,} | {' | '.join(cells)} |")
     anchors = json.loads(ANCHORS.read_text())["ranks"]
     ours = [name for name in scores if name not in anchors]
     lines += ["", f"| minus {REFERENCE} | {' | '.join(ours)} |", "|---" * (len(ours) + 1) + "|"]
     for name, task in tasks().items():
-        gains = [scores[arm][name] - scores[REFERENCE][name] for arm in ours]
-        cells = [f"{gain.mean():+.1f} ± {half_width(bootstrap(gain, task.groups, rng)):.1f}" for gain in gains]
+        gains = [scores[arm][name] - scores[REFERENCE][name] if name in scores[arm] else None for arm in ours]
+        cells = [cell(gain, task.groups, rng, "+") for gain in gains]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
