@@ -17,7 +17,8 @@ from btok_hf.golden import read_golden
 def test_a_changed_template_gives_other_vectors(copied):
     path = copied / "chat_template.jinja"
     template = path.read_text("utf-8")
-    path.write_text(template.replace("(' ' if", "('  ' if"), "utf-8")
+    two_spaces = template.replace('set after_media = " "', 'set after_media = "  "').replace("(' ' if", "('  ' if")
+    path.write_text(two_spaces, "utf-8")
     # Only inputs of two parts change: media and text, instruction and text.
     assert {name for (_, name), value in differences(copied).items() if value > golden.TOLERANCE} == {
         "image and text",

@@ -389,7 +389,8 @@ def test_a_second_interrupt_ends_it_at_once(exported):
             client.process.send_signal(signal.SIGINT)
             time.sleep(0.5)
         client.process.wait(20)
-        assert isinstance(asked.exception(), httpx.TransportError)
+        # The connection ends, or uvicorn answers for the cancelled request.
+        assert isinstance(asked.exception(), httpx.TransportError) or asked.result().status_code == 500
 
 
 @pytest.mark.parametrize("key", ["", " secret"])

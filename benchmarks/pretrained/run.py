@@ -177,13 +177,13 @@ def run(options: argparse.Namespace) -> None:
     model = BTokSentenceTransformer(str(start))
     found = training_rows(options.dev, options.seed)
     parts = {source: split_books(found[source], source, options.by_book) for source in options.sources}
-    sets = {name: Dataset.from_list(part) for named in parts.values() for name, part in named.items()}
+    sets = {title: Dataset.from_list(part) for named in parts.values() for title, part in named.items()}
     words, weights, condense = {}, {}, {}
     for source, named in parts.items():
-        for name, part in named.items():
-            words[name] = dict(zip(("query", "positive"), (prompts(arm).get(kind, "") for kind in KINDS[source])))
-            weights[name] = WEIGHTS[source] * len(part) / len(found[source])
-            condense[name] = CONDENSE[source]
+        for title, part in named.items():
+            words[title] = dict(zip(("query", "positive"), (prompts(arm).get(kind, "") for kind in KINDS[source])))
+            weights[title] = WEIGHTS[source] * len(part) / len(found[source])
+            condense[title] = CONDENSE[source]
     settings = {
         "per_device_train_batch_size": options.batch,
         "mini_batch_num_tokens": 4096,
