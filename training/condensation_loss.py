@@ -27,7 +27,7 @@ from sentence_transformers.base.losses.gradcache import (
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -362,11 +362,11 @@ def cached_vision(backbone: PreTrainedModel, memory: list) -> Iterator[None]:
         @wraps(method)
         def call(*args: Any, **kwargs: Any) -> Any:
             if not filling:
-                return tree_map(lambda x: x.to(backbone.device), next(earlier))
+                return tree_map_only(Tensor, lambda x: x.to(backbone.device), next(earlier))
             output = method(*args, **kwargs)
             # The states before merging are four times as large, and not read again.
             output["last_hidden_state"] = output["pooler_output"]
-            memory.append(tree_map(lambda x: x.cpu(), output))
+            memory.append(tree_map_only(Tensor, lambda x: x.cpu(), output))
             return output
 
         return call
