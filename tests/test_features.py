@@ -32,7 +32,7 @@ def test_the_table_holds_every_key_that_is_added_to_the_processors(repos, tmp_pa
         ]
         model = BTokSentenceTransformer(path, device="cpu").train()
         processors.update(model.preprocess([row["query"] for row in rows]))
-        model[0].model.visual.requires_grad_(False)
+        model[0].vision_tower.requires_grad_(False)
         model[0].register_forward_pre_hook(lambda module, inputs: found.update(inputs[0]))
         model[0].register_forward_hook(lambda module, inputs, output: found.update(output))
         found.update(*sides)
