@@ -6,7 +6,7 @@ code (`modeling/modeling_btok.py`), because it travels with the weights.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 from torch.nn import Module, ModuleList
@@ -218,7 +218,7 @@ class InternVL(Family):
         part = processor.image_processor
         shown = [part.max_patches // divisor for divisor in (1, 2, 4) if part.max_patches // divisor >= 1]
         # Beside the tiles, there is a view of the whole image.
-        tokens = {tiles: (tiles + (tiles > 1)) * processor.image_seq_length for tiles in shown}
+        tokens = {tiles: (tiles + (tiles > 1)) * cast(Any, processor).image_seq_length for tiles in shown}
         return ImageCosts("max_patches", tokens, part.size["height"], None)
 
     def golden_sides(self, processor: ProcessorMixin) -> tuple[int, int | None]:
