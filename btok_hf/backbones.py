@@ -200,14 +200,32 @@ class Family:
         return backbone.get_rope_index(input_ids, **rows, **grids)[0]
 
 
-class InternVL(Family):
-    """Images are cut into tiles of one size, a frame is one tile, and positions count tokens."""
+@dataclass(frozen=True)
+class Tiled(Family):
+    """Images are cut into tiles of one size. One token stands for all media, and positions count tokens."""
 
-    def vision_tower(self, backbone: Backbone) -> Module:
-        return ModuleList([backbone.vision_tower, backbone.multi_modal_projector])
+    packs_images: bool = False
+    reads_pixels: bool = False
 
     def placeholders(self, config: PreTrainedConfig) -> tuple[int, ...]:
         return (config.image_token_id,)
+
+    def positions(
+        self,
+        backbone: Backbone,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        mm_token_type_ids: Tensor | None,
+        features: Mapping[str, Tensor],
+    ) -> Tensor:
+        return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[None]
+
+
+class InternVL(Tiled):
+    """A frame of a video is one tile."""
+
+    def vision_tower(self, backbone: Backbone) -> Module:
+        return ModuleList([backbone.vision_tower, backbone.multi_modal_projector])
 
     def image_limits(self, config: PreTrainedConfig, processor: ProcessorMixin) -> ImageLimits:
         part = processor.image_processor
@@ -246,20 +264,10 @@ class InternVL(Family):
         # It would find the packed rows by their positions, and build a mask of length x length.
         return dict.fromkeys(config.get_text_config().layer_types)
 
-    def positions(
-        self,
-        backbone: Backbone,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        mm_token_type_ids: Tensor | None,
-        features: Mapping[str, Tensor],
-    ) -> Tensor:
-        return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[None]
-
 
 @dataclass(frozen=True)
-class SmolVLM(Family):
-    """Images are enlarged or reduced to one longest side and cut into tiles. Positions count tokens."""
+class SmolVLM(Tiled):
+    """Images are enlarged or reduced to one longest side before they are cut."""
 
     required_tokens: tuple[str, ...] = ("<|im_start|>", "<|im_end|>", "<image>", "<fake_token_around_image>")
     language: str = "text_model"
@@ -267,17 +275,12 @@ class SmolVLM(Family):
     video: str | None = None
     media_bounds: tuple[str, str] = ("<fake_token_around_image>", "<fake_token_around_image>")
     text_models: tuple[str, ...] = ("llama",)
-    packs_images: bool = False
-    reads_pixels: bool = False
     # The processor of SmolVLM2 reads videos, but replaces the chat template of rows that have one. That of SmolVLM
     # makes the same of texts and images.
     processor: str = "Idefics3Processor"
 
     def vision_tower(self, backbone: Backbone) -> Module:
         return ModuleList([backbone.vision_model, backbone.connector])
-
-    def placeholders(self, config: PreTrainedConfig) -> tuple[int, ...]:
-        return (config.image_token_id,)
 
     def image_limits(self, config: PreTrainedConfig, processor: ProcessorMixin) -> ImageLimits:
         side = processor.image_processor.size["longest_edge"]
@@ -324,16 +327,6 @@ class SmolVLM(Family):
         # taken as it is, and packed attention reads none.
         return torch.empty(1, 1, 1, 1)
 
-    def positions(
-        self,
-        backbone: Backbone,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        mm_token_type_ids: Tensor | None,
-        features: Mapping[str, Tensor],
-    ) -> Tensor:
-        return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[None]
-
 
 # By model_type, like STOCK_CLASSES of the remote code.
 FAMILIES = {
@@ -352,8 +345,6 @@ FAMILIES = {
         video="<video>",
         media_bounds=("<img>", "</img>"),
         text_models=("qwen2", "qwen3"),
-        packs_images=False,
-        reads_pixels=False,
         equal_videos=True,
     ),
     "idefics3": SmolVLM("SmolVLM"),

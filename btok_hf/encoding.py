@@ -353,7 +353,8 @@ def _pixel_tokens(
     Without a size, those of the largest image.
     """
     part: Any = getattr(processor, kind, None)
-    if kind == "image_processor" and hasattr(part, "max_image_size"):  # tiles of one size and a view of the whole, for an image of any size
+    if kind == "image_processor" and hasattr(part, "max_image_size"):
+        # Tiles of one size and a view of the whole, for an image of any size.
         tiles = math.ceil(part.size["longest_edge"] / part.max_image_size["longest_edge"]) ** 2 + 1
         return tiles * cast(Any, processor).image_seq_len
     if hasattr(getattr(processor, "image_processor", None), "max_patches"):  # tiles; a frame is one
