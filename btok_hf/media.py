@@ -5,6 +5,7 @@ Files of videos are read in `btok_hf/video.py`. What counts as an input, and che
 """
 
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
@@ -94,6 +95,14 @@ def read_image(path: str | Path | BinaryIO, max_pixels: int | None = None) -> Im
         raise ValueError(f"{name} cannot be decoded ({error}). Replace or remove it.") from error
 
 
+def _orientation(image: Image.Image) -> int:
+    """How the image is turned, by its EXIF tag; 1 is upright."""
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except (SyntaxError, struct.error):  # Pillow passes over a damaged block in a JPEG file, but not in a copy of it
+        return 1
+
+
 def as_rgb(image: Image.Image) -> Image.Image:
     """The picture that a person sees: upright (EXIF), transparency on white, 8 bits per colour.
 
@@ -108,7 +117,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
     """
     try:
         image.load()
-        if image.getexif().get(ORIENTATION, 1) != 1:
+        if _orientation(image) != 1:
             image = ImageOps.exif_transpose(image)
     except MemoryError:
         raise

@@ -9,7 +9,7 @@ from support.inputs import TOLERANCE
 from support.media import image, video
 
 from btok_hf.inputs import check_input
-from btok_hf.media import array_as_rgb, with_metadata
+from btok_hf.media import array_as_rgb, as_rgb, with_metadata
 
 
 def test_large_jpegs_are_decoded_at_a_reduced_size(loaded, tmp_path):
@@ -30,6 +30,17 @@ def test_large_jpegs_are_decoded_at_a_reduced_size(loaded, tmp_path):
     assert check_input({"image": tmp_path / "large.jpg"}, limits)["image"].size == kept
     reduced, whole = model.encode([str(tmp_path / "large.jpg"), Image.open(tmp_path / "large.jpg")])
     assert reduced @ whole > 0.999
+
+
+def test_a_damaged_exif_block_says_nothing(tmp_path):
+    """Neither in the file nor in a copy of the image, which keeps the block."""
+    image(112, 56).save(tmp_path / "photo.jpg", exif=b"Exif\0\0nonsense")
+    file = Image.open(tmp_path / "photo.jpg")
+    upright = np.asarray(as_rgb(file))
+    assert upright.shape == (56, 112, 3)
+    for copy in (file.copy(), as_rgb(file)):
+        assert copy.info["exif"]
+        assert np.array_equal(as_rgb(copy), upright)
 
 
 def test_photographs_are_upright(loaded, tmp_path):
