@@ -26,7 +26,7 @@ test: $(SETUP)
 test-floor: .venv-floor/.installed
 	.venv-floor/bin/python -m pytest
 
-# Ten minutes on two CPU cores. The tests run in $(VENV), the servers in an environment of vLLM.
+# A quarter of an hour on two CPU cores. The tests run in $(VENV), the servers in an environment of vLLM.
 test-vllm: $(SETUP) .venv-vllm/.installed
 	$(BIN)/python -m pytest tests/vllm/check_vllm.py
 

@@ -67,6 +67,7 @@ class Family:
         reads_pixels (`bool`): Whether the processor knows `min_pixels` and `max_pixels` when it is loaded.
         processor (`str`): The class of transformers that loads the processor of a base.
         equal_videos (`bool`): Whether the processor takes only videos of equally many frames at a time.
+        cut_error (`str`): What the processor's error says if truncation cut an image or a frame.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Family:
     reads_pixels: bool = True
     processor: str = "AutoProcessor"
     equal_videos: bool = False
+    cut_error: str = "Likely due to `truncation"
 
     @property
     def lora_targets(self) -> str:
@@ -278,6 +280,7 @@ class SmolVLM(Tiled):
     # The processor of SmolVLM2 reads videos, but replaces the chat template of rows that have one. That of SmolVLM
     # makes the same of texts and images.
     processor: str = "Idefics3Processor"
+    cut_error: str = "'NoneType'"  # a TypeError: it does not find the first token of the image
 
     def vision_tower(self, backbone: Backbone) -> Module:
         return ModuleList([backbone.vision_model, backbone.connector])

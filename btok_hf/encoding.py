@@ -308,8 +308,8 @@ def estimate_tokens(
 
     Args:
         item (`Input`): An input of `encode`. Other values count as 0 tokens.
-        processor (`ProcessorMixin`, *optional*): The model's processor. If it is neither that of a Qwen-VL nor of an
-            InternVL3, images count as in Qwen2-VL.
+        processor (`ProcessorMixin`, *optional*): The model's processor. If it is that of no supported family,
+            images count as in Qwen2-VL.
         tokenize (`Callable`, *optional*): Function from a text to its tokens. Default: one token for three bytes,
             which is rarely too low.
 

@@ -145,22 +145,22 @@ class BottleneckTransformer(Transformer):
         """
         places = range(len(inputs)) if positions is None else positions
         checked = [check_input(item, self.image_limits, place) for item, place in zip(inputs, places)]
+        family = family_of(self.config)
         try:
             features = self._process(list(map(as_messages, checked)), prompt, kwargs)
             ids = features.get("input_ids", torch.empty(0))
             assert self.tokenizer is not None  # checked when the model was loaded
-            before, after = map(self.tokenizer.convert_tokens_to_ids, family_of(self.config).media_bounds)
+            before, after = map(self.tokenizer.convert_tokens_to_ids, family.media_bounds)
             if (ids == before).sum() != (ids == after).sum():
                 # The processor misses only placeholders, and not the token before the first.
-                raise ValueError("Likely due to `truncation`")
+                raise ValueError(family.cut_error)
         except (ValueError, TypeError) as error:
             if len(checked) > 1:  # name the input
                 for item, place in zip(inputs, places):
                     self.preprocess([item], prompt, [place], **kwargs)
                 raise
             name = f"Input {places[0]} {shown(inputs[0])}"
-            # The processor of SmolVLM does not find the first token of an image that was cut.
-            if not any(words in str(error) for words in ("Likely due to `truncation", "'NoneType'")):
+            if family.cut_error not in str(error):
                 raise ValueError(f"{name}: {error}") from error
             raise ValueError(
                 f"{name}: it has images or video and is longer than max_seq_length={self.max_seq_length} tokens, and "

@@ -108,10 +108,7 @@ class Origins:
                 raise refusal
             with open(path, "rb") as file:
                 content = file.read(self.most_bytes + 1)
-        except (
-            OSError,
-            ValueError,
-        ) as error:  # names that are too long or hold a null byte, files that are not readable
+        except (OSError, ValueError) as error:  # a name that is too long or holds a null byte, an unreadable file
             raise refusal from error
         if len(content) > self.most_bytes:
             raise ValueError(f"{url[:200]!r} is larger than {self.most_bytes} bytes (--max-body)")
