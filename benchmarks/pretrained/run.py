@@ -34,7 +34,7 @@ from btok_hf.hub_card.training_run import card_files
 from btok_hf.training import CondensationConfig, CondensationTrainer
 
 PRETRAINED = RESULTS / "pretrained"
-WEIGHTS = {"terms": 4, "questions": 1, "titles": 1, "captions": 1}
+WEIGHTS = {"terms": 2, "questions": 2, "titles": 1, "captions": 1}
 CONDENSE = {"terms": "query", "questions": "none", "titles": "query", "captions": "none"}
 KINDS = {
     "terms": ("term", "definition"),
@@ -54,8 +54,9 @@ ORIGIN = (
 NOT_EVALUATED = (
     "> **These weights were trained but not evaluated.** Evaluate them on your own data before you rely on them."
 )
-READS = "> **English texts only.** The vision tower is random: images and videos mean nothing to this model."
-PASSAGE = (18, 36)  # words of a module in a training row: complete modules would take eight times as long
+PICTURE = "picture"  # what `eyes.py` calls pictures
+READS = "> **English texts only**, as this run leaves it: the projector is random, so pictures mean nothing."
+PASSAGE = (10, 80)  # words of a module in a training row, 34 on average: complete modules take seven times as long
 SUFFIX = 'means in one word: "'
 NOISE = 0.5  # of the new token rows, relative to the row they start from; without noise they would be equal
 
@@ -81,7 +82,7 @@ def prompts(arm: Arm) -> dict[str, str]:
     if arm.suffix is None:
         return {}
     kinds = dict.fromkeys(kind for pair in KINDS.values() for kind in pair)
-    return {"query": "The question", "document": "The text", **{kind: f"The {kind}" for kind in kinds}}
+    return {"query": "The question", "document": "The text", **{kind: f"The {kind}" for kind in (*kinds, PICTURE)}}
 
 
 def add_tokens(base: Path, output_dir: Path, arm: Arm, seed: int) -> None:
@@ -115,7 +116,7 @@ def training_rows(dev: bool, seed: int) -> dict[str, list[dict]]:
 
     def passage(row: dict, titled: bool) -> str:
         words = module_text(row).removeprefix(f"{row['title']}. ").split()
-        length = rng.randint(*PASSAGE)
+        length = round(PASSAGE[0] * (PASSAGE[1] / PASSAGE[0]) ** rng.random())
         start = rng.randrange(max(1, len(words) - length))
         return (f"{row['title']}. " if titled else "") + " ".join(words[start : start + length])
 
@@ -172,11 +173,13 @@ def run(options: argparse.Namespace) -> None:
         return print(f"{target} exists")
     arm, split = ARMS[options.arm], "dev" if options.dev else "test"
     start, started = options.output / name / "start", time.perf_counter()
-    if not (start / "config.json").exists():
+    if options.start:
+        start = options.start / "adapters"
+    elif not (start / "config.json").exists():
         add_tokens(options.base, start, arm, options.seed)
     model = BTokSentenceTransformer(str(start))
     found = training_rows(options.dev, options.seed)
-    parts = {source: split_books(found[source], source, options.by_book) for source in options.sources}
+    parts = {source: split_books(found[source], source, source in options.by_book) for source in options.sources}
     sets = {title: Dataset.from_list(part) for named in parts.values() for title, part in named.items()}
     words, weights, condense = {}, {}, {}
     for source, named in parts.items():
@@ -215,7 +218,9 @@ def run(options: argparse.Namespace) -> None:
             **settings,
         ),
         train_dataset=sets,
-        peft_config=LoraConfig(r=options.rank, lora_alpha=2 * options.rank, lora_dropout=0.0),
+        peft_config=None
+        if options.start
+        else LoraConfig(r=options.rank, lora_alpha=2 * options.rank, lora_dropout=0.0),
     )
     trained = time.perf_counter()
     checkpoints = list(Path(trainer.args.output_dir).glob("checkpoint-*"))
@@ -235,6 +240,7 @@ def run(options: argparse.Namespace) -> None:
         **arm._asdict(),
         "prompts": prompts(arm),
         "rank": options.rank,
+        "start": options.start and options.start.name,
         "settings": settings,
         "train_minutes": round(trained / 60, 2),
         "minutes": round((time.perf_counter() - started) / 60, 2),
@@ -267,7 +273,10 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.05)
     parser.add_argument("--rank", type=int, default=16, help="of LoRA")
     parser.add_argument("--sources", nargs="+", choices=WEIGHTS, default=list(WEIGHTS))
-    parser.add_argument("--by-book", action="store_true", help="batches of one book: harder negatives")
+    parser.add_argument(
+        "--by-book", nargs="+", choices=WEIGHTS, default=[], help="sources with batches of one book: harder negatives"
+    )
+    parser.add_argument("--start", type=Path, help="go on with the adapters of this run, which was saved")
     parser.add_argument("--only", default="", help="score only tasks whose names hold this, e.g. term")
     parser.add_argument("--save", action="store_true", help="export the model")
     parser.add_argument("--tag", default="", help="added to the name of the run")

@@ -32,13 +32,12 @@ MOTIONS = ("moves left", "moves right", "moves up", "moves down", "grows", "shri
 
 
 @cache
-def emoji():
-    """The drawings of the chosen categories, by split."""
+def emoji(categories=CATEGORIES):
+    """The drawings of the chosen categories (`None`: all), by split."""
     whole = load_dataset(str(ROOT / "data" / "emoji"))
-    return {
-        split: [row for row in part if row["category"] in CATEGORIES]
-        for split, part in whole.filter(lambda c: c in CATEGORIES, input_columns="category").items()
-    }
+    if categories is not None:
+        whole = whole.filter(lambda c: c in categories, input_columns="category")
+    return {split: list(part) for split, part in whole.items()}
 
 
 def books(config, split):

@@ -29,13 +29,13 @@ class Task:
 
 
 @cache
-def tasks():
-    """All tasks, by name."""
+def tasks(size=DRAWING):
+    """All tasks, by name. Drawings have `size` pixels a side."""
     seen, unseen, strange = (emoji()[split] for split in ("train", "unseen_drawings", "unseen_concepts"))
     held_out = {row["emoji"]: row for row in unseen}
     # One drawing of every concept: the unseen one, or else a training drawing as a distractor.
     pool = list(unseen) + list({row["emoji"]: row for row in seen if row["emoji"] not in held_out}.values())
-    pictures = [draw(row["image"], size=DRAWING) for row in pool]
+    pictures = [draw(row["image"], size=size) for row in pool]
     concepts = [row["emoji"] for row in unseen]
     own = list(range(len(unseen)))
     other = [row for row in seen if row["emoji"] in held_out]
@@ -53,11 +53,11 @@ def tasks():
         Task("drawing → name", pictures[: len(own)], names, own, concepts),
         Task(
             "drawing → other artist's",
-            [draw(row["image"], size=DRAWING) for row in other],
+            [draw(row["image"], size=size) for row in other],
             pictures,
             [concepts.index(row["emoji"]) for row in other],
             [row["emoji"] for row in other],
-            ([draw(row["image"], size=DRAWING) for row in other], pictures),
+            ([draw(row["image"], size=size) for row in other], pictures),
         ),
     ]
     new = list({row["emoji"]: row for row in strange}.values())
@@ -66,7 +66,7 @@ def tasks():
         Task(
             "name of an unseen concept → drawing",
             [row["names"]["en"] for row in new],
-            [draw(row["image"], size=DRAWING) for row in new] + pictures,
+            [draw(row["image"], size=size) for row in new] + pictures,
             list(range(len(new))),
             [row["emoji"] for row in new],
         )
