@@ -223,6 +223,7 @@ class Tiled(Family):
         return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[None]
 
 
+@dataclass(frozen=True)
 class InternVL(Tiled):
     """A frame of a video is one tile."""
 

@@ -114,6 +114,8 @@ class PackedEncoder(SentenceTransformer):
         embeddings = super().encode(rows, *args, **kwargs)
         if not len(embeddings) and not isinstance(embeddings, list):
             embeddings = embeddings.reshape(0, bound.get("truncate_dim") or self.get_embedding_dimension())
+            if isinstance(embeddings, np.ndarray):
+                embeddings = embeddings.astype(np.float32)  # the array of an empty list is of float64
         return rows.result(embeddings)
 
     # As in SentenceTransformer, the superclass names fewer arguments.

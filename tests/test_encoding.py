@@ -64,7 +64,8 @@ def test_results_have_the_form_that_is_asked_for(model):
     query = model.encode_query(rows, on_error="skip")
     np.testing.assert_allclose(query.embeddings, model.encode_query(["a", "b"]), atol=TOLERANCE)
     nothing = model.encode_document([None, 3], on_error="skip")
-    assert nothing.embeddings.shape == (0, 64) and nothing.kept.shape == (0,) and list(nothing.errors) == [0, 1]
+    assert nothing.embeddings.shape == (0, 64) and nothing.embeddings.dtype == np.float32
+    assert nothing.kept.shape == (0,) and list(nothing.errors) == [0, 1]
     everything = model.encode(["a"], on_error="skip")
     assert everything.kept.tolist() == [0] and everything.errors == {}
     assert model.encode([], on_error="skip").embeddings.shape == (0, 64)
