@@ -24,6 +24,7 @@ LABELS = {
     "btok-unmasked": "BToks + condensation, no mask",
     "btok-condensation": "BToks + condensation",
     "btok-condensation-terms": "BToks + condensation, terms alone",
+    "btok-condensation-all": "then all sources",
     "btok-no-words": "BToks, no words",
 }
 REFERENCE = "all-MiniLM-L6-v2"
