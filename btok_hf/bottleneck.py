@@ -17,8 +17,9 @@ import transformers
 from transformers import AutoConfig, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from btok_hf.backbones import Family, family_of
+from btok_hf.backbones import family_of
 from btok_hf.export import untied_head, write_repository
+from btok_hf.family import Family
 from btok_hf.modeling.modeling_btok import StockModel, load_stock_model
 
 # The order of a row's content: media, instruction, text (as in the paper), or as the user gives it. Parts are

@@ -69,7 +69,7 @@ def test_packed_equals_dense_mask(repos, backbone, kind, side):
     inputs = process(processor, rows(kind), side)
     target_ids, labels = targets(processor)
     # A mask over attention says nothing to recurrent layers.
-    reference = layer_by_layer if backbone == "qwen3_5" else dense_reference
+    reference = layer_by_layer if FAMILIES[backbone].mixers else dense_reference
     for masked in (True, False):
         model = AutoModelForImageTextToText.from_pretrained(repos[backbone])
         expected = reference(model, inputs, target_ids, labels, masked)

