@@ -99,8 +99,8 @@ def add_bottleneck_tokens(
 
     Args:
         base (`str` or `Path`):
-            Local folder or Hub id of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5, InternVL3 (`-hf`) or SmolVLM base
-            with its processor.
+            Local folder or Hub id of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5, InternVL3 (`-hf`), SmolVLM or
+            LFM2-VL base with its processor.
         output_dir (`str` or `Path`): Folder to write. Must not contain a model.
         num_tokens (`int`): K. 4 in the paper; 0 is the last-token-pooling baseline.
         order (`str`): Order of a row's content. `media_first` is the paper's: media, instruction, text. `as_given`
@@ -114,7 +114,7 @@ def add_bottleneck_tokens(
         min_pixels (`int`, *optional*): Smaller images are enlarged to this many pixels. Default: the base's.
         max_pixels (`int`, *optional*): Larger images and frames are reduced to this many pixels. Lower it to save
             memory: a token covers 28 x 28 pixels (32 x 32 for Qwen3-VL and Qwen3.5). InternVL3 counts in tiles of
-            448 x 448 pixels. SmolVLM resizes every image to one longest side, a multiple of its tiles' (512 pixels,
+            448 x 448 pixels, LFM2-VL in tiles of 512 x 512, if it is two of them or more. SmolVLM resizes every image to one longest side, a multiple of its tiles' (512 pixels,
             384 in SmolVLM-2.2B). Default: the base's.
         prompts (`dict[str, str]`, *optional*): Instructions by name, e.g. `query` and `document`, saved with the
             model for `encode_query` and `encode_document`.

@@ -302,8 +302,8 @@ def _pack(
         "input_ids": torch.cat([input_ids, target_ids], 1)[keep][None].to(device),
         "attention_mask": family.masks(backbone.config),
         "position_ids": positions[:, keep][:, None].squeeze(0).to(device),  # no axis for the only kind of position
-        "packed_layout": layout,  # for attention
-        "seq_idx": layout,  # for other mixers
+        "packed_layout": layout,
+        **({"seq_idx": layout} if family.mixers else {}),
         **{key: value.to(device) for key, value in family.pixels(media).items()},
     }
     return packed, starts + prefix_lengths

@@ -215,7 +215,7 @@ class _PackedMixer:
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layout = kwargs.get("seq_idx")
-        if not isinstance(layout, PackedLayout):
+        if layout is None or isinstance(layout, Tensor):
             return self.forward(hidden_states, *args, **kwargs)
         return layout.mix(self.forward, hidden_states[0])[None]
 

@@ -184,7 +184,7 @@ def sizes(model, *images):
 def test_large_images_are_cut_and_others_keep_their_shape(lfm2vl):
     """A token is 28 x 28 pixels, a tile 56 x 56. Up to six tokens are one view, and up to twelve are reduced to it."""
     assert sizes(lfm2vl, image(56, 84)) == ([[6, 4]], 6)
-    assert sizes(lfm2vl, image(10, 12)) == ([[4, 4]], 4)
+    assert sizes(lfm2vl, image(14, 20)) == ([[4, 4]], 4)
     assert sizes(lfm2vl, image(84, 84)) == ([[4, 4]], 4)
     assert sizes(lfm2vl, image(84, 168)) == ([[4, 4]] * 2 + [[6, 2]], 4 * 2 + 3)
     assert sizes(lfm2vl, image(140, 140), image(56, 28)) == ([[4, 4]] * 5 + [[2, 4]], 4 * 5 + 2)

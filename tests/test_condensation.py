@@ -164,14 +164,14 @@ def test_a_mask_over_attention_alone_leaks_through_a_recurrent_state(repos):
     assert moved > 1e-2
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 2])
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 4])
 def test_a_mask_over_attention_alone_leaks_through_a_convolution_longer_than_the_tokens(bases, tmp_path, num_tokens):
     """A convolution over three positions ends within two tokens. With fewer, it reaches past them."""
     repo = add_bottleneck_tokens(bases["lfm2_vl"], tmp_path / "repo", num_tokens=num_tokens, noise_std=1.0)
     with only_attention("lfm2_vl"):
         moved = leak(repo)
     print(f"lfm2_vl, K = {num_tokens}: {moved:.2} nats with a mask over attention alone")
-    assert leak(repo) == 0 and (moved == 0 if num_tokens == 2 else moved > 1e-2)
+    assert leak(repo) == 0 and (moved == 0 if num_tokens >= 2 else moved > 1e-2)
     processor, model = AutoProcessor.from_pretrained(repo), AutoModelForImageTextToText.from_pretrained(repo)
     inputs, (target_ids, labels) = process(processor, rows("image"), "left"), targets(processor)
     with torch.no_grad():

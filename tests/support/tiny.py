@@ -179,7 +179,7 @@ def internvl(text, tied, text_model):
 def lfm2vl(vocab_size, tied):
     """An LFM2-VL of convolutions before and after attention. Images have up to 16 tokens, and tiles 4."""
     tok = tokenizer(
-        special=["<|pad|>", "<|startoftext|>", "<|im_start|>", "<|img_row_1_col_1|>"],
+        special=["<|pad|>", "<|startoftext|>", "<|endoftext|>", "<|im_start|>"],
         pad="<|pad|>",
         bos_token="<|startoftext|>",
         extra_special_tokens=dict(LFM2VL),
