@@ -114,8 +114,8 @@ def add_bottleneck_tokens(
         min_pixels (`int`, *optional*): Smaller images are enlarged to this many pixels. Default: the base's.
         max_pixels (`int`, *optional*): Larger images and frames are reduced to this many pixels. Lower it to save
             memory: a token covers 28 x 28 pixels (32 x 32 for Qwen3-VL and Qwen3.5). InternVL3 counts in tiles of
-            448 x 448 pixels, LFM2-VL in tiles of 512 x 512, if it is two of them or more. SmolVLM resizes every image to one longest side, a multiple of its tiles' (512 pixels,
-            384 in SmolVLM-2.2B). Default: the base's.
+            448 x 448 pixels, LFM2-VL in tiles of 512 x 512, if two of them or more fit. SmolVLM resizes every image
+            to one longest side, a multiple of its tiles' (512 pixels, 384 in SmolVLM-2.2B). Default: the base's.
         prompts (`dict[str, str]`, *optional*): Instructions by name, e.g. `query` and `document`, saved with the
             model for `encode_query` and `encode_document`.
         dtype (`str` or `torch.dtype`): Precision of loading and saving. Default: the checkpoint's.

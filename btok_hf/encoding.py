@@ -372,7 +372,7 @@ def _pixel_tokens(
             layout = (part.min_tiles, part.max_tiles, part.tile_size)
             tiles = part.max_tiles if size is None else part._get_grid_layout(*size[::-1], *layout)[-1]
             return tiles * part.tile_size**2 // unit + part.use_thumbnail * most
-        return int(min(max(pixels // unit, part.min_image_tokens), most))
+        return int(min(max(pixels / unit, part.min_image_tokens), most))
     least, most, side = 56**2, 28**2 * 1280, 28
     if hasattr(part, "merge_size"):
         least, most = part.size["shortest_edge"], part.size["longest_edge"]

@@ -178,8 +178,9 @@ def internvl(text, tied, text_model):
 
 def lfm2vl(vocab_size, tied):
     """An LFM2-VL of convolutions before and after attention. Images have up to 16 tokens, and tiles 4."""
+    tiles = [f"<|img_row_{row}_col_{col}|>" for row in range(1, 5) for col in range(1, 4 // row + 1)]
     tok = tokenizer(
-        special=["<|pad|>", "<|startoftext|>", "<|endoftext|>", "<|im_start|>"],
+        special=["<|pad|>", "<|startoftext|>", "<|endoftext|>", "<|im_start|>", *tiles, "<|img_thumbnail|>"],
         pad="<|pad|>",
         bos_token="<|startoftext|>",
         extra_special_tokens=dict(LFM2VL),
@@ -238,7 +239,7 @@ def build(
     linear_dim=16,
     text_model="qwen2",
 ):
-    """Write a random base checkpoint with its processor to `path`. 264 of the `vocab_size` rows are taken."""
+    """Write a random base checkpoint with its processor to `path`. 264 of its rows are taken, 273 of an LFM2-VL's."""
     tok = tokenizer(Qwen3_5Tokenizer if backbone == "qwen3_5" else Qwen2Tokenizer)
     ids = dict(zip(SPECIAL, tok.convert_tokens_to_ids(SPECIAL)))
     special = {
