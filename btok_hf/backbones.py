@@ -8,198 +8,16 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import Module, ModuleList
-from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedConfig, ProcessorMixin
 
-from btok_hf.features import GRID_KEYS
+from btok_hf.family import PROJECTIONS, Family, ImageCosts
 from btok_hf.inputs import ImageLimits
 from btok_hf.modeling.modeling_btok import Backbone, stock_class
-
-REQUIRED_TOKENS = (
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
-# The projections of attention and of the feed-forward network.
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-class ImageCosts(NamedTuple):
-    """What images cost with the settings of a processor, for the model card.
-
-    Args:
-        setting (`str`): Argument of the processor that bounds the tokens of an image.
-        tokens (`dict`): By value of the setting (a number or Python source), the tokens of the largest image. The
-            processor's own is first, smaller ones follow.
-        unit (`int`): Pixels per token or, if images are cut into tiles, the side of a tile in pixels.
-        smallest (`int`, *optional*): Pixels that smaller images are enlarged to.
-    """
-
-    setting: str
-    tokens: dict[int | str, int]
-    unit: int
-    smallest: int | None
-
-
-@dataclass(frozen=True)
-class Family:
-    """A family of backbones with the structure of Qwen-VL. A family of another structure overrides the methods.
-
-    Args:
-        name (`str`): What its makers call it.
-        required_tokens (`tuple[str, ...]`): Special tokens that rows and targets are made of.
-        adapted (`tuple[str, ...]`): Names of the linear layers of the language model that LoRA adapts by default.
-        mixers (`tuple[str, ...]`): Names of the modules in a layer that mix tokens otherwise than by attention. They
-            are causal and take hidden states of shape `(batch, length, hidden)`.
-        language (`str`): Name of the part of a backbone that reads tokens.
-        image (`str`): What stands for an image in the text that the processor gets.
-        video (`str`, *optional*): What stands for a video. `None`: the family takes none.
-        media_bounds (`tuple[str, str]`): Tokens before and after the placeholders of an image or a frame.
-        text_models (`tuple[str, ...]`): The `model_type` that the language model may have; empty if there is only one.
-        packs_images (`bool`): Whether the vision tower gets all images as one row, with their bounds.
-        reads_pixels (`bool`): Whether the processor knows `min_pixels` and `max_pixels` when it is loaded.
-        processor (`str`): The class of transformers that loads the processor of a base.
-        equal_videos (`bool`): Whether the processor takes only videos of equally many frames at a time.
-        cut_error (`str`): What the processor's error says if truncation cut an image or a frame.
-    """
-
-    name: str
-    required_tokens: tuple[str, ...] = REQUIRED_TOKENS
-    adapted: tuple[str, ...] = PROJECTIONS
-    mixers: tuple[str, ...] = ()
-    language: str = "language_model"
-    image: str = "<|vision_start|><|image_pad|><|vision_end|>"
-    video: str | None = "<|vision_start|><|video_pad|><|vision_end|>"
-    media_bounds: tuple[str, str] = ("<|vision_start|>", "<|vision_end|>")
-    text_models: tuple[str, ...] = ()
-    packs_images: bool = True
-    reads_pixels: bool = True
-    processor: str = "AutoProcessor"
-    equal_videos: bool = False
-    cut_error: str = "Likely due to `truncation"
-
-    @property
-    def lora_targets(self) -> str:
-        """The default target modules of LoRA, as a pattern of their full names."""
-        return rf".*{self.language}.*\.({'|'.join(self.adapted)})"
-
-    def language_model(self, backbone: Backbone) -> PreTrainedModel:
-        """The part of a backbone that reads tokens."""
-        return getattr(backbone, self.language)
-
-    def vision_tower(self, backbone: Backbone) -> Module:
-        """The part of a backbone that reads pixels, with all that lies between it and the language model."""
-        return backbone.visual
-
-    def placeholders(self, config: PreTrainedConfig) -> tuple[int, ...]:
-        """Ids of the tokens that stand for images and video in a row."""
-        return config.image_token_id, config.video_token_id
-
-    def image_limits(self, config: PreTrainedConfig, processor: ProcessorMixin) -> ImageLimits:
-        """What images `check_input` lets pass."""
-        return ImageLimits(processor.image_processor.size["longest_edge"], config.vision_config.patch_size)
-
-    def limit_pixels(self, processor: ProcessorMixin, min_pixels: int | None, max_pixels: int | None) -> None:
-        """Set the pixel limits of images and of video frames in a processor; `None` keeps its own.
-
-        Raises:
-            ValueError: `min_pixels` exceeds `max_pixels`.
-        """
-        # Limit pixels per frame, as the reference implementation does. transformers is moving to this behaviour.
-        processor.video_processor.cap_pixels_per_frame = True
-        for part in (processor.image_processor, processor.video_processor):
-            limits = {
-                "shortest_edge": part.size["shortest_edge"] if min_pixels is None else min_pixels,
-                "longest_edge": part.size["longest_edge"] if max_pixels is None else max_pixels,
-            }
-            if limits["shortest_edge"] > limits["longest_edge"]:
-                raise ValueError(
-                    f"min_pixels must not exceed max_pixels, got min_pixels={limits['shortest_edge']} and "
-                    f"max_pixels={limits['longest_edge']}. Lower min_pixels or raise max_pixels."
-                )
-            part.size = limits
-
-    def image_costs(self, processor: ProcessorMixin) -> ImageCosts:
-        """What images cost with this processor's settings."""
-        part = processor.image_processor
-        unit = (part.patch_size * part.merge_size) ** 2
-        least, most = part.size["shortest_edge"], part.size["longest_edge"] // unit
-        shown = [most // divisor for divisor in (1, 2, 4) if most // divisor * unit >= least]
-        return ImageCosts("max_pixels", {tokens * unit: tokens for tokens in shown}, unit, least)
-
-    def golden_sides(self, processor: ProcessorMixin) -> tuple[int, int | None]:
-        """Sides in pixels of a golden image, which is not resized, and of a frame of the long golden video.
-
-        `None`: without the long video. It has later positions in time than in the frame, so that positions after it
-        are checked.
-        """
-        part = processor.image_processor
-        return 224, 2 * part.patch_size * part.merge_size
-
-    def items_per_row(self, config: PreTrainedConfig, features: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Entries per row, shape `(batch,)`, of features that GradCache's engine would cut as if they had one."""
-        if "second_per_grid_ts" in features and "num_videos_per_sample" in features:
-            return {"second_per_grid_ts": features["num_videos_per_sample"]}
-        return {}
-
-    def pixels(self, media: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Of the features of a batch with pixels, those that a packed row needs."""
-        return media
-
-    def masks(self, config: PreTrainedConfig) -> Any:
-        """The `attention_mask` of a packed row: with it, the language model builds no mask of its own."""
-        return None
-
-    def positions(
-        self,
-        backbone: Backbone,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        mm_token_type_ids: Tensor | None,
-        features: Mapping[str, Tensor],
-    ) -> Tensor:
-        """Positions of the tokens as the backbone computes them: M-RoPE.
-
-        Args:
-            backbone: The stock backbone.
-            input_ids, attention_mask (`torch.Tensor` of shape `(batch, length)`): Rows, padded on either side.
-            mm_token_type_ids (`torch.Tensor` of shape `(batch, length)`, *optional*): 0 text, 1 image, 2 video.
-            features (`dict[str, torch.Tensor]`): With media, their grids.
-
-        Returns:
-            `torch.LongTensor` of shape `(axes, batch, length)`: Time, height and width. Padding has any.
-
-        Raises:
-            ValueError: Media without `mm_token_type_ids`.
-        """
-        grids = {key: features[key] for key in GRID_KEYS if features.get(key) is not None}
-        if not grids:
-            return (attention_mask.long().cumsum(1) - 1).clamp(min=0).expand(3, -1, -1)
-        if mm_token_type_ids is None:
-            raise ValueError(
-                "Images or video were given without mm_token_type_ids, which multimodal positions need. "
-                "Pass everything that the processor returned."
-            )
-        rows = {"mm_token_type_ids": mm_token_type_ids, "attention_mask": attention_mask}
-        # The backbone loops over rows in Python. If all rows have the same layout, computing one of them is enough.
-        uniform = [
-            grid.view(len(input_ids), -1, *grid.shape[1:])
-            for grid in grids.values()
-            if len(grid) % len(input_ids) == 0
-        ]
-        if len(uniform) == len(grids) and all((x == x[:1]).all() for x in (*rows.values(), *uniform)):
-            first = {key: value[:1] for key, value in rows.items()}
-            first |= {key: grid[0] for key, grid in zip(grids, uniform)}
-            positions: Tensor = backbone.get_rope_index(input_ids[:1], **first)[0]
-            return positions.expand(-1, len(input_ids), -1)
-        return backbone.get_rope_index(input_ids, **rows, **grids)[0]
 
 
 @dataclass(frozen=True)
@@ -221,6 +39,10 @@ class Tiled(Family):
         features: Mapping[str, Tensor],
     ) -> Tensor:
         return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[None]
+
+    def masks(self, config: PreTrainedConfig) -> Any:
+        # It would find the packed rows by their positions, and build a mask of length x length.
+        return dict.fromkeys(config.get_text_config().layer_types)
 
 
 @dataclass(frozen=True)
@@ -262,10 +84,6 @@ class InternVL(Tiled):
             return {}
         tokens = (features["input_ids"] == config.image_token_id).sum(1)
         return {"pixel_values": tokens // config.image_seq_length}
-
-    def masks(self, config: PreTrainedConfig) -> Any:
-        # It would find the packed rows by their positions, and build a mask of length x length.
-        return dict.fromkeys(config.get_text_config().layer_types)
 
 
 @dataclass(frozen=True)
@@ -327,9 +145,99 @@ class SmolVLM(Tiled):
         return {key: value[real][:, None] for key, value in media.items()} if real.any() else {}
 
     def masks(self, config: PreTrainedConfig) -> Any:
-        # It would find the packed rows by their positions, and build a mask of length x length. One with four axes is
-        # taken as it is, and packed attention reads none.
+        # Llama takes no dict of them. A mask with four axes is taken as it is, and packed attention reads none.
         return torch.empty(1, 1, 1, 1)
+
+
+@dataclass(frozen=True)
+class LFM2VL(Tiled):
+    """Only images that are too large are cut. Tiles and whole images have patches in any number up to a bound."""
+
+    required_tokens: tuple[str, ...] = ("<|im_start|>", "<|im_end|>", "<image>", "<|image_start|>", "<|image_end|>")
+    adapted: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "in_proj", "out_proj", "w1", "w2", "w3")
+    mixers: tuple[str, ...] = ("conv",)
+    image: str = "<image>"  # the processor puts <|image_start|> and <|image_end|> around it
+    video: str | None = None
+    media_bounds: tuple[str, str] = ("<|image_start|>", "<|image_end|>")
+    text_models: tuple[str, ...] = ("lfm2",)
+
+    def vision_tower(self, backbone: Backbone) -> Module:
+        return ModuleList([backbone.vision_tower, backbone.multi_modal_projector])
+
+    def check(self, config: PreTrainedConfig) -> None:
+        super().check(config)
+        if config.get_text_config().conv_bias:
+            # Stock layers zero what they get for padding, but the biases of the projection make it visible again.
+            raise ValueError(
+                f"{self.name} is supported without biases of the convolutions, got conv_bias=True in config.json: "
+                "padding on the left would change the embedding of a row. Start from another checkpoint of it."
+            )
+
+    def image_limits(self, config: PreTrainedConfig, processor: ProcessorMixin) -> ImageLimits:
+        part = processor.image_processor
+        most = part.max_image_tokens * _unit(part)
+        if part.do_image_splitting:
+            most = max(most, part.max_tiles * part.tile_size**2)
+        return ImageLimits(most, part.encoder_patch_size, takes_video=False)
+
+    def limit_pixels(self, processor: ProcessorMixin, min_pixels: int | None, max_pixels: int | None) -> None:
+        part = processor.image_processor
+        unit, tile = _unit(part), part.tile_size**2
+        least = part.min_image_tokens if min_pixels is None else -(-min_pixels // unit)
+        most = part.max_image_tokens
+        if max_pixels is not None:
+            # With too few pixels for tiles, an image is only reduced.
+            part.do_image_splitting = max_pixels >= part.min_tiles * tile
+            part.max_tiles = max(part.min_tiles, max_pixels // tile)
+            most = min(most, max_pixels // unit)
+        if not 1 <= least <= most:
+            raise ValueError(
+                f"An image or a tile has a token per {unit} pixels: at least {least} by min_pixels={min_pixels}, and "
+                f"at most {most} by max_pixels={max_pixels}. Lower min_pixels, or raise max_pixels."
+            )
+        part.min_image_tokens, part.max_image_tokens = least, most
+
+    def image_costs(self, processor: ProcessorMixin) -> ImageCosts:
+        part = processor.image_processor
+        unit, least, most = _unit(part), part.min_image_tokens, part.max_image_tokens
+        if not part.do_image_splitting:
+            shown = [most // divisor for divisor in (1, 2, 4) if most // divisor >= least]
+            return ImageCosts("max_image_tokens", {tokens: tokens for tokens in shown}, unit, least * unit)
+        shown = [part.max_tiles // divisor for divisor in (1, 2, 4) if part.max_tiles // divisor >= part.min_tiles]
+        # Beside the tiles, there may be a view of the whole image.
+        tokens = {tiles: tiles * part.tile_size**2 // unit + part.use_thumbnail * most for tiles in shown}
+        return ImageCosts("max_tiles", tokens, part.tile_size, least * unit)
+
+    def golden_sides(self, processor: ProcessorMixin) -> tuple[int, int | None]:
+        part = processor.image_processor
+        side = part.encoder_patch_size * part.downsample_factor
+        most = part.max_image_tokens
+        if part.do_image_splitting:  # an image of twice the area is just too large, and is cut
+            return side * (math.isqrt(int(most * part.max_pixels_tolerance) // 2) + 1), None
+        return side * max(math.isqrt(most // 2), 1), None
+
+    def items_per_row(self, config: PreTrainedConfig, features: Mapping[str, Any]) -> dict[str, Tensor]:
+        if "spatial_shapes" not in features:
+            return {}
+        # Tiles have different numbers of tokens. A row has those that fill its placeholders.
+        tiles = features["spatial_shapes"].prod(1) // config.downsample_factor**2
+        rows = (features["input_ids"] == config.image_token_id).sum(1)
+        ends = torch.searchsorted(tiles.cumsum(0), rows.cumsum(0), right=True)
+        return dict.fromkeys(
+            ("pixel_values", "pixel_attention_mask", "spatial_shapes"), ends.diff(prepend=ends.new_zeros(1))
+        )
+
+    def pixels(self, media: dict[str, Tensor]) -> dict[str, Tensor]:
+        if "pixel_values" not in media:
+            return {}
+        # The processor pads every tile to as many patches as the largest may have.
+        longest = int(media["pixel_attention_mask"].sum(1).max())
+        return {key: value[:, :longest] if key.startswith("pixel") else value for key, value in media.items()}
+
+
+def _unit(part: Any) -> int:
+    """Pixels per token of LFM2-VL's processor of images."""
+    return (part.encoder_patch_size * part.downsample_factor) ** 2
 
 
 # By model_type, like STOCK_CLASSES of the remote code.
@@ -353,6 +261,7 @@ FAMILIES = {
     ),
     "idefics3": SmolVLM("SmolVLM"),
     "smolvlm": SmolVLM("SmolVLM2"),
+    "lfm2_vl": LFM2VL("LFM2-VL"),
 }
 
 
@@ -360,10 +269,5 @@ def family_of(config: PreTrainedConfig) -> Family:
     """The family of a backbone, by its configuration; raises `ValueError` for an unsupported one."""
     stock_class(config)  # raises
     family = FAMILIES[config.model_type]
-    text_model = config.get_text_config().model_type
-    if family.text_models and text_model not in family.text_models:
-        raise ValueError(
-            f"{family.name} is supported with the language models {', '.join(family.text_models)}, got "
-            f"{text_model!r}, whose attention and tokens were not checked. Start from another checkpoint of it."
-        )
+    family.check(config)
     return family

@@ -17,8 +17,9 @@ import transformers
 from transformers import AutoConfig, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from btok_hf.backbones import Family, family_of
+from btok_hf.backbones import family_of
 from btok_hf.export import untied_head, write_repository
+from btok_hf.family import Family
 from btok_hf.modeling.modeling_btok import StockModel, load_stock_model
 
 # The order of a row's content: media, instruction, text (as in the paper), or as the user gives it. Parts are
@@ -98,8 +99,8 @@ def add_bottleneck_tokens(
 
     Args:
         base (`str` or `Path`):
-            Local folder or Hub id of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5, InternVL3 (`-hf`) or SmolVLM base
-            with its processor.
+            Local folder or Hub id of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5, InternVL3 (`-hf`), SmolVLM or
+            LFM2-VL base with its processor.
         output_dir (`str` or `Path`): Folder to write. Must not contain a model.
         num_tokens (`int`): K. 4 in the paper; 0 is the last-token-pooling baseline.
         order (`str`): Order of a row's content. `media_first` is the paper's: media, instruction, text. `as_given`
@@ -113,8 +114,8 @@ def add_bottleneck_tokens(
         min_pixels (`int`, *optional*): Smaller images are enlarged to this many pixels. Default: the base's.
         max_pixels (`int`, *optional*): Larger images and frames are reduced to this many pixels. Lower it to save
             memory: a token covers 28 x 28 pixels (32 x 32 for Qwen3-VL and Qwen3.5). InternVL3 counts in tiles of
-            448 x 448 pixels. SmolVLM resizes every image to one longest side, a multiple of its tiles' (512 pixels,
-            384 in SmolVLM-2.2B). Default: the base's.
+            448 x 448 pixels, LFM2-VL in tiles of 512 x 512, if two of them or more fit. SmolVLM resizes every image
+            to one longest side, a multiple of its tiles' (512 pixels, 384 in SmolVLM-2.2B). Default: the base's.
         prompts (`dict[str, str]`, *optional*): Instructions by name, e.g. `query` and `document`, saved with the
             model for `encode_query` and `encode_document`.
         dtype (`str` or `torch.dtype`): Precision of loading and saving. Default: the checkpoint's.

@@ -297,11 +297,13 @@ def _pack(
         if target:
             first_key = start + prefix - len(token_ids)
             segments.append((start + prefix, target, first_key, len(token_ids) + target))
+    layout = PackedLayout(segments, device)
     packed = {
         "input_ids": torch.cat([input_ids, target_ids], 1)[keep][None].to(device),
         "attention_mask": family.masks(backbone.config),
         "position_ids": positions[:, keep][:, None].squeeze(0).to(device),  # no axis for the only kind of position
-        "packed_layout": PackedLayout(segments, device),
+        "packed_layout": layout,
+        **({"seq_idx": layout} if family.mixers else {}),
         **{key: value.to(device) for key, value in family.pixels(media).items()},
     }
     return packed, starts + prefix_lengths

@@ -18,9 +18,10 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from btok_hf.adapters import check_exportable, find_base, load_adapters
-from btok_hf.backbones import Family, family_of
+from btok_hf.backbones import family_of
 from btok_hf.bottleneck import ORDERS, bottleneck_token, check_base, cut_on_the_left, embedding_chat_template, escapes
 from btok_hf.export import untied_head, write_golden_vectors, write_repository
+from btok_hf.family import Family
 from btok_hf.files import check_writable
 from btok_hf.hub_card.card import CardArguments, apache_license, render_card
 from btok_hf.hub_names import is_hub_id

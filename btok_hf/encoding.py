@@ -367,6 +367,14 @@ def _pixel_tokens(
             tiles = whole if size is None else part.get_number_of_image_patches(*size[::-1], {"crop_to_patches": True})
         return tiles * cast(Any, processor).image_seq_length
     pixels = math.inf if size is None else math.prod(size)
+    if hasattr(part, "max_image_tokens"):
+        unit, most = (part.encoder_patch_size * part.downsample_factor) ** 2, part.max_image_tokens
+        if part.do_image_splitting and pixels > most * unit * part.max_pixels_tolerance:
+            # Beside the tiles, there may be a view of the whole.
+            layout = (part.min_tiles, part.max_tiles, part.tile_size)
+            tiles = part.max_tiles if size is None else part._get_grid_layout(*size[::-1], *layout)[-1]
+            return tiles * part.tile_size**2 // unit + part.use_thumbnail * most
+        return int(min(max(pixels / unit, part.min_image_tokens), most))
     least, most, side = 56**2, 28**2 * 1280, 28
     if hasattr(part, "merge_size"):
         least, most = part.size["shortest_edge"], part.size["longest_edge"]

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 PIXEL_KEYS = ("pixel_values", "pixel_values_videos")
-MEDIA_KEYS = (*PIXEL_KEYS, "pixel_attention_mask", "image_grid_thw", "video_grid_thw")
+MEDIA_KEYS = (*PIXEL_KEYS, "pixel_attention_mask", "spatial_shapes", "image_grid_thw", "video_grid_thw")
 GRID_KEYS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
 ROW_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", *GRID_KEYS)
 IGNORED = -100  # label of an unsupervised token, as in transformers

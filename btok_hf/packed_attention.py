@@ -7,7 +7,7 @@ registers the attention functions.
 
 from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -204,22 +204,20 @@ def _vision_attention(
 
 
 class _PackedMixer:
-    """The forward of a token mixer other than attention: packed if a layout is given, otherwise as it was."""
+    """The forward of a token mixer other than attention: packed if a layout is given, otherwise as it was.
+
+    The layout comes as `seq_idx`, the name by which transformers keeps packed sequences apart. Before 5.22, layers
+    hand their convolution nothing else.
+    """
 
     def __init__(self, forward: Callable[..., Tensor]) -> None:
         self.forward = forward
 
-    def __call__(
-        self,
-        hidden_states: Tensor,
-        *args: Any,
-        packed_layout: PackedLayout | None = None,
-        vision_layouts: Any = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        if packed_layout is None:
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layout = kwargs.get("seq_idx")
+        if layout is None or isinstance(layout, Tensor):
             return self.forward(hidden_states, *args, **kwargs)
-        return packed_layout.mix(self.forward, hidden_states[0])[None]
+        return layout.mix(self.forward, hidden_states[0])[None]
 
 
 def pack_mixers(language_model: torch.nn.Module, names: Collection[str]) -> None:
@@ -231,9 +229,11 @@ def pack_mixers(language_model: torch.nn.Module, names: Collection[str]) -> None
         language_model (`torch.nn.Module`): Changed in place. May be called again.
         names (`Collection[str]`): Names of the mixers in their layers.
     """
-    for name, module in language_model.named_modules():
-        if name.rpartition(".")[2] in names and not isinstance(module.forward, _PackedMixer):
-            module.forward = _PackedMixer(module.forward)
+    for layer in cast(Any, language_model).layers if names else ():
+        for name in names:
+            mixer = getattr(layer, name, None)  # a layer may have attention in its place
+            if mixer is not None and not isinstance(mixer.forward, _PackedMixer):
+                mixer.forward = _PackedMixer(mixer.forward)
 
 
 AttentionInterface.register(VISION_ATTENTION, _vision_attention)

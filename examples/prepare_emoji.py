@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from btok_hf import add_bottleneck_tokens
-from btok_hf.backbones import REQUIRED_TOKENS
+from btok_hf.family import REQUIRED_TOKENS
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "emoji"
 CATEGORIES = ("Animals & Nature", "Food & Drink")

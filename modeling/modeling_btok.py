@@ -12,7 +12,7 @@ Import only torch, transformers and the standard library here. Training and pack
 import json
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -33,6 +33,7 @@ STOCK_CLASSES = {
     "internvl": "InternVLForConditionalGeneration",
     "idefics3": "Idefics3ForConditionalGeneration",
     "smolvlm": "SmolVLMForConditionalGeneration",
+    "lfm2_vl": "Lfm2VlForConditionalGeneration",
 }
 StockModel: TypeAlias = Any  # one of these classes
 Backbone: TypeAlias = Any  # its `model`: vision tower and language model, without a head
@@ -189,46 +190,41 @@ def append_bottleneck_tokens(
     return append(input_ids, tokens), append(attention_mask, attention_mask.new_ones(count)), mm_token_type_ids
 
 
-def _grid_tokens(config: PreTrainedConfig, features: Mapping[str, Any]) -> Iterator[tuple[str, int, str, int]]:
-    """For each kind of media: its name, its placeholder, the key of its pixels, and the tokens that the grids need."""
-    for kind, token_id, pixel_key in (
-        ("image", config.image_token_id, "pixel_values"),
-        ("video", config.video_token_id, "pixel_values_videos"),
-    ):
-        grid = features.get(f"{kind}_grid_thw")
-        tokens = 0 if grid is None else int(grid.prod(1).sum()) // config.vision_config.spatial_merge_size**2
-        yield kind, token_id, pixel_key, tokens
+def _grid_tokens(config: PreTrainedConfig, grids: torch.Tensor) -> int:
+    return int(grids.prod(1).sum()) // config.vision_config.spatial_merge_size**2
 
 
-def _tile_tokens(config: PreTrainedConfig, features: Mapping[str, Any]) -> Iterator[tuple[str, int, str, int]]:
-    """The same for images and frames that are cut into tiles of equally many tokens."""
-    tiles = features.get("pixel_values")
-    yield "image", config.image_token_id, "pixel_values", 0 if tiles is None else len(tiles) * config.image_seq_length
+def _padded_tile_tokens(config: PreTrainedConfig, mask: torch.Tensor) -> int:
+    """Tiles of one size. Rows with fewer tiles are padded with empty ones."""
+    vision = config.vision_config
+    side = vision.image_size // vision.patch_size // config.scale_factor
+    return int(mask.flatten(2).any(2).sum()) * side**2
 
 
-def _padded_tile_tokens(config: PreTrainedConfig, features: Mapping[str, Any]) -> Iterator[tuple[str, int, str, int]]:
-    """The same for images that are cut into tiles of one size. Rows with fewer tiles are padded with empty ones."""
-    mask, vision = features.get("pixel_attention_mask"), config.vision_config
-    tiles = 0 if mask is None else int(mask.flatten(2).any(2).sum())
-    tokens = tiles * (vision.image_size // vision.patch_size // config.scale_factor) ** 2
-    yield "image", config.image_token_id, "pixel_values", tokens
-
-
-# How many placeholders the media need, by model_type. Default: by grids.
-MEDIA_TOKENS = {"internvl": _tile_tokens, "idefics3": _padded_tile_tokens, "smolvlm": _padded_tile_tokens}
+# By model_type: the feature that says how many placeholders the images need, and their number by it.
+# Default: grids, of images and of videos.
+IMAGE_TOKENS: dict[str, tuple[str, Callable[[Any, torch.Tensor], int]]] = {
+    "internvl": ("pixel_values", lambda config, tiles: len(tiles) * config.image_seq_length),
+    "idefics3": ("pixel_attention_mask", _padded_tile_tokens),
+    "smolvlm": ("pixel_attention_mask", _padded_tile_tokens),
+    "lfm2_vl": ("spatial_shapes", lambda config, tiles: int(tiles.prod(1).sum()) // config.downsample_factor**2),
+}
 
 
 def check_media(config: PreTrainedConfig, input_ids: torch.Tensor, features: Mapping[str, Any]) -> None:
     """Raise `ValueError` if the media do not match their placeholder tokens, or if pixels are not finite."""
-    needed = MEDIA_TOKENS.get(config.model_type, _grid_tokens)
-    for kind, token_id, pixel_key, given in needed(config, features):
-        pixels = features.get(pixel_key)
-        placeholders = int((input_ids == token_id).sum())
+    counted = [("image", "pixel_values", *IMAGE_TOKENS.get(config.model_type, ("image_grid_thw", _grid_tokens)))]
+    if config.model_type not in IMAGE_TOKENS:
+        counted.append(("video", "pixel_values_videos", "video_grid_thw", _grid_tokens))
+    for kind, pixel_key, key, count in counted:
+        placeholders = int((input_ids == getattr(config, f"{kind}_token_id")).sum())
+        given = 0 if features.get(key) is None else count(config, features[key])
         if placeholders != given:
             raise ValueError(
                 f"input_ids have {placeholders} {kind} placeholder token(s), but the given {kind}s need {given}. "
                 f"Process texts and {kind}s together, and pass everything that the processor returns."
             )
+        pixels = features.get(pixel_key)
         if pixels is not None and not torch.isfinite(pixels).all():
             raise ValueError(f"{pixel_key} has NaN or infinite values. Check the {kind} given to the processor.")
 

@@ -60,9 +60,10 @@ def repo(repos):
     return repos["qwen2_vl"]
 
 
-@pytest.fixture(params=["qwen2_vl", "qwen3_5", "idefics3"])
+@pytest.fixture(params=["qwen2_vl", "qwen3_5", "idefics3", "lfm2_vl"])
 def either(repos, request):
-    """A repository with positions in time and space, one with recurrent layers, and one with padded tiles."""
+    """A repository with positions in time and space, one with recurrent layers, one with padded tiles, one with
+    convolutions and tiles of several sizes."""
     return repos[request.param]
 
 

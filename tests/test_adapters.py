@@ -55,8 +55,12 @@ def test_lora_trains_exactly_the_token_rows_and_the_adapters(either, tmp_path, d
             assert set((parameter != untouched[name]).any(1).nonzero().flatten().tolist()) == set(rows)
         elif not torch.equal(parameter, untouched[name]):
             changed.add(name.rsplit(".", 2)[-2])
-    recurrent = {"in_proj_qkv", "in_proj_z", "out_proj"} if model.config.model_type == "qwen3_5" else set()
-    assert changed == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"} | recurrent
+    usual = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    others = {
+        "qwen3_5": usual | {"in_proj_qkv", "in_proj_z", "out_proj"},
+        "lfm2_vl": {"q_proj", "k_proj", "v_proj", "in_proj", "out_proj", "w1", "w2", "w3"},
+    }
+    assert changed == others.get(model.config.model_type, usual)
 
     model.save_pretrained(str(tmp_path / "adapter"))
     assert not list((tmp_path / "adapter").glob("model*.safetensors"))

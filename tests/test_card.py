@@ -100,7 +100,7 @@ def test_statements_are_flags_and_keys_of_the_yaml(tmp_path):
     assert TrlParser((CardArguments,)).parse_args_and_config(flags) == (arguments,)
 
 
-@pytest.mark.parametrize("backbone, num_tokens", [("qwen3_vl", 4), ("qwen3_vl", 0), ("idefics3", 4)])
+@pytest.mark.parametrize("backbone, num_tokens", [("qwen3_vl", 4), ("qwen3_vl", 0), ("idefics3", 4), ("lfm2_vl", 4)])
 def test_an_untrained_model_says_so(bases, tmp_path, backbone, num_tokens):
     repo = add_bottleneck_tokens(bases[backbone], tmp_path / "repo", num_tokens=num_tokens)
     card = (repo / "README.md").read_text("utf-8")
@@ -109,8 +109,12 @@ def test_an_untrained_model_says_so(bases, tmp_path, backbone, num_tokens):
     assert "**No training is recorded for these weights.**" in card and "No training data is recorded." in card
     assert f"| Bottleneck Tokens (K) | {num_tokens} |" in card
     assert ("baseline (K = 0)" in card) == (num_tokens == 0) == ("at the EOS token that ends every row" in card)
-    # 32 x 32 pixels a token; four tiles and a view of the whole, with four tokens each.
-    most = {"qwen3_vl": "| 16,384 (default) | 16 |", "idefics3": '| {"longest_edge": 56} (default) | 20 |'}
+    # 32 x 32 pixels a token; four tiles of four tokens each, and a view of the whole of four or up to six.
+    most = {
+        "qwen3_vl": "| 16,384 (default) | 16 |",
+        "idefics3": '| {"longest_edge": 56} (default) | 20 |',
+        "lfm2_vl": "| 4 (default) | 22 |",
+    }
     assert most[backbone] in card and ("a video (file, frames)" in card) == (backbone in tiny.WITH_VIDEO)
     assert set(ModelCard(card).data.to_dict()) == {"library_name", "pipeline_tag", "tags"}
     for block in blocks(card, "python"):

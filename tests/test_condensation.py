@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
+from btok_hf import add_bottleneck_tokens
 from btok_hf.backbones import FAMILIES, family_of
 from btok_hf.condensation import _forward, condense, dense_condensation_mask, linear_cross_entropy, reconstruct
 from btok_hf.modeling.modeling_btok import last_positions
@@ -69,7 +70,7 @@ def test_packed_equals_dense_mask(repos, backbone, kind, side):
     inputs = process(processor, rows(kind), side)
     target_ids, labels = targets(processor)
     # A mask over attention says nothing to recurrent layers.
-    reference = layer_by_layer if backbone == "qwen3_5" else dense_reference
+    reference = layer_by_layer if FAMILIES[backbone].mixers else dense_reference
     for masked in (True, False):
         model = AutoModelForImageTextToText.from_pretrained(repos[backbone])
         expected = reference(model, inputs, target_ids, labels, masked)
@@ -150,13 +151,33 @@ def test_changing_the_query_moves_no_target_if_the_bottleneck_is_held(repos, bac
     assert moved[True] == 0 and moved[False] > 1e-2
 
 
+def only_attention(backbone):
+    """A context in which the rule holds for attention alone."""
+    return patch.dict(FAMILIES, {backbone: replace(FAMILIES[backbone], mixers=())})
+
+
 def test_a_mask_over_attention_alone_leaks_through_a_recurrent_state(repos):
     """Why the rule is said about every token mixer: the state of Gated DeltaNet carries the query past the mask."""
-    only_attention = replace(FAMILIES["qwen3_5"], mixers=())
-    with patch.dict(FAMILIES, {"qwen3_5": only_attention}):
+    with only_attention("qwen3_5"):
         moved = leak(repos["qwen3_5"])
     print(f"qwen3_5: {moved:.2} nats with a mask over attention alone")
     assert moved > 1e-2
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 4])
+def test_a_mask_over_attention_alone_leaks_through_a_convolution_longer_than_the_tokens(bases, tmp_path, num_tokens):
+    """A convolution over three positions ends within two tokens. With fewer, it reaches past them."""
+    repo = add_bottleneck_tokens(bases["lfm2_vl"], tmp_path / "repo", num_tokens=num_tokens, noise_std=1.0)
+    with only_attention("lfm2_vl"):
+        moved = leak(repo)
+    print(f"lfm2_vl, K = {num_tokens}: {moved:.2} nats with a mask over attention alone")
+    assert leak(repo) == 0 and (moved == 0 if num_tokens >= 2 else moved > 1e-2)
+    processor, model = AutoProcessor.from_pretrained(repo), AutoModelForImageTextToText.from_pretrained(repo)
+    inputs, (target_ids, labels) = process(processor, rows("image"), "left"), targets(processor)
+    with torch.no_grad():
+        expected, actual = (f(model, inputs, target_ids, labels) for f in (layer_by_layer, condense))
+    torch.testing.assert_close(actual[0], expected[0], atol=2e-6, rtol=0)
+    torch.testing.assert_close(actual[1], expected[1], atol=2e-5, rtol=1e-5)
 
 
 def leak(repo, masked=True):
@@ -167,10 +188,11 @@ def leak(repo, masked=True):
     for query in ("find the red car", "count my old hat"):  # the same number of bytes: positions stay
         inputs = process(processor, [[{"role": "user", "content": query}]])
         end = inputs["input_ids"].shape[1]
+        start = end - len(model.config.btok_token_ids)
 
-        def hold(layer, args, end=end):
+        def hold(layer, args, start=start, end=end):
             hidden = args[0].clone()
-            hidden[0, end - 4 : end] = states.setdefault(layer, hidden[0, end - 4 : end].clone())
+            hidden[0, start:end] = states.setdefault(layer, hidden[0, start:end].clone())
             return (hidden, *args[1:])
 
         layers = family_of(model.config).language_model(model.model).layers

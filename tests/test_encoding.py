@@ -157,6 +157,19 @@ def test_estimated_tokens_of_tiles_are_those_of_the_processor(repos, tmp_path):
         assert estimate_tokens(item, processor) == 4 * tiles
 
 
+def test_estimated_tokens_of_tiles_of_large_images_are_those_of_the_processor(repos):
+    """But for the view of the whole, whose largest counts, and for rounding."""
+    model = BTokSentenceTransformer(repos["lfm2_vl"], device="cpu")
+    for size, tokens in (((14, 20), 2), ((56, 84), 6), ((90, 100), 6), ((120, 140), 22), ((300, 100), 18)):
+        row = model.preprocess([image(*size)])["input_ids"]
+        placeholders = int((row == model.config.image_token_id).sum())
+        estimated = estimate_tokens(image(*size), model.processor)
+        assert estimated == tokens and abs(estimated - placeholders) <= 3, (size, estimated, placeholders)
+    assert estimate_tokens("missing.png", model.processor) == 22
+    model.processor.image_processor.do_image_splitting = False
+    assert estimate_tokens("missing.png", model.processor) == 6
+
+
 def test_estimates_end_in_structures_without_end():
     circle: list = ["four words of text"]
     circle += [circle, circle]

@@ -38,6 +38,8 @@ LAYOUTS = {
     "published": lambda n: n.replace("model.language_model.", "model.").replace("model.visual.", "visual."),
     # As published for InternVL3.
     "internvl": lambda n: n.replace("model.language_model.", "language_model.model.").removeprefix("model."),
+    # As written for LFM2-VL before transformers 5.
+    "vision_model": lambda n: n.replace(".vision_tower.", ".vision_tower.vision_model."),
     # As transformers names the modules of ...ForConditionalGeneration today (and Qwen3-VL was published).
     "current": lambda n: n,
     # As AutoModel saves the backbone alone.
@@ -48,7 +50,11 @@ LAYOUTS = {
 @pytest.mark.parametrize("backbone", tiny.BACKBONES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_loads_completely(repos, tmp_path, backbone, layout):
-    published_for = {"published": ("qwen2_vl", "qwen2_5_vl"), "internvl": ("internvl",)}
+    published_for = {
+        "published": ("qwen2_vl", "qwen2_5_vl"),
+        "internvl": ("internvl",),
+        "vision_model": ("lfm2_vl",),
+    }
     if backbone not in published_for.get(layout, tiny.BACKBONES):
         pytest.skip("It was never published in this layout")
     path = relayout(repos[backbone], tmp_path / "repo", LAYOUTS[layout])

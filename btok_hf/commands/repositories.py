@@ -17,7 +17,8 @@ def add_tokens_command(commands: Any) -> None:
         "btok add-tokens Qwen/Qwen2-VL-2B-Instruct btok-start --max-pixels 501760",
     )
     parser.add_argument(
-        "base", help="folder or Hub id of a Qwen2-VL, 2.5-VL, 3-VL, Qwen3.5, InternVL3-hf or SmolVLM checkpoint"
+        "base",
+        help="folder or Hub id of a Qwen2-VL, 2.5-VL, 3-VL, 3.5, InternVL3-hf, SmolVLM or LFM2-VL checkpoint",
     )
     parser.add_argument("output_dir", help="folder to write")
     parser.add_argument("--num-tokens", type=int, default=4, help="K; 0 is last-token pooling (default: %(default)s)")

@@ -50,8 +50,11 @@ def process(processor, conversations, side="right"):
 def targets(processor, texts=TARGETS):
     """An unsupervised prompt and a supervised text per row; an empty text is a row without a target."""
     tokenizer = processor.tokenizer
-    prompt = tokenizer("<|im_start|>assistant\n")["input_ids"]
-    ids = [prompt + tokenizer(text + "<|im_end|>")["input_ids"] if text else [] for text in texts]
+    prompt, *bodies = (
+        tokenizer(text, add_special_tokens=False)["input_ids"]
+        for text in ("<|im_start|>assistant\n", *(f"{text}<|im_end|>" for text in texts))
+    )
+    ids = [prompt + body if text else [] for text, body in zip(texts, bodies)]
     labels = [[-100] * len(prompt) + row[len(prompt) :] for row in ids]
     pad = {"batch_first": True, "padding_side": "right"}
     return (

@@ -20,6 +20,7 @@ def layer_by_layer(model, inputs, target_ids, labels, masked=True):
     [Bottleneck Tokens | target], of which the target's outputs are kept.
     """
     backbone, language_model = model.model, model.model.language_model
+    norm = getattr(language_model, "norm", None) or language_model.embedding_norm
     num_tokens = len(model.config.btok_token_ids)
     positions = positions_of(backbone, inputs)
     embedded = {}
@@ -30,7 +31,7 @@ def layer_by_layer(model, inputs, target_ids, labels, masked=True):
     hook.remove()
 
     def run(layer, hidden, places):
-        rotations = language_model.rotary_emb(hidden[None], places[:, None])
+        rotations = language_model.rotary_emb(hidden[None], places[:, None].squeeze(0))
         output = layer(hidden[None], position_embeddings=rotations, attention_mask=None, position_ids=None)
         return (output[0] if isinstance(output, tuple) else output)[0]
 
@@ -40,14 +41,14 @@ def layer_by_layer(model, inputs, target_ids, labels, masked=True):
         supervised = (labels[row] != -100).nonzero()[:, 0].tolist()
         count = max(supervised, default=-1) + 1
         target = backbone.get_input_embeddings()(target_ids[row, :count])
-        after = (places.max() + 1 + torch.arange(count)).expand(3, -1)
+        after = (places.max() + 1 + torch.arange(count)).expand(len(places), -1)
         seen = num_tokens if masked else len(prefix)
         for layer in language_model.layers:
             if count:
                 both = torch.cat([prefix[-seen:], target])
                 target = run(layer, both, torch.cat([places[:, -seen:], after], 1))[seen:]
             prefix = run(layer, prefix, places)
-        prefix, target = language_model.norm(prefix), language_model.norm(target)
+        prefix, target = norm(prefix), norm(target)
         embeddings.append(F.normalize(prefix[-num_tokens:].mean(0), dim=-1))
         states = torch.cat([prefix[-1:], target])
         losses += [F.cross_entropy(model.lm_head(states[t]), labels[row, t]) for t in supervised]

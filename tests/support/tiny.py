@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     GotOcr2ImageProcessor,
     Idefics3Config,
@@ -14,6 +15,10 @@ from transformers import (
     InternVLForConditionalGeneration,
     InternVLProcessor,
     InternVLVideoProcessor,
+    Lfm2VlConfig,
+    Lfm2VlForConditionalGeneration,
+    Lfm2VlImageProcessor,
+    Lfm2VlProcessor,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
@@ -35,9 +40,10 @@ from transformers import (
     SmolVLMImageProcessor,
 )
 
-from btok_hf.backbones import FAMILIES, REQUIRED_TOKENS
+from btok_hf.backbones import FAMILIES
+from btok_hf.family import REQUIRED_TOKENS
 
-BACKBONES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "internvl", "idefics3", "smolvlm")
+BACKBONES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "internvl", "idefics3", "smolvlm", "lfm2_vl")
 WITH_VIDEO = tuple(name for name in BACKBONES if FAMILIES[name].video)
 SPECIAL = ["<|endoftext|>", *REQUIRED_TOKENS, "<|vision_pad|>"]
 CHAT_TEMPLATE = (
@@ -64,6 +70,16 @@ INTERNVL = {
     "context_image_token": "<IMG_CONTEXT>",
     "video_token": "<video>",
 }
+
+
+LFM2VL = {"image_token": "<image>", "image_start_token": "<|image_start|>", "image_end_token": "<|image_end|>"}
+LFM2VL_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' %}<image>{% elif content['type'] == 'text' %}{{ content['text'] }}"
+    "{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def tokenizer(kind=Qwen2Tokenizer, special=SPECIAL, pad="<|endoftext|>", eos="<|im_end|>", **named):
@@ -160,6 +176,58 @@ def internvl(text, tied, text_model):
     return InternVLForConditionalGeneration(config), processor
 
 
+def lfm2vl(vocab_size, tied):
+    """An LFM2-VL of convolutions before and after attention. Images have up to 16 tokens, and tiles 4."""
+    tiles = [f"<|img_row_{row}_col_{col}|>" for row in range(1, 5) for col in range(1, 4 // row + 1)]
+    tok = tokenizer(
+        special=["<|pad|>", "<|startoftext|>", "<|endoftext|>", "<|im_start|>", *tiles, "<|img_thumbnail|>"],
+        pad="<|pad|>",
+        bos_token="<|startoftext|>",
+        extra_special_tokens=dict(LFM2VL),
+    )
+    # As published: the tokenizer alone begins every text with this token.
+    bos = tok.convert_tokens_to_ids("<|startoftext|>")
+    tok.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|startoftext|> $A", special_tokens=[("<|startoftext|>", bos)]
+    )
+    text = {
+        "model_type": "lfm2",
+        "vocab_size": vocab_size,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "block_auto_adjust_ff_dim": False,
+        "num_hidden_layers": 3,
+        "layer_types": ["conv", "full_attention", "conv"],
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        "bos_token_id": bos,
+        "eos_token_id": tok.eos_token_id,
+        "pad_token_id": tok.pad_token_id,
+        "tie_word_embeddings": tied,
+    }
+    vision = {
+        "model_type": "siglip2_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "patch_size": 14,
+        "num_patches": 16,
+        "vision_use_head": False,
+    }
+    config = Lfm2VlConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=tok.convert_tokens_to_ids("<image>"),
+        projector_hidden_size=48,
+        tie_word_embeddings=tied,
+    )
+    pixels = {"encoder_patch_size": 14, "tile_size": 56, "min_image_tokens": 2, "max_image_tokens": 6, "max_tiles": 4}
+    return Lfm2VlForConditionalGeneration(config), Lfm2VlProcessor(Lfm2VlImageProcessor(**pixels), tok)
+
+
 def build(
     backbone,
     path,
@@ -171,7 +239,7 @@ def build(
     linear_dim=16,
     text_model="qwen2",
 ):
-    """Write a random base checkpoint with its processor to `path`. 264 of the `vocab_size` rows are taken."""
+    """Write a random base checkpoint with its processor to `path`. 264 of its rows are taken, 273 of an LFM2-VL's."""
     tok = tokenizer(Qwen3_5Tokenizer if backbone == "qwen3_5" else Qwen2Tokenizer)
     ids = dict(zip(SPECIAL, tok.convert_tokens_to_ids(SPECIAL)))
     special = {
@@ -201,6 +269,9 @@ def build(
     if backbone in ("idefics3", "smolvlm"):
         model, processor = smolvlm(backbone, vocab_size, tied)
         chat_template = SMOLVLM_TEMPLATE if chat_template == CHAT_TEMPLATE else chat_template
+    elif backbone == "lfm2_vl":
+        model, processor = lfm2vl(vocab_size, tied)
+        chat_template = LFM2VL_TEMPLATE if chat_template == CHAT_TEMPLATE else chat_template
     elif backbone == "internvl":
         model, processor = internvl(text, tied, text_model)
         for kind, own in (("image", FAMILIES[backbone].image), ("video", FAMILIES[backbone].video)):
@@ -258,7 +329,7 @@ def build(
             # Recurrent layers that remember, as trained ones do: their random heads forget within a token or two.
             if name.endswith("A_log"):
                 parameter.copy_(torch.linspace(-5, 0, len(parameter)))
-            elif "conv1d" in name or name.endswith(("position_embeddings", "cls_token")):
+            elif "conv1d" in name or name.endswith(("conv.conv.weight", "position_embeddings", "cls_token")):
                 parameter.normal_(std=0.5)
             elif "lambda_" in name:
                 parameter.fill_(1.0)
