@@ -45,6 +45,15 @@ def test_an_earlier_export_in_other_files_leaves_no_weights_behind(repo, tmp_pat
         np.testing.assert_allclose(again, expected, atol=2e-6)
 
 
+def test_a_repository_names_the_release_that_it_needs(repos, tmp_path):
+    model = BTokSentenceTransformer(repos["idefics3"], device="cpu")
+    for size, specifier in ((7, ">=5.17,<6"), (5, ">=5.21,<6")):  # 4 and 5 patches a side
+        model[0].model.config.vision_config.patch_size = size
+        model.save(tmp_path / "repo")
+        saved = json.loads((tmp_path / "repo" / "config_sentence_transformers.json").read_text())
+        assert saved["requirements"]["transformers"]["specifier"] == specifier
+
+
 def test_adapters_with_a_base_on_the_hub(hub, exported, with_adapters, tmp_path):
     expected = with_adapters.encode(TEXTS)
     with_adapters.save_pretrained(str(tmp_path / "checkpoint"))
