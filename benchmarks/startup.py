@@ -1,4 +1,4 @@
-"""Start-up times: imports, and loading an exported repository against the stock load of the same files.
+"""Start-up times: imports, and loading an exported repository of Qwen2-VL against the stock load of the same files.
 
     python -m benchmarks.startup    # 5 minutes on one CPU core with --rounds 3
 
