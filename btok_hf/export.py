@@ -33,13 +33,8 @@ if TYPE_CHECKING:  # BTokSentenceTransformer imports this module
 
 logger = logging.get_logger(__name__)
 
-# Sentence-Transformers checks them before it loads the weights.
-REQUIREMENTS = {
-    "transformers": {
-        "specifier": ">=5.17,<6",
-        "reason": "older releases miss parts of the Qwen-VL processors and loading checks that the embeddings rely on",
-    }
-}
+# Why a repository needs a release of transformers. Sentence-Transformers checks it before it loads the weights.
+REASON = "older releases miss parts of the processors, positions or loading of weights that the embeddings rely on"
 # No release of PEFT fulfils it, so that stock loaders refuse with the reason.
 NO_DORA = {
     "peft": {
@@ -190,7 +185,9 @@ def write_repository(
     check_writable(output_dir)
     output_dir = Path(output_dir)
     config = backbone.config
-    requirements: dict[str, Any] = REQUIREMENTS
+    # transformers 5.17 leaves adapters random when it loads them, and only warns.
+    release = max(modeling_btok.needed_release(config), "5.18" if adapters_only else "")
+    requirements = {"transformers": {"specifier": f">={release},<6", "reason": REASON}}
     if adapters_only:
         needed = None
         if adapter_config(backbone).use_dora:

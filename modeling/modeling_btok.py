@@ -5,8 +5,7 @@ vocabulary has K more tokens. Every input row ends in these K tokens. The L2-nor
 states is the embedding (Bottleneck Tokens, arXiv 2604.11095). `BTokForEmbedding` adds this pooling to the stock
 backbone. It has no parameters of its own, and it reads and writes the stock checkpoint layout.
 
-Import only torch, transformers and the standard library here. Training and packed attention are in
-`btok_hf/condensation.py`.
+Import only torch, transformers and the standard library here. The library is in `btok_hf/`.
 """
 
 import json
@@ -22,6 +21,7 @@ import transformers
 from torch.nn.functional import normalize
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
+from transformers.utils.versions import require_version
 
 # The classes of transformers by model_type. They are imported by name when they are needed, so that a repository
 # loads with any release that has the class of its own family.
@@ -50,8 +50,7 @@ class BTokOutput(ModelOutput):
 
     Args:
         last_hidden_state (`torch.Tensor` of shape `(batch, length, hidden)`):
-            Hidden states after the backbone's final norm. If Bottleneck Tokens were appended, `length` includes them
-            and every row is right-padded.
+            After the backbone's final norm. If Bottleneck Tokens were appended, with them, and rows right-padded.
         pooler_output (`torch.Tensor` of shape `(batch, hidden)` or `(batch, truncate_dim)`):
             The embedding: fp32, L2-normalised mean of the hidden states at the K Bottleneck Tokens.
         hidden_states (`tuple[torch.Tensor, ...]`, *optional*): Per layer, with `output_hidden_states=True`.
@@ -74,6 +73,13 @@ def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return getattr(transformers, STOCK_CLASSES[config.model_type])
 
 
+def needed_release(config: PreTrainedConfig) -> str:
+    """The first release of transformers that computes a backbone exactly, in half precision too."""
+    # Before 5.21, patches of SmolVLM got the positions of others, unless a tile has 2^n of them a side.
+    tiles, vision = config.model_type in ("idefics3", "smolvlm"), config.vision_config
+    return "5.21" if tiles and (vision.image_size // vision.patch_size).bit_count() > 1 else "5.17"
+
+
 def load_stock_model(
     source: str | Path, config: PreTrainedConfig, *args: Any, needs_head: bool = True, **kwargs: Any
 ) -> tuple[StockModel, dict[str, Any]]:
@@ -93,9 +99,11 @@ def load_stock_model(
         `tuple`: The model, and the loading info of `from_pretrained`.
 
     Raises:
+        ImportError: A release of transformers that computes the backbone wrongly.
         ValueError: An unsupported backbone, or tensors that do not match the model.
     """
     load: Any = stock_class(config).from_pretrained  # annotated without the loading info
+    require_version(f"transformers>={needed_release(config)}", f"Older ones miscompute this {config.model_type}.")
     kwargs |= {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with LOADING:
         model, info = load(source, *args, **kwargs)
@@ -249,7 +257,6 @@ class BTokForEmbedding(PreTrainedModel):
         self._no_split_modules = self.model._no_split_modules
         self.post_init()
 
-    # `kwargs` has the superclass's other arguments.
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | Path, *args: Any, output_loading_info: bool = False, **kwargs: Any
@@ -281,7 +288,6 @@ class BTokForEmbedding(PreTrainedModel):
             model = cls(stock.config, stock.model).eval()
         return (model, info) if output_loading_info else model
 
-    # `kwargs` has the superclass's other arguments.
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
@@ -367,11 +373,7 @@ class BTokForEmbedding(PreTrainedModel):
 
 
 class _NoConfigClass:
-    """An attribute that does not exist.
-
-    transformers before 5.19 requires that `config_class` is the class of the checkpoint's configuration, or absent.
-    `BTokForEmbedding` supports the configuration classes of all its backbones, so it has to be absent.
-    """
+    """Absent: `config_class` must be the class of the checkpoint's configuration, or absent (transformers 5.18)."""
 
     def __get__(self, instance: object, owner: type | None = None) -> None:
         raise AttributeError("BTokForEmbedding has no config_class of its own.")

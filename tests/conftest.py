@@ -10,11 +10,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import shutil
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from packaging.version import Version
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 from support import tiny
@@ -142,9 +140,7 @@ def with_adapters(exported):
 
 @pytest.fixture(scope="module")
 def hub():
-    """A Hub on this machine. huggingface_hub 1 follows redirects in another way than the server expects."""
-    if Version(huggingface_hub.__version__) < Version("2"):
-        pytest.skip("the test server speaks to huggingface_hub 2")
+    """A Hub on this machine."""
     with HubServer() as server:
         yield server
 

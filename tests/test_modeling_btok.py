@@ -10,14 +10,26 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from support import ROOT, tiny
 from support.inputs import process, rows, text_inputs
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Idefics3Config,
+    PreTrainedModel,
+    SmolVLMConfig,
+)
+from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionEmbeddings
+from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionEmbeddings
 
 import btok_hf
 from btok_hf import BTokForEmbedding, add_bottleneck_tokens
-from btok_hf.modeling.modeling_btok import LOADING
+from btok_hf.modeling.modeling_btok import LOADING, load_stock_model, needed_release
 
 
 def state(path):
@@ -276,6 +288,28 @@ def test_wrong_token_ids_in_the_config_are_refused(repo, bases, tmp_path):
             model(**text_inputs(repo, ["hello"]))
         with pytest.raises(ValueError, match=message):
             btok_hf.BTokSentenceTransformer(tmp_path / "repo", device="cpu")
+
+
+@pytest.mark.parametrize("side", [27, 32])  # patches of a tile of SmolVLM-2.2B and of the smaller ones
+@pytest.mark.parametrize(
+    ("kind", "layer"), [(Idefics3Config, Idefics3VisionEmbeddings), (SmolVLMConfig, SmolVLMVisionEmbeddings)]
+)
+def test_a_release_that_moves_patches_is_too_old(kind, layer, side, tmp_path, monkeypatch):
+    """By what the installed release computes, whichever it is."""
+    config = kind(vision_config={"hidden_size": 8, "image_size": 2 * side, "patch_size": 2})
+    embed, positions = layer(config.vision_config), []
+    embed.position_embedding.register_forward_pre_hook(lambda module, ids: positions.append(*ids))
+    for dtype in (torch.float32, torch.bfloat16):
+        pixels = torch.zeros(1, 3, 2 * side, 2 * side, dtype=dtype)
+        embed.to(dtype)(pixel_values=pixels, patch_attention_mask=torch.ones(1, side, side, dtype=torch.bool))
+    assert torch.equal(positions[0][0], torch.arange(side * side))
+    enough = Version(transformers.__version__) >= Version(needed_release(config))
+    assert torch.equal(*positions) == enough
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "5.20.0")
+    refused = (ImportError, rf"5.21 is required(?s:.*)this {config.model_type}")
+    error, message = (OSError, "no file named") if side == 32 else refused
+    with pytest.raises(error, match=message):
+        load_stock_model(tmp_path, config)
 
 
 def test_push_through_save_pretrained_is_refused(repo, tmp_path):

@@ -15,6 +15,7 @@ The forward of one mini-batch is in `btok_hf/condensation.py`. The keys of a bat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -361,13 +362,14 @@ def cached_vision(backbone: PreTrainedModel, memory: list) -> Iterator[None]:
     def remember(method: Callable) -> Callable:
         @wraps(method)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if not filling:
-                return tree_map_only(Tensor, lambda x: x.to(backbone.device), next(earlier))
-            output = method(*args, **kwargs)
-            # The states before merging are four times as large, and not read again.
-            output["last_hidden_state"] = output["pooler_output"]
-            memory.append(tree_map_only(Tensor, lambda x: x.cpu(), output))
-            return output
+            if filling:
+                # By attribute: in transformers 5.17 the merged states of SmolVLM are no item of the output. The states
+                # before merging are four times as large, and not read.
+                output = {**vars(method(*args, **kwargs)), "last_hidden_state": None}
+                memory.append(tree_map_only(Tensor, lambda x: x.cpu(), output))
+            else:
+                output = tree_map_only(Tensor, lambda x: x.to(backbone.device), next(earlier))
+            return SimpleNamespace(**output)
 
         return call
 

@@ -103,7 +103,9 @@ class HubServer:
     def __init__(self):
         self.repositories, self.requests, self.leaks, self.faults = {}, [], [], {}
         self._servers = [Server(("127.0.0.1", 0), handler) for handler in (HubHandler, StorageHandler)]
-        self.endpoint, self.storage = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
+        api, storage = (server.server_port for server in self._servers)
+        # Two hosts: a client that finds the host of the API again may send its token.
+        self.endpoint, self.storage = f"http://127.0.0.1:{api}", f"http://localhost:{storage}"
 
     def __enter__(self):
         for server in self._servers:
@@ -127,8 +129,8 @@ class HubServer:
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_OFFLINE": "0",
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1,localhost",
+            "no_proxy": "127.0.0.1,localhost",
             **({"HF_TOKEN": token} if token else {}),
             **variables,
         }
