@@ -1,6 +1,6 @@
 """Let the pretrained model see: train the projector between its vision tower and its language model.
 
-    python -m benchmarks.pretrained.eyes --model runs/pretrained/btok-condensation-all-s0 --steps 500
+    python -m benchmarks.pretrained.eyes --model runs/pretrained/btok-condensation-all-s0/model
 
 Everything but the projector is frozen, so texts keep their vectors (locked-image tuning, arXiv 2111.07991, with the
 texts locked instead). A picture is pulled to the vectors of its name or caption, away from those of all other training
