@@ -20,8 +20,10 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from benchmarks.pretrained import base, eyes, model, run
+from benchmarks.pretrained import base, eyes, model, pictures, run
 from benchmarks.pretrained.tasks import DEV_BOOKS, rows
+from benchmarks.unified.inputs import emoji
+from benchmarks.unified.tasks import Task
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens
 from btok_hf.condensation import condense
 from btok_hf.golden import read_golden
@@ -263,7 +265,7 @@ def seeing(trained, tmp_path_factory):
         for source, colour in zip(eyes.SHARES, colours)
     ]
     trained_model = BTokSentenceTransformer(str(trained[0] / "model"))
-    words = f"--model x --steps 30 --batch 5 --learning-rate 1e-2 --output {folder} --cache {folder / 'states'}"
+    words = f"--model x --steps 30 --batch 5 --learning-rate 1e-2 --output {folder} --cache {folder}"
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(eyes, "pictures", lambda: found)
         losses = eyes.train(trained_model, eyes.arguments(words.split()))
@@ -302,6 +304,63 @@ def test_recorded_states_give_the_vectors_of_the_pictures(seeing):
     assert np.abs(actual - expected).max() < 1e-6
 
 
+def test_states_of_other_pictures_are_not_taken_for_these(seeing):
+    folder, trained_model, found, _ = seeing
+    images = [part.images[0] for part in found]
+    first = eyes.tower_states(trained_model, images, folder)
+    other = eyes.tower_states(trained_model, images[::-1], folder)
+    assert torch.equal(first, other.flip(0)) and not torch.equal(first, other)
+    assert len(list(folder.glob("states-*"))) == 2
+
+
+def test_a_killed_recording_goes_on(seeing, tmp_path, monkeypatch):
+    _, trained_model, found, _ = seeing
+    images = [part.images[0] for part in found]
+    expected = eyes.tower_states(trained_model, images, tmp_path).clone()
+    [file] = tmp_path.glob("states-*")
+    partial = torch.from_file(str(file), shared=True, size=expected.numel(), dtype=torch.bfloat16).view_as(expected)
+    partial[2:] = 0
+    partial[:2] = 7  # is kept
+    file.rename(file.with_suffix(".part"))
+    again = eyes.tower_states(trained_model, images, tmp_path)
+    assert (again[:2] == 7).all() and torch.equal(again[2:], expected[2:])
+
+
+def test_a_model_without_the_prompts_is_refused(built, tmp_path):
+    add_bottleneck_tokens(built, tmp_path / "repo")
+    options = eyes.arguments(["--model", str(tmp_path / "repo")])
+    with pytest.raises(ValueError, match=r"must have the prompts.*got query, document.*run --save"):
+        eyes.train(BTokSentenceTransformer(tmp_path / "repo"), options)
+
+
+def test_training_pictures_are_of_the_training_splits():
+    found = eyes.pictures()
+    by_source = {source: [part for part in found if part.source == source] for source in eyes.SHARES}
+    assert all(by_source.values()) and sum(map(len, by_source.values())) == len(found)
+    assert len({part.group for part in by_source["drawings"]} & set(unseen_concepts())) == 0
+    assert all(text for part in found for _, text in part.texts)
+    captions = {row["caption"] for row in rows("figures", "test")}
+    assert not captions & {text for part in by_source["figures"] for _, text in part.texts}
+
+
+def unseen_concepts():
+    return {row["emoji"] for row in emoji(None)["unseen_concepts"]}
+
+
+def test_pictures_are_scored_with_the_prompts_of_what_they_are(seeing, monkeypatch):
+    _, trained_model, found, _ = seeing
+    names, images = [part.texts[0][1] for part in found], [part.images[0] for part in found]
+    right = list(range(len(found)))
+    asked = {
+        "name → drawing, 56 pixels": Task("", names, images, right, names),
+        "drawing → name": Task("", images, names, right, names),
+    }
+    monkeypatch.setattr(pictures, "asked", lambda: asked)
+    assert pictures.ranks(trained_model) == {name: [1] * len(found) for name in asked}
+    monkeypatch.setattr(pictures, "PROMPTS", {"name": "picture"})  # other words, other ranks
+    assert pictures.ranks(trained_model) != {name: [1] * len(found) for name in asked}
+
+
 def test_others_of_the_own_group_are_no_negatives():
     def loss(of_image, of_bank):
         return eyes.info_nce(vectors, vectors, vectors, torch.tensor(of_image), torch.tensor(of_bank)).item()
@@ -315,6 +374,8 @@ def test_the_model_is_built_from_base_and_adapters_or_refused(
 ):
     folder, _ = trained
     monkeypatch.setattr(model, "ADAPTERS", tmp_path / "adapters")
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "adapters" / model.PROJECTOR).touch()  # of other adapters
     model.keep(folder, None, built)
     assert model.build(built, tmp_path / "model", tmp_path / "adapters") < 1e-6
     # Adapters are kept in bf16, which is what is recorded.

@@ -13,6 +13,7 @@ are what is printed on them.
 """
 
 import argparse
+import hashlib
 import math
 import random
 import time
@@ -27,7 +28,7 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from benchmarks import ROOT
-from benchmarks.pretrained.run import PICTURE
+from benchmarks.pretrained.run import KINDS, PICTURE
 from benchmarks.unified.inputs import books, cut, emoji, page, pages, square
 from btok_hf import BTokSentenceTransformer
 from btok_hf.condensation import condense
@@ -80,17 +81,24 @@ def pictures(seed: int = 0) -> list[Picture]:
 
 @torch.no_grad()
 def tower_states(model: BTokSentenceTransformer, images: list[Image], cache: Path, batch: int = 32) -> Tensor:
-    """The tower's states of all images, in bf16, shape `(images, 1 + patches, hidden)`. Kept in the file `cache`."""
+    """The tower's states of all images, in bf16, shape `(images, 1 + patches, hidden)`.
+
+    They are kept in a file of the folder `cache`, whose name tells these images of this tower from others.
+    """
     tower, processor = model.transformer.model.vision_tower, model.transformer.processor.image_processor
     shape = (len(images), tower.embeddings.position_embeddings.shape[1], tower.config.hidden_size)
+    digest = hashlib.sha256(tower.layernorm.weight.numpy().tobytes())
+    for image in images:
+        digest.update(image.tobytes())
+    file = cache / f"states-{digest.hexdigest()[:12]}"
 
     def mapped(path: Path) -> Tensor:
         return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=torch.bfloat16).view(shape)
 
-    if cache.exists():
-        return mapped(cache)
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    partial, started = cache.with_suffix(".part"), time.perf_counter()
+    if file.exists():
+        return mapped(file)
+    cache.mkdir(parents=True, exist_ok=True)
+    partial, started = file.with_suffix(".part"), time.perf_counter()
     states = mapped(partial)
     done = int(states[:, 0].any(1).cumprod(0).sum())  # a killed run goes on
     for start in range(done, len(images), batch):
@@ -101,7 +109,7 @@ def tower_states(model: BTokSentenceTransformer, images: list[Image], cache: Pat
             print(
                 f"{start + len(pixels)} of {len(images)} pictures, {time.perf_counter() - started:.0f} s", flush=True
             )
-    partial.replace(cache)
+    partial.replace(file)
     return states
 
 
@@ -142,6 +150,12 @@ def info_nce(images: Tensor, texts: Tensor, bank: Tensor, of_image: Tensor, of_b
 
 def train(model: BTokSentenceTransformer, options: argparse.Namespace) -> list[dict[str, float]]:
     """Train the projector of `model` in place and save it. Returns the losses of each step."""
+    kinds = {PICTURE, *(kind for pair in KINDS.values() for kind in pair)}
+    if not kinds <= model.prompts.keys():
+        raise ValueError(
+            f"The model must have the prompts that run.py gives it, got {', '.join(model.prompts) or 'none'}. Train "
+            "it with python -m benchmarks.pretrained.run --save."
+        )
     found = pictures()
     states = tower_states(model, [image for part in found for image in part.images], options.cache)
     first = torch.tensor([0, *(len(part.images) for part in found)]).cumsum(0)
@@ -217,7 +231,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--weight", type=float, default=0.5, help="of condensation")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "pretrained" / "eyes" / "states")
+    parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "pretrained" / "eyes")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "pretrained" / "eyes")
     return parser.parse_args(words)
 

@@ -76,6 +76,7 @@ def build(base_dir: str | Path, output_dir: str | Path, adapters: str | Path = A
 def keep(run: Path, eyes: Path | None, base_dir: Path) -> None:
     """Copy adapters and projector to `model/`, in bf16, with card and golden vectors of the model they give."""
     ADAPTERS.mkdir(exist_ok=True)
+    (ADAPTERS / PROJECTOR).unlink(missing_ok=True)  # one that was trained with other adapters
     for source, name in ((run / "adapters", WEIGHTS), (eyes, PROJECTOR)):
         if source is not None:
             tensors = {key: tensor.bfloat16() for key, tensor in load_file(source / name).items()}
@@ -101,6 +102,8 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="put the adapters of this run into model/ instead")
     parser.add_argument("--eyes", type=Path, help="with --keep: put the projector of this folder there, too")
     options = parser.parse_args()
+    if options.eyes and not options.keep:
+        parser.error("--eyes goes with --keep: name the run whose texts the projector was trained with")
     base.make(options.base)
     if options.keep:
         return keep(options.keep, options.eyes, options.base)

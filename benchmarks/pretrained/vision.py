@@ -51,7 +51,8 @@ def _weights(model: Any) -> dict[str, torch.Tensor]:
                     named[f"{name}weight"] = products[product].T.contiguous()
     # Of the positions, those of the class token and of the 37 x 37 patches of 518 x 518 pixels.
     unnamed = [tensor for name, tensor in stored.items() if name.startswith("onnx::") and tensor.ndim == 3]
-    named["positions"] = torch.cat(sorted(unnamed, key=lambda tensor: tensor.shape[1]), dim=1)
+    if unnamed:
+        named["positions"] = torch.cat(sorted(unnamed, key=lambda tensor: tensor.shape[1]), dim=1)
     return named
 
 
