@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 # The oldest versions that pyproject.toml allows.
 FLOOR := torch==2.11.0 torchvision==0.26.0 transformers==5.17.0 sentence-transformers==6.2.0 \
-	peft==0.21.0 trl==1.8.0 datasets==4.8.0 accelerate==1.12.0
+	peft==0.21.0 trl==1.8.0 datasets==5.2.0 accelerate==1.12.0
 
 .PHONY: demo model test test-floor test-vllm test-browser bench fuzz lint types format docs clean
 

@@ -3,125 +3,28 @@
 import copy
 import json
 
-import gguf
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
-from tokenizers import ByteLevelBPETokenizer
-from transformers import (
-    AutoModelForCausalLM,
-    AutoProcessor,
-    InternVLForConditionalGeneration,
-    InternVLVisionConfig,
-    InternVLVisionModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoProcessor, InternVLForConditionalGeneration
 
-from benchmarks.pretrained import base, eyes, model, pictures, run
+from benchmarks.pretrained import base, model, run
 from benchmarks.pretrained.tasks import DEV_BOOKS, rows
-from benchmarks.unified.inputs import emoji
-from benchmarks.unified.tasks import Task
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens
-from btok_hf.condensation import condense
 from btok_hf.golden import read_golden
-
-LAYERS, HEADS, KEY_VALUE_HEADS, HIDDEN = 2, 4, 2, 64
-# Names that llama.cpp gives to the tensors of a layer.
-PARTS = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+from tests.support.pretrained import HIDDEN, random_tower, write_llama
 
 
 @pytest.fixture(scope="module")
 def llama_gguf(tmp_path_factory):
-    """A random Llama as a GGUF file with a tokenizer of its own, and the Llama."""
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(
-        ["the cell is the unit of life", "a wave moves energy, not matter"] * 3,
-        vocab_size=300,
-        special_tokens=[*base.TEXT_TOKENS, "<repo_name>"],
-        show_progress=False,
-    )
-    vocabulary = sorted(bpe.get_vocab(), key=bpe.get_vocab().get)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=HIDDEN,
-        intermediate_size=96,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KEY_VALUE_HEADS,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
-        initializer_range=0.2,
-    )
-    llama = LlamaForCausalLM(config).eval()
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(256)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(96)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KEY_VALUE_HEADS)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(1e5)
-    writer.add_rope_dimension_count(HIDDEN // HEADS)
-    writer.add_vocab_size(len(vocabulary))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(vocabulary)
-    writer.add_token_types([3 if token.startswith("<") and token.endswith(">") else 1 for token in vocabulary])
-    writer.add_token_merges([" ".join(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-    weights = llama.model.state_dict()
-    writer.add_tensor("token_embd.weight", weights["embed_tokens.weight"].numpy())
-    writer.add_tensor("output_norm.weight", weights["norm.weight"].numpy())
-    for layer in range(LAYERS):
-        for short, name in PARTS.items():
-            tensor = weights[f"layers.{layer}.{name}.weight"]
-            if short in ("attn_q", "attn_k"):  # llama.cpp interleaves the halves of each head
-                heads = HEADS if short == "attn_q" else KEY_VALUE_HEADS
-                tensor = tensor.view(heads, 2, -1, HIDDEN).transpose(1, 2).reshape(tensor.shape)
-            writer.add_tensor(f"blk.{layer}.{short}.weight", tensor.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path, llama
+    return write_llama(tmp_path_factory.mktemp("gguf"))
 
 
 @pytest.fixture(scope="module")
 def tower():
-    """A random vision tower whose tile of 112 x 112 pixels is 4 tokens."""
-    torch.manual_seed(0)
-    config = InternVLVisionConfig(
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=48,
-        attention_bias=True,
-        image_size=[112, 112],
-        use_mean_pooling=False,
-    )
-    model = InternVLVisionModel(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
+    return random_tower()
 
 
 @pytest.fixture(scope="module")
@@ -255,123 +158,8 @@ def test_a_run_goes_on_with_the_adapters_of_another(trained, tmp_path, monkeypat
     assert all(torch.allclose(first[name], second[name], atol=1e-7) for name in first)
 
 
-@pytest.fixture(scope="module")
-def seeing(trained, tmp_path_factory):
-    """The projector trained for some steps: pictures of one colour each, and their names."""
-    folder, colours = tmp_path_factory.mktemp("eyes"), ("red", "lime", "blue", "black", "white")
-    found = [
-        eyes.Picture(
-            source, [Image.new("RGB", (64, 64), colour)], [("term", colour), ("caption", f"all {colour}")], colour
-        )
-        for source, colour in zip(eyes.SHARES, colours)
-    ]
-    trained_model = BTokSentenceTransformer(str(trained[0] / "model"))
-    words = f"--model x --steps 30 --batch 5 --learning-rate 1e-2 --output {folder} --cache {folder}"
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(eyes, "pictures", lambda: found)
-        losses = eyes.train(trained_model, eyes.arguments(words.split()))
-    return folder, trained_model, found, losses
-
-
-def test_only_the_projector_learns_to_see(trained, seeing):
-    folder, after, found, losses = seeing
-    before = BTokSentenceTransformer(str(trained[0] / "model"))
-    changed = {
-        name
-        for name, tensor in after.transformer.model.state_dict().items()
-        if not torch.equal(tensor, before.transformer.model.state_dict()[name])
-    }
-    assert changed and all(name.startswith("multi_modal_projector.") for name in changed)
-    names = after.encode([part.texts[0][1] for part in found], prompt_name="term")
-    assert np.array_equal(names, before.encode([part.texts[0][1] for part in found], prompt_name="term"))
-    pictures = after.encode([part.images[0] for part in found], prompt_name="picture")
-    assert (pictures @ names.T).argmax(1).tolist() == list(range(len(found)))
-    assert losses[-1]["infonce"] < 0.5 * losses[0]["infonce"]
-    assert losses[-1]["condensation"] < losses[0]["condensation"]
-    saved = load_file(folder / model.PROJECTOR)
-    assert all(torch.equal(saved[n], t) for n, t in after.transformer.model.multi_modal_projector.state_dict().items())
-
-
-def test_recorded_states_give_the_vectors_of_the_pictures(seeing):
-    _, trained_model, found, _ = seeing
-    backbone = trained_model.transformer.model
-    expected = trained_model.encode([part.images[0] for part in found], prompt_name="picture")
-    features = trained_model.preprocess([part.images[0] for part in found], prompt=trained_model.prompts["picture"])
-    with torch.no_grad():
-        states = backbone.vision_tower(features["pixel_values"]).last_hidden_state
-        tower, backbone.vision_tower = backbone.vision_tower, eyes.Recorded()
-        actual = condense(backbone, {**features, "pixel_values": states}).embeddings.numpy()
-        backbone.vision_tower = tower
-    assert np.abs(actual - expected).max() < 1e-6
-
-
-def test_states_of_other_pictures_are_not_taken_for_these(seeing):
-    folder, trained_model, found, _ = seeing
-    images = [part.images[0] for part in found]
-    first = eyes.tower_states(trained_model, images, folder)
-    other = eyes.tower_states(trained_model, images[::-1], folder)
-    assert torch.equal(first, other.flip(0)) and not torch.equal(first, other)
-    assert len(list(folder.glob("states-*"))) == 2
-
-
-def test_a_killed_recording_goes_on(seeing, tmp_path, monkeypatch):
-    _, trained_model, found, _ = seeing
-    images = [part.images[0] for part in found]
-    expected = eyes.tower_states(trained_model, images, tmp_path).clone()
-    [file] = tmp_path.glob("states-*")
-    partial = torch.from_file(str(file), shared=True, size=expected.numel(), dtype=torch.bfloat16).view_as(expected)
-    partial[2:] = 0
-    partial[:2] = 7  # is kept
-    file.rename(file.with_suffix(".part"))
-    again = eyes.tower_states(trained_model, images, tmp_path)
-    assert (again[:2] == 7).all() and torch.equal(again[2:], expected[2:])
-
-
-def test_a_model_without_the_prompts_is_refused(built, tmp_path):
-    add_bottleneck_tokens(built, tmp_path / "repo")
-    options = eyes.arguments(["--model", str(tmp_path / "repo")])
-    with pytest.raises(ValueError, match=r"must have the prompts.*got query, document.*run --save"):
-        eyes.train(BTokSentenceTransformer(tmp_path / "repo"), options)
-
-
-def test_training_pictures_are_of_the_training_splits():
-    found = eyes.pictures()
-    by_source = {source: [part for part in found if part.source == source] for source in eyes.SHARES}
-    assert all(by_source.values()) and sum(map(len, by_source.values())) == len(found)
-    assert len({part.group for part in by_source["drawings"]} & set(unseen_concepts())) == 0
-    assert all(text for part in found for _, text in part.texts)
-    captions = {row["caption"] for row in rows("figures", "test")}
-    assert not captions & {text for part in by_source["figures"] for _, text in part.texts}
-
-
-def unseen_concepts():
-    return {row["emoji"] for row in emoji(None)["unseen_concepts"]}
-
-
-def test_pictures_are_scored_with_the_prompts_of_what_they_are(seeing, monkeypatch):
-    _, trained_model, found, _ = seeing
-    names, images = [part.texts[0][1] for part in found], [part.images[0] for part in found]
-    right = list(range(len(found)))
-    asked = {
-        "name → drawing, 56 pixels": Task("", names, images, right, names),
-        "drawing → name": Task("", images, names, right, names),
-    }
-    monkeypatch.setattr(pictures, "asked", lambda: asked)
-    assert pictures.ranks(trained_model) == {name: [1] * len(found) for name in asked}
-    monkeypatch.setattr(pictures, "PROMPTS", {"name": "picture"})  # other words, other ranks
-    assert pictures.ranks(trained_model) != {name: [1] * len(found) for name in asked}
-
-
-def test_others_of_the_own_group_are_no_negatives():
-    def loss(of_image, of_bank):
-        return eyes.info_nce(vectors, vectors, vectors, torch.tensor(of_image), torch.tensor(of_bank)).item()
-
-    vectors = torch.nn.functional.normalize(torch.tensor([[1.0, 0.2], [1.0, 0.3]]), dim=1)
-    assert loss([0, 0], [0, 0]) == pytest.approx(0, abs=1e-6) and loss([0, 1], [0, 1]) > 0.5
-
-
 def test_the_model_is_built_from_base_and_adapters_or_refused(
-    trained, seeing, built, tower, llama_gguf, tmp_path, monkeypatch
+    trained, built, tower, llama_gguf, tmp_path, monkeypatch
 ):
     folder, _ = trained
     monkeypatch.setattr(model, "ADAPTERS", tmp_path / "adapters")
@@ -384,14 +172,21 @@ def test_the_model_is_built_from_base_and_adapters_or_refused(
         read_golden(path / "golden.json")["inputs"] for path in (tmp_path / "model", folder / "model")
     )
     assert max(np.abs(np.subtract(a["embedding"], b["embedding"])).max() for a, b in zip(recorded, exported)) < 0.05
-    model.keep(folder, seeing[0], built)
+    seeing = BTokSentenceTransformer(folder / "model")
+    projector = seeing.transformer.model.multi_modal_projector
+    torch.nn.init.normal_(projector.linear_2.weight)
+    save_file(projector.state_dict(), tmp_path / model.PROJECTOR)
+    assert run.READS in (tmp_path / "adapters" / "README.md").read_text()
+    model.keep(folder, tmp_path, built)
+    card = (tmp_path / "adapters" / "README.md").read_text()
+    assert model.SEES in card and run.READS not in card
     assert model.build(built, tmp_path / "seeing", tmp_path / "adapters") < 1e-6
     red = Image.new("RGB", (64, 64), "red")
-    vectors = [
+    before, trained_one, kept = (
         loaded.encode(red, prompt_name="picture")
-        for loaded in (seeing[1], BTokSentenceTransformer(tmp_path / "seeing"))
-    ]
-    assert np.abs(vectors[0] - vectors[1]).max() < 0.05  # rounded to bf16
+        for loaded in (BTokSentenceTransformer(folder / "model"), seeing, BTokSentenceTransformer(tmp_path / "seeing"))
+    )
+    assert np.abs(trained_one - kept).max() < 0.05 < np.abs(before - kept).max()  # rounded to bf16
     other = copy.deepcopy(tower)
     other.layernorm.bias.data[0] += 1
     base.build(llama_gguf[0], other, tmp_path / "other")

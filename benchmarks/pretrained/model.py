@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import ROOT
 from benchmarks.pretrained import base
-from benchmarks.pretrained.run import ARMS, add_tokens
+from benchmarks.pretrained.run import ARMS, READS, add_tokens
 from btok_hf import BTokSentenceTransformer, export_model
 from btok_hf.adapters import load_adapters
 from btok_hf.golden import read_golden
@@ -29,6 +29,10 @@ ARM, SEED = "btok-condensation", 0
 WEIGHTS, CONFIG, GOLDEN = "adapter_model.safetensors", "adapter_config.json", "golden.json"
 PROJECTOR = "projector.safetensors"
 CARD = ("README.md", "LICENSE", "assets")  # what the model's card consists of
+SEES = (
+    "> **English texts, and the beginnings of sight**: only the projector was trained for pictures, in "
+    "`benchmarks/pretrained/eyes.py`. docs/pretrained.md has its scores."
+)
 TOLERANCE = 1e-5  # between machines; the vectors have length 1
 
 
@@ -89,6 +93,8 @@ def keep(run: Path, eyes: Path | None, base_dir: Path) -> None:
             shutil.copytree(run / "model" / name, ADAPTERS / name, dirs_exist_ok=True)
         elif (run / "model" / name).exists():  # a short run has no picture of its losses
             shutil.copy(run / "model" / name, ADAPTERS / name)
+    card = (ADAPTERS / "README.md").read_text("utf-8")
+    (ADAPTERS / "README.md").write_text(card.replace(READS, SEES) if eyes else card, "utf-8")
     (ADAPTERS / GOLDEN).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         build(base_dir, folder, ADAPTERS)
