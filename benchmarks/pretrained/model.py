@@ -29,9 +29,16 @@ ARM, SEED = "btok-condensation", 0
 WEIGHTS, CONFIG, GOLDEN = "adapter_model.safetensors", "adapter_config.json", "golden.json"
 PROJECTOR = "projector.safetensors"
 CARD = ("README.md", "LICENSE", "assets")  # what the model's card consists of
+# What the card of a model with a trained projector says.
 SEES = (
-    "> **English texts, and the beginnings of sight**: only the projector was trained for pictures, in "
-    "`benchmarks/pretrained/eyes.py`. docs/pretrained.md has its scores."
+    "> **English texts, and the beginnings of sight.** It knows emoji drawings and clips a little, figures hardly and "
+    "pages not at all: docs/pretrained.md has the scores."
+)
+LANGUAGES = "Languages of the training data:"
+PICTURES = (
+    "Then the projector alone was trained, by `python -m benchmarks.pretrained.eyes`, on pictures with names and "
+    "captions: emoji drawings (Apache-2.0, Unicode-3.0, MIT: data/emoji/LICENSES.md), and figures, clips and typeset "
+    "texts (CC-BY-4.0: benchmarks/unified/data/LICENSES.md).\n\n"
 )
 TOLERANCE = 1e-5  # between machines; the vectors have length 1
 
@@ -93,12 +100,26 @@ def keep(run: Path, eyes: Path | None, base_dir: Path) -> None:
             shutil.copytree(run / "model" / name, ADAPTERS / name, dirs_exist_ok=True)
         elif (run / "model" / name).exists():  # a short run has no picture of its losses
             shutil.copy(run / "model" / name, ADAPTERS / name)
-    card = (ADAPTERS / "README.md").read_text("utf-8")
-    (ADAPTERS / "README.md").write_text(card.replace(READS, SEES) if eyes else card, "utf-8")
+    if eyes is not None:
+        card = ADAPTERS / "README.md"
+        card.write_text(with_eyes(card.read_text("utf-8")), "utf-8")
     (ADAPTERS / GOLDEN).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         build(base_dir, folder, ADAPTERS)
         (ADAPTERS / GOLDEN).write_bytes((Path(folder) / GOLDEN).read_bytes())
+
+
+def with_eyes(card: str) -> str:
+    """The card of a run that read texts, of the model with a trained projector.
+
+    Raises:
+        ValueError: The card is not one of `run.py --save`.
+    """
+    for old, new in ((READS, SEES), (LANGUAGES, PICTURES + LANGUAGES)):
+        if old not in card:
+            raise ValueError(f"The card of the run does not say {old!r}. Make the run with run.py --save.")
+        card = card.replace(old, new, 1)
+    return card
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
-"""Make the table of docs/pretrained.md from the ranks that `tasks.py --anchors` and `run.py` wrote.
+"""Make the tables of docs/pretrained.md from the ranks that `tasks.py --anchors`, `run.py` and `pictures.py` wrote.
 
     python -m benchmarks.pretrained.report
 
-A score is the mean reciprocal rank in percent. Intervals are at 95 %, over queries: bootstrap over the modules that
-queries are about. Of an arm with several seeds, the score of a query is the mean over them.
+A score is the mean reciprocal rank in percent. Intervals are at 95 %, over queries: bootstrap over the modules,
+or concepts, that queries are about. Of an arm with several seeds, the score of a query is the mean over them.
 """
 
 import json
@@ -11,10 +11,12 @@ import json
 import numpy as np
 
 from benchmarks import ROOT
+from benchmarks.pretrained.pictures import asked
 from benchmarks.pretrained.run import PRETRAINED
 from benchmarks.pretrained.tasks import ANCHORS, BUILT, tasks
 from benchmarks.tables import insert
 from benchmarks.unified.report import bootstrap, half_width
+from benchmarks.unified.tasks import chance
 
 PAGE = ROOT / "docs" / "pretrained.md"
 LABELS = {
@@ -27,6 +29,7 @@ LABELS = {
     "btok-condensation-all": "then all sources",
     "btok-no-words": "BToks, no words",
 }
+SEEING = ("btok-small", "btok-135m")
 REFERENCE = "all-MiniLM-L6-v2"
 
 
@@ -69,8 +72,23 @@ def table(scores: dict[str, dict[str, np.ndarray]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def pictures_table() -> str:
+    """The table of the tasks with pictures: the small model, this one, and the difference, query by query."""
+    rng = np.random.default_rng(0)
+    small, this = (json.loads((PRETRAINED / f"pictures-{name}.json").read_text())["ranks"] for name in SEEING)
+    lines = [f"| task | queries / candidates | chance | {' | '.join(SEEING)} | difference |", "|---" * 6 + "|"]
+    for name, task in asked().items():
+        before, after = (100 / np.array(ranks[name]) for ranks in (small, this))
+        pairs = ((before, ""), (after, ""), (after - before, "+"))
+        cells = [cell(values, task.groups, rng, sign) for values, sign in pairs]
+        sizes = f"{len(task.queries):,} / {len(task.candidates):,}"
+        lines.append(f"| {name} | {sizes} | {chance(task):.1f} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
-    PAGE.write_text(insert(PAGE.read_text("utf-8"), "pretrained", table(results())), "utf-8")
+    page = insert(PAGE.read_text("utf-8"), "pretrained", table(results()))
+    PAGE.write_text(insert(page, "pictures", pictures_table()), "utf-8")
 
 
 if __name__ == "__main__":
