@@ -21,7 +21,9 @@ from btok_hf.packed_attention import PackedLayout
 HEADS, GROUPS, WIDTH = 12, 2, 128  # heads, key/value heads and their width in Qwen2-VL-2B
 TOKENS = 4
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-OURS = "grouped SDPA (this library)"
+GROUPED = "grouped SDPA (this library)"
+# In half precision on a GPU, the library calls torch's varlen_attn.
+OURS = GROUPED if DEVICE == "cpu" else "this library"
 
 
 def segments(lengths, targets):
@@ -40,7 +42,7 @@ def segments(lengths, targets):
 def ways(parts):
     """Callables that compute the causal attention of the segments, by name. All but padded give the same shape."""
     total = parts[-1][0] + parts[-1][1]
-    layout = PackedLayout(parts, torch.device(DEVICE))
+    layout = PackedLayout(parts, torch.device(DEVICE), dtype=DTYPE)
     query = torch.randn(total, HEADS, WIDTH, device=DEVICE, dtype=DTYPE)
     key, value = (torch.randn(total, GROUPS, WIDTH, device=DEVICE, dtype=DTYPE) for _ in range(2))
     wide = [x.repeat_interleave(HEADS // GROUPS, dim=1) for x in (key, value)]
@@ -55,10 +57,11 @@ def ways(parts):
             found.append(F.scaled_dot_product_attention(rows, *seen, **kind)[0].transpose(0, 1))
         return torch.cat(found)
 
-    found = {OURS: lambda: layout.attend(query, *wide, WIDTH**-0.5), "SDPA, a call each": each}
+    found = {OURS: lambda: layout.attend(query, key, value, WIDTH**-0.5), "SDPA, a call each": each}
     found |= padded(parts, query, wide) | flex(parts, query, key, value)
     if DEVICE == "cuda":
-        found |= variable(parts, query, key, value, wide)
+        found["grouped SDPA"] = lambda: layout.groups.attend(query, *wide, WIDTH**-0.5)
+        found |= variable(parts, query, key, value)
     return found
 
 
@@ -105,8 +108,8 @@ def flex(parts, query, key, value):
     }
 
 
-def variable(parts, query, key, value, wide):
-    """Kernels for sequences of different lengths. Keys that two segments see are copied."""
+def variable(parts, query, key, value):
+    """Kernels for sequences of different lengths that repeat no heads. Keys that two segments see are copied."""
     queries = torch.tensor([0, *(count for _, count, _, _ in parts)], device=DEVICE).cumsum(0).int()
     keys = torch.tensor([0, *(count for _, _, _, count in parts)], device=DEVICE).cumsum(0).int()
     longest = max(count for _, count, _, _ in parts), max(count for _, _, _, count in parts)
@@ -119,13 +122,16 @@ def variable(parts, query, key, value, wide):
     if importlib.util.find_spec("torch.nn.attention.varlen"):
         from torch.nn.attention.varlen import varlen_attn
 
+        def given():
+            return query, *seen([key, value]), queries, keys, *longest
+
         def torch_variable():
             try:
-                return varlen_attn(query, *seen(wide), queries, keys, *longest, window_size=(-1, 0))
-            except TypeError:  # torch 2.11
-                return varlen_attn(query, *seen(wide), queries, keys, *longest, is_causal=True)
+                return varlen_attn(*given(), window_size=(-1, 0), enable_gqa=True)
+            except TypeError:  # before torch 2.12, without being asked
+                return varlen_attn(*given(), window_size=(-1, 0))
 
-        found["torch varlen_attn"] = torch_variable
+        found["varlen_attn, heads not repeated"] = torch_variable
     if importlib.util.find_spec("flash_attn"):
         from flash_attn import flash_attn_varlen_func
 

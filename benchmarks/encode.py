@@ -44,11 +44,11 @@ COUNTS = {
     "files": (98, 392),
 }
 if DEVICE == "cuda":  # enough to keep it busy for a second
-    COUNTS = {kind: tuple(8 * count for count in counts) for kind, counts in COUNTS.items()}
+    COUNTS = {"long": (128,), "texts": (768,), "names": (3072,), "images": (336,), "mixed": (784,)}
 # The operations that a profile is summed up by.
 PARTS = {
     "matrix products": ("aten::addmm", "aten::mm", "aten::bmm", "aten::_addmm_activation", "aten::mkldnn"),
-    "attention": ("aten::_scaled_dot", "aten::_flash", "aten::_efficient"),
+    "attention": ("aten::_scaled_dot", "aten::_flash", "aten::_efficient", "torch_attn::"),
     "gathering": ("aten::index", "aten::cat", "aten::copy_", "aten::gather", "aten::_to_copy"),
 }
 
@@ -116,7 +116,7 @@ def throughput(ours, stock, rounds, limit):
     """`BTokSentenceTransformer` with K = 4 against a stock pipeline that pools the last token."""
     rows = []
     for kind, count in [(kind, count) for kind, counts in COUNTS.items() for count in counts]:
-        items = mixture(kind, count)
+        items = inputs_of(kind, count, ours)
         tokens = sum(int(ours.preprocess(items[i : i + 32])["attention_mask"].sum()) for i in range(0, len(items), 32))
         calls = {
             "stock": partial(stock.encode, items),
@@ -146,11 +146,17 @@ def throughput(ours, stock, rounds, limit):
     return rows
 
 
+def inputs_of(kind, count, model):
+    """A mixture, or texts of 1,024 tokens."""
+    return exact_texts(model[0].tokenizer, 1024, count) if kind == "long" else mixture(kind, count)
+
+
 def parts(ours):
-    """Where the time of encoding a mixture goes, in percent."""
+    """Where the time of encoding a mixture goes, in percent; on a GPU, also how much of the time it computes."""
     rows = []
-    for kind in ("names", "mixed"):
-        items = mixture(kind, COUNTS[kind][0])
+    for kind in ("names", "mixed") + ("texts", "long") * (DEVICE == "cuda"):
+        items = inputs_of(kind, COUNTS[kind][0], ours)
+        (seconds,) = compare({kind: partial(ours.encode, items)}, rounds=1)[kind]
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if DEVICE == "cuda" else [])
         with profile(activities=activities) as found:
             ours.encode(items, show_progress_bar=False)
@@ -165,7 +171,8 @@ def parts(ours):
         }
         shares["other operations"] = total - sum(shares.values())
         shares = {part: round(100 * time / total, 1) for part, time in shares.items()}
-        rows.append(show({"table": "profile", "inputs": kind, **shares}))
+        busy = {"busy": round(total / 1e4 / seconds, 1)} if DEVICE == "cuda" else {}
+        rows.append(show({"table": "profile", "inputs": kind, **shares, **busy}))
     return rows
 
 

@@ -8,11 +8,13 @@ A step that fails, or that the time ends in, is named and the next one runs. Wit
 CPU at a small size, with `--output runs/trial`: that is how this script is tried.
 
 - correctness: embeddings, token losses and gradients of the packed forward against the CPU's in fp32, for texts,
-  images and videos, with targets that see fewer queries than keys; vectors of `encode`; how far bf16 moves them.
-- encode, train_step, attention, vision: those benchmarks.
+  images and videos, with targets that see fewer queries than keys; vectors of `encode`. The same in bf16, with flash
+  attention and with grouped SDPA.
+- attention, vision: those benchmarks. throughput, profile, overhead: the tables of `encode`. train_step, train_memory:
+  the tables of `train_step`.
 - batch: the largest batch of texts that trains, doubled until memory runs out.
 - recipe: two steps of the recipe for 24 GB from random weights, with its export, by `btok train` and `btok verify`.
-- compile: encoding with the MLPs compiled. (Whole layers would be compiled anew for every packed layout.)
+- compile: encoding with MLPs and norms compiled. (Whole layers would be compiled anew for every packed layout.)
 """
 
 import json
@@ -77,35 +79,52 @@ def correctness(size, rounds, limit=1e-3):
         for name, exact in right.items():
             error = ((found[name] - exact).abs().max() / exact.abs().max()).item()
             rows.append({"what": f"{name} of {kind} in fp32", "error": float(f"{error:.1e}")})
-    exact, ours = cpu.encode(items, convert_to_tensor=True), here.encode(items, convert_to_tensor=True).cpu()
-    rows.append({"what": "vectors of encode in fp32", "error": float(f"{(ours - exact).abs().max():.1e}")})
+    vectors, ours = cpu.encode(items, convert_to_tensor=True), here.encode(items, convert_to_tensor=True).cpu()
+    rows.append({"what": "vectors of encode in fp32", "error": float(f"{(ours - vectors).abs().max():.1e}")})
     for row in rows:
         show(row)
         if not row["error"] <= limit:
             raise RuntimeError(f"{row['what']} on {DEVICE} differ from those on the CPU by {row['error']}.")
-    half = BTokSentenceTransformer(repo, model_kwargs={"dtype": torch.bfloat16}).encode(items, convert_to_tensor=True)
-    cosine = F.cosine_similarity(exact, half.float().cpu()).min().item()
+    half = BTokSentenceTransformer(repo, model_kwargs={"dtype": torch.bfloat16})
+    for kind in ("ragged", "media"):
+        right = outputs(cpu, kind)
+        for way in ("flash", "grouped"):
+            with train_step.without_flash(way):
+                found = outputs(half, kind)
+            for name, exact in right.items():
+                error = ((found[name].float() - exact).norm() / exact.norm()).item()
+                rows.append(show({"what": f"{name} of {kind} in bf16, {way}", "error": float(f"{error:.1e}")}))
+    cosine = F.cosine_similarity(vectors, half.encode(items, convert_to_tensor=True).float().cpu()).min().item()
     return [*rows, show({"what": "smallest cosine of bf16 and fp32 vectors", "cosine": round(cosine, 6)})]
 
 
-def speed_of_encoding(size, rounds):
-    return encode.measure(size, rounds)[0]
+def table_of_encode(name, size, rounds):
+    return encode.measure(size, rounds, [name])[0]
 
 
 def training(size, rounds):
-    return train_step.speed(size, rounds) + train_step.memory(size)
+    return train_step.speed(size, rounds)
+
+
+def memory(size, rounds):
+    return train_step.memory(size)
 
 
 def compiled(size, rounds):
-    """Encoding with compiled MLPs; the first, untimed round compiles."""
-    eager, other = (BTokSentenceTransformer(repository(size, 4)) for _ in range(2))
-    for layer in other[0].model.language_model.layers:
-        layer.mlp.compile(dynamic=True)
-    items = mixture("texts", 512 if DEVICE == "cuda" else 96)
-    times = summary(
-        compare({"eager": partial(eager.encode, items), "compiled": partial(other.encode, items)}, rounds), "eager"
-    )
-    return [show({"inputs": f"{len(items)} texts", "mlp": how, **part}) for how, part in times.items()]
+    """Encoding with compiled MLPs and norms; the first, untimed round compiles."""
+    contenders, rows = {}, []
+    for what in ("nothing", "mlp", "mlp, input_layernorm, post_attention_layernorm"):
+        model = BTokSentenceTransformer(repository(size, 4))
+        for layer in model[0].model.language_model.layers:
+            for name in what.split(", ") if what != "nothing" else ():
+                getattr(layer, name).compile(dynamic=True)
+        contenders[what] = model
+    for kind, count in (("long", 64), ("texts", 768)) if DEVICE == "cuda" else (("texts", 96),):
+        items = encode.inputs_of(kind, count, contenders["nothing"])
+        calls = {what: partial(model.encode, items) for what, model in contenders.items()}
+        for what, part in summary(compare(calls, rounds), "nothing").items():
+            rows.append(show({"inputs": f"{count} {kind}", "compiled": what, **part}))
+    return rows
 
 
 def largest_batch(size, rounds, seconds=20):
@@ -155,13 +174,16 @@ def recipe(size, rounds):
 
 STEPS = {
     "correctness": correctness,
-    "encode": speed_of_encoding,
+    "throughput": partial(table_of_encode, "throughput"),
     "train_step": training,
     "attention": attention.measure,
-    "batch": largest_batch,
+    "profile": partial(table_of_encode, "profile"),
+    "train_memory": memory,
     "recipe": recipe,
+    "batch": largest_batch,
     "vision": vision.measure,
     "compile": compiled,
+    "overhead": partial(table_of_encode, "overhead"),
 }
 
 
@@ -191,7 +213,7 @@ def main():
         signal.alarm(rest)
         try:
             rows = STEPS[name](options.size, options.rounds)
-        except Exception:  # the next step may run all the same
+        except (Exception, SystemExit):  # the next step may run all the same
             traceback.print_exc()
             left.append(name)
         else:

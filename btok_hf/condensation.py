@@ -24,13 +24,14 @@ The mixers are in `btok_hf/packed_attention.py`, the training loss in `training/
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from btok_hf.backbones import family_of
-from btok_hf.features import IGNORED, MEDIA_KEYS, ROW_KEYS
+from btok_hf.features import IGNORED, MEDIA_KEYS, ROW_KEYS, to_device
 from btok_hf.modeling.modeling_btok import (
     Backbone,
     append_bottleneck_tokens,
@@ -183,9 +184,9 @@ def condense(
     packed, ends = _pack(backbone, inputs, target_ids, real_target, condensation_mask)
     device = packed["input_ids"].device
     num_tokens = len(bottleneck_token_ids(backbone.config))
-    bottleneck = (ends[:, None] + torch.arange(-num_tokens, 0)).to(device)
-    predictors = (ends[:, None] - 1 + torch.arange(target_ids.shape[1]))[supervised].to(device)
-    labels = labels[supervised].to(device)
+    bottleneck = to_device(ends[:, None] + torch.arange(-num_tokens, 0), device)
+    predictors = to_device((ends[:, None] - 1 + torch.arange(target_ids.shape[1]))[supervised], device)
+    labels = to_device(labels[supervised], device)
 
     hidden = _forward(backbone, packed)
     embeddings = F.normalize(hidden[bottleneck].float().mean(1), dim=-1)
@@ -284,8 +285,10 @@ def _pack(
 
     # Each row becomes [encoded side | BToks | target].
     keep = torch.cat([real, real_target], 1)
-    after = positions.masked_fill(~real, -1).amax((0, 2))[:, None] + 1 + torch.arange(target_ids.shape[1])
-    positions = torch.cat([positions, after.expand(len(positions), -1, -1)], 2)
+    # In NumPy: for arrays of this size torch wakes a thread for each core, and waits for those that do other work.
+    places = positions.numpy()
+    after = np.where(real.numpy(), places, -1).max((0, 2))[:, None] + 1 + np.arange(target_ids.shape[1])
+    places = np.concatenate([places, np.broadcast_to(after, (len(places), *after.shape))], 2)[:, keep.numpy()]
     prefix_lengths, target_lengths = real.sum(1), real_target.sum(1)
     starts = F.pad((prefix_lengths + target_lengths).cumsum(0), (1, 0))[:-1]
     segments = []
@@ -297,14 +300,17 @@ def _pack(
         if target:
             first_key = start + prefix - len(token_ids)
             segments.append((start + prefix, target, first_key, len(token_ids) + target))
-    layout = PackedLayout(segments, device)
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else backbone.dtype
+    layout = PackedLayout(segments, device, dtype=dtype)
     packed = {
-        "input_ids": torch.cat([input_ids, target_ids], 1)[keep][None].to(device),
+        "input_ids": to_device(torch.cat([input_ids, target_ids], 1)[keep][None], device),
         "attention_mask": family.masks(backbone.config),
-        "position_ids": positions[:, keep][:, None].squeeze(0).to(device),  # no axis for the only kind of position
+        # No axis for the only kind of position.
+        "position_ids": to_device(torch.from_numpy(places)[:, None].squeeze(0), device),
         "packed_layout": layout,
         **({"seq_idx": layout} if family.mixers else {}),
-        **{key: value.to(device) for key, value in family.pixels(media).items()},
+        **{key: to_device(value, device) for key, value in family.pixels(media).items()},
     }
     return packed, starts + prefix_lengths
 

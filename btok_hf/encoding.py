@@ -155,11 +155,8 @@ class PackedEncoder(SentenceTransformer):
             )
         device = self._resolve_inference_device(device)
         self.eval()
-        around = (
-            estimate_tokens(prompt or "", self.processor)
-            + len(bottleneck_token_ids(cast(PreTrainedConfig, self.config)))
-            + 4
-        )
+        token_ids = bottleneck_token_ids(cast(PreTrainedConfig, self.config))
+        around = estimate_tokens(prompt or "", self.processor) + len(token_ids) + 4
         longest = self.max_seq_length or math.inf
         tokens = [min(around + estimate_tokens(item, self.processor), longest) for item in inputs]
 
@@ -169,8 +166,7 @@ class PackedEncoder(SentenceTransformer):
         def embed(features: dict[str, Any]) -> Tensor:
             # Features stay on the CPU: `condense` copies them to the device after its checks.
             rows = self(features, **kwargs)["sentence_embedding"][:, :truncate_dim]
-            rows = F.normalize(rows, dim=1) if normalize_embeddings else rows
-            return rows.cpu() if save_to_cpu else rows
+            return F.normalize(rows, dim=1) if normalize_embeddings else rows
 
         limits = cast(ImageLimits, self[0].image_limits)
         embeddings = embed_batches(
@@ -180,6 +176,7 @@ class PackedEncoder(SentenceTransformer):
             lambda item, position: check_input(item, limits, position),
             preprocess,
             embed,
+            save_to_cpu=save_to_cpu,
             # On a CPU a thread does not help: resizing in another thread starts a second pool of OpenMP threads, which
             # competes for the same cores.
             ahead=device.type != "cpu",
@@ -196,6 +193,7 @@ def embed_batches(
     preprocess: Callable[[list[Any], list[int]], dict[str, Any]],
     embed: Callable[[dict[str, Any]], Tensor],
     *,
+    save_to_cpu: bool,
     ahead: bool,
     show_progress_bar: bool = False,
 ) -> Tensor | None:
@@ -209,6 +207,7 @@ def embed_batches(
         preprocess (`Callable`): From inputs and their positions to features. Raises ValueError or OSError for a batch
             with an unreadable input.
         embed (`Callable`): From features to embeddings of shape `(batch, hidden)`.
+        save_to_cpu (`bool`): Return the embeddings on the CPU.
         ahead (`bool`): Prepare the next batch in a thread while one is embedded.
         show_progress_bar (`bool`): Show a bar of batches.
 
@@ -231,28 +230,47 @@ def embed_batches(
         return _fitting(inputs, rows, preprocess)
 
     batches = token_batches(tokens, budget)
-    order: list[int] = []
-    results = []
+    queued: list[_Queued] = []
     # Leaving the block, also through an error, waits for the batch in the thread.
     with ThreadPoolExecutor(1) as thread:
         prepared = _ahead(thread, prepare, batches) if ahead else map(prepare, batches)
         for batch, features in tqdm(prepared, "Batches", len(batches), disable=not show_progress_bar):
             if not batch:
                 continue
-            rows = embed(features)
-            finite = rows.isfinite().all(1)
-            if not finite.all():
-                index = batch[int(finite.int().argmin())]
-                raise ValueError(
-                    f"The embedding of input {index} is not finite. The weights are broken, or too large for "
-                    f"{rows.dtype}: check the checkpoint, or load it with model_kwargs={{'dtype': 'bfloat16'}}."
-                )
-            order += batch
-            results.append(rows)
-    if not results:
+            queued.append(_Queued(batch, embed(features), save_to_cpu))
+            # A batch is read when the next one is queued, so that a GPU has something to do.
+            for last in queued[-2:-1]:
+                last.read()
+    if not queued:
         return None
-    embeddings = torch.cat(results)
-    return embeddings[torch.tensor(order).argsort().to(embeddings.device)]
+    embeddings = torch.cat([batch.read() for batch in queued])
+    order = torch.tensor([index for batch in queued for index in batch.positions])
+    return embeddings[order.argsort().to(embeddings.device)]
+
+
+class _Queued:
+    """Embeddings that a GPU may still compute, of the inputs at these positions."""
+
+    def __init__(self, positions: list[int], embeddings: Tensor, save_to_cpu: bool) -> None:
+        on_gpu = embeddings.is_cuda
+        self.positions = positions
+        self.embeddings = embeddings.to("cpu", non_blocking=on_gpu) if save_to_cpu else embeddings
+        self.finite = embeddings.isfinite().all(1).to("cpu", non_blocking=on_gpu)
+        self.event = torch.cuda.current_stream(embeddings.device).record_event() if on_gpu else None
+
+    def read(self) -> Tensor:
+        """Wait for the embeddings."""
+        if self.event is not None:
+            self.event.synchronize()
+        if not self.finite.all():
+            index = self.positions[int(self.finite.int().argmin())]
+            raise ValueError(
+                f"The embedding of input {index} is not finite. The weights are broken, or too large for "
+                f"{self.embeddings.dtype}: check the checkpoint, or load it with model_kwargs={{'dtype': 'bfloat16'}}."
+            )
+        if self.embeddings.is_pinned():  # of such memory a machine has little
+            self.embeddings = self.embeddings.clone()
+        return self.embeddings
 
 
 def _fitting(inputs: Skipping, rows: dict[int, Any], preprocess: Callable[[list[Any], list[int]], Any]) -> Batch:

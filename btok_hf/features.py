@@ -71,6 +71,16 @@ def joined(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
     return {**batch, **tokenizer.pad(ids, return_tensors="pt")}
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor from the host to a device without waiting for the device.
+
+    A copy from ordinary memory waits for all kernels that are queued on a GPU. A copy from pinned memory is queued.
+    """
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 class HostFeatures(UserDict):
     """Features that DDP and FSDP pass to the module unchanged.
 

@@ -6,8 +6,9 @@ registers the attention functions.
 """
 
 from collections.abc import Callable, Collection, Sequence
+from functools import cached_property
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_causal_conv1d_available, is_flash_linear_attention_available
+
+from btok_hf.features import to_device
 
 ATTENTION = "btok_packed"
 # If the name of an attention function contains "flash", transformers calls it once for all images of a batch, with
@@ -28,12 +31,11 @@ Segment = tuple[int, int, int, int]
 
 
 class PackedLayout:
-    """The segments of a packed row, grouped by shape.
+    """The segments of a packed row, as the mixers take them.
 
-    Each group is one call of scaled-dot-product attention, or of another token mixer. Short causal segments are padded
-    to the lengths of `_padded`, so that a batch of texts of many lengths needs few calls. Padding comes last, no real
-    position sees it, and its outputs are dropped. Long segments and images are grouped by their exact shape, because
-    fewer shapes occur and each call does more work.
+    On a GPU, in half precision, attention is one call of flash attention for sequences of many lengths
+    (`torch.nn.attention.varlen`). Elsewhere, and for mixers without such a kernel, segments of similar shape share a
+    call.
 
     Args:
         segments (`Sequence[tuple[int, int, int, int]]`):
@@ -41,9 +43,84 @@ class PackedLayout:
             end: the last query attends to the last key. Together the queries cover every position once.
         device (`torch.device`): Device of the indices and masks.
         causal (`bool`): `False`: every query of a segment attends to all keys of the segment.
+        dtype (`torch.dtype`): That of the queries, as far as known. What it needs is prepared at once, and anything
+            else at its first use.
     """
 
-    def __init__(self, segments: Sequence[Segment], device: torch.device, causal: bool = True) -> None:
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        device: torch.device,
+        causal: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.segments, self.device, self.causal = sorted(segments), device, causal
+        if _has_flash(device, dtype):
+            self.sequences  # noqa: B018  # before kernels are queued, which copies to the device would wait for
+        else:
+            self.groups  # noqa: B018
+
+    @cached_property
+    def groups(self) -> "_Groups":
+        return _Groups(self.segments, self.device, self.causal)
+
+    @cached_property
+    def sequences(self) -> "_Sequences":
+        return _sequences(self.segments, self.device)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """Attention over the segments.
+
+        Args:
+            query (`torch.Tensor` of shape `(length, heads, head_dim)`): Projections of the packed row.
+            key, value (`torch.Tensor` of shape `(length, key_heads, head_dim)`): The same. As many consecutive heads
+                of the queries share a head of the keys as there are for each.
+            scale (`float` or `None`): As in `torch.nn.functional.scaled_dot_product_attention`.
+
+        Returns:
+            `torch.Tensor` of shape `(length, heads, head_dim)`
+        """
+        kind = query.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+        repeats = query.shape[1] // key.shape[1]
+        if _has_flash(query.device, dtype) and query.shape[2] % 8 == 0 and query.shape[2] <= 256:
+            if not self.sequences.plain:
+                key, value = (x.index_select(0, self.sequences.keys) for x in (key, value))
+            key, value = (x.repeat_interleave(repeats, dim=1).to(dtype) for x in (key, value))
+            return self.sequences.attend(query.to(dtype), key, value, scale, self.causal)
+        key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+        return self.groups.attend(query, key, value, scale)
+
+    def mix(self, mixer: Callable[..., Tensor], hidden: Tensor) -> Tensor:
+        """A causal token mixer over the segments: it runs over the keys of each, and gives the outputs of the queries.
+
+        Args:
+            mixer (`Callable`): From hidden states of shape `(batch, length, hidden)` to as many outputs. With kernels
+                for sequences of many lengths, it is called once, with `cu_seq_lens_q` and `seq_idx`.
+            hidden (`torch.Tensor` of shape `(length, hidden)`): Hidden states of the packed row.
+
+        Returns:
+            `torch.Tensor` of shape `(length, hidden)`
+        """
+        if _has_linear_kernels(self.device):
+            mixed = mixer(
+                hidden.index_select(0, self.sequences.keys)[None],
+                cu_seq_lens_q=self.sequences.key_bounds,
+                seq_idx=self.sequences.numbers,
+            )
+            return mixed[0].index_select(0, self.sequences.ends)
+        return self.groups.mix(mixer, hidden)
+
+
+class _Groups:
+    """Segments grouped by shape. Each group is one call of scaled-dot-product attention, or of another token mixer.
+
+    Short causal segments are padded to the lengths of `_padded`, so that a batch of texts of many lengths needs few
+    calls. Padding comes last, no real position sees it, and its outputs are dropped. Long segments and images are
+    grouped by their exact shape, because fewer shapes occur and each call does more work.
+    """
+
+    def __init__(self, segments: Sequence[Segment], device: torch.device, causal: bool) -> None:
         groups: dict[tuple[int, int], list[Segment]] = {}
         for segment in segments:
             shape = segment[1], segment[3]
@@ -70,27 +147,17 @@ class PackedLayout:
             mask = None
             if causal and not self.causal[-1]:
                 # Also hides padded keys from real queries: they come after the last key.
-                mask = (column <= row[:, None] + (key_length - query_length)[..., None])[:, None].to(device)
+                mask = to_device((column <= row[:, None] + (key_length - query_length)[..., None])[:, None], device)
             self.masks.append(mask)
         queries, kept = torch.cat(group_queries), torch.cat(group_real).nonzero()[:, 0]
         # The index of each packed position in the concatenated outputs of all groups.
         order = kept[queries[kept].argsort()]
-        self.order = order.to(device)
-        self.queries, self.keys = queries.to(device), torch.cat(group_keys).to(device)
+        self.order = to_device(order, device)
+        self.queries, self.keys = to_device(queries, device), to_device(torch.cat(group_keys), device)
         # The same in the concatenated keys of all groups.
-        self.ends = torch.cat(group_ends)[order].to(device)
-        self.sequences = _sequences(segments, device) if causal and _has_linear_kernels(device) else None
+        self.ends = to_device(torch.cat(group_ends)[order], device)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """Attention over the segments.
-
-        Args:
-            query, key, value (`torch.Tensor` of shape `(length, heads, head_dim)`): Projections of the packed row.
-            scale (`float` or `None`): As in `torch.nn.functional.scaled_dot_product_attention`.
-
-        Returns:
-            `torch.Tensor` of shape `(length, heads, head_dim)`
-        """
         # One gather for all groups: in the backward pass, each gather allocates a gradient for the full packed row.
         queries = query.index_select(0, self.queries).split([n * rows for n, rows, _ in self.shapes])
         keys, values = (
@@ -109,21 +176,6 @@ class PackedLayout:
         return torch.cat(outputs).index_select(0, self.order)
 
     def mix(self, mixer: Callable[..., Tensor], hidden: Tensor) -> Tensor:
-        """A causal token mixer over the segments: it runs over the keys of each, and gives the outputs of the queries.
-
-        Args:
-            mixer (`Callable`): From hidden states of shape `(batch, length, hidden)` to as many outputs. With kernels
-                for sequences of many lengths, it is called once, with `cu_seq_lens_q` and `seq_idx`.
-            hidden (`torch.Tensor` of shape `(length, hidden)`): Hidden states of the packed row.
-
-        Returns:
-            `torch.Tensor` of shape `(length, hidden)`
-        """
-        if self.sequences is not None:
-            keys, ends, bounds, index = self.sequences
-            return mixer(hidden.index_select(0, keys)[None], cu_seq_lens_q=bounds, seq_idx=index)[0].index_select(
-                0, ends
-            )
         groups = hidden.index_select(0, self.keys).split([n * columns for n, _, columns in self.shapes])
         outputs = [
             mixer(states.view(n, columns, -1)).flatten(0, 1) for (n, _, columns), states in zip(self.shapes, groups)
@@ -131,22 +183,57 @@ class PackedLayout:
         return torch.cat(outputs).index_select(0, self.ends)
 
 
-def _has_linear_kernels(device: torch.device) -> bool:
-    """Whether transformers runs linear attention and its convolution with kernels that keep sequences apart."""
-    return device.type == "cuda" and is_flash_linear_attention_available() and is_causal_conv1d_available()
+class _Sequences(NamedTuple):
+    """The keys of all segments behind each other, as kernels for sequences of many lengths take them."""
+
+    keys: Tensor  # (keys,): places in the packed row
+    plain: bool  # the keys are the packed row
+    key_bounds: Tensor  # (segments + 1,), int32
+    query_bounds: Tensor
+    longest: tuple[int, int]  # queries and keys of a segment
+    numbers: Tensor  # (1, keys), int32: the segment of each key
+    ends: Tensor  # (length,): the place of each query among the keys
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, causal: bool) -> Tensor:
+        """Attention of all queries to the gathered keys."""
+        # Imported here: it brings torch's compiler with it, which a CPU does not need.
+        from torch.nn.attention.varlen import varlen_attn
+
+        window = (-1, 0) if causal else (-1, -1)
+        bounds = self.query_bounds, self.key_bounds, *self.longest
+        return cast(Tensor, varlen_attn(query, key, value, *bounds, scale=scale, window_size=window))
 
 
-def _sequences(segments: Sequence[Segment], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The keys of all segments behind each other: their indices, the places of the queries, bounds and numbers."""
+def _sequences(segments: Sequence[Segment], device: torch.device) -> _Sequences:
     query_start, query_length, key_start, key_length = torch.tensor(segments).T
-    bounds = F.pad(key_length.cumsum(0), (1, 0))
+    bounds, query_bounds = (F.pad(lengths.cumsum(0), (1, 0)) for lengths in (key_length, query_length))
     number = torch.arange(len(segments)).repeat_interleave(key_length)
     place = torch.arange(len(number)) - bounds[number]  # of a key in its sequence
     keys, back = key_start[number] + place, key_length[number] - place
     is_query = (back <= query_length[number]).nonzero()[:, 0]
     position = (query_start + query_length)[number] - back  # of a query in the packed row
     ends = is_query[position[is_query].argsort()]
-    return keys.to(device), ends.to(device), bounds.int().to(device), number.int()[None].to(device)
+    return _Sequences(
+        to_device(keys, device),
+        torch.equal(keys, torch.arange(len(ends))),
+        to_device(bounds.int(), device),
+        to_device(query_bounds.int(), device),
+        (int(query_length.max()), int(key_length.max())),
+        to_device(number.int()[None], device),
+        to_device(ends, device),
+    )
+
+
+def _has_linear_kernels(device: torch.device) -> bool:
+    """Whether transformers runs linear attention and its convolution with kernels that keep sequences apart."""
+    return device.type == "cuda" and is_flash_linear_attention_available() and is_causal_conv1d_available()
+
+
+def _has_flash(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch has flash attention for sequences of many lengths in this dtype on this device."""
+    if device.type != "cuda" or torch.version.hip or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _padded(length: int) -> int:
@@ -170,8 +257,6 @@ def _packed_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if kwargs.get("sliding_window"):
         raise ValueError("Packed attention does not support sliding windows: set config.use_sliding_window=False.")
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     return packed_layout.attend(query, key, value, scaling)[None], None
 
@@ -197,7 +282,7 @@ def _vision_attention(
     if id(cu_seq_lens_q) not in layouts:
         bounds = pairwise(cu_seq_lens_q.tolist())
         segments = [(start, end - start, start, end - start) for start, end in bounds if end > start]
-        layouts[id(cu_seq_lens_q)] = cu_seq_lens_q, PackedLayout(segments, query.device, causal=False)
+        layouts[id(cu_seq_lens_q)] = cu_seq_lens_q, PackedLayout(segments, query.device, False, query.dtype)
     _, layout = layouts[id(cu_seq_lens_q)]
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     return layout.attend(query, key, value, scaling)[None], None

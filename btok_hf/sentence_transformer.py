@@ -24,7 +24,7 @@ from btok_hf.backbones import family_of
 from btok_hf.condensation import condense, reconstruct
 from btok_hf.encoding import PackedEncoder
 from btok_hf.export import untied_head, write_repository
-from btok_hf.features import IGNORED, MEDIA_KEYS, joined
+from btok_hf.features import IGNORED, MEDIA_KEYS, joined, to_device
 from btok_hf.inputs import ImageLimits, Input, as_messages, check_input, shown
 from btok_hf.media import VideoMetadata
 from btok_hf.modeling.modeling_btok import (
@@ -143,8 +143,8 @@ class BottleneckTransformer(Transformer):
             FileNotFoundError: A file of an input does not exist.
             ValueError: An input that cannot be embedded correctly. The message has its position and shows it in short.
         """
-        places = range(len(inputs)) if positions is None else positions
-        checked = [check_input(item, self.image_limits, place) for item, place in zip(inputs, places)]
+        places, limits = range(len(inputs)) if positions is None else positions, self.image_limits
+        checked = [check_input(item, limits, place) for item, place in zip(inputs, places)]
         family = family_of(self.config)
         try:
             features = self._process(list(map(as_messages, checked)), prompt, kwargs)
@@ -218,7 +218,7 @@ class BottleneckTransformer(Transformer):
         # A dict, because DDP and FSDP search it for output tensors.
         outputs = {**features, "sentence_embedding": condensed.embeddings + self._vision_gradients(features)}
         if target_ids is not None and labels is not None:
-            rows = (labels[:, 0] != IGNORED).nonzero()[:, 0].to(condensed.token_losses.device)
+            rows = to_device((labels[:, 0] != IGNORED).nonzero()[:, 0], condensed.token_losses.device)
             losses = condensed.token_losses.new_zeros(len(target_ids))
             outputs["condensation_loss"] = losses.index_add(0, rows, condensed.token_losses)
         return outputs

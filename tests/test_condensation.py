@@ -227,7 +227,7 @@ def model_attention_without_query(num_tokens):
     """A context in which the Bottleneck Tokens see only themselves. Nothing else changes."""
 
     class Blind(PackedLayout):
-        def __init__(self, segments, device):
+        def __init__(self, segments, device, **kwargs):
             blinded = []
             for query_start, queries, key_start, keys in segments:
                 prefix = queries - num_tokens if len(segments) == 2 and query_start == 0 else 0
@@ -236,7 +236,7 @@ def model_attention_without_query(num_tokens):
                     blinded.append((query_start + prefix, num_tokens, key_start + prefix, num_tokens))
                 else:
                     blinded.append((query_start, queries, key_start, keys))
-            super().__init__(blinded, device)
+            super().__init__(blinded, device, **kwargs)
 
     return patch("btok_hf.condensation.PackedLayout", Blind)
 

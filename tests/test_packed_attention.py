@@ -5,8 +5,10 @@ import pickle
 from itertools import pairwise
 from unittest.mock import Mock, patch
 
+import pytest
 import torch
 from support.inputs import process, rows
+from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor
 
 from btok_hf.condensation import condense
@@ -70,14 +72,57 @@ def test_a_mixer_sees_the_keys_of_a_segment_and_nothing_before_them():
     for kernels in (False, True):
         with patch("btok_hf.packed_attention._has_linear_kernels", lambda device, kernels=kernels: kernels):
             layout, segments, length = layout_of(SHAPES)
-        hidden = torch.randn(length, 3, dtype=torch.double)
-        mixer = Mock(wraps=running_sum)
-        mixed = layout.mix(mixer, hidden)
-        for start, queries, first, keys in segments:
-            expected = hidden[first : first + keys].cumsum(0)[-queries:]
-            torch.testing.assert_close(mixed[start : start + queries], expected)
-        assert mixer.call_count == (1 if kernels else len(layout.shapes))
-    assert len(layout.shapes) < len(segments)  # segments of similar shape share a call
+            hidden = torch.randn(length, 3, dtype=torch.double)
+            mixer = Mock(wraps=running_sum)
+            mixed = layout.mix(mixer, hidden)
+            for start, queries, first, keys in segments:
+                expected = hidden[first : first + keys].cumsum(0)[-queries:]
+                torch.testing.assert_close(mixed[start : start + queries], expected)
+            assert mixer.call_count == (1 if kernels else len(layout.groups.shapes))
+    assert len(layout.groups.shapes) < len(segments)  # segments of similar shape share a call
+
+
+def varlen_attn(query, key, value, queries, keys, longest_query, longest_key, scale, window_size):
+    """What torch's kernel computes, a sequence at a time. It has none for the CPU."""
+    assert queries.dtype == keys.dtype == torch.int32 and key.shape[1] == query.shape[1]
+    outputs, lengths = [], []
+    for (start, end), (first, last) in zip(pairwise(queries.tolist()), pairwise(keys.tolist())):
+        rows, columns = end - start, last - first
+        mask = torch.ones(rows, columns, dtype=torch.bool)
+        mask = mask.tril(columns - rows) if window_size == (-1, 0) else mask
+        parts = (x[None].transpose(1, 2) for x in (query[start:end], key[first:last], value[first:last]))
+        outputs.append(F.scaled_dot_product_attention(*parts, attn_mask=mask, scale=scale)[0].transpose(0, 1))
+        lengths.append((rows, columns))
+    assert (longest_query, longest_key) == tuple(map(max, zip(*lengths)))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("shapes", [SHAPES, [(5, 5), (40, 40), (3, 3)]])
+def test_flash_attention_gets_the_same_segments(monkeypatch, causal, shapes):
+    """With keys that two segments see and heads that share keys, outputs and gradients are those of grouped calls."""
+    shapes = shapes if causal else [(keys, keys) for _, keys in shapes]
+    _, segments, length = layout_of(shapes)
+    tensors = [torch.randn(length, heads, 8, dtype=torch.double, requires_grad=True) for heads in (4, 2, 2)]
+    found = []
+    for flash in (False, True):
+        monkeypatch.setattr("btok_hf.packed_attention._has_flash", lambda device, dtype, flash=flash: flash)
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+        layout = PackedLayout([segments[0], *segments[:0:-1]], torch.device("cpu"), causal)
+        assert ("sequences" in vars(layout)) == flash and ("groups" in vars(layout)) != flash
+        output = layout.attend(*tensors, 0.3)
+        found.append([output, *torch.autograd.grad(output.sin().sum(), tensors)])
+    for ours, expected in zip(*found):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_heads_that_flash_attention_does_not_take_are_grouped(monkeypatch):
+    monkeypatch.setattr("btok_hf.packed_attention._has_flash", lambda device, dtype: True)
+    layout, _, length = layout_of(SHAPES)
+    for width in (12, 264):
+        tensors = [torch.randn(length, 2, width) for _ in range(3)]
+        assert layout.attend(*tensors, None).shape == (length, 2, width)
+    assert "groups" in vars(layout)
 
 
 def test_packed_mixers_survive_copies_and_pickles(repos):
