@@ -4,9 +4,9 @@
 
 It writes benchmarks/results/attention.json.
 
-Every way is compared with the library's before it is timed. Segments are those of `names` and of `texts`, with the
-heads of Qwen2-VL-2B. With `targets`, every row has a target segment of a quarter of its length: its queries see the
-four Bottleneck Tokens and the target itself.
+Every way and its gradients are compared with the library's before it is timed. Segments are those of `names` and of
+`texts`, with the heads of Qwen2-VL-2B. With `targets`, every row has a target segment of a quarter of its length: its
+queries see the four Bottleneck Tokens and the target itself.
 """
 
 import importlib.util
@@ -40,11 +40,11 @@ def segments(lengths, targets):
 
 
 def ways(parts):
-    """Callables that compute the causal attention of the segments, by name. All but padded give the same shape."""
+    """Queries, keys and values, and callables that compute the causal attention of the segments, by name."""
     total = parts[-1][0] + parts[-1][1]
     layout = PackedLayout(parts, torch.device(DEVICE), dtype=DTYPE)
-    query = torch.randn(total, HEADS, WIDTH, device=DEVICE, dtype=DTYPE)
-    key, value = (torch.randn(total, GROUPS, WIDTH, device=DEVICE, dtype=DTYPE) for _ in range(2))
+    made = {"device": DEVICE, "dtype": DTYPE, "requires_grad": True}
+    query, key, value = (torch.randn(total, heads, WIDTH, **made) for heads in (HEADS, GROUPS, GROUPS))
     wide = [x.repeat_interleave(HEADS // GROUPS, dim=1) for x in (key, value)]
 
     def each():
@@ -62,7 +62,7 @@ def ways(parts):
     if DEVICE == "cuda":
         found["grouped SDPA"] = lambda: layout.groups.attend(query, *wide, WIDTH**-0.5)
         found |= variable(parts, query, key, value)
-    return found
+    return (query, key, value), found
 
 
 def padded(parts, query, wide):
@@ -141,27 +141,37 @@ def variable(parts, query, key, value):
     return found
 
 
+def with_gradients(call, tensors):
+    """The output of a way, and the gradients of the tensors."""
+    output = call()
+    return output.reshape(-1, HEADS, WIDTH).detach(), *torch.autograd.grad(output.float().sin().sum(), tensors)
+
+
 def measure(size, rounds):
     """Rows of the table: seconds of each way, and its largest difference to the library's."""
     model, rows = BTokSentenceTransformer(repository("small", 4)), []
     for kind in ("names", "texts"):
         lengths = model.preprocess(mixture(kind, 256 if DEVICE == "cuda" else 32))["attention_mask"].sum(1).tolist()
         for targets in (False, True):
-            calls, errors = ways(segments(lengths, targets)), {}
-            right = calls[OURS]()
+            (tensors, calls), errors = ways(segments(lengths, targets)), {}
+            right = with_gradients(calls[OURS], tensors)
             for name in list(calls):
+                if "mask" in name:
+                    continue
                 try:
-                    found = calls[name]()
+                    found = with_gradients(calls[name], tensors)
+                except TimeoutError:  # of gpu.py
+                    raise
                 except Exception as error:  # a way that this version or card does not have is named, not hidden
                     rows.append(show({"table": "attention", "inputs": kind, "way": name, "failed": str(error)[:200]}))
                     del calls[name]
                     continue
-                if "mask" not in name:
-                    errors[name] = (found.reshape(right.shape) - right).abs().max().item()
+                errors[name] = max(((x - y).abs().max() / y.abs().max()).item() for x, y in zip(found, right))
             wrong = {name: error for name, error in errors.items() if not error < 0.05}
             if wrong:
                 raise RuntimeError(f"Ways of attention disagree with this library's: {wrong}. Nothing was timed.")
-            times = summary(compare(calls, rounds), OURS)
+            with torch.no_grad():
+                times = summary(compare(calls, rounds), OURS)
             for name, part in times.items():
                 row = {"table": "attention", "inputs": kind + ", targets" * targets, "way": name, **part}
                 rows.append(show(row | {"differs_by": errors.get(name)}))

@@ -14,6 +14,12 @@ from matplotlib import pyplot as plt
 
 from benchmarks import RESULTS, ROOT
 
+WAYS = {
+    "inputs": "{inputs}",
+    "attention": "{way}",
+    "seconds": "{median_s}",
+    "times as fast as ours": "**{speed_ratio:.2f}** ({ratio_quartiles[0]:.2f} to {ratio_quartiles[1]:.2f})",
+}
 # mark in the page: (file, table or None, {heading: how a row is shown})
 TABLES = {
     "throughput": (
@@ -106,16 +112,22 @@ TABLES = {
             "times": "{times:.2f}",
         },
     ),
-    "attention": (
-        "attention",
-        "attention",
+    "attention": ("attention", "attention", WAYS),
+    "attention on a GPU": ("attention-gpu", "attention", WAYS),
+    "throughput on a GPU": (
+        "throughput-gpu",
+        "throughput",
         {
-            "inputs": "{inputs}",
-            "attention": "{way}",
-            "seconds": "{median_s}",
-            "times as fast as ours": "**{speed_ratio:.2f}** ({ratio_quartiles[0]:.2f} to {ratio_quartiles[1]:.2f})",
+            "inputs": "{count} {inputs}",
+            "tokens": "{tokens:,}",
+            "stock, tokens/s": "{stock_tokens_per_s:,}",
+            "btok-hf, tokens/s": "{btok_tokens_per_s:,}",
+            "times as fast": "**{speed_ratio:.2f}** ({quartiles[0]:.2f} to {quartiles[1]:.2f})",
+            "share of the matrix rate": "{share_of_limit:.0%}",
+            "before: tokens/s, times as fast": "{before_tokens_per_s:,}, {before_ratio:.2f}",
         },
     ),
+    "recipe on a GPU": ("recipe-gpu", None, {"what": "{what}", "rows": "{rows:,}", "seconds": "{seconds}"}),
     "decoding": (
         "data_path",
         "decoding",
@@ -170,7 +182,7 @@ def main():
             print(f"{path.name} is not there: {name} stays as it is", file=sys.stderr)
             continue
         result = json.loads(path.read_text("utf-8"))
-        rows = [row for row in result["rows"] if table in (None, row.get("table"))]
+        rows = [row for row in result["rows"] if table in (None, row.get("table")) and "failed" not in row]
         text = markdown(rows, columns)
         page = insert(page, name, text)
         if name == "memory":

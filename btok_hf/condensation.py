@@ -9,8 +9,8 @@ Implementation:
   BToks) is causal. The target has the BToks and the previous target tokens as its keys. This choice of keys is the
   Condensation Mask: there is no mask tensor, no cache and no second forward. It holds for every token mixer of a
   layer: linear attention and convolutions run over the keys of a segment from a zero state.
-- Segments of similar shape share one call of a mixer (of attention: torch's scaled-dot-product attention), on any
-  device.
+- All segments share one call of flash attention on a GPU, in half precision. Elsewhere, and in other mixers, those of
+  similar shape share a call.
 - The layout is passed to the mixers as a keyword argument, so that activation checkpointing recomputes the same.
   (Checkpointing silently drops a key/value cache.)
 - Checks, positions and layout are computed on the CPU and copied to the device before the first kernel is queued. On a

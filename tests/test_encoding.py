@@ -11,7 +11,7 @@ from support.media import image, video
 from support.pictures import MEDIA
 
 from btok_hf import BTokSentenceTransformer
-from btok_hf.encoding import estimate_tokens, token_batches
+from btok_hf.encoding import embed_batches, estimate_tokens, token_batches
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +117,31 @@ def test_a_vector_that_is_not_finite_is_an_error(repo):
     for options in ({}, {"on_error": "skip"}):
         with pytest.raises(ValueError, match=r"The embedding of input 1 is not finite"):
             model.encode(["aaaa", "z"], **options)
+
+
+def test_a_batch_is_read_when_the_next_one_is_queued():
+    """So a GPU has work while the host waits for embeddings. An error ends the loop one batch later."""
+    queued = []
+
+    def embed(features):
+        queued.append(features)
+        return torch.full((1, 2), torch.nan if features["row"] == broken else float(features["row"]))
+
+    def run():
+        queued.clear()
+        rows = embed_batches([0, 1, 2, 3], [1] * 4, 1, None, prepare, embed, save_to_cpu=True, ahead=False)
+        return rows.tolist()
+
+    def prepare(items, positions):
+        return {"row": items[0]}
+
+    broken = None
+    assert run() == [[0, 0], [1, 1], [2, 2], [3, 3]]
+    order = [features["row"] for features in queued]
+    for broken, count in ((order[0], 2), (order[-1], 4)):
+        with pytest.raises(ValueError, match=f"The embedding of input {broken} is not finite"):
+            run()
+        assert len(queued) == count
 
 
 def test_estimated_tokens_of_media_are_those_of_the_processor(repo, tmp_path):
