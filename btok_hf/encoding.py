@@ -262,14 +262,15 @@ class _Queued:
         """Wait for the embeddings."""
         if self.event is not None:
             self.event.synchronize()
+            self.event = None
+            if self.embeddings.device.type == "cpu":  # in pinned memory, of which a machine has little
+                self.embeddings = self.embeddings.clone()
         if not self.finite.all():
             index = self.positions[int(self.finite.int().argmin())]
             raise ValueError(
                 f"The embedding of input {index} is not finite. The weights are broken, or too large for "
                 f"{self.embeddings.dtype}: check the checkpoint, or load it with model_kwargs={{'dtype': 'bfloat16'}}."
             )
-        if self.embeddings.is_pinned():  # of such memory a machine has little
-            self.embeddings = self.embeddings.clone()
         return self.embeddings
 
 
