@@ -4,8 +4,9 @@
     python -m benchmarks.gpu --minutes 8        # again: what the first run could not finish
     python -m benchmarks.gpu --steps correctness attention
 
-A step that fails, or that the time ends in, is named and the next one runs. Without a GPU the same steps run on the
-CPU at a small size, with `--output runs/trial`: that is how this script is tried.
+Steps that have results are skipped, unless they are named. A step that fails, or that the time ends in, is reported
+and the next one runs. Without a GPU the same steps run on the CPU at a small size, with `--output runs/trial`: that is
+how this script is tried.
 
 - correctness: embeddings, token losses and gradients of the packed forward against the CPU's in fp32, for texts,
   images and videos, with targets that see fewer queries than keys; vectors of `encode`. The same in bf16, with flash
@@ -194,7 +195,7 @@ def stop(*_):
 def main():
     options = arguments(
         __doc__,
-        steps={"nargs": "+", "choices": STEPS, "default": list(STEPS)},
+        steps={"nargs": "+", "choices": STEPS},
         minutes={"type": float, "default": 60, "help": "time for all steps"},
         output={"type": Path, "default": bench.RESULTS, "help": "folder of the results"},
     )
@@ -202,8 +203,8 @@ def main():
     started, left = time.monotonic(), []
     rate = matrix_rate(torch.bfloat16 if DEVICE == "cuda" else torch.float32)
     signal.signal(signal.SIGALRM, stop)
-    for name in options.steps:
-        if result_file(name).exists():
+    for name in options.steps or STEPS:
+        if not options.steps and result_file(name).exists():
             print(f"{name}: {result_file(name).name} is there", flush=True)
             continue
         rest, begun = int(60 * options.minutes - (time.monotonic() - started)), time.monotonic()

@@ -302,7 +302,7 @@ def _pack(
             segments.append((start + prefix, target, first_key, len(token_ids) + target))
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else backbone.dtype
-    layout = PackedLayout(segments, device, dtype=dtype)
+    layout = PackedLayout(segments, device, dtype=dtype, mixes=bool(family.mixers))
     packed = {
         "input_ids": to_device(torch.cat([input_ids, target_ids], 1)[keep][None], device),
         "attention_mask": family.masks(backbone.config),

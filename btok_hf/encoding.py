@@ -252,8 +252,7 @@ class _Queued:
     """Embeddings that a GPU may still compute, of the inputs at these positions."""
 
     def __init__(self, positions: list[int], embeddings: Tensor, save_to_cpu: bool) -> None:
-        on_gpu = embeddings.is_cuda
-        self.positions = positions
+        self.positions, on_gpu = positions, embeddings.is_cuda
         self.embeddings = embeddings.to("cpu", non_blocking=on_gpu) if save_to_cpu else embeddings
         self.finite = embeddings.isfinite().all(1).to("cpu", non_blocking=on_gpu)
         self.event = torch.cuda.current_stream(embeddings.device).record_event() if on_gpu else None

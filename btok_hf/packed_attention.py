@@ -43,8 +43,9 @@ class PackedLayout:
             end: the last query attends to the last key. Together the queries cover every position once.
         device (`torch.device`): Device of the indices and masks.
         causal (`bool`): `False`: every query of a segment attends to all keys of the segment.
-        dtype (`torch.dtype`): That of the queries, as far as known. What it needs is prepared at once, and anything
-            else at its first use.
+        dtype (`torch.dtype`): That of the queries, as far as known. What it needs is prepared at once, before kernels
+            are queued, and anything else at its first use.
+        mixes (`bool`): Whether `mix` will be called.
     """
 
     def __init__(
@@ -53,12 +54,14 @@ class PackedLayout:
         device: torch.device,
         causal: bool = True,
         dtype: torch.dtype = torch.float32,
+        mixes: bool = False,
     ) -> None:
         self.segments, self.device, self.causal = sorted(segments), device, causal
-        if _has_flash(device, dtype):
-            self.sequences  # noqa: B018  # before kernels are queued, which copies to the device would wait for
-        else:
-            self.groups  # noqa: B018
+        needed = {"sequences" if _has_flash(device, dtype) else "groups"}
+        if mixes:
+            needed.add("sequences" if _has_linear_kernels(device) else "groups")
+        for name in needed:
+            getattr(self, name)
 
     @cached_property
     def groups(self) -> "_Groups":
@@ -82,14 +85,12 @@ class PackedLayout:
         """
         kind = query.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
-        repeats = query.shape[1] // key.shape[1]
         if _has_flash(query.device, dtype) and query.shape[2] % 8 == 0 and query.shape[2] <= 256:
             if not self.sequences.plain:
                 key, value = (x.index_select(0, self.sequences.keys) for x in (key, value))
-            key, value = (x.repeat_interleave(repeats, dim=1).to(dtype) for x in (key, value))
+            key, value = (_for_each_query(query, x).to(dtype).contiguous() for x in (key, value))
             return self.sequences.attend(query.to(dtype), key, value, scale, self.causal)
-        key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-        return self.groups.attend(query, key, value, scale)
+        return self.groups.attend(query, _for_each_query(query, key), _for_each_query(query, value), scale)
 
     def mix(self, mixer: Callable[..., Tensor], hidden: Tensor) -> Tensor:
         """A causal token mixer over the segments: it runs over the keys of each, and gives the outputs of the queries.
@@ -199,7 +200,9 @@ class _Sequences(NamedTuple):
         # Imported here: it brings torch's compiler with it, which a CPU does not need.
         from torch.nn.attention.varlen import varlen_attn
 
-        window = (-1, 0) if causal else (-1, -1)
+        # The longest sequence on both sides hides nothing. With (-1, -1), later releases of torch take cuDNN's kernel
+        # on some GPUs, which was not compared with this one.
+        window = (-1, 0) if causal else (max(self.longest), max(self.longest))
         bounds = self.query_bounds, self.key_bounds, *self.longest
         return cast(Tensor, varlen_attn(query, key, value, *bounds, scale=scale, window_size=window))
 
@@ -224,6 +227,12 @@ def _sequences(segments: Sequence[Segment], device: torch.device) -> _Sequences:
     )
 
 
+def _for_each_query(query: Tensor, heads: Tensor) -> Tensor:
+    """Keys or values with as many heads as the queries."""
+    repeats = query.shape[1] // heads.shape[1]
+    return heads if repeats == 1 else heads.repeat_interleave(repeats, dim=1)
+
+
 def _has_linear_kernels(device: torch.device) -> bool:
     """Whether transformers runs linear attention and its convolution with kernels that keep sequences apart."""
     return device.type == "cuda" and is_flash_linear_attention_available() and is_causal_conv1d_available()
@@ -233,7 +242,8 @@ def _has_flash(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torch has flash attention for sequences of many lengths in this dtype on this device."""
     if device.type != "cuda" or torch.version.hip or dtype not in (torch.float16, torch.bfloat16):
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    flash = torch.backends.cuda.is_flash_attention_available() and torch.backends.cuda.flash_sdp_enabled()
+    return flash and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _padded(length: int) -> int:
@@ -272,7 +282,7 @@ def _vision_attention(
     vision_layouts: dict[int, tuple[Tensor, PackedLayout]] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention function of the vision tower: one call for all images (or windows) of the same size.
+    """Attention function of the vision tower: one call for all images (or windows), or for those of the same size.
 
     All layers of a forward share the dict `vision_layouts`. It maps the id of a tensor of bounds to the bounds and
     their layout. Keeping the bounds in the dict makes sure that no other tensor gets the same id.

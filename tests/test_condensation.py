@@ -269,9 +269,14 @@ class Looks(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_forward_of_packed_text_looks_at_no_value(either):
+@pytest.mark.parametrize("flash", [False, True])
+def test_forward_of_packed_text_looks_at_no_value(either, flash, monkeypatch):
     """On a GPU each look waits for all queued kernels, so the layout must be complete before the forward."""
     processor, model = AutoProcessor.from_pretrained(either), AutoModel.from_pretrained(either).eval()
+    if flash:  # the kernel itself runs on GPUs only
+        model.bfloat16()
+        monkeypatch.setattr("btok_hf.packed_attention._has_flash", lambda device, dtype: dtype == torch.bfloat16)
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda query, *args, **kwargs: query)
     inputs = process(processor, rows("text"))
     with torch.no_grad(), Looks() as whole:
         condense(model, inputs)

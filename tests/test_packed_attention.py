@@ -85,11 +85,15 @@ def test_a_mixer_sees_the_keys_of_a_segment_and_nothing_before_them():
 def varlen_attn(query, key, value, queries, keys, longest_query, longest_key, scale, window_size):
     """What torch's kernel computes, a sequence at a time. It has none for the CPU."""
     assert queries.dtype == keys.dtype == torch.int32 and key.shape[1] == query.shape[1]
+    assert query.dtype == key.dtype == value.dtype and key.is_contiguous() and value.is_contiguous()
     outputs, lengths = [], []
     for (start, end), (first, last) in zip(pairwise(queries.tolist()), pairwise(keys.tolist())):
         rows, columns = end - start, last - first
         mask = torch.ones(rows, columns, dtype=torch.bool)
-        mask = mask.tril(columns - rows) if window_size == (-1, 0) else mask
+        if window_size == (-1, 0):
+            mask = mask.tril(columns - rows)
+        else:  # all is visible, and torch does not think of another kernel
+            assert min(window_size) >= columns
         parts = (x[None].transpose(1, 2) for x in (query[start:end], key[first:last], value[first:last]))
         outputs.append(F.scaled_dot_product_attention(*parts, attn_mask=mask, scale=scale)[0].transpose(0, 1))
         lengths.append((rows, columns))
@@ -114,6 +118,20 @@ def test_flash_attention_gets_the_same_segments(monkeypatch, causal, shapes):
         found.append([output, *torch.autograd.grad(output.sin().sum(), tensors)])
     for ours, expected in zip(*found):
         torch.testing.assert_close(ours, expected)
+
+
+def test_flash_attention_gets_the_dtype_of_autocast(monkeypatch):
+    """Rotary positions give fp32 queries beside values in half precision."""
+    monkeypatch.setattr("btok_hf.packed_attention._has_flash", lambda device, dtype: dtype == torch.bfloat16)
+    kernel = Mock(wraps=varlen_attn)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    layout, _, length = layout_of(SHAPES)
+    tensors = [torch.randn(length, heads, 8) for heads in (4, 2, 2)]
+    expected = layout.attend(*tensors, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layout.attend(*tensors[:2], tensors[2].bfloat16(), None)
+    assert kernel.call_count == 1 and found.dtype == torch.bfloat16 and expected.dtype == torch.float32
+    torch.testing.assert_close(found.float(), expected, atol=0.05, rtol=0.05)
 
 
 def test_heads_that_flash_attention_does_not_take_are_grouped(monkeypatch):
