@@ -21,9 +21,8 @@ from btok_hf.packed_attention import PackedLayout
 HEADS, GROUPS, WIDTH = 12, 2, 128  # heads, key/value heads and their width in Qwen2-VL-2B
 TOKENS = 4
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-GROUPED = "grouped SDPA (this library)"
 # In half precision on a GPU, the library calls torch's varlen_attn.
-OURS = GROUPED if DEVICE == "cpu" else "this library"
+OURS = "grouped SDPA (this library)" if DEVICE == "cpu" else "this library"
 
 
 def segments(lengths, targets):
@@ -114,24 +113,21 @@ def variable(parts, query, key, value):
     keys = torch.tensor([0, *(count for _, _, _, count in parts)], device=DEVICE).cumsum(0).int()
     longest = max(count for _, count, _, _ in parts), max(count for _, _, _, count in parts)
     places = torch.cat([torch.arange(first, first + count) for _, _, first, count in parts]).to(DEVICE)
-    plain, found = len(places) == len(query), {}
+    plain = len(places) == len(query)
 
     def seen(tensors):
         return tensors if plain else [x[places] for x in tensors]
 
-    if importlib.util.find_spec("torch.nn.attention.varlen"):
-        from torch.nn.attention.varlen import varlen_attn
+    def torch_variable():
+        from torch.nn.attention.varlen import varlen_attn  # not on a CPU, where it costs a start of torch's compiler
 
-        def given():
-            return query, *seen([key, value]), queries, keys, *longest
+        given = query, *seen([key, value]), queries, keys, *longest
+        try:
+            return varlen_attn(*given, window_size=(-1, 0), enable_gqa=True)
+        except TypeError:  # torch 2.11 has no such argument, and takes fewer heads of keys without it
+            return varlen_attn(*given, window_size=(-1, 0))
 
-        def torch_variable():
-            try:
-                return varlen_attn(*given(), window_size=(-1, 0), enable_gqa=True)
-            except TypeError:  # before torch 2.12, without being asked
-                return varlen_attn(*given(), window_size=(-1, 0))
-
-        found["varlen_attn, heads not repeated"] = torch_variable
+    found = {"varlen_attn, heads not repeated": torch_variable}
     if importlib.util.find_spec("flash_attn"):
         from flash_attn import flash_attn_varlen_func
 

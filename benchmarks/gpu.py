@@ -169,7 +169,7 @@ def recipe(size, rounds):
         if run.returncode:
             raise RuntimeError(f"btok {command[0]} ended with {run.returncode}: {(run.stdout + run.stderr)[-1500:]}")
         row = {"what": name, "rows": count, "seconds": round(time.perf_counter() - started, 1)}
-        found.append(show(row | {"output": run.stdout.strip().splitlines()[-1:]}))
+        found.append(show(row | {"output": run.stdout.replace(f"{ROOT}/", "").strip().splitlines()[-1:]}))
     return found
 
 
