@@ -7,8 +7,9 @@
 All files of the folder and its subfolders are searched. Texts are .txt and .md files. Videos need PyAV
 (`pip install av`). Files that cannot be read are named and skipped.
 
-The default model is the small one in this repository. It knows drawings of 56 x 56 pixels of animals, food and faces,
-and terms of textbooks. For photographs and documents use a large model.
+The default model is what `make model` built: it reads English and knows emoji drawings. Where nothing is built, it is
+the small one in this repository. That knows drawings of 56 x 56 pixels of animals, food and faces, and terms of
+textbooks. For photographs and documents use a large model.
 """
 
 import argparse
@@ -21,8 +22,14 @@ from btok_hf.errors import one_line_errors
 from btok_hf.inputs import check_input
 from btok_hf.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
-MODEL = Path(__file__).resolve().parents[1] / "benchmarks" / "unified" / "models" / "btok-small"
+ROOT = Path(__file__).resolve().parents[1]
+BUILT, SMALL = ROOT / "runs" / "btok-135m", ROOT / "benchmarks" / "unified" / "models" / "btok-small"
 TEXT_SUFFIXES = (".txt", ".md")
+
+
+def default_model():
+    """What `make model` built, or else the small model in the repository."""
+    return BUILT if (BUILT / "golden.json").exists() else SMALL
 
 
 def as_input(path):
@@ -70,7 +77,9 @@ def main():
     parser.add_argument("folder", type=Path, help="folder to search")
     parser.add_argument("query", nargs="?", help="text to search for")
     parser.add_argument("--image", type=Path, help="image or video to search for, instead of a text")
-    parser.add_argument("--model", default=MODEL, help="folder or Hub name of a model (default: the one in here)")
+    parser.add_argument(
+        "--model", default=default_model(), help="folder or Hub name of a model (default: %(default)s)"
+    )
     parser.add_argument("--top", type=int, default=5, help="number of hits")
     arguments = parser.parse_args()
     if not arguments.folder.is_dir():

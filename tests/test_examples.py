@@ -19,10 +19,18 @@ EXAMPLES = ROOT / "examples"
 
 
 def run_search(capsys, monkeypatch, *arguments):
-    """The lines that a search prints."""
+    """The lines that a search with the small model prints."""
+    monkeypatch.setattr(search, "BUILT", EXAMPLES)
     monkeypatch.setattr(sys, "argv", ["search.py", *map(str, arguments)])
     search.main()
     return capsys.readouterr().out.splitlines()
+
+
+def test_the_model_that_was_built_is_the_default(monkeypatch, tmp_path):
+    monkeypatch.setattr(search, "BUILT", tmp_path)
+    assert search.default_model() == search.SMALL
+    (tmp_path / "golden.json").touch()
+    assert search.default_model() == tmp_path
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoProcessor, InternVLForConditionalGeneration
 
-from benchmarks.pretrained import base, model, run
-from benchmarks.pretrained.tasks import DEV_BOOKS, rows
+from benchmarks.pretrained import base, hits, model, run
+from benchmarks.pretrained.tasks import DEV_BOOKS, rows, tasks
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens
 from btok_hf.golden import read_golden
 from tests.support.pretrained import HIDDEN, random_tower, write_llama
@@ -164,7 +164,8 @@ def test_the_model_is_built_from_base_and_adapters_or_refused(
     folder, _ = trained
     monkeypatch.setattr(model, "ADAPTERS", tmp_path / "adapters")
     (tmp_path / "adapters").mkdir()
-    (tmp_path / "adapters" / model.PROJECTOR).touch()  # of other adapters
+    for name in (model.PROJECTOR, model.TOWER):
+        (tmp_path / "adapters" / name).touch()  # of other adapters
     model.keep(folder, None, built)
     assert model.build(built, tmp_path / "model", tmp_path / "adapters") < 1e-6
     # Adapters are kept in bf16, which is what is recorded.
@@ -176,6 +177,10 @@ def test_the_model_is_built_from_base_and_adapters_or_refused(
     projector = seeing.transformer.model.multi_modal_projector
     torch.nn.init.normal_(projector.linear_2.weight)
     save_file(projector.state_dict(), tmp_path / model.PROJECTOR)
+    query = seeing.transformer.model.vision_tower.encoder.layer[0].attention.q_proj
+    factors = {"A": torch.randn(2, query.in_features), "B": torch.randn(query.out_features, 2)}
+    query.weight.data += factors["B"] @ factors["A"]
+    save_file({f"encoder.layer.0.attention.q_proj.{n}": t for n, t in factors.items()}, tmp_path / model.TOWER)
     assert run.READS in (tmp_path / "adapters" / "README.md").read_text()
     model.keep(folder, tmp_path, built)
     card = (tmp_path / "adapters" / "README.md").read_text()
@@ -194,3 +199,24 @@ def test_the_model_is_built_from_base_and_adapters_or_refused(
     base.build(llama_gguf[0], other, tmp_path / "other")
     with pytest.raises(ValueError, match="another base"):
         model.build(tmp_path / "other", tmp_path / "wrong", tmp_path / "adapters")
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")  # a random model decodes any bytes
+def test_the_picture_of_the_readme_shows_the_nearest_definitions(trained, tmp_path):
+    seeing = BTokSentenceTransformer(trained[0] / "model")
+    result, task = hits.found(seeing), tasks()["term → definition"]
+    assert result["candidates"] == len(task.candidates) and list(result["hits"]) == list(hits.QUERIES)
+    query = seeing.encode([hits.QUERIES[0]], prompt_name="term")
+    scores = seeing.encode([{"text": text} for text in task.candidates], prompt_name="definition") @ query[0]
+    [(term, definition), second] = result["hits"][hits.QUERIES[0]]
+    assert task.candidates.index(definition) == scores.argmax() and term == task.queries[scores.argmax()]
+    assert scores[task.candidates.index(second[1])] == np.sort(scores)[-2]
+    assert [row[0] for row in result["decoded"]] == list(hits.DEFINED)
+    image, names = hits.drawing()
+    scores = seeing.encode([{"text": name} for name in names], prompt_name="term") @ seeing.encode(
+        image, prompt_name="picture"
+    )
+    assert result["drawing"][0] == names[scores.argmax()] and result["names"] == len(names)
+    hits.draw(result, tmp_path / "hits.png")
+    with Image.open(tmp_path / "hits.png") as picture:
+        assert picture.width > 1000 and len(picture.convert("RGB").getcolors(1 << 20)) > 50

@@ -9,6 +9,8 @@ import yaml
 from support import ROOT
 from support.app import page
 
+from examples import search
+
 SPACE = ROOT / "examples" / "space"
 
 
@@ -25,6 +27,7 @@ def test_the_space_is_described_as_the_hub_wants_it():
 def space(tmp_path_factory):
     folder = tmp_path_factory.mktemp("space")
     command = [sys.executable, "-m", "examples.space.prepare", folder / "space", "--each", "8"]
+    command += ["--model", search.SMALL]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     (folder / "uploads").mkdir()
     return folder

