@@ -29,7 +29,7 @@ from PIL.Image import Image
 
 PICTURE, RESULT = ROOT / "docs" / "images" / "hits.png", PRETRAINED / "hits.json"
 QUERIES = ("a vote by the people on a law", "people who leave their country")
-DRAWN, SIDE = "koala", 112  # a held-out drawing, and its pixels
+DRAWN, SIDE = "honeybee", 112  # a held-out drawing, and its pixels
 DEFINED = (
     "oligarchy",
     "checks and balances",
