@@ -177,10 +177,11 @@ def test_the_model_is_built_from_base_and_adapters_or_refused(
     projector = seeing.transformer.model.multi_modal_projector
     torch.nn.init.normal_(projector.linear_2.weight)
     save_file(projector.state_dict(), tmp_path / model.PROJECTOR)
-    query = seeing.transformer.model.vision_tower.encoder.layer[0].attention.q_proj
-    factors = {"A": torch.randn(2, query.in_features), "B": torch.randn(query.out_features, 2)}
-    query.weight.data += factors["B"] @ factors["A"]
-    save_file({f"encoder.layer.0.attention.q_proj.{n}": t for n, t in factors.items()}, tmp_path / model.TOWER)
+    value = seeing.transformer.model.vision_tower.encoder.layer[0].attention.v_proj
+    factors = {"A": torch.randn(2, value.in_features), "B": 9 * torch.randn(value.out_features, 2)}
+    untaught = copy.deepcopy(seeing)
+    value.weight.data += factors["B"] @ factors["A"]
+    save_file({f"encoder.layer.0.attention.v_proj.{n}": t for n, t in factors.items()}, tmp_path / model.TOWER)
     assert run.READS in (tmp_path / "adapters" / "README.md").read_text()
     model.keep(folder, tmp_path, built)
     card = (tmp_path / "adapters" / "README.md").read_text()
@@ -189,11 +190,12 @@ def test_the_model_is_built_from_base_and_adapters_or_refused(
         model.with_eyes(card)
     assert model.build(built, tmp_path / "seeing", tmp_path / "adapters") < 1e-6
     red = Image.new("RGB", (64, 64), "red")
-    before, trained_one, kept = (
-        loaded.encode(red, prompt_name="picture")
-        for loaded in (BTokSentenceTransformer(folder / "model"), seeing, BTokSentenceTransformer(tmp_path / "seeing"))
+    built_one, before = BTokSentenceTransformer(tmp_path / "seeing"), BTokSentenceTransformer(folder / "model")
+    trained_one, kept, *others = (
+        loaded.encode(red, prompt_name="picture") for loaded in (seeing, built_one, before, untaught)
     )
-    assert np.abs(trained_one - kept).max() < 0.05 < np.abs(before - kept).max()  # rounded to bf16
+    assert np.abs(trained_one - kept).max() < 0.05  # rounded to bf16
+    assert min(np.abs(other - kept).max() for other in others) > 0.05
     other = copy.deepcopy(tower)
     other.layernorm.bias.data[0] += 1
     base.build(llama_gguf[0], other, tmp_path / "other")

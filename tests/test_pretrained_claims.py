@@ -43,7 +43,8 @@ def test_arms_are_run_seed_by_seed_and_what_has_a_result_is_not_run_again(built,
     [line] = capsys.readouterr().out.splitlines()
     assert line.startswith("btok-condensation-early-s0 {'title → text': ")
     result = json.loads((tmp_path / "results" / "btok-condensation-early-s0.json").read_text())
-    assert result["settings"]["condensation_steps"] == 2 and len(result["ranks"][TASK]) == len(tasks()[TASK].queries)
+    assert result["settings"]["condensation_steps"] == 2 and result["passage"] == [4, 8]
+    assert len(result["ranks"][TASK]) == len(tasks()[TASK].queries)
 
 
 def test_what_the_time_ends_in_and_what_fails_is_said(tmp_path, capsys, monkeypatch):

@@ -254,6 +254,7 @@ def run(options: argparse.Namespace) -> None:
         **arm._asdict(),
         "prompts": prompts(arm),
         "rank": adapter_config(model.transformer.model).r,
+        "passage": options.passage,
         "start": options.start and options.start.name,
         "settings": settings,
         "train_minutes": round(trained / 60, 2),
