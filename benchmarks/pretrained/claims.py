@@ -28,7 +28,7 @@ from benchmarks.tables import insert
 from benchmarks.unified.report import bootstrap, half_width, over_seeds, seeds_for
 
 RESULTS = PRETRAINED / "claims"
-# The arms by table, in the order in which they are run. The first is what the others are compared with.
+# The arms by table, in the order in which they are run.
 TABLES = {
     "arms": {
         "last-token": "last token",
@@ -93,7 +93,7 @@ def results(folder: Path, arms: list[str]) -> dict[str, dict[int, dict]]:
 
 
 def table(found: dict[str, dict[int, dict]], labels: dict[str, str]) -> str:
-    """Scores of each arm, then differences to the first one, in Markdown.
+    """Scores of each arm, then the differences of all pairs, in Markdown.
 
     A score is the mean reciprocal rank in percent. "±" of a score is over queries, of the mean over seeds.
     """
