@@ -174,7 +174,7 @@ def write_units(out, size, rows=500, dimensions=128):
 
 def space(folder, _):
     """Seconds until the page answers, and seconds of CPU time until then."""
-    command = [sys.executable, "-m", "examples.space.prepare", str(folder)]
+    command = [sys.executable, "-m", "examples.space.prepare", str(folder), "--model", str(MODEL)]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     found = []
     for run in ("first", "again"):

@@ -26,11 +26,18 @@ def options(tmp_path, words=""):
     )
 
 
-def write(folder, arm, seed, ranks):
+def write(folder, arm, seed, ranks, steps=300):
     """A result as `run.py` writes it, as far as the tables read it."""
     folder.mkdir(exist_ok=True)
-    settings = {"max_steps": 300, "per_device_train_batch_size": 64}
-    result = {"arm": arm, "seed": seed, "settings": settings, "machine": "a GPU", "ranks": {TASK: ranks}}
+    settings = {"max_steps": steps, "per_device_train_batch_size": 64, "learning_rate": 5e-4, "temperature": 0.05}
+    result = {
+        "arm": arm,
+        "seed": seed,
+        "passage": [40, 160],
+        "settings": settings,
+        "machine": "a GPU",
+        "ranks": {TASK: ranks},
+    }
     (folder / f"{arm}-s{seed}.json").write_text(json.dumps(result))
 
 
@@ -74,6 +81,13 @@ def test_the_table_has_scores_and_differences_of_the_seeds_that_all_arms_have(tm
     # The gains are 50 and 75. Student's t of one degree of freedom is 12.706, times 12.5, their standard error.
     assert "| BToks − last token | +62.5 ± 0.0 | +62.50 | 158.83 | 0.00 |" in text
     assert "Seeds 0, 1; 300 steps of 64 rows; a GPU." in text
+
+
+def test_runs_of_different_settings_are_not_compared(tmp_path):
+    write(tmp_path, "last-token", 0, [1])
+    write(tmp_path, "btok", 0, [1], steps=2)
+    with pytest.raises(ValueError, match=r"mixes runs with other passages, settings or tasks: .*\[2, 64.*\[300, 64"):
+        claims.results(tmp_path, ["last-token", "btok"])
 
 
 def test_a_table_without_a_complete_seed_stays_as_it_is(tmp_path, capsys, monkeypatch):

@@ -6,7 +6,7 @@
 Every run is one of `run.py` on the same rows in the same order, seed by seed, with passages of 40 to 160 words, so
 that there is something to compress. A seed is run through all arms before the next one, so that whatever is finished
 when the time ends can be compared. The step of so small a model waits for Python and not for the GPU, which is why
-several should run at once there; each takes up to 13 GB. On CPU cores the first table, 20 runs, takes days.
+several should run at once there. On CPU cores a run takes up to 13 GB of memory, and the first table, 20 runs, days.
 """
 
 import argparse
@@ -83,13 +83,26 @@ def run_all(options: argparse.Namespace) -> list[str]:
 
 
 def results(folder: Path, arms: list[str]) -> dict[str, dict[int, dict]]:
-    """The results of the arms by seed, of the seeds that all arms have."""
+    """The results of the arms by seed, of the seeds that all arms have.
+
+    Raises:
+        ValueError: They were run with different settings.
+    """
     found = {
         arm: {part["seed"]: part for part in (json.loads(p.read_text()) for p in folder.glob(f"{arm}-s[0-9]*.json"))}
         for arm in arms
     }
     seeds = sorted(set.intersection(*(set(parts) for parts in found.values())))
-    return {arm: {seed: parts[seed] for seed in seeds} for arm, parts in found.items()}
+    found = {arm: {seed: parts[seed] for seed in seeds} for arm, parts in found.items()}
+    same = ("max_steps", "per_device_train_batch_size", "learning_rate", "temperature")
+    ways = {
+        json.dumps([part["passage"], [part["settings"][key] for key in same], list(part["ranks"])])
+        for parts in found.values()
+        for part in parts.values()
+    }
+    if len(ways) > 1:
+        raise ValueError(f"{folder} mixes runs with other passages, settings or tasks: {'; '.join(sorted(ways))}.")
+    return found
 
 
 def table(found: dict[str, dict[int, dict]], labels: dict[str, str]) -> str:

@@ -264,7 +264,7 @@ def meaning(model: BTokSentenceTransformer, album: Album, options: argparse.Name
 def train(model: BTokSentenceTransformer, options: argparse.Namespace) -> list[dict[str, float]]:
     """Put what the tower learned into `model`, train its projector and save it.
 
-    Returns the losses of each step of the second stage.
+    Returns the losses of each step through the language model.
     """
     kinds = {*CALLED, *(kind for pair in KINDS.values() for kind in pair)}
     if not kinds <= model.prompts.keys():
@@ -289,11 +289,11 @@ def train(model: BTokSentenceTransformer, options: argparse.Namespace) -> list[d
     # The states of the class token stand for the pictures and the tower.
     key = json.dumps(settings).encode() + content(album.states[:, 0]) + content(backbone.get_input_embeddings().weight)
 
-    def first_stage() -> dict[str, Tensor]:
+    def words() -> dict[str, Tensor]:
         words_first(model, album, options)
         return weights(projector)
 
-    projector.load_state_dict(kept(options.cache, "words", key, first_stage))
+    projector.load_state_dict(kept(options.cache, "words", key, words))
     log = meaning(model, album, options)
     backbone.vision_tower = tower
     return log
@@ -303,10 +303,10 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     """The options of a training."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="a trained model: a folder that a run exported")
-    parser.add_argument("--word-steps", type=int, default=8000, help="of the first stage")
+    parser.add_argument("--word-steps", type=int, default=8000, help="of the words")
     parser.add_argument("--word-batch", type=int, default=32)
     parser.add_argument("--word-rate", type=float, default=2e-3)
-    parser.add_argument("--steps", type=int, default=240, help="of the second stage")
+    parser.add_argument("--steps", type=int, default=240, help="through the language model")
     parser.add_argument("--batch", type=int, default=40)
     parser.add_argument("--learning-rate", type=float, default=3e-5)
     parser.add_argument("--weight", type=float, default=0.5, help="of condensation")

@@ -93,13 +93,13 @@ def build(base_dir: str | Path, output_dir: str | Path, adapters: str | Path = A
 
 def keep(run: Path, eyes: Path | None, base_dir: Path) -> None:
     """Copy adapters and eyes to `model/`, in bf16, with card and golden vectors of the model they give."""
+    parts = ((run / "adapters", WEIGHTS), (eyes, TOWER), (eyes, PROJECTOR))
+    found = {name: load_file(source / name) for source, name in parts if source is not None}
     ADAPTERS.mkdir(exist_ok=True)
     for name in (TOWER, PROJECTOR):
         (ADAPTERS / name).unlink(missing_ok=True)  # they were trained with other adapters
-    for source, name in ((run / "adapters", WEIGHTS), (eyes, TOWER), (eyes, PROJECTOR)):
-        if source is not None:
-            tensors = {key: tensor.bfloat16() for key, tensor in load_file(source / name).items()}
-            save_file(tensors, ADAPTERS / name)
+    for name, tensors in found.items():
+        save_file({key: tensor.bfloat16() for key, tensor in tensors.items()}, ADAPTERS / name)
     config = json.loads((run / "adapters" / CONFIG).read_text("utf-8"))
     config["base_model_name_or_path"] = None  # a folder of whoever trained
     (ADAPTERS / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")

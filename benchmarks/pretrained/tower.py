@@ -1,10 +1,13 @@
 """Teach the vision tower: drawings to the vectors of their names, without the language model.
 
-    python -m benchmarks.pretrained.tower --model runs/btok-135m      # 40 minutes on two cores
+    python -m benchmarks.pretrained.tower --model runs/pretrained/btok-condensation-all-s0/model
 
-The first stage of the eyes (`eyes.py` has the others). LoRA on all matrices of the tower and a linear head bring every
-drawing to the vectors of its name and of its keywords, away from those of all other training drawings. The texts stay
-what they are (locked-image tuning, arXiv 2111.07991, with the texts locked instead). The head is thrown away.
+40 minutes on two cores, before `eyes.py`. The model is one that `run.py` exported: the tower of `runs/btok-135m` has
+learned this already, and factors that are trained on it do not fit another.
+
+LoRA on all matrices of the tower and a linear head bring every drawing to the vectors of its name and of its keywords,
+away from those of all other training drawings. The texts stay what they are (locked-image tuning, arXiv 2111.07991,
+with the texts locked instead). The head is thrown away.
 
 Printed on the way: mean reciprocal ranks in percent, of names among drawings and among concepts that training leaves
 out. Their categories are those that the tasks of `pictures.py` leave out.
@@ -60,7 +63,7 @@ class Head(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         pooled = torch.cat([states[:, 0], states[:, 1:].mean(1)], 1).float()
-        return F.normalize(self.linear(self.norm(pooled)), dim=1)
+        return F.normalize(self.linear(self.norm(pooled)).float(), dim=1)  # bf16 under autocast
 
 
 def keywords(row: dict) -> str:
@@ -83,13 +86,14 @@ class Watch:
         self.images = [draw(row["image"], size=WHOLE) for row in self.rows]
         names = text_vectors(model, [("term", row["names"]["en"]) for row in self.rows])
         self.names = F.normalize(names - mean, dim=1)
+        self.first = {"drawings": len(concepts), "concepts": 0}  # of the rows that are candidates
         self.asked = {"drawings": [len(concepts) + index for index in asked], "concepts": strange}
 
     def scores(self, vectors: Tensor) -> dict[str, float]:
         """MRR in percent for vectors of `images`. Drawings are looked for among drawings, concepts among all."""
         found = {}
         for name, rows in self.asked.items():
-            first = 0 if name == "concepts" else len(self.rows) - len(left_out("unseen_drawings")[0])
+            first = self.first[name]
             similar = (self.names[rows] @ vectors[first:].T).numpy()
             ranks = positions(similar, [row - first for row in rows])
             found[name] = 100 * sum(1 / rank for rank in ranks) / len(ranks)

@@ -28,7 +28,7 @@ def seen(tmp_path_factory):
     def python(*words):
         subprocess.run([sys.executable, "-m", *map(str, words)], cwd=ROOT, check=True)
 
-    python("examples.space.prepare", folder / "space")
+    python("examples.space.prepare", folder / "space", "--model", MODEL)
     files = folder / "space" / "files"
     (files / "hostile.txt").write_text(HOSTILE)
     (files / f"{NAME}.txt").write_text("tiger face")
