@@ -105,7 +105,10 @@ def test_a_table_without_a_complete_seed_stays_as_it_is(tmp_path, capsys, monkey
     assert arms.endswith("\nold\n") and "| K = 8 − K = 4 | +0.0 ± 0.0 | +0.00 | inf | 0.00 | – |" in tokens
 
 
-def test_every_arm_of_a_table_can_be_run():
+def test_every_arm_of_a_table_can_be_run(capsys):
     for arms in claims.TABLES.values():
         assert set(arms) <= ARMS.keys()
     assert arguments(["--arm", "btok", "--passage", "3", "5"]).passage == [3, 5]
+    with pytest.raises(SystemExit):
+        arguments(["--arm", "btok", "--passage", "5", "3"])
+    assert "--passage takes the fewest and the most words, got 5 3" in capsys.readouterr().err

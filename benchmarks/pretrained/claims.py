@@ -101,7 +101,10 @@ def results(folder: Path, arms: list[str]) -> dict[str, dict[int, dict]]:
         for part in parts.values()
     }
     if len(ways) > 1:
-        raise ValueError(f"{folder} mixes runs with other passages, settings or tasks: {'; '.join(sorted(ways))}.")
+        raise ValueError(
+            f"{folder} mixes runs with other passages, settings or tasks: {'; '.join(sorted(ways))}. Remove those of "
+            "one kind, or run with another --results."
+        )
     return found
 
 

@@ -30,12 +30,8 @@ from PIL.Image import Image
 PICTURE, RESULT = ROOT / "docs" / "images" / "hits.png", PRETRAINED / "hits.json"
 QUERIES = ("a vote by the people on a law", "people who leave their country")
 DRAWN, SIDE = "honeybee", 112  # a held-out drawing, and its pixels
-DEFINED = (
-    "oligarchy",
-    "checks and balances",
-    "partisanship",
-    "minority rights",
-)  # terms whose definitions are decoded
+# Terms whose definitions are decoded.
+DEFINED = ("oligarchy", "checks and balances", "partisanship", "minority rights")
 SHOWN = 2  # hits of a query
 BLUE, GREY = "#2563eb", "#6b7280"
 

@@ -39,7 +39,7 @@ SEES = (
 )
 LANGUAGES = "Languages of the training data:"
 PICTURES = (
-    "Then the vision tower was trained with LoRA (`python -m benchmarks.pretrained.tower`), and the projector "
+    "Then the vision tower was trained with LoRA (as `python -m benchmarks.pretrained.tower` does), and the projector "
     "(`python -m benchmarks.pretrained.eyes`), on pictures with names and captions: emoji drawings (Apache-2.0, "
     "Unicode-3.0, MIT: data/emoji/LICENSES.md), and figures and clips (CC-BY-4.0: "
     "benchmarks/unified/data/LICENSES.md).\n\n"

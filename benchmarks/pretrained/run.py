@@ -301,7 +301,11 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--base", type=Path, default=OUTPUT)
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "pretrained")
     parser.add_argument("--results", type=Path, help="folder of the result: benchmarks/results/pretrained")
-    return parser.parse_args(words)
+    options = parser.parse_args(words)
+    low, high = options.passage
+    if not 0 < low <= high:
+        parser.error(f"--passage takes the fewest and the most words, got {low} {high}. Give for example 10 80.")
+    return options
 
 
 def main() -> None:

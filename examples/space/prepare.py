@@ -36,6 +36,8 @@ def main():
     parser.add_argument("--each", type=int, default=75, help="drawings, clips, texts and pages (default: %(default)s)")
     parser.add_argument("--model", type=Path, default=default_model(), help="its folder (default: %(default)s)")
     arguments = parser.parse_args()
+    if not arguments.model.is_dir():
+        parser.error(f"--model {arguments.model} is not a folder. Give the folder of an exported model.")
     output = arguments.output_dir
     output.mkdir(parents=True, exist_ok=True)
     for name, source in {**{name: HERE / name for name in SPACE}, **LICENSES}.items():
