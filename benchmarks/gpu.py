@@ -13,7 +13,8 @@ how this script is tried.
   attention and with grouped SDPA.
 - attention, vision: those benchmarks. throughput, profile, overhead: the tables of `encode`. train_step, train_memory:
   the tables of `train_step`.
-- batch: the largest batch of texts that trains, doubled until memory runs out.
+- batch: batches of texts that train, doubled until memory runs out or a step takes seconds: in one forward, the same
+  with activation checkpointing, in mini-batches (GradCache).
 - recipe: two steps of the recipe for 24 GB from random weights, with its export, by `btok train` and `btok verify`.
 - compile: encoding with MLPs and norms compiled. (Whole layers would be compiled anew for every packed layout.)
 """
@@ -47,6 +48,7 @@ from benchmarks.bench import (
     result_file,
     show,
     summary,
+    synchronise,
 )
 from btok_hf import BTokSentenceTransformer
 from btok_hf.condensation import condense
@@ -128,21 +130,29 @@ def compiled(size, rounds):
     return rows
 
 
-def largest_batch(size, rounds, seconds=20):
-    """Rows of the largest batch that takes a step, doubled until memory or patience ends."""
-    rows, count = [], 64
-    while True:
-        step = None  # frees the last model before the next one is built
-        step = train_step.contender("packed", size, "ragged", count, 16)
-        try:
-            memory = peak_of(step)
-            (taken,) = compare({"step": step}, rounds=1, warm_up=0)["step"]
-        except torch.OutOfMemoryError:
-            return [*rows, show({"rows": count, "result": "out of memory"})]
-        rows.append(show({"rows": count, "seconds": round(taken, 2), "peak_gb": round(memory, 2)}))
-        if 2 * taken > seconds or DEVICE == "cpu":
-            return rows
-        count *= 2
+def largest_batch(size, rounds, seconds=4):
+    """Rows of a batch that takes a step, doubled until memory or patience ends, by the way that it is taken."""
+    rows, model = [], None
+    ways = {"one forward": None, "one forward, checkpointing": None, "mini-batches of 16": 16}
+    for way, mini_batch in ways.items():
+        count, taken = 16, 0
+        while 2 * taken < seconds:
+            step = train_step.contender(
+                "packed", size, "ragged", count, mini_batch or count, way.endswith("checkpointing"), four=model
+            )
+            model, started = step.model, time.perf_counter()
+            try:
+                memory = peak_of(step)
+                synchronise()
+            except torch.OutOfMemoryError:
+                model.zero_grad(set_to_none=True)
+                rows.append(show({"way": way, "rows": count, "result": "out of memory"}))
+                break
+            taken = time.perf_counter() - started
+            part = {"way": way, "rows": count, "tokens": step.tokens + step.targets}
+            rows.append(show({**part, "seconds": round(taken, 2), "peak_gb": round(memory, 2)}))
+            count *= 2
+    return rows
 
 
 def recipe(size, rounds):

@@ -4,9 +4,10 @@
     python -m benchmarks.pretrained.claims --report                      # the tables of docs/pretrained.md
 
 Every run is one of `run.py` on the same rows in the same order, seed by seed, with passages of 40 to 160 words, so
-that there is something to compress. A seed is run through all arms before the next one, so that whatever is finished
-when the time ends can be compared. The step of so small a model waits for Python and not for the GPU, which is why
-several should run at once there. On CPU cores a run takes up to 13 GB of memory, and the first table, 20 runs, days.
+that there is something to compress. Tables are run one after the other, and in a table a seed through all arms before
+the next seed, so that whatever is finished when the time ends can be compared. The step of so small a model waits for
+Python and not for the GPU, which is why several should run at once there. A run takes up to 20 GB of a GPU. On CPU
+cores it takes up to 13 GB of memory, and the first table, 25 runs, days.
 """
 
 import argparse
@@ -32,6 +33,7 @@ RESULTS = PRETRAINED / "claims"
 TABLES = {
     "arms": {
         "last-token": "last token",
+        "mean": "mean of all tokens",
         "btok": "BToks",
         "btok-unmasked": "BToks + condensation, no mask",
         "btok-condensation": "BToks + condensation",
@@ -53,7 +55,6 @@ PASSAGE = (40, 160)
 
 def run_all(options: argparse.Namespace) -> list[str]:
     """Run what has no result yet, until the time ends. Returns the names of the runs that are still missing."""
-    arms = dict.fromkeys(arm for table in options.tables for arm in TABLES[table])
     deadline = time.monotonic() + 60 * options.minutes
 
     def one(job: tuple[int, str]) -> None:
@@ -76,7 +77,8 @@ def run_all(options: argparse.Namespace) -> list[str]:
         print(log.read_text().splitlines()[-1], flush=True)
 
     options.output.mkdir(parents=True, exist_ok=True)
-    jobs = [(seed, arm) for seed in options.seeds for arm in arms]
+    # An arm of two tables is run once.
+    jobs = list(dict.fromkeys((s, arm) for table in options.tables for s in options.seeds for arm in TABLES[table]))
     with ThreadPoolExecutor(options.processes) as pool:
         list(pool.map(one, jobs))
     return [f"{arm}-s{seed}" for seed, arm in jobs if not (options.results / f"{arm}-s{seed}.json").exists()]

@@ -16,13 +16,16 @@ import platform
 import random
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 import transformers
 from datasets import Dataset
 from peft import LoraConfig
+from torch.nn import functional as F
 
 from benchmarks import RESULTS, ROOT
 from benchmarks.pretrained import half
@@ -31,6 +34,7 @@ from benchmarks.pretrained.tasks import encoder, module_text, ranks, rows
 from benchmarks.unified.inputs import cut
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model
 from btok_hf.adapters import adapter_config
+from btok_hf.condensation import Condensed, backbone_and_head
 from btok_hf.hub_card.card import CardArguments
 from btok_hf.hub_card.training_run import card_files
 from btok_hf.training import CondensationConfig, CondensationTrainer
@@ -70,10 +74,12 @@ class Arm(NamedTuple):
     mask: bool = True
     suffix: str | None = SUFFIX
     lasts: float = 1.0  # share of the steps that have condensation
+    all_tokens: bool = False  # the embedding is the mean over all tokens, of the prompt and the suffix too
 
 
 ARMS = {
     "last-token": Arm(0),
+    "mean": Arm(0, all_tokens=True),
     "btok": Arm(4),
     "btok-unmasked": Arm(4, 1.0, mask=False),
     "btok-condensation": Arm(4, 1.0),
@@ -92,6 +98,14 @@ def prompts(arm: Arm) -> dict[str, str]:
         return {}
     kinds = dict.fromkeys(kind for pair in KINDS.values() for kind in pair)
     return {"query": "The question", "document": "The text", **{kind: f"The {kind}" for kind in (*kinds, PICTURE)}}
+
+
+def mean_of_all_tokens(model, inputs, target_ids=None, labels=None, **_) -> Condensed:
+    """In place of `btok_hf.condensation.condense`, for texts: the mean of all last hidden states, normalised."""
+    backbone = backbone_and_head(model)[0]
+    ids, mask = (inputs[name].to(backbone.device) for name in ("input_ids", "attention_mask"))
+    hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    return Condensed(F.normalize((hidden.float() * mask[..., None]).sum(1), dim=-1), hidden.new_zeros(0))
 
 
 def add_tokens(base: Path, output_dir: Path, arm: Arm, seed: int) -> None:
@@ -185,6 +199,7 @@ def run(options: argparse.Namespace) -> None:
     if target.exists():
         return print(f"{target} exists")
     arm, split = ARMS[options.arm], "dev" if options.dev else "test"
+    on_gpu = torch.cuda.is_available()
     start, started = options.output / name / "start", time.perf_counter()
     if options.start:
         start = options.start / "adapters"
@@ -202,7 +217,7 @@ def run(options: argparse.Namespace) -> None:
             condense[title] = CONDENSE[source]
     settings = {
         "per_device_train_batch_size": options.batch,
-        "mini_batch_num_tokens": 4096,
+        "mini_batch_num_tokens": 16_384 if on_gpu else 4096,  # there a batch is one forward, in up to 20 GB
         "mini_batch_size": options.batch,
         "max_steps": options.steps,
         "learning_rate": options.learning_rate,
@@ -222,11 +237,12 @@ def run(options: argparse.Namespace) -> None:
             lr_scheduler_type="cosine",
             warmup_steps=10,
             logging_steps=10,
+            save_strategy="no" if on_gpu else "steps",  # a run takes a minute or two there
             save_steps=25,
             save_total_limit=1,
             report_to="none",
             bf16=half(),
-            use_cpu=not torch.cuda.is_available(),
+            use_cpu=not on_gpu,
             seed=options.seed,
             prompts=words if arm.suffix else None,
             **settings,
@@ -238,11 +254,13 @@ def run(options: argparse.Namespace) -> None:
     )
     trained = time.perf_counter()
     checkpoints = list(Path(trainer.args.output_dir).glob("checkpoint-*"))
-    if options.steps:
-        trainer.train(resume_from_checkpoint=bool(checkpoints))
-    trained = time.perf_counter() - trained
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=half()):
-        scored = ranks(encoder(model), split, options.only)
+    pooling = patch("btok_hf.sentence_transformer.condense", mean_of_all_tokens) if arm.all_tokens else nullcontext()
+    with pooling:
+        if options.steps:
+            trainer.train(resume_from_checkpoint=bool(checkpoints))
+        trained = time.perf_counter() - trained
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=half()):
+            scored = ranks(encoder(model), split, options.only)
     if options.save:
         model.save_pretrained(str(options.output / name / "adapters"))
         card = card_files(trainer, CARD, command=["-m", "benchmarks.pretrained.run", *sys.argv[1:]])
@@ -260,7 +278,7 @@ def run(options: argparse.Namespace) -> None:
         "train_minutes": round(trained / 60, 2),
         "minutes": round((time.perf_counter() - started) / 60, 2),
         "machine": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
+        if on_gpu
         else f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "losses": [
@@ -302,6 +320,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "pretrained")
     parser.add_argument("--results", type=Path, help="folder of the result: benchmarks/results/pretrained")
     options = parser.parse_args(words)
+    if options.save and ARMS[options.arm].all_tokens:
+        parser.error(f"--save cannot export {options.arm}: its pooling is that of no exported model. Leave it out.")
     low, high = options.passage
     if not 0 < low <= high:
         parser.error(f"--passage takes the fewest and the most words, got {low} {high}. Give for example 10 80.")
