@@ -10,12 +10,15 @@ from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 PIXEL_KEYS = ("pixel_values", "pixel_values_videos")
 MEDIA_KEYS = (*PIXEL_KEYS, "pixel_attention_mask", "spatial_shapes", "image_grid_thw", "video_grid_thw")
 GRID_KEYS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
 ROW_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", *GRID_KEYS)
+# What the features of texts hold when a batch is embedded.
+TEXT_KEYS = {"input_ids", "attention_mask", "mm_token_type_ids", "target_ids", "target_labels", "copies", "modality"}
 IGNORED = -100  # label of an unsupervised token, as in transformers
 
 
@@ -69,6 +72,36 @@ def joined(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
         batch[key] = torch.cat(values) if isinstance(values[0], Tensor) and key not in ROW_KEYS else values[0]
     ids = {key: [row[key][0] for row in rows] for key in ("input_ids", "attention_mask")}
     return {**batch, **tokenizer.pad(ids, return_tensors="pt")}
+
+
+def stacked(sides: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+    """The features of several sides of texts as those of one side: the rows of the first, of the second and so on.
+
+    Args:
+        sides (`list[dict]`): Features with `TEXT_KEYS` only. Those with targets may stand beside some without.
+        tokenizer (`PreTrainedTokenizerBase`): Its padding token fills the rows. Every loaded model has one.
+
+    Returns:
+        `dict[str, Any]`: Their tensors, padded to the longest side.
+    """
+    assert tokenizer is not None and isinstance(tokenizer.pad_token_id, int)  # padded rows came from it
+    pad = tokenizer.pad_token_id
+    fill = {"input_ids": pad, "target_ids": pad, "target_labels": IGNORED, "copies": 1}
+    result: dict[str, Any] = {}
+    for key in dict.fromkeys(key for side in sides for key in side):
+        known = next(side[key] for side in sides if key in side)
+        if not isinstance(known, Tensor):
+            result[key] = known
+            continue
+        # A side without targets gets some of length 0.
+        shapes = [(len(side["input_ids"]), *known.shape[1:-1], *[0] * (known.ndim > 1)) for side in sides]
+        value = fill.get(key, 0)
+        parts = [side.get(key, known.new_full(shape, value)) for side, shape in zip(sides, shapes)]
+        if known.ndim > 1:
+            longest = max(part.shape[-1] for part in parts)
+            parts = [F.pad(part, (0, longest - part.shape[-1]), value=value) for part in parts]
+        result[key] = torch.cat(parts)
+    return result
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -8,7 +8,7 @@ from support import tiny
 from support.gradients import assert_same_gradients, named_gradients
 from support.media import image, video
 from support.processes import TORCHRUN, run_script
-from support.training import batch_features, reference_loss
+from support.training import batch_features, collator, reference_loss
 from torch.nn import functional as F
 
 from btok_hf import BTokSentenceTransformer
@@ -30,6 +30,35 @@ def test_gradcache_equals_the_full_batch(repo, mini_batch_size, symmetric):
     torch.testing.assert_close(loss.infonce, infonce.detach(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(loss.condensation, condensation.detach(), atol=1e-5, rtol=1e-5)
     assert_same_gradients({name: g / 3 for name, g in named_gradients(model).items()}, expected)
+
+
+@pytest.mark.parametrize(
+    ("queries", "rows_of_forwards"), [(("a", "b b b"), [5]), (("a", {"image": image(40, 40), "text": "b"}), [3, 2])]
+)
+def test_texts_of_a_batch_that_fits_share_a_forward(repo, tmp_path, queries, rows_of_forwards):
+    """With targets on one side, copies on the other, and a side of another length; gradients as one by one."""
+    collate, _ = collator(repo, tmp_path, condense="positive")
+    rows = [{"query": query, "positive": "the same", "negative": ["c d e", "f"][i]} for i, query in enumerate(queries)]
+    batch = collate(rows)
+    sides = [
+        {key.removeprefix(f"{side}_"): value for key, value in batch.items() if key.startswith(f"{side}_")}
+        for side in ("query", "positive", "negative")
+    ]
+    assert "target_ids" in sides[0] and "rows" in sides[1] and len(sides[1]["input_ids"]) == 1
+    model = BTokSentenceTransformer(repo, device="cpu").train()
+    seen = []
+    model[0].register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0]["input_ids"])))
+    found = {}
+    for mini_batch_size in (1, 100):
+        loss = CondensationLoss(model, mini_batch_size=mini_batch_size, condensation_weight=0.7)
+        seen.clear()
+        loss([dict(side) for side in sides]).backward()
+        found[mini_batch_size] = loss.infonce, loss.condensation, named_gradients(model)
+        model.zero_grad()
+    assert seen == rows_of_forwards
+    for one, other in zip(found[1][:2], found[100][:2]):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    assert_same_gradients(found[100][2], found[1][2])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -1,12 +1,15 @@
 """The arms of the paper's claims on a pretrained base: what is run, what is skipped, and what the tables say."""
 
 import json
+from unittest.mock import patch
 
 import pytest
+import torch
 
 from benchmarks.pretrained import base, claims
-from benchmarks.pretrained.run import ARMS, arguments
+from benchmarks.pretrained.run import ARMS, add_tokens, arguments, mean_of_all_tokens
 from benchmarks.pretrained.tasks import tasks
+from btok_hf import BTokSentenceTransformer
 from tests.support.pretrained import random_tower, write_llama
 
 TASK = "title → text"
@@ -42,13 +45,13 @@ def write(folder, arm, seed, ranks, steps=300):
 
 
 def test_arms_are_run_seed_by_seed_and_what_has_a_result_is_not_run_again(built, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(claims, "TABLES", {"arms": dict.fromkeys(("last-token", "btok-condensation-early"), "")})
+    arms = dict.fromkeys(("last-token", "mean", "btok-condensation-early"), "")
+    monkeypatch.setattr(claims, "TABLES", {"arms": arms, "again": arms})
     write(tmp_path / "results", "last-token", 0, [1])
     given = f"--seeds 0 --minutes 5 --steps 5 --batch 4 --only title --passage 4 8 --base {built}"
     assert claims.run_all(options(tmp_path, given)) == []
-    assert [path.name for path in (tmp_path / "runs").glob("*.log")] == ["btok-condensation-early-s0.log"]
-    [line] = capsys.readouterr().out.splitlines()
-    assert line.startswith("btok-condensation-early-s0 {'title → text': ")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" {'title → text': ")[0] for line in lines] == ["mean-s0", "btok-condensation-early-s0"]
     result = json.loads((tmp_path / "results" / "btok-condensation-early-s0.json").read_text())
     assert result["settings"]["condensation_steps"] == 2 and result["passage"] == [4, 8]
     assert len(result["ranks"][TASK]) == len(tasks()[TASK].queries)
@@ -103,6 +106,23 @@ def test_a_table_without_a_complete_seed_stays_as_it_is(tmp_path, capsys, monkey
     assert "arms: no seed has all arms" in capsys.readouterr().out
     arms, tokens, _ = page.read_text().split("<!-- end of claims ", 2)
     assert arms.endswith("\nold\n") and "| K = 8 − K = 4 | +0.0 ± 0.0 | +0.00 | inf | 0.00 | – |" in tokens
+
+
+def test_the_mean_is_that_of_all_tokens(built, tmp_path, capsys):
+    add_tokens(built, tmp_path, ARMS["mean"], seed=0)
+    model = BTokSentenceTransformer(str(tmp_path), device="cpu")
+    texts = ["the cell", "a wave moves energy, not matter"]
+    with patch("btok_hf.sentence_transformer.condense", mean_of_all_tokens):
+        found = model.encode(texts, convert_to_tensor=True)
+    for text, vector in zip(texts, found):
+        with torch.no_grad():
+            batch = model.preprocess([text])
+            ids, mask = batch["input_ids"], batch["attention_mask"]
+            states = model[0].model(input_ids=ids, attention_mask=mask).last_hidden_state[0]
+        torch.testing.assert_close(vector, torch.nn.functional.normalize(states.mean(0), dim=0), atol=1e-5, rtol=1e-5)
+    with pytest.raises(SystemExit):
+        arguments(["--arm", "mean", "--save"])
+    assert "--save cannot export mean" in capsys.readouterr().err
 
 
 def test_every_arm_of_a_table_can_be_run(capsys):

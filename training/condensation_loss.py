@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 
 from btok_hf.backbones import family_of
 from btok_hf.condensation import backbone_and_head
-from btok_hf.features import IGNORED, PIXEL_KEYS, HostFeatures
+from btok_hf.features import IGNORED, PIXEL_KEYS, TEXT_KEYS, HostFeatures, stacked
 from btok_hf.sentence_transformer import BTokSentenceTransformer
 
 SCORE_ROWS = 1024  # queries whose scores against all candidates are in memory at once
@@ -44,8 +44,7 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
     """InfoNCE over (query, positive[, negatives…]) plus the weighted condensation loss of the features with targets.
 
     The condensation loss is the sum of all token losses of the batch, divided by the number of supervised target
-    tokens of all processes. It does not depend on the mini-batch size, on the number of processes, or on how target
-    tokens are distributed over rows.
+    tokens of all processes, however they are distributed over mini-batches, processes and rows.
 
     Args:
         model (`BTokSentenceTransformer`): The model to train.
@@ -53,7 +52,8 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
         symmetric (`bool`): Average the query → candidates and positive → queries losses.
         matryoshka_dims (`list[int]`, *optional*): InfoNCE is the mean over embeddings cut to these sizes and
             normalised again (Matryoshka Representation Learning, arXiv 2205.13147). Default: the full size.
-        mini_batch_size (`int`): Rows per forward. A batch that fits is embedded once, with gradients.
+        mini_batch_size (`int`): Rows per forward. If every side of a batch fits, the batch is embedded once, with
+            gradients.
         mini_batch_num_tokens (`int`, *optional*): Tokens per forward instead, target tokens included. A row that is
             longer is a mini-batch of its own.
         gather_across_devices (`bool`): Share candidates between processes. Their numbers may differ.
@@ -141,13 +141,30 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
         # Sizes are read here, before the first kernel is queued: later, reading them would wait for the kernels.
         self._sizes = self._gather_batch_sizes(features) if self.gather_across_devices else []
         if torch.is_grad_enabled() and not self.cached:
-            # One forward with gradients instead of two.
-            sides = [(feature, *column[0]) for feature, column in zip(features, ranges)]
-            return self.calculate_loss([[self.embed_minibatch(*side, True, False)[0]] for side in sides])
+            return self.calculate_loss([[side] for side in self._embed_once(features)])
         if torch.is_grad_enabled() and self._vision_is_frozen():
             for feature in features:
                 feature["vision"] = {}
         return self.forward_cached(features)
+
+    def _embed_once(self, features: Sequence[dict[str, Any]]) -> list[Tensor]:
+        """Embeddings of the sides with gradients, without a first pass.
+
+        Texts share a forward, because the time of a small one goes into starting kernels. With sharded parameters
+        every side has its own: processes whose sides hold media would run more forwards than others.
+        """
+        (model,) = self._inner
+        sides = [{key: value for key, value in feature.items() if key != "cu_seq_lens_q"} for feature in features]
+        texts = [i for i, side in enumerate(sides) if side.keys() <= TEXT_KEYS and not self._is_sharded()]
+        found: dict[int, Tensor] = {}
+        for group in filter(None, [texts, *([i] for i in range(len(sides)) if i not in texts)]):
+            rows = [len(sides[i]["input_ids"]) for i in group]
+            side = stacked([sides[i] for i in group], model.tokenizer) if len(group) > 1 else sides[group[0]]
+            found.update(zip(group, self.embed_minibatch(side, 0, sum(rows), True, False)[0].split(rows)))
+        return [found[i] for i in range(len(sides))]
+
+    def _is_sharded(self) -> bool:
+        return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in self.model.parameters())
 
     def _vision_is_frozen(self) -> bool:
         (model,) = self._inner
@@ -168,7 +185,7 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
 
     def _check_equal_work(self, mini_batches: int) -> None:
         """Refuse unequal numbers of mini-batches with sharded parameters, where every forward needs all processes."""
-        if not any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in self.model.parameters()):
+        if not self._is_sharded():
             return
         work = _gather_sizes([mini_batches, int(bool(self.cached))], self._device)
         if (work != work[:, :1]).any():
