@@ -246,8 +246,12 @@ def machine():
     return f"{name or platform.machine()}, {torch.get_num_threads()} threads of {os.cpu_count()}"
 
 
+SHOWN = []  # rows of the current step of `gpu.py`, which are kept when its time ends
+
+
 def show(row):
     """Print a row as soon as it is measured, and return it."""
+    SHOWN.append(row)
     print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     return row
 

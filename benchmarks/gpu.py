@@ -4,9 +4,9 @@
     python -m benchmarks.gpu --minutes 8        # again: what the first run could not finish
     python -m benchmarks.gpu --steps correctness attention
 
-Steps that have results are skipped, unless they are named. A step that fails, or that the time ends in, is reported
-and the next one runs. Without a GPU the same steps run on the CPU at a small size, with `--output runs/trial`: that is
-how this script is tried.
+Steps that have results are skipped, unless they are named. A step that fails, or that the time ends in, is reported,
+its rows so far are written as "unfinished", and the next one runs. Without a GPU the same steps run on the CPU at a
+small size, with `--output runs/trial`: that is how this script is tried.
 
 - correctness: embeddings, token losses and gradients of the packed forward against the CPU's in fp32, for texts,
   images and videos, with targets that see fewer queries than keys; vectors of `encode`. The same in bf16, with flash
@@ -16,7 +16,8 @@ how this script is tried.
 - batch: batches of texts that train, doubled until memory runs out or a step takes seconds: in one forward, the same
   with activation checkpointing, in mini-batches (GradCache).
 - recipe: two steps of the recipe for 24 GB from random weights, with its export, by `btok train` and `btok verify`.
-- compile: encoding with MLPs and norms compiled. (Whole layers would be compiled anew for every packed layout.)
+- compile: encoding with torch's RMS norm in place of transformers', and with MLPs and norms compiled. (Whole layers
+  would be compiled anew for every packed layout.)
 """
 
 import json
@@ -113,14 +114,23 @@ def memory(size, rounds):
     return train_step.memory(size)
 
 
+def fused_norm(norm, hidden):
+    """A Qwen2RMSNorm in one kernel."""
+    return F.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
 def compiled(size, rounds):
-    """Encoding with compiled MLPs and norms; the first, untimed round compiles."""
+    """Encoding with torch's own RMS norm, and with compiled MLPs and norms; the first, untimed round compiles."""
     contenders, rows = {}, []
-    for what in ("nothing", "mlp", "mlp, input_layernorm, post_attention_layernorm"):
+    for what in ("nothing", "torch's rms_norm", "mlp", "mlp, input_layernorm, post_attention_layernorm"):
         model = BTokSentenceTransformer(repository(size, 4))
         for layer in model[0].model.language_model.layers:
-            for name in what.split(", ") if what != "nothing" else ():
-                getattr(layer, name).compile(dynamic=True)
+            if what == "torch's rms_norm":
+                for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                    norm.forward = partial(fused_norm, norm)
+            elif what != "nothing":
+                for name in what.split(", "):
+                    getattr(layer, name).compile(dynamic=True)
         contenders[what] = model
     for kind, count in (("long", 64), ("texts", 768)) if DEVICE == "cuda" else (("texts", 96),):
         items = encode.inputs_of(kind, count, contenders["nothing"])
@@ -202,6 +212,12 @@ def stop(*_):
     raise TimeoutError("the time is over")
 
 
+def finished(name):
+    """Whether the step has a complete result."""
+    path = result_file(name)
+    return path.exists() and not json.loads(path.read_text("utf-8")).get("unfinished")
+
+
 def main():
     options = arguments(
         __doc__,
@@ -214,23 +230,28 @@ def main():
     rate = matrix_rate(torch.bfloat16 if DEVICE == "cuda" else torch.float32)
     signal.signal(signal.SIGALRM, stop)
     for name in options.steps or STEPS:
-        if not options.steps and result_file(name).exists():
+        if not options.steps and finished(name):
             print(f"{name}: {result_file(name).name} is there", flush=True)
             continue
         rest, begun = int(60 * options.minutes - (time.monotonic() - started)), time.monotonic()
         if rest < 1:
             left.append(name)
             continue
+        bench.SHOWN.clear()
+        more = {"size": options.size, "matrix_gflop_per_s": round(rate, 1)}
         signal.alarm(rest)
         try:
             rows = STEPS[name](options.size, options.rounds)
         except (Exception, SystemExit):  # the next step may run all the same
+            signal.alarm(0)
             traceback.print_exc()
             left.append(name)
+            if bench.SHOWN and not finished(name):
+                record(name, list(bench.SHOWN), **more, unfinished=True)
         else:
             signal.alarm(0)
             seconds = round(time.monotonic() - begun)
-            record(name, rows, size=options.size, matrix_gflop_per_s=round(rate, 1), seconds=seconds)
+            record(name, rows, **more, seconds=seconds)
             print(f"{name}: {seconds} s", flush=True)
         finally:
             signal.alarm(0)

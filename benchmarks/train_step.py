@@ -21,6 +21,7 @@ import json
 import subprocess
 import sys
 from contextlib import nullcontext
+from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -242,10 +243,10 @@ def without_flash(name):
 
 
 def check_equal(steps):
-    """The contenders with condensation must have the same gradients."""
-    found = {}
+    """The contenders with condensation must have the same gradients. Returns the largest difference, and peaks."""
+    found, peaks = {}, {}
     for name in COMPARED:
-        steps[name](keep=True)
+        peaks[name] = peak_of(partial(steps[name], keep=True))
         found[name] = {key: p.grad.clone() for key, p in steps[name].model.named_parameters() if p.grad is not None}
         steps[name].model.zero_grad(set_to_none=True)
     flat = {name: torch.cat([part.float().flatten() for part in parts.values()]) for name, parts in found.items()}
@@ -253,7 +254,7 @@ def check_equal(steps):
     limit = 1e-4 if steps["packed"].model.dtype == torch.float32 else 0.1
     if not error <= limit:
         raise SystemExit(f"Contenders disagree: largest difference of gradients {error:.1e}. Nothing was timed.")
-    return error
+    return error, peaks
 
 
 def speed(size, rounds):
@@ -263,8 +264,8 @@ def speed(size, rounds):
         for name in (*COMPARED[1:], "stock"):
             setting = (name, size, kind, count, mini_batch, name == "checkpointing")
             steps[name] = contender(*setting, four=steps["packed"].model)
-        error = check_equal(steps)
-        peaks = {name: {"peak_gb": round(peak_of(step), 2)} for name, step in steps.items() if DEVICE == "cuda"}
+        error, peaks = check_equal(steps)
+        peaks["stock"] = peak_of(steps["stock"])
         found = summary(compare(steps, rounds), "packed")
         for name, step in steps.items():
             rows.append(
@@ -282,7 +283,8 @@ def speed(size, rounds):
                         "tokens_per_s": round((step.tokens + step.targets) / found[name]["median_s"]),
                         "times_packed": round(1 / found[name]["speed_ratio"], 3),
                         "gradients_differ_by": float(f"{error:.1e}"),
-                        **peaks.get(name, {}),
+                        # On a CPU peaks need processes of their own.
+                        **({"peak_gb": round(peaks[name], 2)} if DEVICE == "cuda" else {}),
                     }
                 )
             )
