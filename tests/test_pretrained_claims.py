@@ -29,7 +29,7 @@ def options(tmp_path, words=""):
     )
 
 
-def write(folder, arm, seed, ranks, steps=300):
+def write(folder, arm, seed, ranks, steps=300, **more):
     """A result as `run.py` writes it, as far as the tables read it."""
     folder.mkdir(exist_ok=True)
     settings = {"max_steps": steps, "per_device_train_batch_size": 64, "learning_rate": 5e-4, "temperature": 0.05}
@@ -40,6 +40,7 @@ def write(folder, arm, seed, ranks, steps=300):
         "settings": settings,
         "machine": "a GPU",
         "ranks": {TASK: ranks},
+        **more,
     }
     (folder / f"{arm}-s{seed}.json").write_text(json.dumps(result))
 
@@ -48,13 +49,15 @@ def test_arms_are_run_seed_by_seed_and_what_has_a_result_is_not_run_again(built,
     arms = dict.fromkeys(("last-token", "mean", "btok-condensation-early"), "")
     monkeypatch.setattr(claims, "TABLES", {"arms": arms, "again": arms})
     write(tmp_path / "results", "last-token", 0, [1])
-    given = f"--seeds 0 --minutes 5 --steps 5 --batch 4 --only title --passage 4 8 --base {built}"
+    given = f"--seeds 0 --minutes 5 --steps 5 --batch 4 --only title --passage 4 8 --decoded 2 --base {built}"
     assert claims.run_all(options(tmp_path, given)) == []
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" {'title → text': ")[0] for line in lines] == ["mean-s0", "btok-condensation-early-s0"]
     result = json.loads((tmp_path / "results" / "btok-condensation-early-s0.json").read_text())
     assert result["settings"]["condensation_steps"] == 2 and result["passage"] == [4, 8]
     assert len(result["ranks"][TASK]) == len(tasks()[TASK].queries)
+    assert 0 < result["decoded"]["round trip, MRR"] <= 100
+    assert json.loads((tmp_path / "results" / "mean-s0.json").read_text())["decoded"] is None  # it has no BToks
 
 
 def test_what_the_time_ends_in_and_what_fails_is_said(tmp_path, capsys, monkeypatch):
@@ -93,19 +96,39 @@ def test_runs_of_different_settings_are_not_compared(tmp_path):
         claims.results(tmp_path, ["last-token", "btok"])
 
 
-def test_a_table_without_a_complete_seed_stays_as_it_is(tmp_path, capsys, monkeypatch):
+def test_a_table_has_the_arms_that_were_run_and_names_the_others(tmp_path, capsys, monkeypatch):
     page = tmp_path / "page.md"
-    marks = "".join(f"<!-- claims {name} -->\nold\n<!-- end of claims {name} -->\n" for name in claims.TABLES)
+    names = (*claims.TABLES, "decoded")
+    marks = "".join(f"<!-- claims {name} -->\nold\n<!-- end of claims {name} -->\n" for name in names)
     page.write_text(marks)
     monkeypatch.setattr(claims, "PAGE", page)
     count = len(tasks()[TASK].queries)
-    for arm in claims.TABLES["tokens"]:
+    for arm in list(claims.TABLES["tokens"])[:3]:
         write(tmp_path / "results", arm, 0, [1] * count)
-    write(tmp_path / "results", "last-token", 1, [1] * count)
+    write(tmp_path / "results", "last-token", 1, [1] * count)  # condensation has no seed 1
     claims.report(tmp_path / "results")
-    assert "arms: no seed has all arms" in capsys.readouterr().out
-    arms, tokens, _ = page.read_text().split("<!-- end of claims ", 2)
-    assert arms.endswith("\nold\n") and "| K = 8 − K = 4 | +0.0 ± 0.0 | +0.00 | inf | 0.00 | – |" in tokens
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" in ")[0] for line in lines] == [
+        f"{name}: no seed has two arms" for name in ("arms", "weights")
+    ]
+    arms, tokens, _, texts, _ = page.read_text().split("<!-- end of claims ")
+    assert arms.endswith("\nold\n") and texts.endswith("\nold\n")
+    assert "| K = 8 − K = 4 | +0.0 ± 0.0 | +0.00 | – | 0.00 | – |" in tokens and "Not run yet: K = 16." in tokens
+
+
+def test_the_table_of_what_is_decoded_has_the_means_of_the_arms_that_decode(tmp_path):
+    for seed, share in ((0, 10.0), (1, 20.0)):
+        write(tmp_path, "btok-condensation", seed, [1], decoded={"the term itself, %": share, "round trip, MRR": 5.0})
+    write(tmp_path, "btok-condensation-k1", 0, [1], decoded={"the term itself, %": 1.0, "round trip, MRR": 2.0})
+    write(tmp_path, "mean", 0, [1], decoded=None)
+    write(tmp_path, "btok-unmasked", 0, [1], decoded={"the term itself, %": 3.0, "round trip, MRR": 4.0})
+    assert claims.decoded(tmp_path).splitlines() == [
+        "| arm | seeds | the term itself, % | round trip, MRR |",
+        "|---|---|---|---|",
+        "| BToks + condensation, no mask | 1 | 3.0 | 4.0 |",
+        "| BToks + condensation | 2 | 15.0 | 5.0 |",
+        "| K = 1 | 1 | 1.0 | 2.0 |",
+    ]
 
 
 def test_the_mean_is_that_of_all_tokens(built, tmp_path, capsys):

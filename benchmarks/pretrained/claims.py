@@ -65,6 +65,7 @@ def run_all(options: argparse.Namespace) -> list[str]:
         command = [sys.executable, "-m", "benchmarks.pretrained.run", "--arm", arm, "--seed", str(seed)]
         command += ["--steps", str(options.steps), "--batch", str(options.batch), "--only", options.only]
         command += ["--passage", *map(str, options.passage), "--base", str(options.base)]
+        command += ["--decoded", str(options.decoded)]
         command += ["--results", str(options.results), "--output", str(options.output)]
         log = options.output / f"{arm}-s{seed}.log"
         with log.open("w") as file:
@@ -127,6 +128,9 @@ def table(found: dict[str, dict[int, dict]], labels: dict[str, str]) -> str:
         draws = {name: bootstrap(values.mean(0), known[name].groups, rng) for name, values in by_task.items()}
         return half_width(np.mean(list(draws.values()), axis=0)), {name: half_width(d) for name, d in draws.items()}
 
+    def of_seeds(values: np.ndarray) -> str:
+        return f"{over_seeds(values):.2f}" if len(values) > 1 else "–"
+
     def means(by_task: dict[str, np.ndarray]) -> np.ndarray:
         return np.mean([values.mean(1) for values in by_task.values()], axis=0)
 
@@ -135,7 +139,8 @@ def table(found: dict[str, dict[int, dict]], labels: dict[str, str]) -> str:
     for name in names:
         cells = [f"{scores[arm][name].mean():.1f} ± {widths[arm][1][name]:.1f}" for arm in arms]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    cells = [f"**{means(scores[arm]).mean():.2f}** ± {over_seeds(means(scores[arm])):.2f}" for arm in arms]
+    seeds = {arm: means(scores[arm]) for arm in arms}
+    cells = [f"**{each.mean():.2f}** ± {of_seeds(each)}" for each in seeds.values()]
     lines += [f"| **mean over tasks**, ± over seeds | {' | '.join(cells)} |", ""]
     head = ["difference", *names, "mean", "± over seeds", "± over queries", "seeds to show 1 point"]
     lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
@@ -146,7 +151,7 @@ def table(found: dict[str, dict[int, dict]], labels: dict[str, str]) -> str:
             mean = means(gain)
             need = str(seeds_for(1, np.std(mean, ddof=1))) if len(mean) > 1 else "–"
             cells = [f"{gain[name].mean():+.1f} ± {by_task[name]:.1f}" for name in names]
-            cells += [f"{mean.mean():+.2f}", f"{over_seeds(mean):.2f}", f"{width:.2f}", need]
+            cells += [f"{mean.mean():+.2f}", of_seeds(mean), f"{width:.2f}", need]
             lines.append(f"| {labels[arm]} − {labels[other]} | {' | '.join(cells)} |")
     one = next(iter(found[arms[0]].values()))
     lines += [
@@ -157,15 +162,35 @@ def table(found: dict[str, dict[int, dict]], labels: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def decoded(folder: Path) -> str:
+    """What can be decoded from the Bottleneck Tokens: means over the seeds of each arm, in Markdown."""
+    lines: list[str] = []
+    named: dict[str, str] = {}
+    for labels in TABLES.values():
+        named |= {arm: label for arm, label in labels.items() if arm not in named}
+    for arm, label in named.items():
+        parts = [json.loads(path.read_text()).get("decoded") for path in sorted(folder.glob(f"{arm}-s[0-9]*.json"))]
+        if parts := [part for part in parts if part]:
+            lines = lines or [f"| arm | seeds | {' | '.join(parts[0])} |", "|---" * (2 + len(parts[0])) + "|"]
+            cells = [f"{np.mean([part[name] for part in parts]):.1f}" for name in parts[0]]
+            lines.append(f"| {label} | {len(parts)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def report(folder: Path) -> None:
-    """Put the tables that have results into docs/pretrained.md."""
+    """Put the tables into docs/pretrained.md, of the arms that have results, and say which have none."""
     page = PAGE.read_text("utf-8")
     for name, labels in TABLES.items():
-        found = results(folder, list(labels))
-        if next(iter(found.values())):
-            page = insert(page, f"claims {name}", table(found, labels))
-        else:
-            print(f"{name}: no seed has all arms in {folder}")
+        there = [arm for arm in labels if any(folder.glob(f"{arm}-s[0-9]*.json"))]
+        found = results(folder, there) if len(there) > 1 else {}
+        if not any(found.values()):
+            print(f"{name}: no seed has two arms in {folder}")
+            continue
+        missing = [label for arm, label in labels.items() if arm not in there]
+        more = f"\nNot run yet: {', '.join(missing)}.\n" if missing else ""
+        page = insert(page, f"claims {name}", table(found, labels) + more)
+    if lines := decoded(folder):
+        page = insert(page, "claims decoded", lines)
     PAGE.write_text(page, "utf-8")
 
 
@@ -180,6 +205,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--passage", nargs=2, type=int, default=PASSAGE, help="words of a module in a training row")
+    parser.add_argument("--decoded", type=int, default=256, help="definitions to decode a text from")
     parser.add_argument("--only", default="", help="score only tasks whose names hold this")
     parser.add_argument("--base", type=Path, default=OUTPUT)
     parser.add_argument("--results", type=Path, default=RESULTS)

@@ -30,7 +30,8 @@ from torch.nn import functional as F
 from benchmarks import RESULTS, ROOT
 from benchmarks.pretrained import half
 from benchmarks.pretrained.base import OUTPUT
-from benchmarks.pretrained.tasks import encoder, module_text, ranks, rows
+from benchmarks.pretrained.tasks import encoder, module_text, ranks, rows, tasks
+from benchmarks.pretrained.tokens import TASK, of_decoded
 from benchmarks.unified.inputs import cut
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model
 from btok_hf.adapters import adapter_config
@@ -195,6 +196,13 @@ def describe(card: str, scored: dict[str, list[int]]) -> str:
     return card.replace(NOT_EVALUATED, READS, 1).replace("## Training\n", section + "## Training\n", 1)
 
 
+def decode(model: BTokSentenceTransformer, split: str, count: int) -> dict[str, float]:
+    """Figures on the texts that are decoded from the Bottleneck Tokens of `count` definitions."""
+    task = tasks(split)[TASK]
+    kinds = {kind: model.prompts.get(kind) for kind in ("term", "definition")}
+    return of_decoded(model, task.queries[:count], task.candidates[:count], kinds)[0]
+
+
 def run(options: argparse.Namespace) -> None:
     """Train one arm with one seed and write its result, unless the result exists."""
     tag = options.tag if options.steps else "-untrained"
@@ -241,8 +249,9 @@ def run(options: argparse.Namespace) -> None:
             lr_scheduler_type="cosine",
             warmup_steps=10,
             logging_steps=10,
-            save_strategy="no" if on_gpu else "steps",  # a run takes a minute or two there
+            save_strategy="no" if on_gpu else "steps",  # a run takes minutes there
             save_steps=25,
+            dataloader_num_workers=int(on_gpu),
             save_total_limit=1,
             report_to="none",
             bf16=half(),
@@ -265,6 +274,7 @@ def run(options: argparse.Namespace) -> None:
         trained = time.perf_counter() - trained
         with torch.autocast(model.device.type, torch.bfloat16, enabled=half()):
             scored = ranks(encoder(model), split, options.only)
+            decoded = decode(model, split, options.decoded) if arm.num_tokens and options.decoded else None
     if options.save:
         model.save_pretrained(str(options.output / name / "adapters"))
         card = card_files(trainer, CARD, command=["-m", "benchmarks.pretrained.run", *sys.argv[1:]])
@@ -292,6 +302,7 @@ def run(options: argparse.Namespace) -> None:
             if "loss" in entry
         ],
         "mrr": mrr(scored),
+        "decoded": decoded,
         "ranks": scored,
     }
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -319,6 +330,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--passage", nargs=2, type=int, default=PASSAGE, help="words of a module in a row")
     parser.add_argument("--start", type=Path, help="go on with the adapters of this run, which was saved")
     parser.add_argument("--only", default="", help="score only tasks whose names hold this, e.g. term")
+    parser.add_argument("--decoded", type=int, default=0, help="definitions to decode a text from, if there are BToks")
     parser.add_argument("--save", action="store_true", help="export the model")
     parser.add_argument("--tag", default="", help="added to the name of the run")
     parser.add_argument("--base", type=Path, default=OUTPUT)
