@@ -35,7 +35,7 @@ def test_gradcache_equals_the_full_batch(repo, mini_batch_size, symmetric):
 @pytest.mark.parametrize(
     ("queries", "rows_of_forwards"), [(("a", "b b b"), [5]), (("a", {"image": image(40, 40), "text": "b"}), [3, 2])]
 )
-def test_texts_of_a_batch_that_fits_share_a_forward(repo, tmp_path, queries, rows_of_forwards):
+def test_texts_of_a_batch_that_fits_share_a_forward(repo, tmp_path, queries, rows_of_forwards, monkeypatch):
     """With targets on one side, copies on the other, and a side of another length; gradients as one by one."""
     collate, _ = collator(repo, tmp_path, condense="positive")
     rows = [{"query": query, "positive": "the same", "negative": ["c d e", "f"][i]} for i, query in enumerate(queries)]
@@ -59,6 +59,12 @@ def test_texts_of_a_batch_that_fits_share_a_forward(repo, tmp_path, queries, row
     for one, other in zip(found[1][:2], found[100][:2]):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
     assert_same_gradients(found[100][2], found[1][2])
+    # With sharded parameters all processes run equally many.
+    monkeypatch.setattr(loss, "_is_sharded", lambda: True)
+    monkeypatch.setattr(loss, "_check_equal_work", lambda mini_batches: None)
+    seen.clear()
+    loss([dict(side) for side in sides])
+    assert sorted(seen) == [1, 2, 2]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
