@@ -204,6 +204,7 @@ def main():
             f"- `{command}`, {result['date']}: {result['machine']}, torch {result['versions']['torch']}, "
             f"transformers {result['versions']['transformers']}"
             + (f"; large matrices multiply at {limit} GFLOP/s" if limit else "")
+            + ("; unfinished" if result.get("unfinished") else "")
         )
     document.write_text(insert(page, "machine", "\n".join(dict.fromkeys(machines))), "utf-8")
 

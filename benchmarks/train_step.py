@@ -243,10 +243,16 @@ def without_flash(name):
 
 
 def check_equal(steps):
-    """The contenders with condensation must have the same gradients. Returns the largest difference, and peaks."""
+    """The contenders with condensation must have the same gradients. Returns the largest difference, and GPU peaks."""
     found, peaks = {}, {}
+    if DEVICE == "cuda":  # the first step starts libraries; on a CPU, peaks need processes of their own
+        peaks["stock"] = peak_of(steps["stock"])
     for name in COMPARED:
-        peaks[name] = peak_of(partial(steps[name], keep=True))
+        step = partial(steps[name], keep=True)
+        if DEVICE == "cuda":
+            peaks[name] = peak_of(step)
+        else:
+            step()
         found[name] = {key: p.grad.clone() for key, p in steps[name].model.named_parameters() if p.grad is not None}
         steps[name].model.zero_grad(set_to_none=True)
     flat = {name: torch.cat([part.float().flatten() for part in parts.values()]) for name, parts in found.items()}
@@ -265,7 +271,6 @@ def speed(size, rounds):
             setting = (name, size, kind, count, mini_batch, name == "checkpointing")
             steps[name] = contender(*setting, four=steps["packed"].model)
         error, peaks = check_equal(steps)
-        peaks["stock"] = peak_of(steps["stock"])
         found = summary(compare(steps, rounds), "packed")
         for name, step in steps.items():
             rows.append(
@@ -283,8 +288,7 @@ def speed(size, rounds):
                         "tokens_per_s": round((step.tokens + step.targets) / found[name]["median_s"]),
                         "times_packed": round(1 / found[name]["speed_ratio"], 3),
                         "gradients_differ_by": float(f"{error:.1e}"),
-                        # On a CPU peaks need processes of their own.
-                        **({"peak_gb": round(peaks[name], 2)} if DEVICE == "cuda" else {}),
+                        **({"peak_gb": round(peaks[name], 2)} if peaks else {}),
                     }
                 )
             )

@@ -33,38 +33,51 @@ def test_gradcache_equals_the_full_batch(repo, mini_batch_size, symmetric):
 
 
 @pytest.mark.parametrize(
-    ("queries", "rows_of_forwards"), [(("a", "b b b"), [5]), (("a", {"image": image(40, 40), "text": "b"}), [3, 2])]
+    ("last", "size", "rows_of_forwards"),
+    [
+        ("b b b", {"mini_batch_size": 5}, [5]),
+        ("b b b", {"mini_batch_size": 4}, [2, 1, 2]),  # each fits, but not all
+        ("b b b", {"mini_batch_num_tokens": 0}, [5]),  # more than the batch has
+        ("b b b", {"mini_batch_num_tokens": -1}, [2, 1, 2]),
+        ({"image": image(40, 40), "text": "b"}, {"mini_batch_size": 5}, [2, 1, 2]),
+    ],
 )
-def test_texts_of_a_batch_that_fits_share_a_forward(repo, tmp_path, queries, rows_of_forwards, monkeypatch):
+def test_texts_of_a_batch_that_fits_share_a_forward(repo, tmp_path, last, size, rows_of_forwards, monkeypatch):
     """With targets on one side, copies on the other, and a side of another length; gradients as one by one."""
     collate, _ = collator(repo, tmp_path, condense="positive")
-    rows = [{"query": query, "positive": "the same", "negative": ["c d e", "f"][i]} for i, query in enumerate(queries)]
+    rows = [{"query": query, "positive": "the same", "negative": n} for query, n in (("a", "c d e"), (last, "f"))]
     batch = collate(rows)
     sides = [
         {key.removeprefix(f"{side}_"): value for key, value in batch.items() if key.startswith(f"{side}_")}
         for side in ("query", "positive", "negative")
     ]
     assert "target_ids" in sides[0] and "rows" in sides[1] and len(sides[1]["input_ids"]) == 1
+    tokens = sum(side["attention_mask"].sum() for side in sides) + sides[0]["target_labels"].shape[2] * 2
+    size = {name: value + int(tokens) * (name == "mini_batch_num_tokens") for name, value in size.items()}
     model = BTokSentenceTransformer(repo, device="cpu").train()
     seen = []
     model[0].register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0]["input_ids"])))
-    found = {}
-    for mini_batch_size in (1, 100):
-        loss = CondensationLoss(model, mini_batch_size=mini_batch_size, condensation_weight=0.7)
+    found = []
+    for sizes in ({"mini_batch_size": 1}, size):
+        loss = CondensationLoss(model, condensation_weight=0.7, **sizes)
         seen.clear()
         loss([dict(side) for side in sides]).backward()
-        found[mini_batch_size] = loss.infonce, loss.condensation, named_gradients(model)
+        found.append((loss.infonce, loss.condensation, named_gradients(model)))
         model.zero_grad()
-    assert seen == rows_of_forwards
-    for one, other in zip(found[1][:2], found[100][:2]):
+    assert seen == rows_of_forwards and not loss.cached
+    one_by_one, once = found
+    for one, other in zip(one_by_one[:2], once[:2]):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
-    assert_same_gradients(found[100][2], found[1][2])
-    # With sharded parameters all processes run equally many.
-    monkeypatch.setattr(loss, "_is_sharded", lambda: True)
-    monkeypatch.setattr(loss, "_check_equal_work", lambda mini_batches: None)
+    assert_same_gradients(once[2], one_by_one[2])
+    # Several processes must run equally many.
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     seen.clear()
-    loss([dict(side) for side in sides])
-    assert sorted(seen) == [1, 2, 2]
+    loss._embed_once([{**side, "cu_seq_lens_q": torch.tensor([0, 1])} for side in map(without_rows, sides)])
+    assert seen == [2, 1, 2]
+
+
+def without_rows(side):
+    return {key: value for key, value in side.items() if key not in ("rows", "hashes")}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

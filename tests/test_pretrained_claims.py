@@ -56,7 +56,7 @@ def test_arms_are_run_seed_by_seed_and_what_has_a_result_is_not_run_again(built,
     result = json.loads((tmp_path / "results" / "btok-condensation-early-s0.json").read_text())
     assert result["settings"]["condensation_steps"] == 2 and result["passage"] == [4, 8]
     assert len(result["ranks"][TASK]) == len(tasks()[TASK].queries)
-    assert 0 < result["decoded"]["round trip, MRR"] <= 100
+    assert result["decoded"]["definitions"] == 2 and "round trip, MRR" in result["decoded"]
     assert json.loads((tmp_path / "results" / "mean-s0.json").read_text())["decoded"] is None  # it has no BToks
 
 
@@ -73,20 +73,20 @@ def test_what_the_time_ends_in_and_what_fails_is_said(tmp_path, capsys, monkeypa
         claims.main()
 
 
-def test_the_table_has_scores_and_differences_of_the_seeds_that_all_arms_have(tmp_path):
+def test_the_table_has_scores_and_differences_of_the_seeds_that_both_have(tmp_path):
     labels = {"last-token": "last token", "btok": "BToks"}
     count = len(tasks()[TASK].queries)
     for seed, rank in ((0, 2), (1, 4)):
         write(tmp_path, "last-token", seed, [rank] * count)
         write(tmp_path, "btok", seed, [1] * count)
-    write(tmp_path, "btok", 2, [9] * count)  # has no partner
-    found = claims.results(tmp_path, list(labels))
-    assert {arm: list(parts) for arm, parts in found.items()} == {"last-token": [0, 1], "btok": [0, 1]}
+    write(tmp_path, "btok", 2, [9] * count)  # has no partner: (100 + 100 + 100 / 9) / 3
+    found = claims.results(tmp_path, [*labels, "mean"])
+    assert {arm: list(parts) for arm, parts in found.items()} == {"last-token": [0, 1], "btok": [0, 1, 2]}
     text = claims.table(found, labels)
-    assert f"| {TASK} | 37.5 ± 0.0 | 100.0 ± 0.0 |" in text
+    assert f"| {TASK} | 37.5 ± 0.0 | 70.4 ± 0.0 |" in text and "| seeds | 0, 1 | 0, 1, 2 |" in text
     # The gains are 50 and 75. Student's t of one degree of freedom is 12.706, times 12.5, their standard error.
-    assert "| BToks − last token | +62.5 ± 0.0 | +62.50 | 158.83 | 0.00 |" in text
-    assert "Seeds 0, 1; 300 steps of 64 rows; a GPU." in text
+    assert "| BToks − last token | 0, 1 | +62.5 ± 0.0 | +62.50 | 158.83 | 0.00 |" in text
+    assert "300 steps of 64 rows; a GPU." in text
 
 
 def test_runs_of_different_settings_are_not_compared(tmp_path):
@@ -103,32 +103,37 @@ def test_a_table_has_the_arms_that_were_run_and_names_the_others(tmp_path, capsy
     page.write_text(marks)
     monkeypatch.setattr(claims, "PAGE", page)
     count = len(tasks()[TASK].queries)
-    for arm in list(claims.TABLES["tokens"])[:3]:
-        write(tmp_path / "results", arm, 0, [1] * count)
-    write(tmp_path / "results", "last-token", 1, [1] * count)  # condensation has no seed 1
+    for seed, arm in enumerate(list(claims.TABLES["tokens"])[:3]):
+        write(tmp_path / "results", arm, seed % 2, [1] * count)
     claims.report(tmp_path / "results")
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" in ")[0] for line in lines] == [
-        f"{name}: no seed has two arms" for name in ("arms", "weights")
-    ]
+    assert [line.split(":")[0] for line in lines] == ["arms", "weights"] and "has results of 1 arms" in lines[0]
     arms, tokens, _, texts, _ = page.read_text().split("<!-- end of claims ")
     assert arms.endswith("\nold\n") and texts.endswith("\nold\n")
-    assert "| K = 8 − K = 4 | +0.0 ± 0.0 | +0.00 | – | 0.00 | – |" in tokens and "Not run yet: K = 16." in tokens
+    assert "| K = 8 − K = 4 | 0 | +0.0 ± 0.0 | +0.00 | – | 0.00 | – |" in tokens and "K = 1 −" not in tokens
+    assert "Not run yet: K = 16." in tokens
 
 
 def test_the_table_of_what_is_decoded_has_the_means_of_the_arms_that_decode(tmp_path):
-    for seed, share in ((0, 10.0), (1, 20.0)):
-        write(tmp_path, "btok-condensation", seed, [1], decoded={"the term itself, %": share, "round trip, MRR": 5.0})
-    write(tmp_path, "btok-condensation-k1", 0, [1], decoded={"the term itself, %": 1.0, "round trip, MRR": 2.0})
+    assert claims.decoded(tmp_path) == ""
+    for seed, share in ((0, 10.0), (1, 20.0), (2, 99.0)):
+        texts = {"definitions": 8, "the term itself, %": share, "round trip, MRR": 5.0}
+        write(tmp_path, "btok-condensation", seed, [1], decoded=texts)
+        write(tmp_path, "btok-condensation-k1", seed, [1], decoded={**texts, "the term itself, %": 1.0})
+        write(tmp_path, "btok-unmasked", seed, [1], decoded=texts if seed < 2 else None)
     write(tmp_path, "mean", 0, [1], decoded=None)
-    write(tmp_path, "btok-unmasked", 0, [1], decoded={"the term itself, %": 3.0, "round trip, MRR": 4.0})
     assert claims.decoded(tmp_path).splitlines() == [
-        "| arm | seeds | the term itself, % | round trip, MRR |",
-        "|---|---|---|---|",
-        "| BToks + condensation, no mask | 1 | 3.0 | 4.0 |",
-        "| BToks + condensation | 2 | 15.0 | 5.0 |",
-        "| K = 1 | 1 | 1.0 | 2.0 |",
+        "| arm | the term itself, % | round trip, MRR |",
+        "|---|---|---|",
+        "| BToks + condensation, no mask | 15.0 | 5.0 |",
+        "| BToks + condensation | 15.0 | 5.0 |",
+        "| K = 1 | 1.0 | 5.0 |",
+        "",
+        "8 definitions; seeds 0, 1.",
     ]
+    write(tmp_path, "btok", 0, [1], decoded={"definitions": 9, "the term itself, %": 1.0, "round trip, MRR": 2.0})
+    with pytest.raises(ValueError, match=r"mixes runs with \[8, 9\] decoded definitions"):
+        claims.decoded(tmp_path)
 
 
 def test_the_mean_is_that_of_all_tokens(built, tmp_path, capsys):

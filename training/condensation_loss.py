@@ -44,7 +44,8 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
     """InfoNCE over (query, positive[, negatives…]) plus the weighted condensation loss of the features with targets.
 
     The condensation loss is the sum of all token losses of the batch, divided by the number of supervised target
-    tokens of all processes, however they are distributed over mini-batches, processes and rows.
+    tokens of all processes. It does not depend on the mini-batch size, on the number of processes, or on how target
+    tokens are distributed over rows.
 
     Args:
         model (`BTokSentenceTransformer`): The model to train.
@@ -53,7 +54,7 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
         matryoshka_dims (`list[int]`, *optional*): InfoNCE is the mean over embeddings cut to these sizes and
             normalised again (Matryoshka Representation Learning, arXiv 2205.13147). Default: the full size.
         mini_batch_size (`int`): Rows per forward. If every side of a batch fits, the batch is embedded once, with
-            gradients.
+            gradients; if all sides are texts and fit together, in one forward.
         mini_batch_num_tokens (`int`, *optional*): Tokens per forward instead, target tokens included. A row that is
             longer is a mini-batch of its own.
         gather_across_devices (`bool`): Share candidates between processes. Their numbers may differ.
@@ -148,23 +149,22 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
         return self.forward_cached(features)
 
     def _embed_once(self, features: Sequence[dict[str, Any]]) -> list[Tensor]:
-        """Embeddings of the sides with gradients, without a first pass.
+        """Embeddings of every side with gradients, in one pass instead of two; in one forward, if it holds all sides.
 
-        Texts share a forward, because the time of a small one goes into starting kernels. With sharded parameters
-        every side has its own: processes whose sides hold media would run more forwards than others.
+        Only sides of texts share a forward, and only if there is one process: several must run equally many.
         """
         (model,) = self._inner
         sides = [{key: value for key, value in feature.items() if key != "cu_seq_lens_q"} for feature in features]
-        texts = [i for i, side in enumerate(sides) if side.keys() <= TEXT_KEYS and not self._is_sharded()]
-        found: dict[int, Tensor] = {}
-        for group in filter(None, [texts, *([i] for i in range(len(sides)) if i not in texts)]):
-            rows = [len(sides[i]["input_ids"]) for i in group]
-            side = stacked([sides[i] for i in group], model.tokenizer) if len(group) > 1 else sides[group[0]]
-            found.update(zip(group, self.embed_minibatch(side, 0, sum(rows), True, False)[0].split(rows)))
-        return [found[i] for i in range(len(sides))]
-
-    def _is_sharded(self) -> bool:
-        return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in self.model.parameters())
+        rows = [len(side["input_ids"]) for side in sides]
+        alone = not (distributed.is_available() and distributed.is_initialized())
+        if alone and all(side.keys() <= TEXT_KEYS for side in sides):
+            size, limit = sum(rows), self.mini_batch_size
+            if self.mini_batch_num_tokens:
+                size, limit = sum(int(side["cu_seq_lens_q"][-1]) for side in features), self.mini_batch_num_tokens
+            if size <= limit:
+                together = stacked(sides, model.tokenizer)
+                return list(self.embed_minibatch(together, 0, sum(rows), True, False)[0].split(rows))
+        return [self.embed_minibatch(side, 0, count, True, False)[0] for side, count in zip(sides, rows)]
 
     def _vision_is_frozen(self) -> bool:
         (model,) = self._inner
@@ -185,7 +185,7 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
 
     def _check_equal_work(self, mini_batches: int) -> None:
         """Refuse unequal numbers of mini-batches with sharded parameters, where every forward needs all processes."""
-        if not self._is_sharded():
+        if not any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in self.model.parameters()):
             return
         work = _gather_sizes([mini_batches, int(bool(self.cached))], self._device)
         if (work != work[:, :1]).any():

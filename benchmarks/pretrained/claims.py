@@ -5,9 +5,9 @@
 
 Every run is one of `run.py` on the same rows in the same order, seed by seed, with passages of 40 to 160 words, so
 that there is something to compress. Tables are run one after the other, and in a table a seed through all arms before
-the next seed, so that whatever is finished when the time ends can be compared. The step of so small a model waits for
-Python and not for the GPU, which is why several should run at once there. A run takes up to 20 GB of a GPU. On CPU
-cores it takes up to 13 GB of memory, and the first table, 25 runs, days.
+the next seed, so that whatever is finished when the time ends can be compared. What is not finished goes on from its
+last checkpoint, or starts again on a GPU. With K = 4, a run took 12 GB of a GPU. On CPU cores it takes up to 13 GB of
+memory, and the first table, 25 runs, days.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def run_all(options: argparse.Namespace) -> list[str]:
             try:
                 subprocess.run(command, cwd=ROOT, stdout=file, stderr=file, timeout=left, check=True)
             except subprocess.TimeoutExpired:
-                return print(f"{arm}, seed {seed}: the time is over; it goes on from its last checkpoint", flush=True)
+                return print(f"{arm}, seed {seed}: the time is over", flush=True)
             except subprocess.CalledProcessError as error:
                 return print(f"{arm}, seed {seed} failed with {error.returncode}: {log}", flush=True)
         print(log.read_text().splitlines()[-1], flush=True)
@@ -86,7 +87,7 @@ def run_all(options: argparse.Namespace) -> list[str]:
 
 
 def results(folder: Path, arms: list[str]) -> dict[str, dict[int, dict]]:
-    """The results of the arms by seed, of the seeds that all arms have.
+    """The results of the arms that have any, by seed.
 
     Raises:
         ValueError: They were run with different settings.
@@ -95,8 +96,7 @@ def results(folder: Path, arms: list[str]) -> dict[str, dict[int, dict]]:
         arm: {part["seed"]: part for part in (json.loads(p.read_text()) for p in folder.glob(f"{arm}-s[0-9]*.json"))}
         for arm in arms
     }
-    seeds = sorted(set.intersection(*(set(parts) for parts in found.values())))
-    found = {arm: {seed: parts[seed] for seed in seeds} for arm, parts in found.items()}
+    found = {arm: dict(sorted(parts.items())) for arm, parts in found.items() if parts}
     same = ("max_steps", "per_device_train_batch_size", "learning_rate", "temperature")
     ways = {
         json.dumps([part["passage"], [part["settings"][key] for key in same], list(part["ranks"])])
@@ -112,81 +112,102 @@ def results(folder: Path, arms: list[str]) -> dict[str, dict[int, dict]]:
 
 
 def table(found: dict[str, dict[int, dict]], labels: dict[str, str]) -> str:
-    """Scores of each arm, then the differences of all pairs, in Markdown.
+    """Scores of each arm, then the differences of all pairs over the seeds that both have, in Markdown.
 
     A score is the mean reciprocal rank in percent. "±" of a score is over queries, of the mean over seeds.
     """
     rng = np.random.default_rng(0)
     arms, known = list(found), tasks()
-    names = [name for name in known if name in next(iter(found[arms[0]].values()))["ranks"]]
-    scores = {  # arrays of shape (seeds, queries)
-        arm: {name: np.stack([100 / np.array(part["ranks"][name]) for part in parts.values()]) for name in names}
-        for arm, parts in found.items()
-    }
+    one = next(iter(found[arms[0]].values()))
+    names = [name for name in known if name in one["ranks"]]
+
+    def scores(arm: str, seeds: Iterable[int]) -> dict[str, np.ndarray]:
+        """Arrays of shape (seeds, queries) by task."""
+        return {name: np.stack([100 / np.array(found[arm][seed]["ranks"][name]) for seed in seeds]) for name in names}
 
     def over_queries(by_task: dict[str, np.ndarray]) -> tuple[float, dict[str, float]]:
         draws = {name: bootstrap(values.mean(0), known[name].groups, rng) for name, values in by_task.items()}
         return half_width(np.mean(list(draws.values()), axis=0)), {name: half_width(d) for name, d in draws.items()}
 
-    def of_seeds(values: np.ndarray) -> str:
-        return f"{over_seeds(values):.2f}" if len(values) > 1 else "–"
-
     def means(by_task: dict[str, np.ndarray]) -> np.ndarray:
         return np.mean([values.mean(1) for values in by_task.values()], axis=0)
 
+    def of_seeds(values: np.ndarray) -> str:
+        return f"{over_seeds(values):.2f}" if len(values) > 1 else "–"
+
+    def listed(seeds: Iterable[int]) -> str:
+        return ", ".join(map(str, seeds))
+
     lines = [f"| task | {' | '.join(labels[arm] for arm in arms)} |", "|---" * (len(arms) + 1) + "|"]
-    widths = {arm: over_queries(by_task) for arm, by_task in scores.items()}
+    own = {arm: scores(arm, found[arm]) for arm in arms}
+    widths = {arm: over_queries(by_task)[1] for arm, by_task in own.items()}
     for name in names:
-        cells = [f"{scores[arm][name].mean():.1f} ± {widths[arm][1][name]:.1f}" for arm in arms]
+        cells = [f"{own[arm][name].mean():.1f} ± {widths[arm][name]:.1f}" for arm in arms]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    seeds = {arm: means(scores[arm]) for arm in arms}
-    cells = [f"**{each.mean():.2f}** ± {of_seeds(each)}" for each in seeds.values()]
-    lines += [f"| **mean over tasks**, ± over seeds | {' | '.join(cells)} |", ""]
-    head = ["difference", *names, "mean", "± over seeds", "± over queries", "seeds to show 1 point"]
+    cells = [f"**{means(by_task).mean():.2f}** ± {of_seeds(means(by_task))}" for by_task in own.values()]
+    lines += [f"| **mean over tasks**, ± over seeds | {' | '.join(cells)} |"]
+    lines += [f"| seeds | {' | '.join(listed(found[arm]) for arm in arms)} |", ""]
+    head = ["difference", "seeds", *names, "mean", "± over seeds", "± over queries", "seeds to show 1 point"]
     lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for number, arm in enumerate(arms[1:], 1):
         for other in arms[:number]:
-            gain = {name: scores[arm][name] - scores[other][name] for name in names}
+            if not (seeds := [seed for seed in found[arm] if seed in found[other]]):
+                continue
+            ours, theirs = scores(arm, seeds), scores(other, seeds)
+            gain = {name: ours[name] - theirs[name] for name in names}
             width, by_task = over_queries(gain)
             mean = means(gain)
             need = str(seeds_for(1, np.std(mean, ddof=1))) if len(mean) > 1 else "–"
             cells = [f"{gain[name].mean():+.1f} ± {by_task[name]:.1f}" for name in names]
-            cells += [f"{mean.mean():+.2f}", of_seeds(mean), f"{width:.2f}", need]
+            cells = [listed(seeds), *cells, f"{mean.mean():+.2f}", of_seeds(mean), f"{width:.2f}", need]
             lines.append(f"| {labels[arm]} − {labels[other]} | {' | '.join(cells)} |")
-    one = next(iter(found[arms[0]].values()))
+    settings = one["settings"]
     lines += [
         "",
-        f"Seeds {', '.join(map(str, found[arms[0]]))}; {one['settings']['max_steps']} steps of "
-        f"{one['settings']['per_device_train_batch_size']} rows; {one['machine']}.",
+        f"{settings['max_steps']} steps of {settings['per_device_train_batch_size']} rows; {one['machine']}.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def decoded(folder: Path) -> str:
-    """What can be decoded from the Bottleneck Tokens: means over the seeds of each arm, in Markdown."""
-    lines: list[str] = []
-    named: dict[str, str] = {}
-    for labels in TABLES.values():
-        named |= {arm: label for arm, label in labels.items() if arm not in named}
-    for arm, label in named.items():
-        parts = [json.loads(path.read_text()).get("decoded") for path in sorted(folder.glob(f"{arm}-s[0-9]*.json"))]
-        if parts := [part for part in parts if part]:
-            lines = lines or [f"| arm | seeds | {' | '.join(parts[0])} |", "|---" * (2 + len(parts[0])) + "|"]
-            cells = [f"{np.mean([part[name] for part in parts]):.1f}" for name in parts[0]]
-            lines.append(f"| {label} | {len(parts)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """What can be decoded from the Bottleneck Tokens: means over the seeds that all arms have, in Markdown, or "".
+
+    Raises:
+        ValueError: Different numbers of definitions were decoded.
+    """
+    labels: dict[str, str] = {}
+    for part in TABLES.values():
+        labels |= {arm: label for arm, label in part.items() if arm not in labels}
+    found = {
+        arm: {seed: run["decoded"] for seed, run in runs.items() if run.get("decoded")}
+        for arm, runs in results(folder, list(labels)).items()
+    }
+    found = {arm: runs for arm, runs in found.items() if runs}
+    seeds = sorted(set.intersection(*map(set, found.values()))) if found else []
+    if not seeds:
+        return ""
+    counts = {run.pop("definitions") for runs in found.values() for run in runs.values()}
+    if len(counts) > 1:
+        raise ValueError(
+            f"{folder} mixes runs with {sorted(counts)} decoded definitions. Keep those of one --decoded."
+        )
+    names = next(iter(found.values()))[seeds[0]]
+    lines = [f"| arm | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+    for arm, runs in found.items():
+        cells = [f"{np.mean([runs[seed][name] for seed in seeds]):.1f}" for name in names]
+        lines.append(f"| {labels[arm]} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"{counts.pop()} definitions; seeds {', '.join(map(str, seeds))}."])
 
 
 def report(folder: Path) -> None:
     """Put the tables into docs/pretrained.md, of the arms that have results, and say which have none."""
     page = PAGE.read_text("utf-8")
     for name, labels in TABLES.items():
-        there = [arm for arm in labels if any(folder.glob(f"{arm}-s[0-9]*.json"))]
-        found = results(folder, there) if len(there) > 1 else {}
-        if not any(found.values()):
-            print(f"{name}: no seed has two arms in {folder}")
+        found = results(folder, list(labels))
+        if len(found) < 2:
+            print(f"{name}: {folder} has results of {len(found)} arms")
             continue
-        missing = [label for arm, label in labels.items() if arm not in there]
+        missing = [label for arm, label in labels.items() if arm not in found]
         more = f"\nNot run yet: {', '.join(missing)}.\n" if missing else ""
         page = insert(page, f"claims {name}", table(found, labels) + more)
     if lines := decoded(folder):

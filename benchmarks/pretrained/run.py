@@ -7,7 +7,7 @@
 Training rows come from training books only: terms with definitions, and questions, titles and captions with passages
 of the module they belong to. Condensation generates the short side from the long one: the term from its definition,
 the title from a passage. Each run writes one JSON file with the rank of the right answer for every query. A finished
-run is not repeated, and a killed one goes on from its last checkpoint.
+run is not repeated, and one that is killed goes on from its last checkpoint, but on a GPU.
 """
 
 import argparse
@@ -200,7 +200,7 @@ def decode(model: BTokSentenceTransformer, split: str, count: int) -> dict[str, 
     """Figures on the texts that are decoded from the Bottleneck Tokens of `count` definitions."""
     task = tasks(split)[TASK]
     kinds = {kind: model.prompts.get(kind) for kind in ("term", "definition")}
-    return of_decoded(model, task.queries[:count], task.candidates[:count], kinds)[0]
+    return {"definitions": count, **of_decoded(model, task.queries[:count], task.candidates[:count], kinds)[0]}
 
 
 def run(options: argparse.Namespace) -> None:
@@ -229,7 +229,7 @@ def run(options: argparse.Namespace) -> None:
             condense[title] = CONDENSE[source]
     settings = {
         "per_device_train_batch_size": options.batch,
-        "mini_batch_num_tokens": 16_384 if on_gpu else 4096,  # there a batch is one forward, in up to 20 GB
+        "mini_batch_num_tokens": 16_384 if on_gpu else 4096,  # there a batch is one forward, in 12 GB
         "mini_batch_size": options.batch,
         "max_steps": options.steps,
         "learning_rate": options.learning_rate,
@@ -249,7 +249,7 @@ def run(options: argparse.Namespace) -> None:
             lr_scheduler_type="cosine",
             warmup_steps=10,
             logging_steps=10,
-            save_strategy="no" if on_gpu else "steps",  # a run takes minutes there
+            save_strategy="no" if on_gpu else "steps",  # a run takes minutes there, and starts again if it is killed
             save_steps=25,
             dataloader_num_workers=int(on_gpu),
             save_total_limit=1,
