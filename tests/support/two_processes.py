@@ -29,7 +29,7 @@ def wrap(model, how):
     return model
 
 
-def prepare(repo, how, unequal):
+def prepare(repo, how, unequal, mini_batch_size=2):
     """The model, its loss and this process's half of the batch; with `unequal`, fewer negatives in the first."""
     rank = distributed.get_rank()
     model = BTokSentenceTransformer(repo, device="cpu").train()
@@ -37,26 +37,28 @@ def prepare(repo, how, unequal):
     features = batch_features(model, rows=slice(3 * rank, 3 * rank + 3))
     if rank == 0 and unequal:
         features[2] = {key: value[:2] for key, value in features[2].items() if isinstance(value, torch.Tensor)}
-    loss = CondensationLoss(model, mini_batch_size=2, gather_across_devices=True, condensation_weight=0.5)
+    loss = CondensationLoss(
+        model, mini_batch_size=mini_batch_size, gather_across_devices=True, condensation_weight=0.5
+    )
     loss.model = wrapped  # as the trainer does
     return model, loss, features
 
 
-def save_gradients(repo, folder, how):
-    model, loss, features = prepare(repo, how, unequal=how == "ddp")
+def save_gradients(repo, folder, how, mini_batch_size):
+    model, loss, features = prepare(repo, how, how == "ddp", mini_batch_size)
     loss(features).backward()
     total = loss.infonce + 0.5 * loss.condensation
     distributed.all_reduce(total)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     gradients = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in gradients.items()}
-    if how == "fsdp2":
+    if how == "fsdp2" and loss.cached:
         whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if distributed.get_rank() == 0:
             with full_parameters(model, whole):
                 model.save_pretrained(str(folder / "fsdp2_model"))
         loss(features).backward()  # it still works when sharded
     if distributed.get_rank() == 0:
-        torch.save({"gradients": gradients, "loss": total / 2}, folder / f"{how}.pt")
+        torch.save({"gradients": gradients, "loss": total / 2}, folder / f"{how}-{mini_batch_size}.pt")
 
 
 def save_refusal(repo, folder):
@@ -71,7 +73,8 @@ def save_refusal(repo, folder):
 def main(repo, folder):
     distributed.init_process_group("gloo")
     for how in ("ddp", "fsdp2"):
-        save_gradients(repo, folder, how)
+        for mini_batch_size in (2, 100):
+            save_gradients(repo, folder, how, mini_batch_size)
     save_refusal(repo, folder)
     leave()
 
