@@ -37,7 +37,7 @@ def test_gradcache_equals_the_full_batch(repo, mini_batch_size, symmetric):
     [
         ("b b b", {"mini_batch_size": 5}, [5]),
         ("b b b", {"mini_batch_size": 4}, [2, 1, 2]),  # each fits, but not all
-        ("b b b", {"mini_batch_num_tokens": 0}, [5]),  # more than the batch has
+        ("b b b", {"mini_batch_num_tokens": 0}, [5]),  # more than the tokens of the batch
         ("b b b", {"mini_batch_num_tokens": -1}, [2, 1, 2]),
         ({"image": image(40, 40), "text": "b"}, {"mini_batch_size": 5}, [2, 1, 2]),
     ],

@@ -1,6 +1,7 @@
 """The trainer: steps, batches, resuming, several processes, and what is refused before training."""
 
 import json
+import math
 import resource
 import shutil
 from types import SimpleNamespace
@@ -200,6 +201,23 @@ def test_a_full_disk_stops_with_a_way_on(repo, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1e6))
     with pytest.raises(ValueError, match=r"needs about 0.0 GB, but '.*out' has 0.0 GB free. Free space"):
         checkpointed_trainer(repo, tmp_path).train()
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_loss_that_is_not_finite_ends_the_training(repo, tmp_path, steps):
+    """It is not hidden by finite ones before it, as transformers does by default."""
+
+    class Break(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == steps - 1:
+                with torch.no_grad():
+                    trainer.model[0].model.language_model.norm.weight.fill_(torch.nan)
+
+    trainer = checkpointed_trainer(repo, tmp_path, logging_steps=steps)
+    trainer.add_callback(Break())
+    with pytest.raises(ValueError, match=rf"loss is nan at step {steps}\. Resume from a checkpoint with"):
+        trainer.train()
+    assert math.isnan(losses(trainer)[-1]) and math.isnan(trainer.state.log_history[-1]["infonce"])
 
 
 def test_the_best_checkpoint_is_kept_and_loaded(repo, tmp_path):

@@ -31,6 +31,8 @@ class CondensationConfig(SentenceTransformerTrainingArguments):
     `bf16`).
 
     Args:
+        logging_nan_inf_filter (`bool`): As in transformers: log an average in place of a loss that is not finite, and
+            train on. Here the default is `False`: such a loss ends the training when it is logged.
         mini_batch_size (`int`): Rows per forward pass (GradCache). It changes memory and speed, not the loss.
         mini_batch_num_tokens (`int`, *optional*): Tokens per forward pass, target tokens included, instead of rows.
             Bounds memory where lengths differ. A row that is longer is embedded alone.
@@ -63,6 +65,10 @@ class CondensationConfig(SentenceTransformerTrainingArguments):
     hub_strategy: Union[HubStrategy, str] = field(  # noqa: UP007 (see condense)
         default="end",
         metadata={"help": "When to push: end, or every_save (in the background, after every checkpoint)."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Log an average in place of a loss that is not finite, and go on. False: training ends."},
     )
     mini_batch_size: int = field(
         default=8, metadata={"help": "Rows per forward pass (GradCache). Lower it to save memory."}

@@ -231,23 +231,23 @@ class CondensationTrainer(SentenceTransformerTrainer):
         return output
 
     def _track(self) -> None:
-        infonce = self.loss.infonce
-        assert infonce is not None  # the loss has been called
-        parts = {"infonce": infonce, "condensation_weight": infonce.new_tensor(self.loss.condensation_weight)}
-        if self.loss.condensation is not None:
-            parts["condensation"] = self.loss.condensation
-        self.track_loss_components(parts)
+        infonce = cast(torch.Tensor, self.loss.infonce)  # the loss has been called
+        weight = infonce.new_tensor(self.loss.condensation_weight)
+        parts = {"infonce": infonce, "condensation_weight": weight, "condensation": self.loss.condensation}
+        self.track_loss_components({name: value for name, value in parts.items() if value is not None})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._since is not None:
             seconds = time.perf_counter() - self._since
-            logs = {
-                **logs,
-                "samples_per_second": round(self._samples / seconds, 1),
-                "tokens_per_second": round(self._tokens / seconds),
-            }
+            logs = {**logs, "samples_per_second": round(self._samples / seconds, 1)}
+            logs["tokens_per_second"] = round(self._tokens / seconds)
             self._tokens, self._samples, self._since = 0, 0, None
         super().log(logs, start_time)
+        if not torch.tensor(logs.get("loss", 0.0)).isfinite():
+            raise ValueError(
+                f"The loss is {logs['loss']} at step {self.state.global_step}. Resume from a checkpoint with finite "
+                "weights, at a lower learning_rate, or with bf16 in place of fp16."
+            )
 
     def train(
         self,
