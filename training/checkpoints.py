@@ -15,6 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
+
+from btok_hf.files import nearest_existing
 
 MANIFEST = "manifest.json"
 
@@ -78,6 +81,34 @@ def rotate(output_dir: Path | str, limit: int, best: str | None = None) -> None:
         if path not in protected:
             delete(path)
             kept.remove(path)
+
+
+def check_disk_space(model: torch.nn.Module, output_dir: Path | str, only_trained: bool) -> None:
+    """Require space for one checkpoint: weights, and AdamW's two fp32 moments of those that are trained.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+        output_dir (`str` or `Path`): Folder of the run, which may not exist yet.
+        only_trained (`bool`): A checkpoint holds only the weights that are trained, as with adapters.
+
+    Raises:
+        ValueError: There is too little.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    saved = trained if only_trained else list(model.parameters())
+    needed = sum(p.numel() * p.element_size() for p in saved) + sum(8 * p.numel() for p in trained)
+    free = shutil.disk_usage(nearest_existing(output_dir)).free
+    if free < needed:
+        raise ValueError(
+            f"A checkpoint needs about {needed / 1e9:.1f} GB, but {output_dir!r} has {free / 1e9:.1f} GB free. Free "
+            "space, or name another output_dir."
+        )
+
+
+def all_finite(model: torch.nn.Module) -> bool:
+    """Whether no trained parameter has NaN or infinite values; of a shard (FSDP2), the part of this process."""
+    trained = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters() if p.requires_grad)
+    return all(bool(p.isfinite().all()) for p in trained)
 
 
 @contextmanager

@@ -26,6 +26,8 @@ from btok_hf.features import IGNORED, PIXEL_KEYS
 from btok_hf.files import check_writable, nearest_existing
 from btok_hf.sentence_transformer import BTokSentenceTransformer
 from btok_hf.training.checkpoints import (
+    all_finite,
+    check_disk_space,
     checkpoint_to_resume,
     delete,
     full_parameters,
@@ -37,6 +39,7 @@ from btok_hf.training.condensation_collator import CondensationCollator
 from btok_hf.training.condensation_config import CondensationConfig
 from btok_hf.training.condensation_loss import CondensationLoss
 from btok_hf.training.data import check_columns, first_rows
+from btok_hf.training.parallel import check_parallelism
 from btok_hf.training.sampler import MixtureBatchSampler
 
 if TYPE_CHECKING:  # slow to import, or imported where it is used
@@ -45,6 +48,7 @@ if TYPE_CHECKING:  # slow to import, or imported where it is used
     from btok_hf.hub_card.card import CardArguments
 
 logger = logging.get_logger(__name__)
+REMEDY = "Resume from a checkpoint with finite weights, at a lower learning_rate, or with bf16 in place of fp16."
 
 
 class CondensationTrainer(SentenceTransformerTrainer):
@@ -99,17 +103,11 @@ class CondensationTrainer(SentenceTransformerTrainer):
         self._since: float | None = None
         self._media = False  # since the last step of the optimizer
         super().__init__(model=model, args=args, **kwargs)
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"One process sees {self.args.n_gpu} GPUs. DataParallel would separate rows from their images. Start "
-                "one process per GPU with `accelerate launch`, or use a single GPU with CUDA_VISIBLE_DEVICES=0."
-            )
+        check_parallelism(self, self.args)
         self.data_collator.tokenizer = model.tokenizer
         self.data_collator.args = self.args
         self.data_collator.deduplicate = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
         self._check_datasets()
-        if self.is_deepspeed_enabled:
-            self._check_deepspeed()
 
     def _check_datasets(self) -> None:
         """Collate one row of each dataset, so that a wrong column or side is found before training starts."""
@@ -118,19 +116,6 @@ class CondensationTrainer(SentenceTransformerTrainer):
                 # The row's own columns: a transform may change those of the dataset.
                 check_columns(row, row.get("dataset_name"))
                 self.data_collator([row])
-
-    def _check_deepspeed(self) -> None:
-        """Require one mini-batch per batch: DeepSpeed (0.19.8) refuses the several backward passes of GradCache."""
-        rows = self.args.per_device_train_batch_size * max(
-            len(row.get("negatives") or []) + sum(name == "negative" or name.startswith("negative_") for name in row)
-            for row in [{"negative": None}, *first_rows(self.train_dataset)]
-        )
-        if self.args.mini_batch_num_tokens or self.args.mini_batch_size < rows:
-            raise ValueError(
-                f"DeepSpeed cannot run GradCache: {rows} rows must fit one mini-batch, but mini_batch_size is "
-                f"{self.args.mini_batch_size}. Set mini_batch_size={rows} and no mini_batch_num_tokens, or train with "
-                "FSDP2 (training/accelerate/fsdp2.yaml) or DDP."
-            )
 
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
@@ -244,10 +229,7 @@ class CondensationTrainer(SentenceTransformerTrainer):
             self._tokens, self._samples, self._since = 0, 0, None
         super().log(logs, start_time)
         if not torch.tensor(logs.get("loss", 0.0)).isfinite():
-            raise ValueError(
-                f"The loss is {logs['loss']} at step {self.state.global_step}. Resume from a checkpoint with finite "
-                "weights, at a lower learning_rate, or with bf16 in place of fp16."
-            )
+            raise ValueError(f"The loss is {logs['loss']} at step {self.state.global_step}. {REMEDY}")
 
     def train(
         self,
@@ -273,23 +255,23 @@ class CondensationTrainer(SentenceTransformerTrainer):
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def check_disk_space(self) -> None:
-        """Refuse to train without space for one checkpoint, which holds AdamW's two fp32 moments."""
-        if self.args.save_strategy == "no":
-            return
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        backbone = self.model.transformer.model
-        saved = trained if has_adapters(backbone) else list(self.model.parameters())
-        needed = sum(p.numel() * p.element_size() for p in saved) + sum(8 * p.numel() for p in trained)
-        # The folder may not exist yet: the main process makes it.
-        free = shutil.disk_usage(nearest_existing(self.args.output_dir)).free
-        if free < needed:
+        """Refuse to train without space for one checkpoint."""
+        if self.args.save_strategy != "no":
+            check_disk_space(self.model, self.args.output_dir, has_adapters(self.model.transformer.model))
+
+    def _check_weights(self) -> None:
+        """Refuse to save weights that are not finite: the next log, which would find them, may be many steps away."""
+        broken = torch.tensor(int(not all_finite(self.model)), device=self.args.device)
+        if self.accelerator.reduce(broken).item():  # of shards, one process alone may have the broken part
+            newest = newest_complete(self.args.output_dir)
             raise ValueError(
-                f"A checkpoint needs about {needed / 1e9:.1f} GB, but {self.args.output_dir!r} has "
-                f"{free / 1e9:.1f} GB free. Free space, or name another output_dir."
+                f"Trained weights are not finite at step {self.state.global_step}, so no checkpoint is written; the "
+                f"newest complete one is {newest}. {REMEDY}"
             )
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Save a checkpoint, write its manifest, then delete the oldest ones."""
+        self._check_weights()
         folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
         if self.args.should_save and folder.exists():
             delete(folder)  # of an earlier run; with its manifest, the new one would look complete too early

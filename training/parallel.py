@@ -1,0 +1,43 @@
+"""Ways of training on several devices that would go wrong, refused before training starts."""
+
+from typing import Any
+
+from sentence_transformers import SentenceTransformerTrainer
+
+from btok_hf.training.condensation_config import CondensationConfig
+from btok_hf.training.data import first_rows
+
+SHARDED = "FSDP2 (accelerate launch --config_file training/accelerate/fsdp2.yaml …)"
+
+
+def check_parallelism(trainer: SentenceTransformerTrainer, args: CondensationConfig) -> None:
+    """Refuse `DataParallel`, FSDP of version 1, and batches that DeepSpeed cannot train.
+
+    Raises:
+        ValueError: One process sees several GPUs; FSDP without version 2, whose flat shards could not be saved; with
+            DeepSpeed, a batch of several mini-batches: its engine (0.19.8) refuses GradCache's backward passes.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"One process sees {args.n_gpu} GPUs. DataParallel would separate rows from their images. Start one "
+            "process per GPU with `accelerate launch`, or use a single GPU with CUDA_VISIBLE_DEVICES=0."
+        )
+    if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
+        raise ValueError(
+            "FSDP of version 1 cannot be trained: what it saves would not be the whole model. Set fsdp_version: 2, as "
+            f"in {SHARDED}."
+        )
+    if trainer.is_deepspeed_enabled:
+        rows = args.per_device_train_batch_size * max(map(_negatives, [{}, *first_rows(trainer.train_dataset)]))
+        if args.mini_batch_num_tokens or args.mini_batch_size < rows:
+            raise ValueError(
+                f"DeepSpeed cannot run GradCache: {rows} rows must fit one mini-batch, but mini_batch_size is "
+                f"{args.mini_batch_size}. Set mini_batch_size={rows} and no mini_batch_num_tokens, or train with "
+                f"{SHARDED} or DDP."
+            )
+
+
+def _negatives(row: dict[str, Any]) -> int:
+    """Columns of negatives of a row, at least 1: the largest side of a batch has this many times its rows."""
+    columns = sum(name == "negative" or name.startswith("negative_") for name in row)
+    return max(1, len(row.get("negatives") or []) + columns)
