@@ -3,22 +3,20 @@
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
-from PIL import Image
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import PreTrainedConfig, ProcessorMixin
+from transformers import PreTrainedConfig
 
-from btok_hf.inputs import ImageLimits, check_input, is_media_path
-from btok_hf.media import VIDEO_FRAMES, VIDEO_SUFFIXES
+from btok_hf.inputs import ImageLimits, check_input
+from btok_hf.lengths import estimate_tokens
 from btok_hf.modeling.modeling_btok import bottleneck_token_ids
 
 logger = logging.getLogger(__name__)
@@ -28,8 +26,6 @@ logger = logging.getLogger(__name__)
 CPU_ROW_TOKENS, ROW_TOKENS = 64, 512
 # What makes one input unreadable, and no other.
 ROW_ERRORS = (ValueError, OSError)
-# Lists within lists of an input: messages, parts, video, frames. Deeper ones are refused when they are read.
-DEPTH = 8
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -215,7 +211,7 @@ def embed_batches(
         `torch.Tensor` of shape `(kept, hidden)`, in the order of the inputs; `None` if no input is left.
 
     Raises:
-        ValueError: An embedding is not finite, or what `preprocess` raises.
+        ValueError: An embedding is not finite (of a `Skipping`: all that are left), or what `preprocess` raises.
     """
 
     def prepare(batch: list[int]) -> Batch:
@@ -240,10 +236,12 @@ def embed_batches(
             queued.append(_Queued(batch, embed(features), save_to_cpu))
             # A batch is read when the next one is queued, so that a GPU has something to do.
             for last in queued[-2:-1]:
-                last.read()
+                last.read(inputs)
     if not queued:
         return None
-    embeddings = torch.cat([batch.read() for batch in queued])
+    embeddings = torch.cat([batch.read(inputs) for batch in queued])
+    if isinstance(inputs, Skipping) and not len(embeddings):  # skipping all would hide broken weights
+        raise ValueError(_not_finite(min(inputs.errors), embeddings.dtype))
     order = torch.tensor([index for batch in queued for index in batch.positions])
     return embeddings[order.argsort().to(embeddings.device)]
 
@@ -257,20 +255,30 @@ class _Queued:
         self.finite = embeddings.isfinite().all(1).to("cpu", non_blocking=on_gpu)
         self.event = torch.cuda.current_stream(embeddings.device).record_event() if on_gpu else None
 
-    def read(self) -> Tensor:
-        """Wait for the embeddings."""
+    def read(self, inputs: list[Any]) -> Tensor:
+        """Wait for the embeddings. Of a `Skipping`, those that are not finite are left out and noted."""
         if self.event is not None:
             self.event.synchronize()
             self.event = None
             if self.embeddings.device.type == "cpu":  # in pinned memory, of which a machine has little
                 self.embeddings = self.embeddings.clone()
         if not self.finite.all():
-            index = self.positions[int(self.finite.int().argmin())]
-            raise ValueError(
-                f"The embedding of input {index} is not finite. The weights are broken, or too large for "
-                f"{self.embeddings.dtype}: check the checkpoint, or load it with model_kwargs={{'dtype': 'bfloat16'}}."
-            )
+            broken = [index for index, good in zip(self.positions, self.finite.tolist()) if not good]
+            messages = {index: _not_finite(index, self.embeddings.dtype) for index in broken}
+            if not isinstance(inputs, Skipping):
+                raise ValueError(messages[broken[0]])
+            inputs.errors |= messages
+            self.positions = [index for index in self.positions if index not in messages]
+            self.embeddings = self.embeddings[self.finite.to(self.embeddings.device)]
+            self.finite = self.finite[self.finite]
         return self.embeddings
+
+
+def _not_finite(index: int, dtype: torch.dtype) -> str:
+    return (
+        f"The embedding of input {index} is not finite. The weights are broken, or too large for {dtype}: check the "
+        "checkpoint, or load it with model_kwargs={'dtype': 'bfloat16'}."
+    )
 
 
 def _fitting(inputs: Skipping, rows: dict[int, Any], preprocess: Callable[[list[Any], list[int]], Any]) -> Batch:
@@ -319,82 +327,3 @@ def token_batches(tokens: Sequence[float], budget: float) -> list[list[int]]:
         batches[-1].append(index)
         room -= tokens[index]
     return batches
-
-
-def estimate_tokens(
-    item: Any, processor: ProcessorMixin | None = None, tokenize: Callable[[str], Sized] | None = None
-) -> int:
-    """Estimate the number of tokens of an input. Files are opened to read their size, but not decoded.
-
-    Args:
-        item (`Input`): An input of `encode`. Other values count as 0 tokens.
-        processor (`ProcessorMixin`, *optional*): The model's processor. If it is that of no supported family,
-            images count as in Qwen2-VL.
-        tokenize (`Callable`, *optional*): Function from a text to its tokens. Default: one token for three bytes,
-            which is rarely too low.
-
-    Returns:
-        `int`
-    """
-    return _estimate(item, processor, tokenize, DEPTH)
-
-
-def _estimate(item: Any, processor: ProcessorMixin | None, tokenize: Callable[[str], Sized] | None, depth: int) -> int:
-    if isinstance(item, (str, Path)):
-        text = str(item)
-        if isinstance(item, str) and not is_media_path(text):
-            return len(tokenize(text)) if tokenize else len(text.encode("utf-8", "replace")) // 3
-        if Path(text).suffix.lower() in VIDEO_SUFFIXES:
-            return VIDEO_FRAMES // 2 * _pixel_tokens(None, processor, "video_processor")
-        try:
-            with Image.open(text) as image:
-                return _pixel_tokens(image.size, processor)
-        except Exception:  # decoders raise any type; the error belongs to where the image is read
-            return _pixel_tokens(None, processor)  # remote, or not an image
-    if isinstance(item, Image.Image):
-        return _pixel_tokens(item.size, processor)
-    if hasattr(item, "ndim"):  # an array: three axes for an image, four for a video
-        *_, height, width = item.shape[:-1] if item.shape[-1] in (1, 3, 4) else (1, *item.shape)
-        if item.ndim < 4:
-            return _pixel_tokens((width, height), processor)
-        return -(-item.shape[0] // 2) * _pixel_tokens((width, height), processor, "video_processor")
-    if isinstance(item, dict):
-        item = [value for key, value in item.items() if key not in ("role", "type", "video_metadata")]
-    if not isinstance(item, (list, tuple)) or not depth:
-        return 0
-    return sum(_estimate(part, processor, tokenize, depth - 1) for part in item)
-
-
-def _pixel_tokens(
-    size: tuple[int, int] | None, processor: ProcessorMixin | None, kind: str = "image_processor"
-) -> int:
-    """Tokens of an image, or of two video frames, of this width and height after the processor's resizing.
-
-    Without a size, those of the largest image.
-    """
-    part: Any = getattr(processor, kind, None)
-    if kind == "image_processor" and hasattr(part, "max_image_size"):
-        # Tiles of one size and a view of the whole, for an image of any size.
-        tiles = math.ceil(part.size["longest_edge"] / part.max_image_size["longest_edge"]) ** 2 + 1
-        return tiles * cast(Any, processor).image_seq_len
-    if hasattr(getattr(processor, "image_processor", None), "max_patches"):  # tiles; a frame is one
-        tiles = 2
-        if kind == "image_processor":
-            # Beside the tiles of a large image, there is a view of the whole.
-            whole = part.max_patches + 1
-            tiles = whole if size is None else part.get_number_of_image_patches(*size[::-1], {"crop_to_patches": True})
-        return tiles * cast(Any, processor).image_seq_length
-    pixels = math.inf if size is None else math.prod(size)
-    if hasattr(part, "max_image_tokens"):
-        unit, most = (part.encoder_patch_size * part.downsample_factor) ** 2, part.max_image_tokens
-        if part.do_image_splitting and pixels > most * unit * part.max_pixels_tolerance:
-            # Beside the tiles, there may be a view of the whole.
-            layout = (part.min_tiles, part.max_tiles, part.tile_size)
-            tiles = part.max_tiles if size is None else part._get_grid_layout(*size[::-1], *layout)[-1]
-            return tiles * part.tile_size**2 // unit + part.use_thumbnail * most
-        return int(min(max(pixels / unit, part.min_image_tokens), most))
-    least, most, side = 56**2, 28**2 * 1280, 28
-    if hasattr(part, "merge_size"):
-        least, most = part.size["shortest_edge"], part.size["longest_edge"]
-        side = part.patch_size * part.merge_size
-    return int(min(max(pixels, least), most) // side**2)

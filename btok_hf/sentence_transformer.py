@@ -10,6 +10,7 @@ The forward is in `btok_hf/condensation.py`, checks of inputs in `btok_hf/inputs
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -26,6 +27,7 @@ from btok_hf.encoding import PackedEncoder
 from btok_hf.export import untied_head, write_repository
 from btok_hf.features import IGNORED, MEDIA_KEYS, joined, to_device
 from btok_hf.inputs import ImageLimits, Input, as_messages, check_input, shown
+from btok_hf.lengths import text_end
 from btok_hf.media import VideoMetadata
 from btok_hf.modeling.modeling_btok import (
     LOADING,
@@ -147,7 +149,7 @@ class BottleneckTransformer(Transformer):
         checked = [check_input(item, limits, place) for item, place in zip(inputs, places)]
         family = family_of(self.config)
         try:
-            features = self._process(list(map(as_messages, checked)), prompt, kwargs)
+            features = self._process([self._as_row(item) for item in checked], prompt and self._end(prompt), kwargs)
             ids = features.get("input_ids", torch.empty(0))
             assert self.tokenizer is not None  # checked when the model was loaded
             before, after = map(self.tokenizer.convert_tokens_to_ids, family.media_bounds)
@@ -178,6 +180,24 @@ class BottleneckTransformer(Transformer):
                 "chat_template.jinja."
             )
         return features
+
+    def _as_row(self, checked: Any) -> tuple[list[dict[str, Any]], list[VideoMetadata]]:
+        """A checked input as messages, of long texts only what can be kept, and the metadata of its videos."""
+        messages, videos = as_messages(checked)
+        rows = [{**message, "content": [self._shortened(part) for part in message["content"]]} for message in messages]
+        return rows, videos
+
+    def _shortened(self, part: dict[str, Any]) -> dict[str, Any]:
+        return {**part, "text": self._end(part["text"])} if part["type"] == "text" else part
+
+    def _end(self, text: str) -> str:
+        """The end of a text that fills a row."""
+        if not self.max_seq_length:
+            return text
+        assert self.tokenizer is not None  # checked when the model was loaded
+        # Not verbose: it would warn that the text is too long.
+        tokenize = partial(self.tokenizer.encode, add_special_tokens=False, verbose=False)
+        return text_end(text, self.max_seq_length, tokenize)
 
     def _process(
         self,

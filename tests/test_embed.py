@@ -2,11 +2,13 @@
 
 import shutil
 import time
+from concurrent.futures import Future
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 from support.corpus import embed, pdf, picture, read, write_files
 
@@ -80,6 +82,27 @@ def test_failed_rows_are_kept_with_their_reason(folder, tmp_path, repo):
     assert sum(row["embedding"] is not None for row in rows.values()) == 11
 
 
+def test_a_vector_that_is_not_finite_is_an_error_of_its_row(tmp_path, repo):
+    """As fp16 overflows for some rows. If no row works, the weights are to blame, and the run ends."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, text in {"0": "aaaa", "1": "z", "2": "bb"}.items():
+        (folder / f"{name}.txt").write_text(text)
+
+    def spoilt(out, weights, row):
+        plan = make_plan(str(folder), str(tmp_path / out), Options(repo, device="cpu"))
+        embedder = Embedder(plan.job)
+        with torch.no_grad():
+            weights(embedder.model[0].model)[row] = torch.nan
+        return embedder.embed(plan.units)
+
+    assert spoilt("out", lambda model: model.get_input_embeddings().weight, ord("z") - ord("!")) == Counts(3, 1, 0)
+    failed = {id: row["error"] for id, row in read(tmp_path / "out").items() if row["error"]}
+    assert failed.keys() == {"1.txt"} and failed["1.txt"].startswith("The embedding is not finite. The weights are")
+    with pytest.raises(ValueError, match=r"No row of '0\.txt' and those after it could be embedded\. .*not finite"):
+        spoilt("other", lambda model: model.language_model.norm.weight, 0)
+
+
 def test_equal_content_is_embedded_once(tmp_path, repo, monkeypatch):
     folder = tmp_path / "in"
     folder.mkdir()
@@ -122,6 +145,27 @@ def test_chunks_are_bounded(folder, tmp_path, repo, monkeypatch):
     sizes = [len(rows) for _, rows, _ in embedder._chunks([unit])]
     assert sum(sizes) == 11 and sizes[:3] == [1, 1, 1] and 2 in sizes
     assert embedder.embed([unit]) == Counts(11, 0, 0) and len(read(tmp_path / "out")) == 11
+
+
+@pytest.mark.parametrize(("most", "ahead"), [(3 * 56 * 56 * 2, 3), (10**9, 5)])
+def test_what_is_read_ahead_is_bounded(tmp_path, repo, monkeypatch, most, ahead):
+    """By rows, and by their bytes: three pictures are more than two."""
+
+    class AtOnce:
+        submitted = 0
+
+        def submit(self, function, *arguments):
+            self.submitted += 1
+            future = Future()
+            future.set_result(function(*arguments))
+            return future
+
+    folder = write_files(tmp_path / "in", texts=0, pictures=12)
+    plan = make_plan(str(folder), str(tmp_path / "out"), Options(repo, device="cpu", threads=2))
+    embedder, pool = Embedder(plan.job), AtOnce()
+    monkeypatch.setattr(module, "CHUNK_BYTES", most)
+    held = [pool.submitted - place for place, _ in enumerate(embedder._rows(plan.units[0], pool))]
+    assert len(held) == 12 and max(held) == ahead
 
 
 def test_a_unit_that_another_process_wrote_is_left_out(folder, tmp_path, repo):

@@ -11,6 +11,7 @@ import lancedb
 import numpy as np
 import pyarrow as pa
 import pytest
+from lancedb.index import IvfRq
 from support.units import random_vectors, rows_of, write_units
 from transformers import Qwen2VLConfig
 
@@ -174,6 +175,23 @@ def test_large_tables_have_an_index_that_finds_the_same(tmp_path, monkeypatch, p
         same = np.mean([len({*one} & {*other}) / 10 for one, other in zip(before, after)])
         assert same == 1 if exact else same > 0.97
     assert len(index.search(VECTORS[7], "tiger", k=5, where="label = 'l1'")) == 5
+
+
+def test_a_rare_condition_finds_as_many_as_there_are(tmp_path, monkeypatch):
+    """Also rows far from the query, in parts of the index that would not be searched."""
+    monkeypatch.setattr(module, "EXACT_NUMBERS", 100)
+    monkeypatch.setattr(module, "PROBES", 1)
+    monkeypatch.setattr(module, "REFINE", 1)
+    index = Index.build(write(tmp_path, rows()), tmp_path / "db")[0]
+    index._table.create_index("vector", config=IvfRq(distance_type="cosine", num_bits=1, num_partitions=30))
+    rare = [10, 80, 150, 299]
+    where = f"id IN ({', '.join(repr(f'a{number}') for number in rare)})"
+    assert not index.exact
+    for vector in VECTORS[:10]:
+        assert {hit.id for hit in index.search(vector, where=where)} == {f"a{number}" for number in rare}
+        assert len(index.search(vector, "tiger", k=4, where=where)) == 4
+    found = [[hit.id for hit in index.search(vector, k=4)] for vector in VECTORS[:10]]
+    assert found != [nearest(vector, 4) for vector in VECTORS[:10]]  # of the nearest part alone, without a condition
 
 
 # ---------------------------------------------------------------- bringing up to date

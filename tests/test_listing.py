@@ -41,11 +41,11 @@ def test_files_in_order_and_what_is_left_out(tmp_path):
 def test_what_was_written_into_the_input_is_no_input(tmp_path):
     folder, written = tmp_path / "in", ("corpus.json", "plan.json", "units/a.parquet", "errors/a.json", "scans/a.json")
     for out in (folder, folder / "out"):
-        for name in (*written, "own.json"):
+        for name in (*written, "own.json", "corpus.jsonl", "units.md"):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             (out / name).write_text("{}")
     every = set(paths(Input(str(folder), str(tmp_path / "elsewhere"))))
-    assert len(every) == 12
+    assert len(every) == 16
     for out in ("", "out/"):
         given = Input(str(folder), str(folder / out))
         assert every - set(paths(given)) == {out + name for name in written}

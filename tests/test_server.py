@@ -21,6 +21,7 @@ from support.serving import embed, message, png, refusal, served, web_server
 
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model
 from btok_hf.cli import main
+from btok_hf.serving.server import ServedModel
 from btok_hf.serving.verify_url import verify_url
 
 FRAMES = [image(56, 56, seed) for seed in range(4)]
@@ -58,7 +59,7 @@ def special(as_given):
 def narrow(exported):
     """A server with small bounds and a key."""
     bounds = {"max-rows": 4, "queue-rows": 8, "batch-rows": 2, "max-body": 100_000}
-    bounds |= {"max-image-pixels": 10_000, "queue-pixels": 12_000}
+    bounds |= {"max-text": 20_000, "max-image-pixels": 10_000, "queue-pixels": 12_000}
     flags = [word for name, bound in bounds.items() for word in (f"--{name}", bound)]
     with served(exported, *flags, "--timeout", 5, key="secret") as client:
         client.headers["Authorization"] = "Bearer secret"
@@ -254,10 +255,22 @@ def test_the_key_is_asked_for(narrow):
 def test_bounds_are_named(narrow):
     assert "--max-rows" in refusal(narrow, 400, {"input": ["a"] * 5})
     assert "--max-body" in refusal(narrow, 413, {"input": "a" * 100_001})
+    for body in ({"input": ["a" * 10_000, "b" * 10_001]}, {"messages": [message("a" * 20_001)]}):
+        assert "20000 characters at most (--max-text), got 20001" in refusal(narrow, 400, body)
     assert "--max-body" in refusal(narrow, 413, (b"a" * 1000 for _ in range(200)))  # of unknown length
     assert "--max-image-pixels" in refusal(narrow, 400, {"messages": [message(Image.new("RGB", (101, 100)))]})
     assert "--max-image-pixels" in refusal(narrow, 400, {"messages": [message([Image.new("RGB", (56, 56))] * 4)]})
     assert "--max-image-pixels" in refusal(narrow, 400, {"messages": [message(*[Image.new("RGB", (56, 56))] * 4)]})
+
+
+def test_media_that_fit_no_row_are_refused_before_they_are_processed(exported, monkeypatch):
+    """Tiny images of one request pass all other bounds, and the processor may make large ones of each."""
+    model = ServedModel(str(exported), device="cpu", max_seq_length=20)
+    tiny = image(28, 28)
+    model.check_media({"image": [tiny] * 40, "text": "word " * 1000})  # close calls are left to the processor
+    monkeypatch.setattr(model, "preprocess", None)
+    with pytest.raises(ValueError, match=r"about 41 tokens, and a row has 20 \(max_seq_length\): send fewer"):
+        model.check_media({"image": [tiny] * 41})
 
 
 def test_a_slow_client_is_cut_off_and_others_are_not(narrow):
@@ -362,7 +375,7 @@ def test_clients_that_do_not_read_hold_neither_the_server_nor_its_end(exported):
 
 
 def test_a_second_interrupt_ends_it_at_once(exported):
-    with served(exported, "--max-rows", 1024) as client, ThreadPoolExecutor(1) as pool:
+    with served(exported, "--max-rows", 1024, "--max-text", 10**7) as client, ThreadPoolExecutor(1) as pool:
         asked = pool.submit(client.post, "/v1/embeddings", json={"input": ["long " * 800] * 1024})
         while not _metric(client, "btok_rows"):
             assert not asked.done()

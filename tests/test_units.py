@@ -100,7 +100,11 @@ def test_plan_and_errors(place):
     assert corpus.plan() == ["b", "a", "c"] and corpus.written() == {"a", "b"}
     assert corpus.failed(["a", "b"]) == {"a"} and corpus.errors(["a", "b"]) == {"row": "reason"}
     assert corpus.errors(["b"]) == {}
-    corpus.remove(["a"])
+    corpus.write("d", b"table", {"row": "lost its connection"})
+    corpus.store.remove("units/d.parquet")  # a process was killed before it wrote the unit
+    corpus.write("d", b"table", {})
+    assert corpus.failed(["d"]) == set() and corpus.errors(["d"]) == {}
+    corpus.remove(["a", "d"])
     assert corpus.written() == {"b"} and corpus.errors(["a"]) == {} and not corpus.has("a") and corpus.has("b")
 
 

@@ -20,7 +20,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, model):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.model, self.lock, self.encodings = model, threading.Lock(), []
+        self.model, self.lock, self.encodings, self.key = model, threading.Lock(), [], None
         self.change = lambda vector: vector
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -34,11 +34,17 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def allowed(self):
+        return self.server.key is None or self.headers["authorization"] == f"Bearer {self.server.key}"
+
     def do_GET(self):
+        if not self.allowed():
+            return self.answer(401, {})
         self.answer(*((200, {"data": [{"id": "served"}]}) if self.path == "/v1/models" else (404, {})))
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        assert self.allowed()
         assert self.path == "/v1/embeddings" and request["model"] == "served"
         item, prompt = {"image": [], "text": []}, None
         for message in request["messages"]:
@@ -85,6 +91,18 @@ def test_right_vectors_and_what_is_not_reached(exported, server, capsys):
         assert printed.count(" ok\n") == len(rows) - len(videos)
         assert f"not reached: {', '.join(videos)}" in printed and "HTTP 400" in printed and "no videos here" in printed
     assert set(server.encodings) == {"float", "base64"}
+
+
+def test_the_key_of_the_server_is_sent(exported, server, monkeypatch):
+    server.key = "secret"
+    monkeypatch.setenv("BTOK_API_KEY", "secret")
+    assert verify_url(exported, server.url) < 1e-5
+    monkeypatch.setenv("BTOK_API_KEY", "wrong")
+    with pytest.raises(RuntimeError, match=r"refuses BTOK_API_KEY \(.*401"):
+        verify_url(exported, server.url)
+    monkeypatch.delenv("BTOK_API_KEY")
+    with pytest.raises(RuntimeError, match=r"asks for a key, and there is none in BTOK_API_KEY .*BTOK_API_KEY=…"):
+        verify_url(exported, server.url)
 
 
 @pytest.mark.parametrize(

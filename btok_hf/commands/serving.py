@@ -29,6 +29,7 @@ def serve_command(commands: Any) -> None:
         ("--max-rows", int, 256, "most rows of a request"),
         ("--queue-rows", int, 1024, "most rows of all requests together"),
         ("--batch-rows", int, 64, "most rows of a batch"),
+        ("--max-text", int, 2_000_000, "most characters of the texts of a request"),
         ("--max-body", int, 32 * 2**20, "most bytes of a request, and of what it names"),
         ("--queue-body", int, 512 * 2**20, "most bytes of all requests together"),
         ("--max-image-pixels", int, 100_000_000, "most pixels of all images and frames of a request"),

@@ -113,14 +113,18 @@ class Embedder:
                 yield unit, chunk, True
 
     def _rows(self, unit: Unit, pool: ThreadPoolExecutor) -> Iterator[Row]:
-        """The prepared rows of a unit, in order. Threads work a few rows ahead."""
+        """The prepared rows of a unit, in order. Threads work a few rows ahead, fewer if rows are large."""
         window: deque[Future[Row]] = deque()
         for row in self.source.rows(unit):
             window.append(pool.submit(prepare, row, self.reading))
-            if len(window) > 2 * self.job.options.threads:
+            while len(window) > 2 * self.job.options.threads or self._held(window) > CHUNK_BYTES:
                 yield from self._pages(window.popleft().result())
         while window:
             yield from self._pages(window.popleft().result())
+
+    def _held(self, window: Iterable[Future[Row]]) -> int:
+        """Bytes of the rows that are ready. Those that are being read are not counted: one a thread."""
+        return sum(future.result().size for future in window if future.done() and future.exception() is None)
 
     def _pages(self, row: Row) -> Iterator[Row]:
         """A row; of a PDF its pages, which are drawn here, because PDFium runs in one thread only."""
@@ -153,7 +157,7 @@ class Embedder:
     def _embed_new(self, new: Mapping[str, list[Row]]) -> None:
         items: list[Any] = [same[0].item for same in new.values()]
         options = self.job.options
-        with _no_warnings():  # rows that fail are in the summary
+        with _no_warnings(), _named_row(next(iter(new.values()))[0].id):  # rows that fail are in the summary
             encoded: Any = self.model.encode_document(
                 items,
                 prompt=options.prompt,
@@ -171,12 +175,22 @@ class Embedder:
             else:
                 # The message names the input by its place in this call.
                 reason = encoded.errors[position].removeprefix(f"Input {position} {shown(items[position])}: ")
+                reason = reason.replace(f"The embedding of input {position} is", "The embedding is")
             for row in same:
                 row.item = None
                 if vector is None:
                     row.error = reason
                 else:
                     row.embedding = vector
+
+
+@contextmanager
+def _named_row(first: str) -> Iterator[None]:
+    """Say where in the corpus no row could be embedded. Single rows that cannot be are no error."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"No row of {first!r} and those after it could be embedded. {error}") from error
 
 
 @contextmanager

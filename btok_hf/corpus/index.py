@@ -288,7 +288,9 @@ class Index:
             if exact:
                 query = query.bypass_vector_index()
             else:  # without an index these do nothing
-                query = query.nprobes(PROBES) if binary else query.nprobes(PROBES).refine_factor(REFINE)
+                # With a condition that few rows fulfil, more partitions are searched, until there are enough of them.
+                query = query.minimum_nprobes(PROBES).maximum_nprobes(0)
+                query = query if binary else query.refine_factor(REFINE)
         with _bad_condition(where, self._table.schema):
             found = (query.where(_whole(where)) if where is not None else query).to_arrow()
         if vector is None:

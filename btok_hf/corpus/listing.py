@@ -13,7 +13,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from btok_hf.corpus.rows import File, Row
-from btok_hf.corpus.units import WRITTEN, Store
+from btok_hf.corpus.units import WRITTEN_FILES, WRITTEN_FOLDERS, Store
 from btok_hf.hub_names import is_hub_id
 from btok_hf.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
@@ -86,7 +86,9 @@ class Input:
     """
 
     def __init__(self, given: str, out: str | None = None) -> None:
-        self._written = tuple(f"{Store(out).root}/{name}" for name in WRITTEN) if out is not None else ()
+        root = Store(out).root if out is not None else None
+        self._written_files = [f"{root}/{name}" for name in WRITTEN_FILES if root is not None]
+        self._written_folders = tuple(f"{root}/{name}/" for name in WRITTEN_FOLDERS if root is not None)
         if is_hub_id(given):
             given = f"hf://datasets/{given}"
         self.fs, path = fsspec.core.url_to_fs(given)
@@ -132,7 +134,7 @@ class Input:
             entries = [self.fs.info(self._path)]
         for entry in entries:
             path = entry["name"]
-            if self._written and path.startswith(self._written):
+            if path in self._written_files or path.startswith(self._written_folders):
                 self.skipped["that btok embed wrote"] += 1
                 continue
             size, state = entry.get("size"), next((entry[key] for key in STATES if entry.get(key) is not None), None)

@@ -64,7 +64,7 @@ class Row:
         content_hash (`str`, *optional*): Set by `prepare`. Rows with equal content have equal hashes.
         thumbnail (`bytes`, *optional*): Set by `prepare`: a JPEG.
         item (`dict[str, Any]`, *optional*): Set by `prepare`: the input of `encode`.
-        size (`int`): Set by `prepare`: bytes of `item` in memory.
+        size (`int`): Set by `prepare`: bytes of `item`, or of the PDF, in memory.
         embedding (`numpy.ndarray` of shape `(dimensions,)`, *optional*): fp32, unit length.
     """
 
@@ -130,6 +130,7 @@ def prepare(row: Row, reading: Reading) -> Row:
     try:
         if "pdf" in parts:
             row.parts = {"pdf": parts["pdf"].read()}
+            row.size = len(row.parts["pdf"])
             row.error = None if row.parts["pdf"] else EMPTY
             return row
         if isinstance(parts.get("text"), File):

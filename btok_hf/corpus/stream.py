@@ -91,8 +91,13 @@ class Held:
             rows.append(_numbers(batch.column("row_hash")))
             self.gone += ids.filter(pa.array(~_among(keys[-1], wanted))).to_pylist()
         found = np.concatenate(keys)
+        del keys  # of 10⁹ rows each array is 8 GB
         order = np.argsort(found)
-        self._keys, self._rows = found[order], np.concatenate(rows)[order]
+        self._keys = found[order]
+        del found
+        self._rows = np.concatenate(rows)
+        del rows
+        self._rows = self._rows[order]
 
     def compare(self, batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
         """Which rows of a batch are new, and which are there with another content; boolean, shape `(n,)` each."""

@@ -26,7 +26,7 @@ from fsspec.implementations.local import LocalFileSystem
 FORMAT = 1
 KINDS = ("text", "image", "video", "page", "mixed")
 SETTINGS, PLAN, UNITS, ERRORS, SCANS = "corpus.json", "plan.json", "units", "errors", "scans"
-WRITTEN = (SETTINGS, PLAN, f"{UNITS}/", f"{ERRORS}/", f"{SCANS}/")
+WRITTEN_FILES, WRITTEN_FOLDERS = (SETTINGS, PLAN), (UNITS, ERRORS, SCANS)
 # Drafts of a process that was killed. Writing a unit takes seconds.
 OLD_DRAFT_SECONDS = 3600
 # Their values may differ between runs into one folder: the revision says what the model is.
@@ -203,6 +203,8 @@ class Corpus:
         """
         if errors:  # first, so that a unit with failed rows always has it
             self.store.write(f"{ERRORS}/{name}.json", json.dumps(errors, indent=1, ensure_ascii=False).encode())
+        else:  # one may be left of a process that was killed before it wrote the unit
+            self.store.remove(f"{ERRORS}/{name}.json")
         self.store.write(f"{UNITS}/{name}.parquet", table)
 
     def failed(self, names: Iterable[str]) -> set[str]:
@@ -217,7 +219,7 @@ class Corpus:
         return found
 
     def remove(self, names: Iterable[str]) -> None:
-        """Remove units."""
+        """Remove units. What a kill leaves of errors is removed when the unit is written again."""
         for name in names:
             self.store.remove(f"{UNITS}/{name}.parquet")
             self.store.remove(f"{ERRORS}/{name}.json")

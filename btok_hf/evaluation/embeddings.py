@@ -20,12 +20,12 @@ from accelerate import PartialState
 from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
 
-from btok_hf.encoding import estimate_tokens
 from btok_hf.evaluation.loading import read_input
 from btok_hf.evaluation.metrics import check_embeddings
 from btok_hf.evaluation.tasks import Task, TaskInput
 from btok_hf.files import replacing
 from btok_hf.golden import versions
+from btok_hf.lengths import estimate_tokens
 
 ROWS_PER_FILE = 256
 # Inputs whose media are decoded ahead of the model.

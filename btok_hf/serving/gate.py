@@ -24,6 +24,7 @@ class Limits:
         max_rows (`int`): Most rows of a request.
         queue_rows (`int`): Most rows of all requests together. More are answered with 429.
         batch_rows (`int`): Most rows of a batch.
+        max_text (`int`): Most characters of the texts of a request.
         max_body (`int`): Most bytes of a request, and of a file or download that it names.
         queue_body (`int`): Most bytes of all requests together. More are answered with 429.
         max_image_pixels (`int`): Most pixels of all images and frames of a request, before any reduction.
@@ -37,6 +38,7 @@ class Limits:
     max_rows: int = 256
     queue_rows: int = 1024
     batch_rows: int = 64
+    max_text: int = 2_000_000
     max_body: int = 32 * 2**20
     queue_body: int = 512 * 2**20
     max_image_pixels: int = 100_000_000

@@ -167,6 +167,13 @@ class EmbeddingRequest(_WithoutEffect):
         texts = [self.input] if isinstance(self.input, str) else self.input or []
         return [check_input({"text": text}, limits, place) for place, text in enumerate(texts)]
 
+    def characters(self) -> int:
+        """The number of characters of all texts."""
+        if self.messages is None:
+            return len(self.input or "") if not isinstance(self.input, list) else sum(map(len, self.input))
+        parts = [part for message in self.messages for part in message.parts()]
+        return sum(len(part.text) for part in parts if isinstance(part, TextPart))
+
     def count(self) -> int:
         """The number of rows."""
         return len(self.input) if isinstance(self.input, list) else 1

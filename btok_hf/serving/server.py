@@ -21,13 +21,13 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
 
+from btok_hf.lengths import media_tokens
 from btok_hf.sentence_transformer import BTokSentenceTransformer
+from btok_hf.serving import KEY
 from btok_hf.serving.batching import Batcher, QueueFull, Room, Row
 from btok_hf.serving.gate import Gate, Limits, error_response
 from btok_hf.serving.origins import Origins
 from btok_hf.serving.schema import EmbeddingRequest
-
-KEY = "BTOK_API_KEY"  # not a flag: other users of the machine can see flags
 
 
 class ServedModel(BTokSentenceTransformer):
@@ -42,6 +42,19 @@ class ServedModel(BTokSentenceTransformer):
         features = super().preprocess(inputs, prompt=prompt, positions=positions, **kwargs)
         self.lengths[list(positions)] = features["attention_mask"].sum(1)
         return features
+
+    def check_media(self, item: Any) -> None:
+        """Refuse images and videos that fit no row, before the processor makes gigabytes of tiny ones.
+
+        Raises:
+            ValueError: By twice, because the number of their tokens is an estimate. Below it, `preprocess` refuses.
+        """
+        tokens, most = media_tokens(item, self.processor), self.max_seq_length or math.inf
+        if tokens > 2 * most:
+            raise ValueError(
+                f"the images and videos of a row have about {tokens} tokens, and a row has {most} (max_seq_length): "
+                "send fewer or smaller ones"
+            )
 
     def embed(self, items: list[Any], prompt: str) -> tuple[np.ndarray, np.ndarray]:
         """Embeddings of shape `(inputs, dimensions)` and tokens of each input. For one thread."""
@@ -135,6 +148,9 @@ def make_app(model: ServedModel, name: str, limits: Limits, origins: Origins, ap
         if not 0 < body.count() <= limits.max_rows:
             text = f"a request has 1 to {limits.max_rows} rows (--max-rows), got {body.count()}"
             return error_response(400, text, "input")
+        if body.characters() > limits.max_text:
+            text = f"the texts of a request have {limits.max_text} characters at most (--max-text), got "
+            return error_response(400, f"{text}{body.characters()}")
         try:
             dimensions = _dimensions(model, body.dimensions)
             prompt = instruction_of(model, body)
@@ -142,6 +158,8 @@ def make_app(model: ServedModel, name: str, limits: Limits, origins: Origins, ap
                 read = asyncio.get_running_loop().run_in_executor
                 threads = app.state.slow_readers if body.reads_slowly() else app.state.readers
                 items = await read(threads, body.rows, image_limits, origins, more_pixels)
+                for item in items:
+                    model.check_media(item)
                 futures = app.state.batcher.submit(items, prompt)
                 try:
                     rows = await asyncio.gather(*map(asyncio.wrap_future, futures))

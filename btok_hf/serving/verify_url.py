@@ -7,6 +7,7 @@ what clients of OpenAI ask for.
 
 import base64
 import json
+import os
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from btok_hf.hub import check_distinct, golden_file
+from btok_hf.serving import KEY
 
 TIMEOUT = 300  # seconds for one input
 
@@ -31,7 +33,8 @@ def verify_url(
 ) -> float:
     """Check that a running server reproduces the golden vectors of a repository. A table is printed.
 
-    Inputs that the server refuses, such as videos, are listed as not reached.
+    Inputs that the server refuses, such as videos, are listed as not reached. If the environment has `BTOK_API_KEY`,
+    it is sent as the key.
 
     Args:
         path_or_repo (`str` or `Path`): Folder or Hub id of the repository that is served.
@@ -131,8 +134,15 @@ def _content(content: Any) -> Any:
 def _served_model(url: str) -> str:
     """The name of the first model that the server lists."""
     try:
-        with urllib.request.urlopen(f"{url}/v1/models", timeout=TIMEOUT) as answer:
+        with urllib.request.urlopen(_request(f"{url}/v1/models"), timeout=TIMEOUT) as answer:
             return str(json.load(answer)["data"][0]["id"])
+    except urllib.error.HTTPError as error:
+        if error.code not in (401, 403):
+            raise RuntimeError(f"{url}/v1/models names no model ({error}). Is it a server of embeddings?") from error
+        sent = "refuses" if os.environ.get(KEY) else "asks for a key, and there is none in"
+        raise RuntimeError(
+            f"{url} {sent} {KEY} ({error}). Set it to the server's key: {KEY}=… btok verify …"
+        ) from error
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise RuntimeError(
             f"{url}/v1/models names no model ({error}). Start the server, and give its address without a path, "
@@ -140,11 +150,15 @@ def _served_model(url: str) -> str:
         ) from error
 
 
+def _request(address: str, body: bytes | None = None) -> urllib.request.Request:
+    key = os.environ.get(KEY)
+    headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
+    return urllib.request.Request(address, body, headers)
+
+
 def _embed(url: str, body: dict[str, Any]) -> np.ndarray | str:
     """The embedding of one input, or why the server refused it."""
-    request = urllib.request.Request(
-        f"{url}/v1/embeddings", json.dumps(body).encode(), {"content-type": "application/json"}
-    )
+    request = _request(f"{url}/v1/embeddings", json.dumps(body).encode())
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
             embedding = json.load(answer)["data"][0]["embedding"]
