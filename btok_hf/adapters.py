@@ -251,15 +251,18 @@ def find_base(adapters: str, base: str) -> str:
         FileNotFoundError: The base is a folder and is in none of these places.
     """
     path = Path(base)
-    if is_hub_id(base) or Path(path, "config.json").is_file():
+    if Path(path, "config.json").is_file():
         return base
     tried = [base]
     for above in Path(adapters).resolve().parents[:3]:
-        # runs/a/start, recorded in full or from the working directory, lies beside runs/a/checkpoint-100.
-        for place in dict.fromkeys((above / path, above / path.name)):
+        # runs/a/start, recorded in full or from the working directory, lies beside runs/a/checkpoint-100. The path
+        # a/start could also be the id of a repository on the Hub: then only the whole path counts.
+        for place in dict.fromkeys((above / path, *(() if is_hub_id(base) else (above / path.name,)))):
             if Path(place, "config.json").is_file():
                 return str(place)
             tried.append(str(place))
+    if is_hub_id(base):
+        return base
     raise FileNotFoundError(
         f"The adapters in {adapters} belong to the base model {base!r}, which is in none of these places: "
         f"{', '.join(dict.fromkeys(tried))}. Put the base model (of a run of `btok train`: its folder start) beside "

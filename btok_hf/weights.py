@@ -75,10 +75,16 @@ def write_weights(output_dir: Path, read: Callable[[str], torch.Tensor], plan: S
 
     Raises:
         OSError: A written file differs from the tensors.
+        ValueError: Tensors with NaN or infinite values.
     """
     count = 0
     for file, names in plan.filename_to_tensors.items():
         shard = {name: read(name).detach().cpu().contiguous() for name in names}
+        if broken := [name for name in names if not shard[name].isfinite().all()]:
+            raise ValueError(
+                f"{len(broken)} weights are not finite, the first is {broken[0]}. Nothing was written. Take "
+                "the weights of a checkpoint from before the training broke."
+            )
         save_file(shard, output_dir / file, metadata={"format": "pt"})
         del shard  # before it is computed again
         with safe_open(output_dir / file, "pt") as written:

@@ -188,6 +188,22 @@ def test_what_could_not_be_exported_is_refused_before_training(repo, tmp_path, p
     assert not has_adapters(model.transformer.model)
 
 
+def test_a_folder_that_looks_like_an_id_is_found_and_not_published(repo, tmp_path, monkeypatch):
+    """Training in `a` names the base `a/start`, which could be a repository of a stranger."""
+    shutil.copytree(repo, tmp_path / "a" / "start")
+    monkeypatch.chdir(tmp_path)
+    model, trainer = trained("a/start", Path("a"))
+    trainer.save_model("a/checkpoint-2")
+    with pytest.raises(ValueError, match="must be a Hub id, got 'a/start'"):
+        export_adapters(model, tmp_path / "lora")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = BTokSentenceTransformer(tmp_path / "a" / "checkpoint-2", device="cpu")
+    np.testing.assert_allclose(again.encode(["a b"]), model.encode(["a b"]), atol=2e-6)
+    with pytest.raises(ValueError, match=r"must be a Hub id, got '.*a/start'"):
+        export_adapters(again, tmp_path / "lora")
+
+
 def test_the_base_is_found_when_the_run_was_moved(repo, tmp_path, monkeypatch):
     """Training names the base by a relative path; the run is then moved and loaded from elsewhere."""
     run = tmp_path / "runs" / "a"

@@ -22,10 +22,10 @@ from support.training import checkpointed_trainer, config, losses, reference_los
 
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model, golden
 from btok_hf.hub_card import training_run
-from btok_hf.training import CondensationConfig, CondensationTrainer
+from btok_hf.training import CondensationConfig, CondensationLoss, CondensationTrainer
 from btok_hf.training.checkpoints import checkpoints, incomplete_reason
 from btok_hf.training.condensation_collator import CondensationCollator
-from btok_hf.training.data import retrieval_evaluator
+from btok_hf.training.data import metric_names, retrieval_evaluator
 from btok_hf.training.mixture import load_mixture
 from btok_hf.training.sampler import MixtureBatchSampler
 
@@ -65,16 +65,6 @@ def test_sharded_processes_encode_every_copy(repo, tmp_path, monkeypatch, sharde
     (batch,) = trainer.get_train_dataloader()
     assert len(batch["positive_input_ids"]) == (4 if sharded else 2)
     assert ("positive_rows" in batch) == (sharded is None)
-
-
-def test_samples_of_a_step_are_counted_before_copies_are_left_out(repo, tmp_path):
-    rows = Dataset.from_dict({"query": ["same"] * 4, "positive": ["one", "two"] * 2})
-    args = config(tmp_path, max_steps=1, per_device_train_batch_size=4, logging_steps=1)
-    trainer = CondensationTrainer(model=BTokSentenceTransformer(repo, device="cpu"), args=args, train_dataset=rows)
-    counted = []
-    trainer.log = lambda logs, start_time=None: counted.append(trainer._samples)
-    trainer.train()
-    assert counted[0] == 4
 
 
 @pytest.mark.parametrize("mini_batch_size", [2, 4])
@@ -141,7 +131,7 @@ def test_training_lowers_both_losses_and_finds_pairs(repo, tmp_path):
     logs = [log for log in trainer.state.log_history if "loss" in log]
     assert logs[3]["infonce"] < 0.5 * logs[0]["infonce"] and logs[3]["condensation"] < 0.7 * logs[0]["condensation"]
     assert [log["condensation_weight"] for log in logs] == [5.0, 5.0, 5.0, 5.0, 0.0]
-    assert "condensation" not in logs[4] or logs[4]["condensation"] == 0
+    assert "condensation" not in logs[4]
     for log in logs[:4]:
         assert log["loss"] == pytest.approx(log["infonce"] + 5 * log["condensation"], rel=2e-3)
         assert log["tokens_per_second"] > log["samples_per_second"] > 0
@@ -213,7 +203,7 @@ def test_a_loss_that_is_not_finite_ends_the_training(repo, tmp_path, steps):
 
     trainer = checkpointed_trainer(repo, tmp_path, logging_steps=steps)
     trainer.add_callback(Break())
-    with pytest.raises(ValueError, match=rf"loss is nan at step {steps}\. Resume from a checkpoint with"):
+    with pytest.raises(ValueError, match=rf"loss is nan at step {steps}\. Start a new training from"):
         trainer.train()
     assert math.isnan(losses(trainer)[-1]) and math.isnan(trainer.state.log_history[-1]["infonce"])
 
@@ -229,7 +219,7 @@ def test_weights_that_are_not_finite_are_not_saved(repo, tmp_path):
 
     trainer = checkpointed_trainer(repo, tmp_path, logging_steps=100)
     trainer.add_callback(Break())
-    says = r"not finite at step 4, so no checkpoint .* newest complete one is .*checkpoint-2\. Resume from"
+    says = r"not finite at step 4, so no checkpoint .* newest complete one is .*checkpoint-2\. Start a new training"
     with pytest.raises(ValueError, match=says):
         trainer.train()
     assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-2"]
@@ -321,6 +311,50 @@ def test_rows_without_a_group_are_refused(repo, tmp_path):
     )
     with pytest.raises(ValueError, match="treats rows without a group as rows of one group"):
         trainer.get_train_dataloader()
+
+
+def test_a_given_loss_keeps_its_settings(repo, tmp_path):
+    model = BTokSentenceTransformer(repo, device="cpu")
+    loss = CondensationLoss(model, condensation_weight=0.25)
+    args = config(tmp_path, max_steps=2, condensation_steps=1, per_device_train_batch_size=4, logging_steps=1)
+    trainer = CondensationTrainer(model=model, args=args, train_dataset=text_pairs(8), loss=loss)
+    trainer.train()
+    assert [log["condensation_weight"] for log in trainer.state.log_history if "loss" in log] == [0.25, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"dataset_weights": {"a": 1.0}}, "there is only one. Give a dict"),
+        ({"block_size": 8}, "block_size is used with dataset_weights only"),
+    ],
+)
+def test_settings_without_effect_are_refused(repo, tmp_path, options, says):
+    with pytest.raises(ValueError, match=says):
+        CondensationTrainer(
+            model=BTokSentenceTransformer(repo, device="cpu"),
+            args=config(tmp_path, max_steps=1, **options),
+            train_dataset=text_pairs(4),
+        )
+
+
+@pytest.mark.parametrize("name", ["eval", "pairs"])
+def test_metrics_are_those_of_the_evaluator(repo, tmp_path, name):
+    """Before training with FSDP too, where accelerate cannot shard a model without an optimizer."""
+    text_pairs().to_json(tmp_path / f"{name}.jsonl")
+    evaluator = retrieval_evaluator(str(tmp_path / f"{name}.jsonl"))
+    trainer = checkpointed_trainer(repo, tmp_path, evaluator=evaluator)
+    found = trainer.evaluate_retrieval()
+    assert list(found) == metric_names(evaluator, trainer.model)
+    trainer.is_fsdp_enabled, trainer.evaluate = True, None
+    assert trainer.evaluate_retrieval() == pytest.approx(found)
+
+
+def test_a_best_checkpoint_that_cannot_be_loaded_is_an_error(repo, tmp_path):
+    trainer = checkpointed_trainer(repo, tmp_path)
+    trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-2")
+    with pytest.raises(OSError, match="checkpoint-2"):
+        trainer._load_best_model()
 
 
 def test_every_layout_trains(repo, tmp_path, monkeypatch):

@@ -32,9 +32,9 @@ def test_names_and_bytes_are_those_of_save_pretrained(repos, backbone, tmp_path)
 
 
 def test_a_file_that_is_not_what_was_written_is_refused(tmp_path, monkeypatch):
-    tensors = {"a": torch.ones(3), "b": torch.tensor([float("nan")])}
+    tensors = {"a": torch.ones(3), "b": torch.zeros(1)}
     plan = weights.plan_shards(tensors)
-    weights.write_weights(tmp_path, tensors.__getitem__, plan)  # NaN is written as it is
+    weights.write_weights(tmp_path, tensors.__getitem__, plan)
 
     def save_others(shard, path, **kwargs):
         save_file({**shard, "a": shard["a"] + 1}, path, **kwargs)
@@ -42,6 +42,13 @@ def test_a_file_that_is_not_what_was_written_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "save_file", save_others)
     with pytest.raises(OSError, match=r"a in .*model.safetensors is not what was written"):
         weights.write_weights(tmp_path, tensors.__getitem__, plan)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    tensors = {"a": torch.zeros(4), "b": torch.tensor([1.0, torch.inf]), "c": torch.arange(3)}
+    with pytest.raises(ValueError, match=r"1 weights are not finite, the first is b\. Nothing was written"):
+        weights.write_weights(tmp_path, tensors.__getitem__, weights.plan_shards(tensors, "1GB"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_shard_is_in_memory_at_a_time(tmp_path):

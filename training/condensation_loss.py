@@ -185,13 +185,13 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
 
     def _check_equal_work(self, mini_batches: int) -> None:
         """Refuse unequal numbers of mini-batches with sharded parameters, where every forward needs all processes."""
-        if not any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in self.model.parameters()):
+        if not any(isinstance(p, DTensor) for p in self.model.parameters()):
             return
         work = _gather_sizes([mini_batches, int(bool(self.cached))], self._device)
         if (work != work[:, :1]).any():
             raise ValueError(
-                f"The processes have {work[0].tolist()} mini-batches in this step. With sharded parameters (FSDP, "
-                "ZeRO-3) they must have equally many: set mini_batch_size and not mini_batch_num_tokens, and give "
+                f"The processes have {work[0].tolist()} mini-batches in this step. With sharded parameters (FSDP2) "
+                "they must have equally many: set mini_batch_size and not mini_batch_num_tokens, and give "
                 "every row of all datasets equally many negatives."
             )
 

@@ -4,7 +4,6 @@ What is computed in a step is in `condensation_loss.py`; checkpoint files are ha
 """
 
 import shutil
-import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -12,9 +11,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from datasets import Dataset
-from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.base.model import BaseModel
 from sentence_transformers.base.sampler import BatchSamplers
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader
 from transformers.trainer_utils import TrainOutput
@@ -22,7 +21,7 @@ from transformers.utils import logging
 
 from btok_hf.adapters import add_adapters, has_adapters
 from btok_hf.export import export_model
-from btok_hf.features import IGNORED, PIXEL_KEYS
+from btok_hf.features import PIXEL_KEYS
 from btok_hf.files import check_writable, nearest_existing
 from btok_hf.sentence_transformer import BTokSentenceTransformer
 from btok_hf.training.checkpoints import (
@@ -37,6 +36,7 @@ from btok_hf.training.checkpoints import (
 )
 from btok_hf.training.condensation_collator import CondensationCollator
 from btok_hf.training.condensation_config import CondensationConfig
+from btok_hf.training.condensation_log import REMEDY, LoggingTrainer
 from btok_hf.training.condensation_loss import CondensationLoss
 from btok_hf.training.data import check_columns, first_rows
 from btok_hf.training.parallel import check_parallelism
@@ -48,13 +48,17 @@ if TYPE_CHECKING:  # slow to import, or imported where it is used
     from btok_hf.hub_card.card import CardArguments
 
 logger = logging.get_logger(__name__)
-REMEDY = "Resume from a checkpoint with finite weights, at a lower learning_rate, or with bf16 in place of fp16."
+# What the Trainer adds to the metrics of an evaluator, whose name may be "eval".
+OF_TRAINER = [
+    f"eval_{name}" for name in ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+]
 
 
-class CondensationTrainer(SentenceTransformerTrainer):
+class CondensationTrainer(LoggingTrainer):
     """Trains a `BTokSentenceTransformer` with InfoNCE and Generative Information Condensation.
 
-    Takes the arguments of `SentenceTransformerTrainer`, with three differences. Datasets have the columns `query`,
+    Takes the arguments of `SentenceTransformerTrainer`, with three differences. A `loss` that is given keeps its own
+    settings, in place of those of `args`. Datasets have the columns `query`,
     `positive` and optionally `negative…`, `target` and `group`. The loss is `CondensationLoss`. Adapters are passed as
     `peft_config`.
 
@@ -74,7 +78,6 @@ class CondensationTrainer(SentenceTransformerTrainer):
     model: BTokSentenceTransformer
     args: CondensationConfig
     data_collator: CondensationCollator
-    loss: CondensationLoss  # type: ignore[assignment]  # annotated there as dict, which is one form of several
 
     def __init__(
         self,
@@ -98,9 +101,6 @@ class CondensationTrainer(SentenceTransformerTrainer):
                 "The trained weights have half precision, which rounds most optimizer steps to zero. Load the model "
                 "in fp32 and set bf16=True, or train adapters with peft_config."
             )
-        # Counted since the last log.
-        self._tokens, self._samples = 0, 0
-        self._since: float | None = None
         self._media = False  # since the last step of the optimizer
         super().__init__(model=model, args=args, **kwargs)
         check_parallelism(self, self.args)
@@ -108,9 +108,16 @@ class CondensationTrainer(SentenceTransformerTrainer):
         self.data_collator.args = self.args
         self.data_collator.deduplicate = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
         self._check_datasets()
+        self._weight = self.loss.condensation_weight  # of args, unless a loss was given
 
     def _check_datasets(self) -> None:
         """Collate one row of each dataset, so that a wrong column or side is found before training starts."""
+        if self.args.dataset_weights and not isinstance(self.train_dataset, dict):
+            raise ValueError(
+                "dataset_weights name datasets, but there is only one. Give a dict of them, or no weights."
+            )
+        if self.args.block_size and not self.args.dataset_weights:
+            raise ValueError("block_size is used with dataset_weights only. Give weights, or leave block_size out.")
         for part in (self.train_dataset, self.eval_dataset):
             for row in first_rows(part):
                 # The row's own columns: a transform may change those of the dataset.
@@ -175,13 +182,8 @@ class CondensationTrainer(SentenceTransformerTrainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         over = self.args.condensation_steps is not None and self.state.global_step >= self.args.condensation_steps
-        self.loss.condensation_weight = 0.0 if over else self.args.condensation_weight
-        if self._since is None:
-            self._since = time.perf_counter()
-        masks = [value for key, value in inputs.items() if key.endswith("_attention_mask")]
-        targets = [value != IGNORED for key, value in inputs.items() if key.endswith("_target_labels")]
-        self._samples += len(inputs.get("query_rows", masks[0])) * self.args.world_size
-        self._tokens += sum(int(counted.sum()) for counted in masks + targets) * self.args.world_size
+        self.loss.condensation_weight = 0.0 if over else self._weight
+        self._count(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._media |= any(key.endswith(PIXEL_KEYS) for key in inputs)
         if self.accelerator.sync_gradients:
@@ -214,22 +216,6 @@ class CondensationTrainer(SentenceTransformerTrainer):
         if not self.model.training:
             self._track()
         return output
-
-    def _track(self) -> None:
-        infonce = cast(torch.Tensor, self.loss.infonce)  # the loss has been called
-        weight = infonce.new_tensor(self.loss.condensation_weight)
-        parts = {"infonce": infonce, "condensation_weight": weight, "condensation": self.loss.condensation}
-        self.track_loss_components({name: value for name, value in parts.items() if value is not None})
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._since is not None:
-            seconds = time.perf_counter() - self._since
-            logs = {**logs, "samples_per_second": round(self._samples / seconds, 1)}
-            logs["tokens_per_second"] = round(self._tokens / seconds)
-            self._tokens, self._samples, self._since = 0, 0, None
-        super().log(logs, start_time)
-        if not torch.tensor(logs.get("loss", 0.0)).isfinite():
-            raise ValueError(f"The loss is {logs['loss']} at step {self.state.global_step}. {REMEDY}")
 
     def train(
         self,
@@ -300,9 +286,13 @@ class CondensationTrainer(SentenceTransformerTrainer):
         if self.evaluator is None:
             return {}
         evaluator: Any = self.evaluator  # evaluators have a name, but not in the annotations of their base class
+        if self.is_fsdp_enabled and not self._is_sharded():
+            # Before training. The Trainer would shard the model, which accelerate refuses without an optimizer.
+            return dict(evaluator(self.model.to(self.args.device)))
         own = f"{evaluator.name}_"
+        found = {key: value for key, value in self.evaluate().items() if key not in OF_TRAINER}
         # The Trainer prefixes names with "eval_" unless they begin with it.
-        metrics = {k if k.startswith(own) else k.removeprefix("eval_"): v for k, v in self.evaluate().items()}
+        metrics = {key if key.startswith(own) else key.removeprefix("eval_"): value for key, value in found.items()}
         return {key: value for key, value in metrics.items() if key.startswith(own)}
 
     def export(self, output_dir: Path | str, card: "CardArguments | None" = None, **details: Any) -> None:
@@ -376,7 +366,13 @@ class CondensationTrainer(SentenceTransformerTrainer):
             with self._unsharded(state_dict):
                 super()._save(output_dir, state_dict)
 
-    # The signature is Sentence-Transformers', which differs from transformers'.
-    def _load_from_checkpoint(self, checkpoint_path: str) -> None:  # type: ignore[override]
-        loaded = BTokSentenceTransformer(checkpoint_path, device="cpu")
-        self.model.load_state_dict(loaded.state_dict())
+    def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
+        state_dict = BTokSentenceTransformer(checkpoint_path, device="cpu").state_dict()
+        if any(isinstance(p, DTensor) for p in self.model.parameters()):
+            set_model_state_dict(self.model, state_dict, options=StateDictOptions(full_state_dict=True))
+        else:
+            self.model.load_state_dict(state_dict)
+
+    def _load_best_model(self) -> None:
+        # Sentence-Transformers logs an error and goes on with the last weights.
+        self._load_from_checkpoint(cast(str, self.state.best_model_checkpoint))

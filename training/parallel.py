@@ -2,21 +2,22 @@
 
 from typing import Any
 
-from sentence_transformers import SentenceTransformerTrainer
-
 from btok_hf.training.condensation_config import CondensationConfig
+from btok_hf.training.condensation_log import LoggingTrainer
 from btok_hf.training.data import first_rows
 
 SHARDED = "FSDP2 (accelerate launch --config_file training/accelerate/fsdp2.yaml …)"
 
 
-def check_parallelism(trainer: SentenceTransformerTrainer, args: CondensationConfig) -> None:
-    """Refuse `DataParallel`, FSDP of version 1, and batches that DeepSpeed cannot train.
+def check_parallelism(trainer: LoggingTrainer, args: CondensationConfig) -> None:
+    """Refuse `DataParallel`, FSDP and ZeRO whose checkpoints would not hold a model, and DeepSpeed with GradCache.
 
     Raises:
-        ValueError: One process sees several GPUs; FSDP without version 2, whose flat shards could not be saved; with
-            DeepSpeed, a batch of several mini-batches: its engine (0.19.8) refuses GradCache's backward passes.
+        ValueError: One process sees several GPUs; FSDP without version 2, whose flat shards could not be saved, or
+            without full state dicts; ZeRO-3; with DeepSpeed, a batch of several mini-batches: its engine (0.19.8)
+            refuses GradCache's backward passes.
     """
+    state: Any = trainer.accelerator.state
     if args.n_gpu > 1:
         raise ValueError(
             f"One process sees {args.n_gpu} GPUs. DataParallel would separate rows from their images. Start one "
@@ -27,12 +28,22 @@ def check_parallelism(trainer: SentenceTransformerTrainer, args: CondensationCon
             "FSDP of version 1 cannot be trained: what it saves would not be the whole model. Set fsdp_version: 2, as "
             f"in {SHARDED}."
         )
+    if trainer.is_fsdp_enabled and (kind := state.fsdp_plugin.state_dict_type.name) != "FULL_STATE_DICT":
+        raise ValueError(
+            f"With fsdp_state_dict_type: {kind} a checkpoint holds shards and no model to load or export. Set "
+            f"fsdp_state_dict_type: FULL_STATE_DICT, as in {SHARDED}."
+        )
+    if trainer.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3:
+        raise ValueError(
+            f"ZeRO-3 cannot be trained: what is saved would be empty. Use {SHARDED}, or ZeRO-2 "
+            "(training/accelerate/zero2.yaml)."
+        )
     if trainer.is_deepspeed_enabled:
         rows = args.per_device_train_batch_size * max(map(_negatives, [{}, *first_rows(trainer.train_dataset)]))
-        if args.mini_batch_num_tokens or args.mini_batch_size < rows:
+        if trainer.loss.mini_batch_num_tokens or trainer.loss.mini_batch_size < rows:
             raise ValueError(
                 f"DeepSpeed cannot run GradCache: {rows} rows must fit one mini-batch, but mini_batch_size is "
-                f"{args.mini_batch_size}. Set mini_batch_size={rows} and no mini_batch_num_tokens, or train with "
+                f"{trainer.loss.mini_batch_size}. Set mini_batch_size={rows} and no mini_batch_num_tokens, or use "
                 f"{SHARDED} or DDP."
             )
 

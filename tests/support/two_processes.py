@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import distributed
@@ -12,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from btok_hf import BTokSentenceTransformer
-from btok_hf.training import CondensationLoss
+from btok_hf.training import CondensationLoss, CondensationTrainer
 from btok_hf.training.checkpoints import full_parameters
 from support.processes import leave
 from support.training import batch_features
@@ -57,8 +58,20 @@ def save_gradients(repo, folder, how, mini_batch_size):
             with full_parameters(model, whole):
                 model.save_pretrained(str(folder / "fsdp2_model"))
         loss(features).backward()  # it still works when sharded
+        load_again(model, whole, folder)
     if distributed.get_rank() == 0:
         torch.save({"gradients": gradients, "loss": total / 2}, folder / f"{how}-{mini_batch_size}.pt")
+
+
+def load_again(model, whole, folder):
+    """Load a checkpoint into shards, as the trainer does when it resumes, or takes the best one."""
+    distributed.barrier()  # the first process saved it
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    CondensationTrainer._load_from_checkpoint(SimpleNamespace(model=model), str(folder / "fsdp2_model"), model)
+    again = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in again.items())
 
 
 def save_refusal(repo, folder):

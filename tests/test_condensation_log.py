@@ -1,0 +1,63 @@
+"""What a training logs."""
+
+import pytest
+from datasets import Dataset
+from support.media import image
+from support.training import config, text_pairs
+
+from btok_hf import BTokSentenceTransformer
+from btok_hf.training import CondensationTrainer
+
+
+def logs(trainer):
+    trainer.train()
+    return [log for log in trainer.state.log_history if "loss" in log]
+
+
+def test_samples_of_a_step_are_counted_before_copies_are_left_out(repo, tmp_path):
+    rows = Dataset.from_dict({"query": ["same"] * 4, "positive": ["one", "two"] * 2})
+    args = config(tmp_path, max_steps=1, per_device_train_batch_size=4, logging_steps=1)
+    trainer = CondensationTrainer(model=BTokSentenceTransformer(repo, device="cpu"), args=args, train_dataset=rows)
+    counted = []
+    trainer.log = lambda logs, start_time=None: counted.append(trainer._samples)
+    trainer.train()
+    assert counted[0] == 4
+
+
+@pytest.mark.parametrize("backbone", ["idefics3", "lfm2_vl"])
+def test_tokens_of_a_step_are_tokens_and_not_pixels(repos, tmp_path, backbone):
+    model = BTokSentenceTransformer(repos[backbone], device="cpu")
+    rows = Dataset.from_dict({"query": ["a", "b"], "positive": [{"image": image(300, 100, seed)} for seed in (0, 1)]})
+    args = config(tmp_path, max_steps=1, per_device_train_batch_size=2, logging_steps=1, condense="none")
+    trainer = CondensationTrainer(model=model, args=args, train_dataset=rows)
+    counted = []
+    trainer.log = lambda logs, start_time=None: counted.append(trainer._tokens)
+    trainer.train()
+    sides = [model.preprocess(rows[column])["attention_mask"].sum() for column in ("query", "positive")]
+    assert counted[0] == sum(sides)
+
+
+def test_condensation_is_averaged_over_the_steps_that_have_it(repo, tmp_path):
+    """Other steps have none: it is over, or their dataset has no targets."""
+    model = BTokSentenceTransformer(repo, device="cpu")
+    parts = {"with": text_pairs(8), "without": text_pairs(8)}
+    args = config(
+        tmp_path,
+        per_device_train_batch_size=4,
+        max_steps=6,
+        logging_steps=3,
+        learning_rate=0.0,
+        condense={"with": "positive", "without": "none"},
+        dataset_weights={"with": 1.0, "without": 1.0},
+        condensation_steps=3,
+        seed=1,
+    )
+    trainer = CondensationTrainer(model=model, args=args, train_dataset=parts)
+    seen = []
+    track = trainer._track
+    trainer._track = lambda: seen.append(trainer.loss.condensation) or track()
+    first, second = logs(trainer)
+    found = [float(value) for value in seen[:3] if value is not None]
+    assert 0 < len(found) < 3 and seen[3:] == [None] * 3
+    assert first["condensation"] == pytest.approx(sum(found) / len(found), abs=1e-4)
+    assert "condensation" not in second and "condensed" not in first

@@ -1,0 +1,73 @@
+"""What a training logs: losses averaged over the steps that have them, rows and tokens a second."""
+
+import time
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from sentence_transformers import SentenceTransformerTrainer
+
+from btok_hf.features import IGNORED
+from btok_hf.training.condensation_loss import CondensationLoss
+
+# Resuming would bring back the learning rate, which is in the checkpoint.
+REMEDY = (
+    "Start a new training from the newest complete checkpoint as the model (`btok export CHECKPOINT FOLDER` makes one "
+    "of adapters) at a lower learning_rate, or with bf16 in place of fp16."
+)
+
+CONDENSED = "condensed"  # steps with a condensation loss since the last log; not logged itself
+
+
+class LoggingTrainer(SentenceTransformerTrainer):
+    """The part of `CondensationTrainer` that counts and logs."""
+
+    loss: CondensationLoss  # type: ignore[assignment]  # annotated there as dict, which is one form of several
+    # Since the last log.
+    _tokens, _samples = 0, 0
+    _since: float | None = None
+
+    def _count(self, inputs: Mapping[str, Any]) -> None:
+        """Count the rows and tokens of a batch; in all processes, as many as in this one."""
+        if self._since is None:
+            self._since = time.perf_counter()
+        # Masks of pixels are masks of attention, too.
+        names = [key for key in inputs if key.endswith("_attention_mask") and "_pixel_" not in key]
+        masks = [inputs[key] for key in names]
+        targets = [value != IGNORED for key, value in inputs.items() if key.endswith("_target_labels")]
+        self._samples += len(inputs.get("query_rows", masks[0])) * self.args.world_size
+        self._tokens += sum(int(counted.sum()) for counted in masks + targets) * self.args.world_size
+
+    def _track(self) -> None:
+        infonce, condensation = cast(torch.Tensor, self.loss.infonce), self.loss.condensation  # the loss was called
+        parts = {
+            "infonce": infonce,
+            "condensation_weight": infonce.new_tensor(self.loss.condensation_weight),
+            "condensation": infonce.new_zeros(()) if condensation is None else condensation,
+            CONDENSED: infonce.new_tensor(float(condensation is not None)),
+        }
+        self.track_loss_components(parts)
+
+    def _average_condensation(self, kind: str) -> None:
+        """Average the condensation loss over the steps that have one; a log without such a step has none."""
+        parts = self.accum_loss_components[kind]
+        if CONDENSED not in parts:
+            return
+        counts = torch.stack([parts["steps"].float(), parts.pop(CONDENSED).to(parts["steps"].device)])
+        steps, condensed = self.accelerator.reduce(counts).tolist()
+        if condensed:
+            parts["condensation"] *= steps / condensed  # the superclass divides by all steps
+        else:
+            del parts["condensation"]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._since is not None:
+            seconds = time.perf_counter() - self._since
+            logs = {**logs, "samples_per_second": round(self._samples / seconds, 1)}
+            logs["tokens_per_second"] = round(self._tokens / seconds)
+            self._tokens, self._samples, self._since = 0, 0, None
+        if "loss" in logs or "eval_loss" in logs:
+            self._average_condensation("train" if "loss" in logs else "eval")
+        super().log(logs, start_time)
+        if not torch.tensor(logs.get("loss", 0.0)).isfinite():
+            raise ValueError(f"The loss is {logs['loss']} at step {self.state.global_step}. {REMEDY}")
