@@ -40,11 +40,11 @@ class LoggingTrainer(SentenceTransformerTrainer):
 
     def _track(self) -> None:
         infonce, condensation = cast(torch.Tensor, self.loss.infonce), self.loss.condensation  # the loss was called
-        parts = {
+        parts = {  # filled on the device: copying a number to it would wait for the step
             "infonce": infonce,
-            "condensation_weight": infonce.new_tensor(self.loss.condensation_weight),
+            "condensation_weight": infonce.new_full((), self.loss.condensation_weight),
             "condensation": infonce.new_zeros(()) if condensation is None else condensation,
-            CONDENSED: infonce.new_tensor(float(condensation is not None)),
+            CONDENSED: infonce.new_full((), condensation is not None),
         }
         self.track_loss_components(parts)
 
@@ -56,7 +56,8 @@ class LoggingTrainer(SentenceTransformerTrainer):
         counts = torch.stack([parts["steps"].float(), parts.pop(CONDENSED).to(parts["steps"].device)])
         steps, condensed = self.accelerator.reduce(counts).tolist()
         if condensed:
-            parts["condensation"] *= steps / condensed  # the superclass divides by all steps
+            # The superclass divides by all steps.
+            parts["condensation"] = parts["condensation"] * (steps / condensed)
         else:
             del parts["condensation"]
 

@@ -1,6 +1,7 @@
-"""`SentenceTransformerTrainer` with condensation: collator, loss, adapters, checkpoints, logging, export.
+"""`SentenceTransformerTrainer` with condensation: collator, loss, adapters, checkpoints, export.
 
-What is computed in a step is in `condensation_loss.py`; checkpoint files are handled in `checkpoints.py`.
+What is computed in a step is in `condensation_loss.py`, what is logged in `condensation_log.py`; checkpoint files are
+handled in `checkpoints.py`.
 """
 
 import shutil
@@ -57,10 +58,9 @@ OF_TRAINER = [
 class CondensationTrainer(LoggingTrainer):
     """Trains a `BTokSentenceTransformer` with InfoNCE and Generative Information Condensation.
 
-    Takes the arguments of `SentenceTransformerTrainer`, with three differences. A `loss` that is given keeps its own
-    settings, in place of those of `args`. Datasets have the columns `query`,
-    `positive` and optionally `negative…`, `target` and `group`. The loss is `CondensationLoss`. Adapters are passed as
-    `peft_config`.
+    Takes the arguments of `SentenceTransformerTrainer`, with three differences. Datasets have the columns `query`,
+    `positive` and optionally `negative…`, `target` and `group`. The loss is a `CondensationLoss`; one that is given
+    keeps its own settings, in place of those of `args`. Adapters are passed as `peft_config`.
 
     Logs `loss` (the total), `infonce`, `condensation`, `condensation_weight` (λ), `samples_per_second` and
     `tokens_per_second` (rows and targets of all processes).
