@@ -138,7 +138,7 @@ def test_options_of_serve(btok, monkeypatch):
     assert served.pop() == (("a", "127.0.0.1", 8000, None, Limits(), (), None), {**loads, "max_seq_length": None})
     flags = "--host h --port 1 --name n --revision v --device cpu --dtype float32 --max-pixels 9 --max-seq-length 8"
     flags += (
-        " --max-rows 1 --queue-rows 2 --batch-rows 3 --max-body 4 --queue-body 5 --max-image-pixels 6 --queue-pixels 7"
+        " --max-rows 1 --queue-rows 2 --batch-rows 3 --max-text 4 --max-body 5 --queue-body 6 --max-image-pixels 7 --queue-pixels 8"
         " --timeout 8"
     )
     flags += " --allow-urls example.org,b:80 --allow-files files"
@@ -146,7 +146,7 @@ def test_options_of_serve(btok, monkeypatch):
     loads = {"revision": "v", "device": "cpu", "model_kwargs": {"dtype": "float32"}, "max_seq_length": 8}
     loads |= {"processor_kwargs": {"max_pixels": 9}}
     hosts = ["example.org", "b:80"]
-    assert served.pop() == (("a", "h", 1, "n", Limits(1, 2, 3, 4, 5, 6, 7, 8.0), hosts, Path("files")), loads)
+    assert served.pop() == (("a", "h", 1, "n", Limits(1, 2, 3, 4, 5, 6, 7, 8, 8.0), hosts, Path("files")), loads)
     status, _, errors = btok("serve", "a", "--timeout", "0")
     assert status == 1 and "timeout must be above 0" in errors
 
