@@ -240,8 +240,9 @@ def embed_batches(
     if not queued:
         return None
     embeddings = torch.cat([batch.read(inputs) for batch in queued])
-    if isinstance(inputs, Skipping) and not len(embeddings):  # skipping all would hide broken weights
-        raise ValueError(_not_finite(min(inputs.errors), embeddings.dtype))
+    if not len(embeddings):  # skipping all that could be read would hide broken weights
+        broken = {index: reason for batch in queued for index, reason in batch.errors.items()}
+        raise ValueError(broken[min(broken)])
     order = torch.tensor([index for batch in queued for index in batch.positions])
     return embeddings[order.argsort().to(embeddings.device)]
 
@@ -251,6 +252,7 @@ class _Queued:
 
     def __init__(self, positions: list[int], embeddings: Tensor, save_to_cpu: bool) -> None:
         self.positions, on_gpu = positions, embeddings.is_cuda
+        self.errors: dict[int, str] = {}  # of those that are not finite, by position
         self.embeddings = embeddings.to("cpu", non_blocking=on_gpu) if save_to_cpu else embeddings
         self.finite = embeddings.isfinite().all(1).to("cpu", non_blocking=on_gpu)
         self.event = torch.cuda.current_stream(embeddings.device).record_event() if on_gpu else None
@@ -264,11 +266,11 @@ class _Queued:
                 self.embeddings = self.embeddings.clone()
         if not self.finite.all():
             broken = [index for index, good in zip(self.positions, self.finite.tolist()) if not good]
-            messages = {index: _not_finite(index, self.embeddings.dtype) for index in broken}
+            self.errors = {index: _not_finite(index, self.embeddings.dtype) for index in broken}
             if not isinstance(inputs, Skipping):
-                raise ValueError(messages[broken[0]])
-            inputs.errors |= messages
-            self.positions = [index for index in self.positions if index not in messages]
+                raise ValueError(self.errors[broken[0]])
+            inputs.errors |= self.errors
+            self.positions = [index for index in self.positions if index not in self.errors]
             self.embeddings = self.embeddings[self.finite.to(self.embeddings.device)]
             self.finite = self.finite[self.finite]
         return self.embeddings

@@ -23,8 +23,8 @@ BETWEEN_WORDS = re.compile(r"(?<=\S) (?=[^\W\d_])")
 def text_end(text: str, count: int, tokenize: Callable[[str], Sized]) -> str:
     """The end of a text with at least `count` tokens, cut between words; the text itself, if it is not much longer.
 
-    Rows keep their last tokens, so this gives the tokens of the whole text. Tokenizing that takes a second and 200 MB
-    for each megabyte.
+    Rows keep their last tokens, so this gives the tokens of the whole text. Tokenizing that takes a second or two for
+    each megabyte, and 160 to 280 times its bytes (docs/experiments.md, 2026-11-28).
 
     Args:
         text (`str`): The text.

@@ -138,8 +138,8 @@ def test_options_of_serve(btok, monkeypatch):
     assert served.pop() == (("a", "127.0.0.1", 8000, None, Limits(), (), None), {**loads, "max_seq_length": None})
     flags = "--host h --port 1 --name n --revision v --device cpu --dtype float32 --max-pixels 9 --max-seq-length 8"
     flags += (
-        " --max-rows 1 --queue-rows 2 --batch-rows 3 --max-text 4 --max-body 5 --queue-body 6 --max-image-pixels 7 --queue-pixels 8"
-        " --timeout 8"
+        " --max-rows 1 --queue-rows 2 --batch-rows 3 --max-text 4 --max-body 5 --queue-body 6 --max-image-pixels 7"
+        " --queue-pixels 8 --timeout 8"
     )
     flags += " --allow-urls example.org,b:80 --allow-files files"
     assert btok("serve", "a", *flags.split())[0] == 0

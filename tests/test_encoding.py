@@ -123,8 +123,8 @@ def test_a_vector_that_is_not_finite_is_an_error_or_skipped(repo, batch_size):
     assert encoded.kept.tolist() == [0, 2] and encoded.errors.keys() == {1, 3}
     assert "embedding of input 3 is not finite" in encoded.errors[3]
     np.testing.assert_allclose(encoded.embeddings, model.encode(["aaaa", "bb"]), atol=TOLERANCE)
-    with pytest.raises(ValueError, match=r"The embedding of input 0 is not finite"):
-        model.encode(["z", "zz", None], batch_size=batch_size, on_error="skip")
+    with pytest.raises(ValueError, match=r"The embedding of input 1 is not finite"):
+        model.encode([None, "z", "zz"], batch_size=batch_size, on_error="skip")
 
 
 def test_a_batch_is_read_when_the_next_one_is_queued():

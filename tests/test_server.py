@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import numpy as np
 import pytest
+from fastapi.testclient import TestClient
 from PIL import Image
 from support.inputs import TOLERANCE
 from support.media import image
@@ -21,7 +22,9 @@ from support.serving import embed, message, png, refusal, served, web_server
 
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model
 from btok_hf.cli import main
-from btok_hf.serving.server import ServedModel
+from btok_hf.serving.gate import Limits
+from btok_hf.serving.origins import Origins
+from btok_hf.serving.server import ServedModel, make_app
 from btok_hf.serving.verify_url import verify_url
 
 FRAMES = [image(56, 56, seed) for seed in range(4)]
@@ -268,9 +271,10 @@ def test_media_that_fit_no_row_are_refused_before_they_are_processed(exported, m
     model = ServedModel(str(exported), device="cpu", max_seq_length=20)
     tiny = image(28, 28)
     model.check_media({"image": [tiny] * 40, "text": "word " * 1000})  # close calls are left to the processor
-    monkeypatch.setattr(model, "preprocess", None)
-    with pytest.raises(ValueError, match=r"about 41 tokens, and a row has 20 \(max_seq_length\): send fewer"):
-        model.check_media({"image": [tiny] * 41})
+    monkeypatch.setattr(model, "preprocess", None)  # it is not reached
+    with TestClient(make_app(model, "tiny", Limits(), Origins(10**6, 10**6, 10))) as client:
+        error = refusal(client, 400, {"messages": [message(*[tiny] * 41)]})
+    assert "about 41 tokens, and a row has 20 (max_seq_length): send fewer" in error
 
 
 def test_a_slow_client_is_cut_off_and_others_are_not(narrow):

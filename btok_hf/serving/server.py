@@ -47,7 +47,8 @@ class ServedModel(BTokSentenceTransformer):
         """Refuse images and videos that fit no row, before the processor makes gigabytes of tiny ones.
 
         Raises:
-            ValueError: By twice, because the number of their tokens is an estimate. Below it, `preprocess` refuses.
+            ValueError: They have twice the tokens of a row, or more. The number is an estimate, so what is nearer is
+                left to `preprocess`.
         """
         tokens, most = media_tokens(item, self.processor), self.max_seq_length or math.inf
         if tokens > 2 * most:
