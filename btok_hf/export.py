@@ -130,8 +130,7 @@ def export_adapters(
     if not has_adapters(backbone):
         raise ValueError("The model has no adapters to write. Export the full model with export_model.")
     base = str(base_model or adapter_config(backbone).base_model_name_or_path)
-    found = getattr(module, "_base", base)  # a folder a/start looks like an id
-    if not is_hub_id(base) or (base_model is None and Path(found, "config.json").is_file()):
+    if not is_hub_id(base):
         raise ValueError(
             f"base_model must be a Hub id, got {base!r}, which nobody else could load. Push the repository that the "
             "adapters were trained on, and pass its id as base_model, e.g. 'org/btok-start'."
