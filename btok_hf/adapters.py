@@ -238,7 +238,7 @@ def find_base(adapters: str, base: str) -> str:
     """The folder or Hub id of the base model of adapters.
 
     The path in `adapter_config.json` may be relative to the folder that training ran in, or the run may have been
-    moved. Then the base is looked for beside the adapters: in the folder that contains them, and in those above it.
+    moved. So the base is looked for beside the adapters first: in the folder that contains them, and in those above.
 
     Args:
         adapters (`str`): Folder or Hub id of the adapters.
@@ -250,21 +250,19 @@ def find_base(adapters: str, base: str) -> str:
     Raises:
         FileNotFoundError: The base is a folder and is in none of these places.
     """
-    path = Path(base)
-    if Path(path, "config.json").is_file():
-        return base
-    tried = [base]
-    for above in Path(adapters).resolve().parents[:3]:
-        # runs/a/start, recorded in full or from the working directory, lies beside runs/a/checkpoint-100. The path
-        # a/start could also be the id of a repository on the Hub: then only the whole path counts.
-        for place in dict.fromkeys((above / path, *(() if is_hub_id(base) else (above / path.name,)))):
-            if Path(place, "config.json").is_file():
-                return str(place)
-            tried.append(str(place))
+    path, above = Path(base), Path(adapters).resolve().parents[:3]
+    # runs/a/start, recorded in full or from the working directory, lies beside runs/a/checkpoint-100. The working
+    # directory comes after that: it may be that of another run. The path a/start could also be the id of a repository
+    # on the Hub: then only the whole path counts.
+    places = [*(folder / path for folder in above), path]
+    places += [] if is_hub_id(base) else [folder / path.name for folder in above]
+    for place in (tried := dict.fromkeys(map(str, places))):
+        if Path(place, "config.json").is_file():
+            return place
     if is_hub_id(base):
         return base
     raise FileNotFoundError(
         f"The adapters in {adapters} belong to the base model {base!r}, which is in none of these places: "
-        f"{', '.join(dict.fromkeys(tried))}. Put the base model (of a run of `btok train`: its folder start) beside "
+        f"{', '.join(tried)}. Put the base model (of a run of `btok train`: its folder start) beside "
         "the checkpoint, or write its path into base_model_name_or_path of adapter_config.json."
     )

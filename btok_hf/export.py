@@ -122,7 +122,8 @@ def export_adapters(
         `Path`: `output_dir`.
 
     Raises:
-        ValueError: No adapters, DoRA, a base that is not a Hub id, or a merged model in `output_dir`.
+        ValueError: No adapters, DoRA, a base that is not a Hub id or not its main branch, or a merged model in
+            `output_dir`.
         OSError: `output_dir` cannot be written to, or the disk is full.
     """
     module: Any = model[0]
@@ -135,6 +136,12 @@ def export_adapters(
             f"base_model must be a Hub id, got {base!r}, which nobody else could load. Push the repository that the "
             "adapters were trained on, and pass its id as base_model, e.g. 'org/btok-start'."
         )
+    if base_model is None and module.base_revision not in (None, "main"):
+        raise ValueError(
+            f"The adapters were trained on revision {module.base_revision!r} of {base}, and stock loaders would take "
+            "its main branch. Pass base_model, the id of a repository whose main branch it is, or export the merged "
+            "model with export_model."
+        )
     if adapter_config(backbone).use_dora:
         raise ValueError(
             "Adapters with use_dora=True cannot be exported: stock loaders ignore the magnitudes of DoRA "
@@ -144,7 +151,9 @@ def export_adapters(
         raise ValueError(f"{output_dir} contains a merged model, which loaders would prefer. Choose another folder.")
     output_dir = write_repository(output_dir, backbone, module.processor, adapters_only=True, model=model, files=files)
     path = output_dir / "adapter_config.json"
-    write_json(path, {**json.loads(path.read_text("utf-8")), "base_model_name_or_path": base})
+    # The revision of the base is its main branch: that of training is refused above, or belongs to another base.
+    here = {"base_model_name_or_path": base, "revision": None}
+    write_json(path, json.loads(path.read_text("utf-8")) | here)
     return output_dir
 
 
@@ -204,6 +213,8 @@ def write_repository(
         output_dir.mkdir(parents=True, exist_ok=True)
         if adapters_only:
             (output_dir / golden.FILE_NAME).unlink(missing_ok=True)
+            if model is not None:
+                adapter_config(backbone).revision = model[0].base_revision  # of the base, which PEFT does not know
             backbone.save_pretrained(output_dir)
         else:
             # Written beside the old weights, which stay if the disk is full, and which the model may map into memory.
@@ -247,7 +258,7 @@ def write_golden_vectors(output_dir: Path, model: "SentenceTransformer") -> None
     converted layer by layer.
     """
     config = AutoConfig.from_pretrained(output_dir)
-    backbone = modeling_btok.load_stock_model(output_dir, config, dtype="auto")[0].model.eval()
+    backbone = modeling_btok.load_stock_model(output_dir, config, needs_head=False, dtype="auto")[0].model.eval()
     compute_in_fp32(backbone)
     module: Any = model[0]
     family = family_of(config)

@@ -92,7 +92,8 @@ def push(
             )
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        stale = set(filter_repo_objects(api.list_repo_files(repo_id, revision=revision), allow_patterns=REPLACED))
+        present = (name for name in api.list_repo_files(repo_id, revision=revision) if "/" not in name)
+        stale = set(filter_repo_objects(present, allow_patterns=REPLACED))
         commit = api.create_commit(
             repo_id,
             [

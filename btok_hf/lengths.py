@@ -84,6 +84,8 @@ def _estimate(item: Any, processor: ProcessorMixin | None, tokenize: Callable[[s
     if isinstance(item, Image.Image):
         return _pixel_tokens(item.size, processor)
     if hasattr(item, "ndim"):  # an array: three axes for an image, four for a video
+        if item.ndim < 2 or 0 in item.shape:
+            return 0  # refused where it is read
         *_, height, width = item.shape[:-1] if item.shape[-1] in (1, 3, 4) else (1, *item.shape)
         if item.ndim < 4:
             return _pixel_tokens((width, height), processor)

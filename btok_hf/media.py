@@ -127,7 +127,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
         array = np.asarray(image)
         # Pillow reads 16-bit files as 32-bit integers (mode I) too.
         wide = image.mode.startswith("I;16") or (image.mode == "I" and 255 < array.max() < 2**16 and array.min() >= 0)
-        return Image.fromarray(as_uint8(array.astype(np.uint16) if wide else array)).convert("RGB")
+        scaled = np.rint(array / 257).astype(np.uint8) if wide else as_uint8(array)
+        return Image.fromarray(scaled).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

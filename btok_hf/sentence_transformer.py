@@ -8,8 +8,7 @@ The forward is in `btok_hf/condensation.py`, checks of inputs in `btok_hf/inputs
 `btok_hf/export.py`.
 """
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -21,6 +20,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from btok_hf.adapters import find_base, has_adapters, load_adapters
+from btok_hf.arguments import check_loading, check_prompt, check_row_length, named_damage
 from btok_hf.backbones import family_of
 from btok_hf.condensation import condense, reconstruct
 from btok_hf.encoding import PackedEncoder
@@ -60,14 +60,15 @@ class BottleneckTransformer(Transformer):
         """The configuration, for adapters that of their base, and whether there are adapters."""
         hub = {key: value for key, value in config_kwargs.items() if key in HUB_ARGUMENTS}
         if find_adapter_config_file(model_name_or_path, **hub) is None:
+            self.base_revision = config_kwargs.get("revision")  # of what adapters are added to
             return super()._load_config(model_name_or_path, backend, config_kwargs)
         from peft import PeftConfig
 
         saved = PeftConfig.from_pretrained(model_name_or_path, **hub)
         self._base = find_base(model_name_or_path, saved.base_model_name_or_path)
-        # The revision belongs to the adapters, not to the base model.
-        of_base = {key: value for key, value in config_kwargs.items() if key not in ("revision", "subfolder")}
-        return AutoConfig.from_pretrained(self._base, **of_base), True
+        self.base_revision = saved.revision  # that of the call is one of the adapters
+        of_base = {key: value for key, value in config_kwargs.items() if key != "subfolder"}
+        return AutoConfig.from_pretrained(self._base, **of_base | {"revision": saved.revision}), True
 
     def _load_model(
         self,
@@ -86,16 +87,31 @@ class BottleneckTransformer(Transformer):
         source, adapter_kwargs = model_name_or_path, {}
         if is_peft_model:
             adapter_kwargs = {key: model_kwargs[key] for key in HUB_ARGUMENTS if key in model_kwargs}
-            model_kwargs.pop("revision", None)
+            model_kwargs["revision"] = self.base_revision
             source = self._base
         with LOADING:
-            model, _ = load_stock_model(source, config, **model_kwargs)
-            self.lm_head = untied_head(model)
+            model, info = load_stock_model(source, config, needs_head=False, **model_kwargs)
+            # Without a head, as AutoModel saves it, a model embeds, and targets cannot be predicted.
+            self.lm_head = None if "lm_head.weight" in info["missing_keys"] else untied_head(model)
             self.generation_config = model.generation_config
             backbone = model.model
             if is_peft_model:
                 load_adapters(backbone, model_name_or_path, **adapter_kwargs)
         return backbone
+
+    @property
+    def max_seq_length(self) -> int:
+        """The longest row in tokens, with all that it ends in."""
+        assert self.tokenizer is not None  # every Qwen-VL processor has one
+        return self.tokenizer.model_max_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int) -> None:
+        assert self.tokenizer is not None
+        suffix = getattr(self.config, "btok_suffix", None)
+        words = self.tokenizer.encode(f" {suffix}", add_special_tokens=False) if suffix else []
+        check_row_length(value, len(words) + len(bottleneck_token_ids(self.config)) + 1)
+        self.tokenizer.model_max_length = value
 
     @property
     def vision_tower(self) -> torch.nn.Module:
@@ -145,6 +161,7 @@ class BottleneckTransformer(Transformer):
             FileNotFoundError: A file of an input does not exist.
             ValueError: An input that cannot be embedded correctly. The message has its position and shows it in short.
         """
+        check_prompt(prompt)
         places, limits = range(len(inputs)) if positions is None else positions, self.image_limits
         checked = [check_input(item, limits, place) for item, place in zip(inputs, places)]
         family = family_of(self.config)
@@ -293,7 +310,8 @@ class BTokSentenceTransformer(PackedEncoder):
         **hub_kwargs: Any,
     ) -> None:
         model_name_or_path = str(model_name_or_path)
-        with _named_damage(model_name_or_path):
+        check_loading(prompts, hub_kwargs)
+        with named_damage(model_name_or_path):
             module = BottleneckTransformer.load(
                 model_name_or_path, model_kwargs=model_kwargs, processor_kwargs=processor_kwargs, **hub_kwargs
             )
@@ -336,6 +354,10 @@ class BTokSentenceTransformer(PackedEncoder):
         Returns:
             `list[str]`
         """
+        if isinstance(inputs, str):
+            raise ValueError(f"reconstruct takes a list of inputs, got the text {inputs!r}. Put it into a list.")
+        if not inputs:
+            return []
         module, tokenizer = self.transformer, self.tokenizer
         ids = reconstruct(
             module.model,
@@ -373,18 +395,5 @@ class BTokSentenceTransformer(PackedEncoder):
             generation_config=module.generation_config,
             adapters_only=has_adapters(module.model),
             model=self,
+            files=None if create_model_card else {},  # a card that exists stays
         )
-
-
-@contextlib.contextmanager
-def _named_damage(model_name_or_path: str) -> Iterator[None]:
-    """JSON, Jinja and tokenizers raise types of their own at damaged files, and do not name the model."""
-    try:
-        yield
-    except Exception as error:
-        if type(error) is ValueError or isinstance(error, (OSError, ImportError, RuntimeError, MemoryError)):
-            raise
-        raise ValueError(
-            f"{model_name_or_path!r} cannot be loaded ({type(error).__name__}: {error}). A file of it is damaged "
-            "or was edited. Export or download it again."
-        ) from error

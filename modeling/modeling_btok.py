@@ -299,9 +299,15 @@ class BTokForEmbedding(PreTrainedModel):
             raise ValueError("save_pretrained(push_to_hub=True) is not supported: call model.push_to_hub(repo_id).")
         self.model.save_pretrained(save_directory, **kwargs)
         path = Path(save_directory, "config.json")
-        if path.exists():  # absent if only an adapter was saved
+        if path.exists():  # absent if the backbone has adapters, which alone are saved
             path.write_text(json.dumps(with_auto_map(json.loads(path.read_text("utf-8"))), indent=2) + "\n", "utf-8")
         shutil.copyfile(__file__, Path(save_directory, "modeling_btok.py"))
+
+    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused with `ValueError`, as `load_adapter` is: saved weights would have names that no loader knows."""
+        raise ValueError("BTokForEmbedding has no adapters of its own. Call the method of its .model.")
+
+    load_adapter = add_adapter
 
     @classmethod
     def is_backend_compatible(cls) -> bool:
@@ -388,9 +394,5 @@ def with_auto_map(config: dict[str, Any]) -> dict[str, Any]:
     transformers chooses its stock classes by `model_type` and ignores the architecture. Engines that choose by it, and
     do not know Bottleneck Tokens, refuse the model instead of pooling it in another way.
     """
-    stock = STOCK_CLASSES[config["model_type"]]
-    return {
-        **config,
-        "architectures": [f"BTok{stock.replace('ForConditionalGeneration', 'ForEmbedding')}"],
-        "auto_map": {"AutoModel": "modeling_btok.BTokForEmbedding"},
-    }
+    name = "BTok" + STOCK_CLASSES[config["model_type"]].replace("ForConditionalGeneration", "ForEmbedding")
+    return {**config, "architectures": [name], "auto_map": {"AutoModel": "modeling_btok.BTokForEmbedding"}}

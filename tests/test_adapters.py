@@ -11,6 +11,7 @@ import transformers
 from datasets import Dataset
 from packaging.version import Version
 from peft import IA3Config, LoHaConfig, LoraConfig
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from support import tiny
 from support.pictures import colours
@@ -202,6 +203,19 @@ def test_a_folder_that_looks_like_an_id_is_found_and_not_published(repo, tmp_pat
     np.testing.assert_allclose(again.encode(["a b"]), model.encode(["a b"]), atol=2e-6)
     with pytest.raises(ValueError, match=r"must be a Hub id, got '.*a/start'"):
         export_adapters(again, tmp_path / "lora")
+
+
+def test_the_base_of_the_same_run_comes_before_that_of_the_working_directory(repo, tmp_path, monkeypatch):
+    shutil.copytree(repo, tmp_path / "one" / "run" / "start")
+    shutil.copytree(repo, tmp_path / "other" / "run" / "start")
+    weights = tmp_path / "other" / "run" / "start" / "model.safetensors"
+    save_file({name: tensor + 0.1 for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    monkeypatch.chdir(tmp_path / "one")
+    model, trainer = trained("run/start", Path("run"))
+    trainer.save_model("run/checkpoint-2")
+    monkeypatch.chdir(tmp_path / "other")
+    again = BTokSentenceTransformer(tmp_path / "one" / "run" / "checkpoint-2", device="cpu")
+    np.testing.assert_allclose(again.encode(["a b"]), model.encode(["a b"]), atol=2e-6)
 
 
 def test_the_base_is_found_when_the_run_was_moved(repo, tmp_path, monkeypatch):

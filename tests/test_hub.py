@@ -80,11 +80,17 @@ def test_a_pushed_repository_loads_everywhere_pinned_and_offline(hub, exported, 
     assert hub.run(*command, home=tmp_path / "home").stdout.split()[-1] == url
     assert not any(method == "PUT" or "/commit/" in path for method, path, _ in hub.requests[before:])
 
-    # A push of other weights removes the weight files that its folder lacks. The first commit still loads.
+    # A push of other weights removes the weight files that its folder lacks, and none of a folder that it does not
+    # know. The first commit still loads.
+    upload = (
+        "HfApi().upload_file(path_or_fileobj=b'x', path_in_repo='models/old.safetensors', repo_id='org/btok-tiny')"
+    )
+    hub.run("-c", f"from huggingface_hub import HfApi; {upload}", home=tmp_path / "home")
     (copied / "model-00001-of-00002.safetensors").unlink()
     add_noise(copied, 0.1)
     hub.run(*command, home=tmp_path / "home")
     assert "model-00001-of-00002.safetensors" not in served(hub, "org/btok-tiny")
+    assert "models/old.safetensors" in served(hub, "org/btok-tiny")
     vectors = {
         None: BTokSentenceTransformer(copied, device="cpu").encode(TEXTS),
         first: BTokSentenceTransformer(exported, device="cpu").encode(TEXTS),
@@ -100,6 +106,36 @@ def test_a_pushed_repository_loads_everywhere_pinned_and_offline(hub, exported, 
     assert len(online) == 4
     for loader, revision, array in online + offline:
         assert np.abs(np.array(array) - vectors[revision]).max() <= 1e-6, (loader, revision)
+
+
+def test_adapters_keep_the_revision_of_their_base(hub, exported, copied, tmp_path):
+    """The main branch may hold other weights by the time they are loaded."""
+    home = tmp_path / "home"
+    hub.run("-m", "btok_hf", "push", exported, "org/start", "--revision", "v1", home=home)
+    add_noise(copied, 0.1)
+    hub.run("-m", "btok_hf", "push", copied, "org/start", home=home)
+    code = (
+        "import json, sys; from peft import LoraConfig\n"
+        "from btok_hf import BTokSentenceTransformer, export_adapters\n"
+        "from btok_hf.adapters import add_adapters\n"
+        "model = BTokSentenceTransformer('org/start', revision='v1', device='cpu')\n"
+        "add_adapters(model[0].model, model[0].lm_head, LoraConfig(r=2, lora_dropout=0.0, init_lora_weights=False))\n"
+        "model.save_pretrained(sys.argv[1])\n"
+        "again = BTokSentenceTransformer(sys.argv[1], device='cpu')\n"
+        "again.save_pretrained(sys.argv[1] + '-again')\n"
+        "third = BTokSentenceTransformer(sys.argv[1] + '-again', device='cpu')\n"
+        "first, *others = (m.encode(['a b']) for m in (model, again, third))\n"
+        "assert all(abs(first - other).max() < 1e-6 for other in others)\n"
+        "try: export_adapters(again, sys.argv[1] + '-lora')\n"
+        "except ValueError as error: assert \"trained on revision 'v1' of org/start\" in str(error), error\n"
+        "else: raise SystemExit('stock loaders would take the main branch')\n"
+        "export_adapters(again, sys.argv[1] + '-lora', 'org/start-v1')\n"
+    )
+    hub.run("-c", code, tmp_path / "adapters", home=home)
+    names = ("base_model_name_or_path", "revision")
+    for folder, expected in (("adapters-again", ("org/start", "v1")), ("adapters-lora", ("org/start-v1", None))):
+        saved = json.loads((tmp_path / folder / "adapter_config.json").read_text("utf-8"))
+        assert tuple(saved[name] for name in names) == expected
 
 
 def test_branches_pull_requests_and_private_repositories(hub, exported, tmp_path):

@@ -43,6 +43,13 @@ def test_a_damaged_exif_block_says_nothing(tmp_path):
         assert np.array_equal(as_rgb(copy), upright)
 
 
+def test_a_dark_image_of_16_bits_is_scaled_as_a_bright_one(tmp_path):
+    for name, value in (("dark", 200), ("bright", 51_400)):
+        Image.fromarray(np.full((4, 4), value, np.uint16)).save(tmp_path / f"{name}.png")
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert as_rgb(picture).getpixel((0, 0)) == (round(value / 257),) * 3
+
+
 def test_photographs_are_upright(loaded, tmp_path):
     """Images are turned by their EXIF tag, as in transformers and datasets."""
     picture = image(112, 56)

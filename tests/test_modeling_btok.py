@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from support import ROOT, tiny
 from support.inputs import process, rows, text_inputs
@@ -315,6 +316,18 @@ def test_a_release_that_moves_patches_is_too_old(kind, layer, side, tmp_path, mo
 def test_push_through_save_pretrained_is_refused(repo, tmp_path):
     with pytest.raises(ValueError, match="push_to_hub"):
         BTokForEmbedding.from_pretrained(repo).save_pretrained(tmp_path, push_to_hub=True)
+
+
+def test_adapters_go_to_the_backbone(repo, tmp_path):
+    """Those of the wrapper would be saved in names that no loader knows."""
+    model = AutoModel.from_pretrained(repo, trust_remote_code=True)
+    for add in (model.add_adapter, model.load_adapter):
+        with pytest.raises(ValueError, match=r"no adapters of its own\. Call the method of its \.model"):
+            add(LoraConfig(r=2, target_modules=["q_proj"]))
+    model.model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {file.name for file in tmp_path.iterdir()}
+    assert not list(tmp_path.glob("model*.safetensors"))
 
 
 def test_remote_code_is_flat_and_imports_torch_and_transformers_only():

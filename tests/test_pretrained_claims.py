@@ -99,17 +99,18 @@ def test_runs_of_different_settings_are_not_compared(tmp_path):
 def test_a_table_has_the_arms_that_were_run_and_names_the_others(tmp_path, capsys, monkeypatch):
     page = tmp_path / "page.md"
     names = (*claims.TABLES, "decoded")
-    marks = "".join(f"<!-- claims {name} -->\nold\n<!-- end of claims {name} -->\n" for name in names)
-    page.write_text(marks)
+    marks = "".join(f"<!-- claims-2 {name} -->\nold\n<!-- end of claims-2 {name} -->\n" for name in names)
+    page.write_text(marks + "<!-- claims tokens -->\nold\n<!-- end of claims tokens -->\n")
     monkeypatch.setattr(claims, "PAGE", page)
     count = len(tasks()[TASK].queries)
     for seed, arm in enumerate(list(claims.TABLES["tokens"])[:3]):
-        write(tmp_path / "results", arm, seed % 2, [1] * count)
-    claims.report(tmp_path / "results")
+        write(tmp_path / "claims-2", arm, seed % 2, [1] * count)
+    claims.report(tmp_path / "claims-2")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["arms", "weights"] and "has results of 1 arms" in lines[0]
-    arms, tokens, _, texts, _ = page.read_text().split("<!-- end of claims ")
+    arms, tokens, _, texts, other = page.read_text().split("<!-- end of claims-2 ")
     assert arms.endswith("\nold\n") and texts.endswith("\nold\n")
+    assert "<!-- claims tokens -->\nold\n" in other  # of another folder
     assert "| K = 8 − K = 4 | 0 | +0.0 ± 0.0 | +0.00 | – | 0.00 | – |" in tokens and "K = 1 −" not in tokens
     assert "Not run yet: K = 16." in tokens
 

@@ -16,7 +16,7 @@ from support.inputs import TOLERANCE, as_messages, process
 from support.media import image, video
 from transformers import AutoModel
 
-from btok_hf import BTokSentenceTransformer, read_video
+from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model, read_video
 from btok_hf.backbones import family_of
 
 
@@ -200,6 +200,35 @@ def test_saving_again_keeps_a_loadable_repository(repo, tmp_path, inputs):
         assert type(AutoModel.from_pretrained(again, trust_remote_code=True)).__name__ == "BTokForEmbedding"
 
 
+def test_a_card_that_exists_can_be_kept(repo, tmp_path):
+    """`push_to_hub` of Sentence-Transformers asks for it where a repository has a card."""
+    model = BTokSentenceTransformer(repo, device="cpu")
+    (tmp_path / "README.md").write_text("measured")
+    model.save_pretrained(str(tmp_path), create_model_card=False)
+    assert (tmp_path / "README.md").read_text() == "measured"
+    model.save_pretrained(str(tmp_path))
+    assert (tmp_path / "README.md").read_text() != "measured"
+
+
+def test_a_backbone_that_was_saved_without_its_head_embeds(tmp_path):
+    """`AutoModel` and stock Sentence-Transformers save no untied head. Nothing takes a random one."""
+    base = tiny.build("qwen2_vl", tmp_path / "base", tied=False)
+    repo = add_bottleneck_tokens(base, tmp_path / "start", 4, noise_std=1.0)
+    expected = BTokSentenceTransformer(repo, device="cpu").encode(["a b"])
+    AutoModel.from_pretrained(repo, trust_remote_code=True).save_pretrained(tmp_path / "auto")
+    for file in Path(repo).iterdir():
+        if not (tmp_path / "auto" / file.name).exists():
+            (shutil.copytree if file.is_dir() else shutil.copyfile)(file, tmp_path / "auto" / file.name)
+    model = BTokSentenceTransformer(tmp_path / "auto", device="cpu")
+    assert model[0].lm_head is None
+    np.testing.assert_allclose(model.encode(["a b"]), expected, atol=TOLERANCE)
+    with pytest.raises(ValueError, match="no language-modelling head"):
+        model.reconstruct(["a b"])
+    again = BTokSentenceTransformer(export_model(model, tmp_path / "export"), device="cpu")
+    assert again[0].lm_head is None
+    np.testing.assert_allclose(again.encode(["a b"]), expected, atol=TOLERANCE)
+
+
 def test_what_stock_drops_when_it_saves_without_trust(repo, tmp_path):
     """The vectors stay and the remote code is lost, as the card says."""
     stock = SentenceTransformer(repo, device="cpu")
@@ -331,7 +360,7 @@ def test_media_are_never_cut(repo):
         wrapper.encode([item])
     with pytest.raises(ValueError, match="Mismatch in `image` token count"):  # stock words, but never a wrong vector
         stock.encode([item])
-    wrapper.max_seq_length = 3
+    wrapper.tokenizer.model_max_length = 3  # past the check of max_seq_length
     with pytest.raises(ValueError, match="4 Bottleneck Tokens: max_seq_length=3"):
         wrapper.encode(["text"])
 

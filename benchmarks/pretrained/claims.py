@@ -2,6 +2,7 @@
 
     python -m benchmarks.pretrained.claims --minutes 8 --processes 4     # on one GPU; again: what is still missing
     python -m benchmarks.pretrained.claims --report                      # the tables of docs/pretrained.md
+    python -m benchmarks.pretrained.claims --report --results benchmarks/results/pretrained/claims-16
 
 Every run is one of `run.py` on the same rows in the same order, seed by seed, with passages of 40 to 160 words, so
 that there is something to compress. Tables are run one after the other, and in a table a seed through all arms before
@@ -200,7 +201,10 @@ def decoded(folder: Path) -> str:
 
 
 def report(folder: Path) -> None:
-    """Put the tables into docs/pretrained.md, of the arms that have results, and say which have none."""
+    """Put the tables into docs/pretrained.md, of the arms that have results, and say which have none.
+
+    Marks on the page begin with the name of the folder: runs of other settings are other tables.
+    """
     page = PAGE.read_text("utf-8")
     for name, labels in TABLES.items():
         found = results(folder, list(labels))
@@ -209,9 +213,9 @@ def report(folder: Path) -> None:
             continue
         missing = [label for arm, label in labels.items() if arm not in found]
         more = f"\nNot run yet: {', '.join(missing)}.\n" if missing else ""
-        page = insert(page, f"claims {name}", table(found, labels) + more)
+        page = insert(page, f"{folder.name} {name}", table(found, labels) + more)
     if lines := decoded(folder):
-        page = insert(page, "claims decoded", lines)
+        page = insert(page, f"{folder.name} decoded", lines)
     PAGE.write_text(page, "utf-8")
 
 

@@ -1,4 +1,4 @@
-"""The stock Qwen-VL models of vLLM with the pooling of Bottleneck Tokens, and with the positions of transformers."""
+"""Stock models of vLLM with the pooling of Bottleneck Tokens, and with the positions of transformers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,9 @@ from vllm.model_executor.layers.pooler import DispatchPooler
 from vllm.model_executor.layers.pooler.activations import PoolerNormalize
 from vllm.model_executor.layers.pooler.seqwise import EmbeddingPoolerHead, SequencePooler
 from vllm.model_executor.layers.pooler.seqwise.methods import SequencePoolingMethod
+from vllm.model_executor.models.idefics3 import Idefics3ForConditionalGeneration
 from vllm.model_executor.models.interfaces_base import default_pooling_type
+from vllm.model_executor.models.interns1 import InternS1ForConditionalGeneration
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration
 from vllm.model_executor.models.qwen3_5 import Qwen3_5ForConditionalGeneration
@@ -112,3 +114,18 @@ class BTokQwen3VLForEmbedding(WithBottleneckTokens, Qwen3VLForConditionalGenerat
 @default_pooling_type(seq_pooling_type="MEAN")
 class BTokQwen3_5ForEmbedding(WithBottleneckTokens, Qwen3_5ForConditionalGeneration):
     """Qwen3.5 with Bottleneck Tokens. Positions as in Qwen3-VL; rows that are whole start from a state of zero."""
+
+
+@default_pooling_type(seq_pooling_type="MEAN")
+class BTokInternVLForEmbedding(WithBottleneckTokens, InternS1ForConditionalGeneration):
+    """InternVL with Bottleneck Tokens, in the layout of transformers, whose class in vLLM is that of Intern-S1."""
+
+
+@default_pooling_type(seq_pooling_type="MEAN")
+class BTokIdefics3ForEmbedding(WithBottleneckTokens, Idefics3ForConditionalGeneration):
+    """SmolVLM with Bottleneck Tokens."""
+
+
+@default_pooling_type(seq_pooling_type="MEAN")
+class BTokSmolVLMForEmbedding(WithBottleneckTokens, Idefics3ForConditionalGeneration):
+    """SmolVLM2 with Bottleneck Tokens. Exports have the processor of SmolVLM."""

@@ -63,7 +63,9 @@ class BTokRenderer(HfRenderer):
             raise VLLMValidationError(
                 "An input is empty: nothing but its Bottleneck Tokens. Remove it or fill it.", parameter="input"
             )
-        if row["type"] == "token" and {config.image_token_id, config.video_token_id} & set(ids):
+        # A video of an InternVL is a row of images to its configuration.
+        placeholders = {config.image_token_id, getattr(config, "video_token_id", config.image_token_id)}
+        if row["type"] == "token" and placeholders & set(ids):
             raise VLLMValidationError(
                 "The token ids have placeholders of images or videos, but none were sent. Send messages.",
                 parameter="input",

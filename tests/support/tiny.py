@@ -103,7 +103,7 @@ def hybrid(text, linear_dim):
     }
 
 
-def smolvlm(backbone, vocab_size, tied):
+def smolvlm(backbone, vocab_size, tied, head_dim):
     """A random SmolVLM with its processor: tiles of 28 x 28 pixels, 4 tokens each, up to 2 x 2 and the whole."""
     tok = tokenizer(special=SMOLVLM_SPECIAL, pad="<|im_end|>", eos="<end_of_utterance>")
     config, model, images = {
@@ -117,8 +117,8 @@ def smolvlm(backbone, vocab_size, tied):
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_attention_heads": 64 // head_dim,
+        "num_key_value_heads": 32 // head_dim,
         "max_position_embeddings": 4096,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
         "bos_token_id": tok.convert_tokens_to_ids("<|im_start|>"),
@@ -139,7 +139,7 @@ def smolvlm(backbone, vocab_size, tied):
     return model, Idefics3Processor(images(**pixels), tok, image_seq_len=4)
 
 
-def internvl(text, tied, text_model):
+def internvl(text, tied, text_model, head_dim):
     """An InternVL with tiles of 56 x 56 pixels, which are 4 tokens each."""
     tok = tokenizer(
         special=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<box>"], extra_special_tokens=dict(INTERNVL)
@@ -148,7 +148,7 @@ def internvl(text, tied, text_model):
     text = {
         **text,
         "model_type": text_model,
-        "head_dim": 16,
+        "head_dim": head_dim,
         "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6},
         "bos_token_id": ids["endoftext"],
         "eos_token_id": ids["im_end"],
@@ -176,7 +176,7 @@ def internvl(text, tied, text_model):
     return InternVLForConditionalGeneration(config), processor
 
 
-def lfm2vl(vocab_size, tied):
+def lfm2vl(vocab_size, tied, head_dim):
     """An LFM2-VL of convolutions before and after attention. Images have up to 16 tokens, and tiles 4."""
     tiles = [f"<|img_row_{row}_col_{col}|>" for row in range(1, 5) for col in range(1, 4 // row + 1)]
     tok = tokenizer(
@@ -198,8 +198,8 @@ def lfm2vl(vocab_size, tied):
         "block_auto_adjust_ff_dim": False,
         "num_hidden_layers": 3,
         "layer_types": ["conv", "full_attention", "conv"],
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_attention_heads": 64 // head_dim,
+        "num_key_value_heads": 32 // head_dim,
         "max_position_embeddings": 4096,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
         "bos_token_id": bos,
@@ -267,13 +267,13 @@ def build(
     pixels = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 16}
     torch.manual_seed(seed)
     if backbone in ("idefics3", "smolvlm"):
-        model, processor = smolvlm(backbone, vocab_size, tied)
+        model, processor = smolvlm(backbone, vocab_size, tied, head_dim)
         chat_template = SMOLVLM_TEMPLATE if chat_template == CHAT_TEMPLATE else chat_template
     elif backbone == "lfm2_vl":
-        model, processor = lfm2vl(vocab_size, tied)
+        model, processor = lfm2vl(vocab_size, tied, head_dim)
         chat_template = LFM2VL_TEMPLATE if chat_template == CHAT_TEMPLATE else chat_template
     elif backbone == "internvl":
-        model, processor = internvl(text, tied, text_model)
+        model, processor = internvl(text, tied, text_model, head_dim)
         for kind, own in (("image", FAMILIES[backbone].image), ("video", FAMILIES[backbone].video)):
             stock = f"<|vision_start|><|{kind}_pad|><|vision_end|>"
             chat_template = chat_template and chat_template.replace(stock, own)

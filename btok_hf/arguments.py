@@ -1,0 +1,52 @@
+"""Checks of what is passed when a model is loaded, and errors that tell a wrong argument from a damaged file."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+HUB = ("revision", "token", "cache_folder", "local_files_only")
+# Names that Sentence-Transformers or transformers have for them.
+OTHER_NAMES = {"tokenizer_kwargs": "processor_kwargs", "cache_dir": "cache_folder", "use_auth_token": "token"}
+
+
+def check_loading(prompts: Any, hub_kwargs: Mapping[str, Any]) -> None:
+    """Raise `TypeError` for prompts that are no mapping of texts, or for arguments that loading does not have."""
+    if prompts is not None and not (
+        isinstance(prompts, Mapping) and all(isinstance(text, str) for pair in prompts.items() for text in pair)
+    ):
+        raise TypeError(f"prompts must be a dict of texts by name, e.g. {{'query': 'Find it. '}}, got {prompts!r}.")
+    for name in hub_kwargs:
+        if name not in HUB:
+            known = f"Use {OTHER_NAMES[name]}" if name in OTHER_NAMES else f"Leave it out, or use {', '.join(HUB)}"
+            raise TypeError(f"BTokSentenceTransformer has no argument {name!r}. {known}.")
+
+
+def check_prompt(prompt: Any) -> None:
+    """Raise `ValueError` for a prompt that is no text."""
+    if prompt is not None and not isinstance(prompt, str):
+        raise ValueError(f"prompt must be a text, got {prompt!r}. One of the model's prompts goes by prompt_name.")
+
+
+def check_row_length(value: Any, least: int) -> None:
+    """Raise `ValueError` for a `max_seq_length` that leaves no token of the content."""
+    if not isinstance(value, int) or value < least:
+        raise ValueError(
+            f"max_seq_length must be a number of tokens, and at least {least}, got {value!r}: every row ends in "
+            f"{least - 1} tokens that are never cut, the suffix and the Bottleneck Tokens. Raise it."
+        )
+
+
+@contextlib.contextmanager
+def named_damage(model_name_or_path: str) -> Iterator[None]:
+    """JSON, Jinja and tokenizers raise types of their own at damaged files, and do not name the model."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is ValueError or isinstance(error, (OSError, ImportError, RuntimeError, MemoryError)):
+            raise
+        if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):  # of model_kwargs
+            raise
+        raise ValueError(
+            f"{model_name_or_path!r} cannot be loaded ({type(error).__name__}: {error}). A file of it is damaged "
+            "or was edited. Export or download it again."
+        ) from error

@@ -1,0 +1,55 @@
+"""Wrong arguments are told from damaged files, before anything is loaded or embedded."""
+
+import numpy as np
+import pytest
+
+from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"tokenizer_kwargs": {}}, TypeError, "no argument 'tokenizer_kwargs'. Use processor_kwargs"),
+        ({"config_kwargs": {}}, TypeError, "no argument 'config_kwargs'. Leave it out, or use revision, token"),
+        ({"prompts": ["Find it."]}, TypeError, r"prompts must be a dict of texts by name.*got \['Find it\.'\]"),
+        ({"prompts": {"query": 3}}, TypeError, "prompts must be a dict of texts"),
+        ({"model_kwargs": {"foo": 1}}, TypeError, "unexpected keyword argument 'foo'"),
+        ({"max_seq_length": 0}, ValueError, "max_seq_length must be a number of tokens, and at least 5, got 0"),
+        ({"max_seq_length": "64"}, ValueError, "max_seq_length must be .* got '64'"),
+    ],
+)
+def test_arguments_of_loading(repo, options, error, message):
+    with pytest.raises(error, match=message) as raised:
+        BTokSentenceTransformer(repo, device="cpu", **options)
+    assert "damaged" not in str(raised.value)
+
+
+def test_a_row_keeps_its_suffix_and_some_of_its_content(bases, tmp_path):
+    folder = add_bottleneck_tokens(bases["qwen2_vl"], tmp_path / "start", 4, suffix="in a word:", noise_std=1.0)
+    model = BTokSentenceTransformer(folder, device="cpu")
+    least = len(" in a word:") + 4 + 1  # a token is a byte
+    for length in (least - 1, None):
+        with pytest.raises(ValueError, match=f"at least {least}, got {length}: every row ends in {least - 1} tokens"):
+            model.max_seq_length = length
+    model.max_seq_length = least
+    vectors = model.encode(["a cat", "a dog"])
+    assert np.abs(vectors[0] - vectors[1]).max() > 1e-3
+
+
+def test_arguments_of_encoding(repo):
+    model = BTokSentenceTransformer(repo, device="cpu")
+    with pytest.raises(ValueError, match=r"prompt must be a text, got 3.*prompt_name"):
+        model.encode(["a"], prompt=3)
+    with pytest.raises(ValueError, match="takes a list of inputs, got the text 'abc'"):
+        model.reconstruct("abc")
+    assert model.reconstruct([]) == []
+
+
+@pytest.mark.parametrize("value", [np.float64("nan"), np.array(3.0), np.array([1, 2, 3]), np.zeros((0, 0, 3), "u1")])
+@pytest.mark.parametrize("backbone", ["qwen2_vl", "internvl"])
+def test_values_that_are_no_inputs_are_named_or_skipped(repos, backbone, value):
+    model = BTokSentenceTransformer(repos[backbone], device="cpu")
+    with pytest.raises(ValueError, match=r"^Input 1 "):
+        model.encode(["a", value])
+    result = model.encode(["a", value, "b"], on_error="skip")
+    assert list(result.errors) == [1] and result.kept.tolist() == [0, 2]
