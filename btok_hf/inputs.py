@@ -103,7 +103,7 @@ def _as_dict(item: Any) -> Mapping[str, Any]:
     if isinstance(item, Mapping):
         if "array" in item:
             return {"video": item}
-        return {"image": item} if _is_cell(item) else item
+        return {"image": item} if is_cell(item) else item
     if isinstance(item, FRAMES):
         is_video = not isinstance(item, Image.Image) and item.ndim == 4
         return {"video" if is_video else "image": item}
@@ -202,7 +202,7 @@ def _read_image(image: Any, limits: ImageLimits) -> Image.Image:
 
 def _as_file(value: Any) -> Any:
     """Addresses, and media as `datasets` stores them, as a path or an open file. All else as it is."""
-    if isinstance(value, Mapping) and _is_cell(value):
+    if isinstance(value, Mapping) and is_cell(value):
         content = value["bytes"]
         if content is not None and not isinstance(content, (bytes, bytearray)):
             raise ValueError(f"'bytes' must be the content of a file, got {type(content).__name__}")
@@ -311,7 +311,7 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _is_cell(value: Mapping[str, Any]) -> bool:
+def is_cell(value: Mapping[str, Any]) -> bool:
     """Whether this is an image or video as `datasets` stores it."""
     return set(value) == {"bytes", "path"}
 
@@ -352,25 +352,33 @@ def content_hash(value: Any) -> int:
     """A stable 63-bit hash of the content of an input. Equal content has equal hashes.
 
     Args:
-        value: A text, image, array, bytes, or a dict or list of them. `{"text": …}` has the hash of its text.
-            The order of keys does not count.
+        value: A text, image, array, bytes, or a dict or list of them. A dict of one text, image or video has the hash
+            of its value, and the path of a media file that of the file. The order of keys does not count.
 
     Returns:
         `int`: At least 0.
     """
     digest = hashlib.blake2b(digest_size=8)
 
-    def add(part: Any) -> None:
-        if isinstance(part, Image.Image):
+    def add(part: Any, is_text: bool = False) -> None:
+        if isinstance(part, (str, Path)) and not is_text and is_media_path(str(part)) and Path(part).is_file():
+            with open(part, "rb") as file:
+                part = ("file", hashlib.file_digest(file, "blake2b").hexdigest())
+        elif isinstance(part, Image.Image):
             # The bytes of a palette image are indices of colours. The same bytes with another palette differ.
             part = part.convert("RGBA") if part.mode in ("P", "PA") else part
             part = (part.mode, part.size, part.tobytes())
         elif isinstance(part, (np.ndarray, torch.Tensor)):
             part = np.ascontiguousarray(part)
             part = (str(part.dtype), part.shape, part.tobytes())
-        if isinstance(part, dict):
-            part = part["text"] if set(part) == {"text"} else sorted(part.items())
-        if isinstance(part, (list, tuple)):
+        if isinstance(part, dict) and len(part) == 1 and part.keys() <= {"text", "image", "video"}:
+            add(*part.values(), is_text="text" in part)
+        elif isinstance(part, dict):
+            digest.update(f"{{{len(part)}".encode())
+            for key in sorted(part):
+                add(key, is_text=True)
+                add(part[key], is_text=key not in ("image", "video"))
+        elif isinstance(part, (list, tuple)):
             digest.update(f"[{len(part)}".encode())
             for item in part:
                 add(item)

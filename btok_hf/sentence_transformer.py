@@ -49,9 +49,8 @@ class BottleneckTransformer(Transformer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        family, given = family_of(self.config), kwargs.get("processor_kwargs") or {}
-        if not family.reads_pixels:
-            family.limit_pixels(self.processor, given.get("min_pixels"), given.get("max_pixels"))
+        given = kwargs.get("processor_kwargs") or {}
+        family_of(self.config).take_pixels(self.processor, given.get("min_pixels"), given.get("max_pixels"))
         self._check_template()
 
     def _load_config(

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from peft import LoraConfig
 from support.processes import run_script
-from support.training import checkpointed_trainer, losses
+from support.training import checkpointed_trainer, config, losses, text_pairs
 
-from btok_hf.training.checkpoints import checkpoints, incomplete_reason, newest_complete
+from btok_hf import BTokSentenceTransformer
+from btok_hf.training import CondensationTrainer
+from btok_hf.training.checkpoints import checkpoint_to_resume, checkpoints, incomplete_reason, newest_complete
 
 
 def test_a_killed_run_resumes_from_its_last_whole_checkpoint(repo, tmp_path):
@@ -45,6 +48,21 @@ def test_checkpoints_are_rotated_and_damage_is_noticed(repo, tmp_path):
         trainer.train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="there is none at all"):
         checkpointed_trainer(repo, tmp_path / "new").train(resume_from_checkpoint=True)
+
+
+def test_false_of_a_flag_starts_anew(tmp_path):
+    assert checkpoint_to_resume("false", tmp_path) is None and checkpoint_to_resume("False", tmp_path) is None
+
+
+def test_adapters_do_not_resume_a_training_of_all_weights(repo, tmp_path):
+    def trainer(**options):
+        model = BTokSentenceTransformer(repo, device="cpu")
+        args = config(tmp_path, max_steps=1, per_device_train_batch_size=4, save_strategy="steps", save_steps=1)
+        return CondensationTrainer(model=model, args=args, train_dataset=text_pairs(4), **options)
+
+    trainer().train()
+    with pytest.raises(ValueError, match=r"differ in whether they have adapters.*use_peft"):
+        trainer(peft_config=LoraConfig(r=2, lora_dropout=0.0)).train(resume_from_checkpoint=True)
 
 
 def test_an_earlier_run_that_went_further_leaves_the_new_checkpoints(repo, tmp_path):

@@ -164,6 +164,21 @@ def test_options_of_app(btok, monkeypatch):
     assert status == 1 and "btok app needs the package gradio: pip install 'btok-hf[app]'" in errors
 
 
+@pytest.mark.parametrize(
+    ("words", "module", "message"),
+    [
+        ("train --config a.yaml", "trl", r"btok train needs the package trl: pip install 'btok-hf\[train\]'"),
+        ("mine a.jsonl b.parquet --model m", "datasets", r"btok mine needs the package datasets: pip install"),
+        ("mmeb --model m --data d --output o", "accelerate", r"pip install 'btok-hf\[evaluation\]'"),
+    ],
+)
+def test_packages_that_a_command_needs_are_named(words, module, message):
+    """In a process of its own: here they are imported already."""
+    code = f"import sys; sys.modules['{module}'] = None; from btok_hf.cli import main; main({words.split()!r})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode and re.search(message, run.stderr), run.stderr
+
+
 def test_options_of_embed(btok, monkeypatch):
     runs, outcome = [], {}
     monkeypatch.setattr("btok_hf.corpus.workers.run", lambda *given, **more: runs.append((given, more)) or outcome)

@@ -293,6 +293,17 @@ def test_bad_datasets_are_refused_before_training(repo, tmp_path):
     with pytest.raises(ValueError, match="generates the text of 'positive', but a row of 'p' has none"):
         trainer({"p": pictures})
     trainer({"p": pictures}, condense="query")
+    with pytest.raises(ValueError, match="Row 2 of b: its query is empty"):
+        trainer({"a": good, "b": Dataset.from_dict({"query": ["a", "b", ""], "positive": ["x", "y", "z"]})})
+    for weights, message in (
+        ({"a": 1, "c": 2}, r"unknown \['c'\]; missing \['b'\]"),
+        ({"a": 1, "b": 0}, "weight of dataset 'b' must be a number above 0, got 0"),
+        ({"a": 1, "b": 1}, "Dataset 'b' has 2 rows, fewer than a batch of 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer(
+                {"a": good, "b": text_pairs(2)}, dataset_weights=weights, per_device_train_batch_size=4, max_steps=1
+            )
     with pytest.raises(ValueError, match=r"condense names the datasets \['other'\] but not 'p'"):
         trainer({"p": pictures}, condense={"other": "none"})
     with pytest.raises(ValueError, match="trains a BTokSentenceTransformer, got SentenceTransformer"):

@@ -11,7 +11,7 @@ from support.training import collator
 
 from btok_hf import BTokSentenceTransformer
 from btok_hf.media import video_input
-from btok_hf.training.data import decode_cell, first_rows, load_pairs, retrieval_evaluator
+from btok_hf.training.data import check_rows, decode_cell, first_rows, load_pairs, retrieval_evaluator
 
 
 def test_dicts_are_what_they_were_before_arrow(repo, tmp_path):
@@ -67,6 +67,73 @@ def test_cells_of_csv_files_are_texts(tmp_path):
     assert rows[0] == {"query": "null", "positive": "NA", "group": "007"}
     assert rows[1] == {"query": "12", "positive": "2026-11-26", "group": "None"}
     assert rows[2]["query"] is None
+
+
+def test_commas_in_csv_files_are_found_by_line(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text('query,positive\n"a, b",c\nred, round,apple\n')
+    with pytest.raises(ValueError, match=r"line 3 has 3 cells and the header 2: texts with commas need quotation"):
+        load_pairs(str(path))
+    long = "x" * 200_000  # more than the csv module takes by default
+    path.write_text(f'query,positive\n"a, b",{long}\nonly\n')
+    rows = list(load_pairs(str(path)))
+    assert rows == [{"query": "a, b", "positive": long}, {"query": "only", "positive": None}]
+
+
+def test_rows_of_one_group_answer_each_other(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    rows = [("tiger", "a cat", "t"), ("Tiger", "big cat", "t"), ("ant", "insect", None), ("ant", "small", "a")]
+    rows.append((None, "six legs", "a"))
+    path.write_text("\n".join(json.dumps(dict(zip(("query", "positive", "group"), row))) for row in rows))
+    evaluator = retrieval_evaluator(str(path))
+    names = dict(zip(evaluator.corpus_ids, evaluator.corpus))
+    found = {
+        query: {names[key] for key in evaluator.relevant_docs[asked]}
+        for asked, query in zip(evaluator.queries_ids, evaluator.queries)
+    }
+    assert found == {
+        "tiger": {"a cat", "big cat"},
+        "Tiger": {"a cat", "big cat"},
+        "ant": {"insect", "small", "six legs"},
+    }
+
+
+def test_a_file_of_a_video_in_a_dict_stays_one(tmp_path):
+    stored = {"bytes": b"a video", "path": None}
+    assert decode_cell({"video": stored, "text": "x", "image": None}) == {"video": stored, "text": "x"}
+
+
+def test_a_file_is_read_once_and_again_when_its_pictures_come(tmp_path, own_cache):
+    """`datasets` caches what is made of a file, by the function and not by the pictures beside it."""
+    path = tmp_path / "pairs.jsonl"
+    cells = ["a.png", {"bytes": None, "path": "b.png"}]
+    path.write_text("\n".join(json.dumps({"query": "q", "positive": {"image": cell}}) for cell in cells[:1]))
+    image(40, 40).save(tmp_path / "b.png")
+    assert load_pairs(str(path))[0]["positive"] == {"image": "a.png"}
+    image(40, 40).save(tmp_path / "a.png")
+    assert load_pairs(str(path))[0]["positive"] == {"image": str(tmp_path / "a.png")}
+    before = sorted((tmp_path / "cache").rglob("*.arrow"))
+    assert load_pairs(str(path))[0]["positive"] == {"image": str(tmp_path / "a.png")}
+    assert before and sorted((tmp_path / "cache").rglob("*.arrow")) == before
+    Dataset.from_list([{"query": "q", "positive": {"image": cells[1]}}]).to_parquet(tmp_path / "pairs.parquet")
+    found = load_pairs(str(tmp_path / "pairs.parquet"))[0]["positive"]["image"]
+    assert found == {"bytes": None, "path": str(tmp_path / "b.png")}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"query": ["a", None], "positive": ["x", "y"]}, "Row 1 of p: its query is empty"),
+        ({"query": ["a", "b"], "positive": ["x", " "]}, "Row 1 of p: its positive is empty"),
+        ({"query": ["a", "b"], "positive": ["x", "no/such.png"]}, "Row 1 of p: its positive is 'no/such.png', a file"),
+        ({"query": ["a", "b"], "positive": [{"text": "x"}, None]}, "Row 1 of p: its positive is empty"),
+    ],
+)
+def test_rows_that_cannot_be_trained_on_are_named(rows, message):
+    with pytest.raises(ValueError, match=message):
+        check_rows(Dataset.from_dict(rows), "p")
+    check_rows(Dataset.from_dict(rows).select([0]), "p")
+    check_rows(Dataset.from_dict({"query": ["https://host/a.png"], "positive": ["not a.png"]}), "p")
 
 
 def test_texts_of_json_lines_that_look_like_dates_are_texts(tmp_path):
@@ -147,6 +214,9 @@ def test_streamed_datasets_are_refused():
         ("large.jsonl", b'{"query": 1e400000, "positive": ' + b"9" * 5000 + b"}"),
         ("cut.json", b'[{"query": "a", "pos'),
         ("cut.parquet", b"PAR1cut"),
+        ("comma.csv", b"query,positive\nred, round fruit,apple\nlong, yellow fruit,banana\n"),
+        ("once.csv", b"query,positive\na,b\nred, round fruit,apple\n"),
+        ("twice.csv", b"query,positive,positive\na,b,c\n"),
     ],
 )
 def test_damaged_pair_files_are_named(tmp_path, own_cache, name, content):

@@ -13,6 +13,7 @@ from transformers import (
     LlamaConfig,
 )
 
+from btok_hf import BTokSentenceTransformer
 from btok_hf.backbones import family_of
 from btok_hf.modeling.modeling_btok import stock_class
 
@@ -41,6 +42,18 @@ def test_only_checked_language_models_are_supported():
         family_of(Idefics3Config(text_config={"model_type": "mistral"}))
     with pytest.raises(ValueError, match=r"LFM2-VL is supported with the language models lfm2, got 'lfm2_moe'"):
         family_of(Lfm2VlConfig(text_config=Lfm2MoeConfig()))
+
+
+def test_pixels_of_one_size(repos):
+    """No multiple of a token's pixels, and limits that exclude each other."""
+    model = BTokSentenceTransformer(
+        repos["qwen2_vl"], device="cpu", processor_kwargs={"min_pixels": 5000, "max_pixels": 5000}
+    )
+    assert family_of(model.config).image_costs(model.processor).tokens == {6 * 28 * 28: 6}
+    with pytest.raises(ValueError, match="min_pixels must not exceed max_pixels, got min_pixels=5000 and"):
+        BTokSentenceTransformer(
+            repos["qwen2_vl"], device="cpu", processor_kwargs={"min_pixels": 5000, "max_pixels": 4000}
+        )
 
 
 def test_convolutions_with_biases_are_refused():

@@ -7,6 +7,7 @@ import PIL.Image
 import pytest
 from datasets import Dataset, Features, Image, Value
 from sentence_transformers.util import mine_hard_negatives as of_sentence_transformers
+from support.media import image
 from support.pictures import colours
 from support.training import config
 
@@ -105,8 +106,25 @@ def test_dicts_and_paths_stay_what_they_are_and_train(model, repo, tmp_path):
     CondensationTrainer(model=type(model)(repo, device="cpu"), args=args, train_dataset=mined).train()
 
 
+def test_a_picture_is_no_negative_of_its_copy(model, tmp_path):
+    """Files are compared by content, whichever way a cell names them."""
+    for name, colour in (("red", 0), ("copy", 0), ("blue", 5)):
+        image(40, 40, colour).save(tmp_path / f"{name}.png")
+    named = {name: str(tmp_path / f"{name}.png") for name in ("red", "copy", "blue")}
+    rows = [
+        {"query": "red", "positive": named["red"]},
+        {"query": "a red one", "positive": named["copy"]},
+        {"query": named["red"], "positive": named["blue"]},
+    ]
+    mine_hard_negatives(Dataset.from_list(rows), model, tmp_path / "out.parquet", num_negatives=2)
+    mined = load_pairs(str(tmp_path / "out.parquet"))
+    assert [row["negatives"] for row in mined] == [[named["blue"]], [named["blue"]], []]
+
+
 def test_options_are_checked_before_anything_is_read(model, tmp_path):
     pairs, out = text_pairs(), tmp_path / "out.parquet"
+    with pytest.raises(ValueError, match=r"written as parquet, got '.*mined\.jsonl'"):
+        mine_hard_negatives(pairs, None, tmp_path / "mined.jsonl")
     for options, message in (
         ({"num_negatives": 0}, "num_negatives must be 1 or more"),
         ({"range_min": 3, "range_max": 5}, "3 negatives do not fit"),

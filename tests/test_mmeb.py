@@ -206,6 +206,24 @@ def test_another_prompt(mmeb_root, tmp_path, repo):
         prompts.clear()
 
 
+def test_a_model_that_tells_nothing_apart_scores_as_chance(tmp_path):
+    """Datasets list the right answer first, and equal candidates must not be ranked in their order."""
+    write_dataset(tmp_path, "OK-VQA", count=60)
+
+    def constant(items):
+        return np.ones((len(items), 8), np.float32)
+
+    scores, _ = evaluate(constant, tmp_path, tmp_path / "out", datasets=["OK-VQA"], name="constant")
+    task = load_task("OK-VQA", tmp_path)
+    chance = np.mean([1 / len(query.candidates) for query in task.queries])
+    assert len(task.queries) > 50 and scores["OK-VQA"]["hit@1"] < chance + 0.25
+
+
+def test_a_function_has_no_prompt(tmp_path):
+    with pytest.raises(ValueError, match=r"A function gets no prompt, got 'Find it\.'"):
+        evaluate(looks, tmp_path, tmp_path / "out", name="looks", prompt="Find it.")
+
+
 def test_one_broken_dataset_does_not_stop_the_rest(tmp_path, capsys):
     for name in ("OK-VQA", "CIRR", "MSVD"):
         write_dataset(tmp_path, name)

@@ -151,7 +151,7 @@ def checkpoint_to_resume(chosen: bool | str | None, output_dir: Path | str) -> s
                 f"({'; '.join(found) or 'there is none at all'}). Train without resume_from_checkpoint."
             )
         return str(newest)
-    if not chosen:
+    if not chosen or str(chosen).lower() == "false":  # the text is what a flag gives
         return None
     if reason := incomplete_reason(chosen):
         raise ValueError(

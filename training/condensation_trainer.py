@@ -39,9 +39,9 @@ from btok_hf.training.condensation_collator import CondensationCollator
 from btok_hf.training.condensation_config import CondensationConfig
 from btok_hf.training.condensation_log import REMEDY, LoggingTrainer
 from btok_hf.training.condensation_loss import CondensationLoss
-from btok_hf.training.data import check_columns, first_rows
+from btok_hf.training.data import check_columns, check_rows, first_rows
 from btok_hf.training.parallel import check_parallelism
-from btok_hf.training.sampler import MixtureBatchSampler
+from btok_hf.training.sampler import MixtureBatchSampler, check_mixture
 
 if TYPE_CHECKING:  # slow to import, or imported where it is used
     from peft import LoraConfig
@@ -101,6 +101,9 @@ class CondensationTrainer(LoggingTrainer):
                 "The trained weights have half precision, which rounds most optimizer steps to zero. Load the model "
                 "in fp32 and set bf16=True, or train adapters with peft_config."
             )
+        for part in (kwargs.get("train_dataset"), kwargs.get("eval_dataset")):
+            for name, dataset in (part if isinstance(part, dict) else {"the dataset": part}).items():
+                check_rows(dataset, name)  # before Sentence-Transformers gives datasets a transform
         self._media = False  # since the last step of the optimizer
         super().__init__(model=model, args=args, **kwargs)
         check_parallelism(self, self.args)
@@ -123,6 +126,10 @@ class CondensationTrainer(LoggingTrainer):
                 # The row's own columns: a transform may change those of the dataset.
                 check_columns(row, row.get("dataset_name"))
                 self.data_collator([row])
+        if self.args.dataset_weights:
+            rows = {name: len(dataset) for name, dataset in self.train_dataset.items()}
+            size = self.args.train_batch_size
+            check_mixture(rows, self._weights(), size, self._num_batches(), self.args.block_size or size)
 
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
@@ -345,10 +352,16 @@ class CondensationTrainer(LoggingTrainer):
             generator,
             seed,
             names=list(datasets),
-            weights=cast(dict[str, float], weights),  # JSON was read in __post_init__
-            num_batches=self.args.max_steps * self.args.gradient_accumulation_steps * self.args.world_size,
+            weights=self._weights(),
+            num_batches=self._num_batches(),
             block_size=self.args.block_size,
         )
+
+    def _weights(self) -> dict[str, float]:
+        return cast(dict[str, float], self.args.dataset_weights)  # JSON was read in __post_init__
+
+    def _num_batches(self) -> int:
+        return self.args.max_steps * self.args.gradient_accumulation_steps * self.args.world_size
 
     def _is_sharded(self) -> bool:
         return any(isinstance(p, DTensor) for p in self.model.parameters())
@@ -367,7 +380,13 @@ class CondensationTrainer(LoggingTrainer):
                 super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
-        state_dict = BTokSentenceTransformer(checkpoint_path, device="cpu").state_dict()
+        saved = BTokSentenceTransformer(checkpoint_path, device="cpu")
+        if has_adapters(saved.transformer.model) != has_adapters(self.model.transformer.model):
+            raise ValueError(
+                f"{checkpoint_path} and this training differ in whether they have adapters. Resume with the same "
+                "peft_config (of btok train: use_peft)."
+            )
+        state_dict = saved.state_dict()
         if any(isinstance(p, DTensor) for p in self.model.parameters()):
             set_model_state_dict(self.model, state_dict, options=StateDictOptions(full_state_dict=True))
         else:

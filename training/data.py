@@ -6,6 +6,7 @@ Several datasets in one run are in `mixture.py`, the paper's data in `sources.py
 import csv
 import glob
 import json
+import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -14,10 +15,11 @@ import datasets
 import numpy as np
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
+from datasets.fingerprint import Hasher
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
-from btok_hf.inputs import content_hash
+from btok_hf.inputs import REMOTE, content_hash, is_cell, is_media_path
 from btok_hf.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 MAX_PATH = 255  # characters: longer strings are texts
@@ -90,39 +92,64 @@ def _json_rows(path: str, modified: int) -> Iterator[dict[str, Any]]:
 
 def _with_own_paths(dataset: Dataset, folder: Path) -> Dataset:
     """Pairs in which a relative path of a picture or video that lies beside the pair file is absolute."""
-
-    def resolve(value: Any) -> Any:
-        if isinstance(value, str):
-            named = len(value) < MAX_PATH and Path(value).suffix.lower() in IMAGE_SUFFIXES + VIDEO_SUFFIXES
-            return str(folder / value) if named and (folder / value).is_file() else value
-        if isinstance(value, list) and isinstance(next(filter(None, value), None), (str, dict)):  # no frames
-            return [resolve(part) for part in value]
-        if isinstance(value, dict) and "bytes" not in value:  # in a dict, text is never a path
-            return {key: part if key == "text" else resolve(part) for key, part in value.items()}
-        return value
-
     columns = [
         name
         for name, feature in dataset.features.items()
         if name not in ("target", "group") and not isinstance(feature, (datasets.Image, datasets.Video))
     ]
-    rows = dataset.select_columns(columns)
-    if any(isinstance(dataset.features[name], datasets.Json) for name in columns):  # dicts of different keys
-        found = any(resolve(row) != row for row in rows)
-    else:  # rows as Arrow stores them: no image is decoded
-        stored = rows.with_format("arrow").iter(batch_size=1000)
-        found = any(resolve(row) != row for part in stored for row in part.to_pylist())
-    if columns and found:
-        return dataset.map(lambda row: {name: resolve(row[name]) for name in columns}, desc="Finding files")
-    return dataset
+    rows: Any = dataset.select_columns(columns)
+    if not any(isinstance(dataset.features[name], datasets.Json) for name in columns):  # dicts of equal keys
+        # Rows as Arrow stores them: no image is decoded.
+        rows = (row for part in rows.with_format("arrow").iter(batch_size=1000) for row in part.to_pylist())
+    found: list[str] = []
+    for row in rows if columns else ():
+        _resolve(row, folder, found)
+    if not found:
+        return dataset
+    # The cache of `datasets` knows the function and not the files, which may come and go.
+    fingerprint = Hasher.hash((dataset._fingerprint, str(folder), found))
+    options = {"folder": folder, "columns": columns}
+    return dataset.map(_resolve_row, fn_kwargs=options, new_fingerprint=fingerprint, desc="Finding files")
+
+
+def _resolve_row(row: dict[str, Any], folder: Path, columns: list[str]) -> dict[str, Any]:
+    return {name: _resolve(row[name], folder, []) for name in columns}
+
+
+def _resolve(value: Any, folder: Path, found: list[str]) -> Any:
+    """A cell with absolute paths of the files that lie in `folder`. Their names are added to `found`."""
+    if isinstance(value, str):
+        named = len(value) < MAX_PATH and Path(value).suffix.lower() in IMAGE_SUFFIXES + VIDEO_SUFFIXES
+        if not named or Path(value).is_absolute() or not (folder / value).is_file():
+            return value
+        found.append(value)
+        return str(folder / value)
+    if isinstance(value, list) and isinstance(next(filter(None, value), None), (str, dict)):  # no frames
+        return [_resolve(part, folder, found) for part in value]
+    if isinstance(value, dict) and value.get("bytes") is None:  # in a dict, text is never a path
+        return {key: part if key == "text" else _resolve(part, folder, found) for key, part in value.items()}
+    return value
 
 
 def _options(source: str) -> dict[str, Any]:
     """How to read a file. In CSV every cell is a text, also `007`, `NA` and `null`; an empty one is no value."""
     if Path(source).suffix.lower() != ".csv":
         return {}
-    with open(source, newline="", encoding="utf-8-sig") as file:
-        columns = next(csv.reader(file), [])
+    limit = csv.field_size_limit(sys.maxsize)  # of a process; pandas, which reads the file, has none
+    try:
+        with open(source, newline="", encoding="utf-8-sig") as file:
+            rows = csv.reader(file)
+            columns = next(rows, [])
+            if len(set(columns)) < len(columns):
+                raise ValueError(f"its header names a column twice: {', '.join(columns)}")
+            for row in rows:
+                if len(row) > len(columns):  # pandas would take the first for the names of the rows
+                    raise ValueError(
+                        f"line {rows.line_num} has {len(row)} cells and the header {len(columns)}: texts with commas "
+                        "need quotation marks"
+                    )
+    finally:
+        csv.field_size_limit(limit)
     features = datasets.Features(dict.fromkeys(columns, datasets.Value("string")))
     return {"features": features, "keep_default_na": False, "na_values": [""]}
 
@@ -130,7 +157,8 @@ def _options(source: str) -> dict[str, Any]:
 def retrieval_evaluator(source: str, batch_size: int = 64) -> InformationRetrievalEvaluator:
     """An `InformationRetrievalEvaluator` over a pair file: every distinct query against every distinct positive.
 
-    Equal queries are one query with several right answers; equal positives (images: equal pixels) are one candidate.
+    Equal queries are one query with several right answers, and so are queries of one `group`. Equal positives (images:
+    equal pixels or files) are one candidate.
 
     Args:
         source (`str`): As in `load_pairs`. The positive of a row whose `query` is null is a candidate only.
@@ -142,19 +170,23 @@ def retrieval_evaluator(source: str, batch_size: int = 64) -> InformationRetriev
     """
     queries: dict[str, Any] = {}
     corpus: dict[str, Any] = {}
-    relevant: dict[str, set[str]] = {}
+    groups: dict[Any, set[str]] = {}
+    answers: dict[str, list[set[str]]] = {}
     for row in load_pairs(source):
         query, positive = decode_cell(row["query"]), decode_cell(row["positive"])
         candidate = str(content_hash(positive))
         corpus.setdefault(candidate, positive)
+        group = row.get("group")
+        right = set() if group is None else groups.setdefault(group, set())  # grows with later rows
+        right.add(candidate)
         if query is not None:
             asked = str(content_hash(query))
             queries.setdefault(asked, query)
-            relevant.setdefault(asked, set()).add(candidate)
+            answers.setdefault(asked, []).append(right)
     return InformationRetrievalEvaluator(
         queries,
         corpus,
-        relevant,
+        {asked: set().union(*parts) for asked, parts in answers.items()},
         name=Path(source).stem,
         accuracy_at_k=[1, 10],
         precision_recall_at_k=[1, 10],
@@ -184,17 +216,21 @@ def decode_cell(cell: Any) -> Any:
     """A cell of a dataset as an input.
 
     Arrow gives all dicts of a column the same keys; those with `None` are dropped. Images inside dicts come encoded,
-    as `bytes` and `path`, and frames as lists; they are decoded.
+    as `bytes` and `path`, and frames as lists; they are decoded. Files of videos stay as they are.
     """
     if isinstance(cell, (list, tuple)):
         return [decode_cell(part) for part in cell]
     if not isinstance(cell, dict):
         return cell
-    if set(cell) == {"bytes", "path"}:
+    if is_cell(cell):
         return datasets.Image().decode_example(cell)
     if "array" in cell:  # a video, whose frames Arrow stores as lists
         return {**cell, "array": np.asarray(cell["array"], np.uint8)}
-    return {key: decode_cell(part) for key, part in cell.items() if part is not None}
+    return {
+        key: part if key == "video" and isinstance(part, dict) and is_cell(part) else decode_cell(part)
+        for key, part in cell.items()
+        if part is not None
+    }
 
 
 def check_columns(columns: Collection[str], dataset_name: str | None = None) -> list[str]:
@@ -232,3 +268,26 @@ def first_rows(parts: Dataset | dict[str, Dataset] | None) -> list[dict[str, Any
             raise ValueError(f"{where} has no rows.")
         rows.append({**({} if name is None else {"dataset_name": name}), **dataset[0]})
     return rows
+
+
+def check_rows(dataset: Dataset, where: str) -> None:
+    """Raise `ValueError` for the first row without a query or a positive, or with a path of a file that is not there.
+
+    Of columns that do not hold texts, only missing values are found: nothing is decoded. `where` names the dataset.
+    """
+    if getattr(dataset, "features", None) is None or dataset.format["type"] == "custom":  # rows are made on the way
+        return
+    for name in sorted({"query", "positive"} & set(dataset.features), reverse=True):
+        cells = dataset.select_columns([name]).with_format("arrow")
+        is_text = dataset.features[name] in (datasets.Value("string"), datasets.Value("large_string"))
+        if not is_text and (dataset._indices is not None or not dataset.data.column(name).null_count):
+            continue
+        parts = (part[name] for part in cells.iter(batch_size=10_000))
+        for row, cell in enumerate(cell for part in parts for cell in part):
+            problem = None
+            if not cell.is_valid or (is_text and not cell.as_py().strip()):
+                problem = "is empty"
+            elif is_text and is_media_path(path := cell.as_py()) and not path.startswith(REMOTE):
+                problem = None if Path(path).is_file() else f"is {path!r}, a file that does not exist"
+            if problem:
+                raise ValueError(f"Row {row} of {where}: its {name} {problem}. Correct or remove the row.")

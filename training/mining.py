@@ -111,7 +111,7 @@ def mine_hard_negatives(
     bounded = (max_score, min_score, absolute_margin, relative_margin) != (None,) * 4
     if range_max is None:
         range_max = range_min + num_negatives * (10 if bounded else 1)
-    _check_options(pairs, num_negatives, range_min, range_max, sampling_strategy, use_faiss)
+    _check_options(pairs, Path(output), num_negatives, range_min, range_max, sampling_strategy, use_faiss)
     check_writable(Path(output).parent)
     sides = {name: _Side(pairs, name) for name in ("query", "positive")}
     if not sides["query"].rows:
@@ -159,7 +159,13 @@ def mine_hard_negatives(
 
 
 def _check_options(
-    pairs: Dataset, num_negatives: int, range_min: int, range_max: int, sampling_strategy: str, use_faiss: bool
+    pairs: Dataset,
+    output: Path,
+    num_negatives: int,
+    range_min: int,
+    range_max: int,
+    sampling_strategy: str,
+    use_faiss: bool,
 ) -> None:
     if num_negatives < 1 or range_min < 0:
         raise ValueError(
@@ -169,6 +175,10 @@ def _check_options(
         raise ValueError(
             f"{num_negatives} negatives do not fit between range_min={range_min} and range_max={range_max}. Lower "
             "num_negatives or range_min, or raise range_max."
+        )
+    if output.suffix != ".parquet":
+        raise ValueError(
+            f"Mined pairs are written as parquet, got {str(output)!r}. Name a file that ends in .parquet."
         )
     if sampling_strategy not in ("top", "random"):
         raise ValueError(f"sampling_strategy must be 'top' or 'random', got {sampling_strategy!r}.")

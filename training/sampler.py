@@ -11,6 +11,37 @@ from sentence_transformers.base.sampler import DefaultBatchSampler, MultiDataset
 from torch.utils.data import BatchSampler, ConcatDataset
 
 
+def check_mixture(
+    rows: Mapping[str, int], weights: Mapping[str, float], batch_size: int, num_batches: int, block_size: int
+) -> None:
+    """Raise `ValueError` for what `MixtureBatchSampler` refuses.
+
+    Args:
+        rows (`dict[str, int]`): Rows of each dataset, by name.
+        weights, num_batches, block_size: As in `MixtureBatchSampler`.
+        batch_size (`int`): Rows of a process's batch.
+    """
+    unknown, missing = sorted(set(weights) - set(rows)), sorted(set(rows) - set(weights))
+    if unknown or missing:
+        problems = [f"{problem} {part}" for problem, part in (("unknown", unknown), ("missing", missing)) if part]
+        raise ValueError(f"dataset_weights must name the datasets {', '.join(rows)}: {'; '.join(problems)}.")
+    for name, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+            raise ValueError(f"The weight of dataset {name!r} must be a number above 0, got {weight!r}.")
+    if num_batches < 1:
+        raise ValueError(
+            f"With dataset_weights, an epoch needs a length, got num_batches={num_batches}. Set max_steps."
+        )
+    if block_size % batch_size:
+        raise ValueError(f"block_size={block_size} must be a multiple of the {batch_size} rows of a process's batch.")
+    for name, count in rows.items():
+        if count < batch_size:
+            raise ValueError(
+                f"Dataset {name!r} has {count} rows, fewer than a batch of {batch_size}: a batch would hold "
+                "rows twice. Give it more rows, leave it out, or lower per_device_train_batch_size."
+            )
+
+
 class MixtureBatchSampler(MultiDatasetDefaultBatchSampler):
     """Draws a dataset by its weight for each block of batches, as in arXiv 2604.11095. No dataset ends.
 
@@ -55,30 +86,9 @@ class MixtureBatchSampler(MultiDatasetDefaultBatchSampler):
         block_size: int | None = None,
     ) -> None:
         super().__init__(dataset, batch_samplers=batch_samplers, generator=generator, seed=seed)
-        unknown, missing = sorted(set(weights) - set(names)), sorted(set(names) - set(weights))
-        if unknown or missing:
-            problems = [f"{problem} {part}" for problem, part in (("unknown", unknown), ("missing", missing)) if part]
-            raise ValueError(f"dataset_weights must name the datasets {', '.join(names)}: {'; '.join(problems)}.")
-        for name, weight in weights.items():
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
-                raise ValueError(f"The weight of dataset {name!r} must be a number above 0, got {weight!r}.")
-        if num_batches < 1:
-            raise ValueError(
-                f"With dataset_weights, an epoch needs a length, got num_batches={num_batches}. Set max_steps."
-            )
+        rows = [end - start for start, end in itertools.pairwise([0, *dataset.cumulative_sizes])]
         block_size = block_size or self.batch_size
-        if block_size % self.batch_size:
-            raise ValueError(
-                f"block_size={block_size} must be a multiple of the {self.batch_size} rows of a process's batch."
-            )
-        ends = dataset.cumulative_sizes
-        for name, start, end in zip(names, [0, *ends], ends):
-            rows = end - start
-            if rows < self.batch_size:
-                raise ValueError(
-                    f"Dataset {name!r} has {rows} rows, fewer than a batch of {self.batch_size}: a batch would hold "
-                    "rows twice. Give it more rows, leave it out, or lower per_device_train_batch_size."
-                )
+        check_mixture(dict(zip(names, rows)), weights, self.batch_size, num_batches, block_size)
         self.names = names
         self.shares = np.array([weights[name] for name in names]) / sum(weights.values())
         self.num_batches = num_batches

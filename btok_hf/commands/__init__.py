@@ -5,7 +5,9 @@ fast.
 """
 
 import argparse
+import contextlib
 import textwrap
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -24,3 +26,12 @@ def add_command(commands: Any, name: str, run: Any, description: str, example: s
     )
     parser.set_defaults(run=run)
     return parser
+
+
+@contextlib.contextmanager
+def needing(command: str, extra: str) -> Iterator[None]:
+    """Imports of a command: a package that is not installed is named, with the extra that brings it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{command} needs the package {error.name}: pip install 'btok-hf[{extra}]'.") from error

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from btok_hf.commands import add_command
+from btok_hf.commands import add_command, needing
 
 # Formats of a contact sheet, by suffix.
 SHEETS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -71,12 +71,10 @@ def run_embed(
     workers: int | None,
     **options: Any,
 ) -> int:
-    try:
+    with needing("btok embed", "corpus"):
         from btok_hf.corpus.job import Options
         from btok_hf.corpus.tables import Columns
         from btok_hf.corpus.workers import run
-    except ModuleNotFoundError as error:
-        raise ImportError(f"btok embed needs the package {error.name}: pip install 'btok-hf[corpus]'.") from error
 
     options["columns"] = Columns(text, image, video, id, columns)
     errors = run(input, out, Options(**options), retry_failed=retry_failed, ray=ray, workers=workers)
@@ -233,10 +231,8 @@ def app_command(commands: Any) -> None:
 
 
 def run_app(db: str, host: str, port: int, **load: Any) -> None:
-    try:
+    with needing("btok app", "app"):
         import gradio  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ImportError(f"btok app needs the package {error.name}: pip install 'btok-hf[app]'.") from error
     from btok_hf.corpus.app import serve
 
     serve(db, host, port, **load)

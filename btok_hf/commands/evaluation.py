@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from btok_hf.commands import add_command
+from btok_hf.commands import add_command, needing
 from btok_hf.errors import named_source
 
 
@@ -48,10 +48,11 @@ def run_mmeb(
     cache: str | None,
     **options: Any,
 ) -> int:
-    from accelerate import PartialState
+    with needing("btok mmeb", "evaluation"):
+        from accelerate import PartialState
 
-    from btok_hf.evaluation import mmeb
-    from btok_hf.files import check_writable
+        from btok_hf.evaluation import mmeb
+        from btok_hf.files import check_writable
 
     # Before the model is loaded.
     mmeb.chosen(options["datasets"], modality)

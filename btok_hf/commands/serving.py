@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from btok_hf.commands import add_command
+from btok_hf.commands import add_command, needing
 from btok_hf.errors import named_source
 
 
@@ -53,11 +53,9 @@ def serve_command(commands: Any) -> None:
 
 
 def run_serve(repo: str, dtype: str, max_pixels: int | None, **options: Any) -> None:
-    try:
+    with needing("btok serve", "serve"):
         from btok_hf.serving.gate import Limits
         from btok_hf.serving.server import serve
-    except ModuleNotFoundError as error:
-        raise ImportError(f"btok serve needs the package {error.name}: pip install 'btok-hf[serve]'.") from error
 
     host, port, name = (options.pop(key) for key in ("host", "port", "name"))
     loading = {key: options.pop(key) for key in ("revision", "device", "max_seq_length")}

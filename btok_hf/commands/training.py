@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from btok_hf.commands import add_command
+from btok_hf.commands import add_command, needing
 from btok_hf.errors import named_source
 
 
@@ -17,7 +17,8 @@ def train_command(commands: Any) -> None:
 
 def run_train(words: list[str]) -> Callable[[], None]:
     """Set up a training. The parser of `training/train.py` reads the flags of the Trainer and a YAML file."""
-    from btok_hf.training.train import set_up
+    with needing("btok train", "train"):
+        from btok_hf.training.train import set_up
 
     return set_up(words).run
 
@@ -56,10 +57,11 @@ def mine_command(commands: Any) -> None:
 
 
 def run_mine(pairs: str, output: str, model: str, revision: str | None, **options: Any) -> None:
-    from btok_hf.files import check_writable
-    from btok_hf.sentence_transformer import BTokSentenceTransformer
-    from btok_hf.training.data import load_pairs
-    from btok_hf.training.mining import mine_hard_negatives
+    with needing("btok mine", "train"):
+        from btok_hf.files import check_writable
+        from btok_hf.sentence_transformer import BTokSentenceTransformer
+        from btok_hf.training.data import load_pairs
+        from btok_hf.training.mining import mine_hard_negatives
 
     check_writable(Path(output).parent)
     dataset = load_pairs(pairs)

@@ -2,7 +2,8 @@
 
 - Candidates are ranked by cosine similarity, computed in float64 and rounded to float32. So the ranking does not
   depend on how candidates are cut into blocks, nor on the machine's fp32 kernels.
-- Of two equally similar candidates, the one that comes first in the pool ranks first.
+- Of two equally similar candidates, the first in the pool ranks first; of a query's own candidates, which many
+  datasets begin with the right one, the first by the hash of its name.
 - Grades belong to names. (The original evaluation mixes up the grades of a query whose relevant candidates have
   different grades, and counts a candidate twice if it is ranked twice.)
 """

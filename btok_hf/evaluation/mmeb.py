@@ -100,11 +100,13 @@ def evaluate(
             "A function needs a name, under which its embeddings are kept: pass name, and change it whenever the "
             "function changes."
         )
+    if encoder_model is None and prompt is not None:
+        raise ValueError(f"A function gets no prompt, got {prompt!r}. Leave it out, and put it before texts yourself.")
     name = name or _name(cast(SentenceTransformer, model))
     state = processes()
     output_dir, root = Path(output_dir), Path(root)
     if encoder_model is None:
-        key = hash_of("function", name, prompt)
+        key = hash_of("function", name, None)
     else:
         if prompt is None and encoder_model.default_prompt_name is not None:
             prompt = encoder_model.prompts.get(encoder_model.default_prompt_name)
@@ -235,9 +237,11 @@ def _score(task: Task, store: EmbeddingStore, folder: Path) -> None:
         rankings = [[names[position] for position in row] for row in rank(queries, blocks, _depth(names))]
     else:
         vectors, places = store.vectors(keys), {name: place for place, name in enumerate(names)}
+        # An order that knows no right answer: many datasets list it first, and of equal candidates the first wins.
+        order = {name: hash_of(name) for name in names}
         rankings = []
         for vector, query in zip(queries, task.queries):
-            own = names if query.candidates is None else query.candidates
+            own = sorted(names if query.candidates is None else query.candidates, key=order.__getitem__)
             best = rank(vector[None], [vectors[[places[name] for name in own]]], _depth(own))[0]
             rankings.append([own[position] for position in best])
     scores = score(rankings, [query.relevance for query in task.queries])

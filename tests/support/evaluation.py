@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from btok_hf.evaluation.embeddings import hash_of
 from btok_hf.evaluation.loading import read_input
 from btok_hf.evaluation.metrics import score
 
@@ -38,7 +39,7 @@ def by_hand(encode, task):
     similarity = queries.astype(float) @ vectors(task.candidates.values()).astype(float).T
     rankings = []
     for row, query in zip(similarity.round(6), task.queries):
-        own = names if query.candidates is None else query.candidates
+        own = names if query.candidates is None else sorted(query.candidates, key=hash_of)
         rankings.append(sorted(own, key=lambda name, row=row: -row[names.index(name)]))
     return score(rankings, [query.relevance for query in task.queries]), rankings
 
