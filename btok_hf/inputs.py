@@ -372,7 +372,7 @@ def content_hash(value: Any) -> int:
             part = np.ascontiguousarray(part)
             part = (str(part.dtype), part.shape, part.tobytes())
         if isinstance(part, dict) and len(part) == 1 and part.keys() <= {"text", "image", "video"}:
-            add(*part.values(), is_text="text" in part)
+            add(next(iter(part.values())), is_text="text" in part)
         elif isinstance(part, dict):
             digest.update(f"{{{len(part)}".encode())
             for key in sorted(part):

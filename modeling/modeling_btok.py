@@ -307,7 +307,7 @@ class BTokForEmbedding(PreTrainedModel):
         """Refused with `ValueError`, as `load_adapter` is: saved weights would have names that no loader knows."""
         raise ValueError("BTokForEmbedding has no adapters of its own. Call the method of its .model.")
 
-    load_adapter = add_adapter
+    load_adapter = add_adapter  # type: ignore[assignment]  # both only raise
 
     @classmethod
     def is_backend_compatible(cls) -> bool:

@@ -106,16 +106,16 @@ def test_a_file_of_a_video_in_a_dict_stays_one(tmp_path):
 def test_a_file_is_read_once_and_again_when_its_pictures_come(tmp_path, own_cache):
     """`datasets` caches what is made of a file, by the function and not by the pictures beside it."""
     path = tmp_path / "pairs.jsonl"
-    cells = ["a.png", {"bytes": None, "path": "b.png"}]
-    path.write_text("\n".join(json.dumps({"query": "q", "positive": {"image": cell}}) for cell in cells[:1]))
+    path.write_text("\n".join(json.dumps({"query": "q", "positive": {"image": f"{name}.png"}}) for name in "ab"))
     image(40, 40).save(tmp_path / "b.png")
-    assert load_pairs(str(path))[0]["positive"] == {"image": "a.png"}
+    assert load_pairs(str(path))["positive"] == [{"image": "a.png"}, {"image": str(tmp_path / "b.png")}]
     image(40, 40).save(tmp_path / "a.png")
     assert load_pairs(str(path))[0]["positive"] == {"image": str(tmp_path / "a.png")}
     before = sorted((tmp_path / "cache").rglob("*.arrow"))
     assert load_pairs(str(path))[0]["positive"] == {"image": str(tmp_path / "a.png")}
     assert before and sorted((tmp_path / "cache").rglob("*.arrow")) == before
-    Dataset.from_list([{"query": "q", "positive": {"image": cells[1]}}]).to_parquet(tmp_path / "pairs.parquet")
+    cell = {"bytes": None, "path": "b.png"}
+    Dataset.from_list([{"query": "q", "positive": {"image": cell}}]).to_parquet(tmp_path / "pairs.parquet")
     found = load_pairs(str(tmp_path / "pairs.parquet"))[0]["positive"]["image"]
     assert found == {"bytes": None, "path": str(tmp_path / "b.png")}
 

@@ -126,7 +126,7 @@ class CondensationTrainer(LoggingTrainer):
                 # The row's own columns: a transform may change those of the dataset.
                 check_columns(row, row.get("dataset_name"))
                 self.data_collator([row])
-        if self.args.dataset_weights:
+        if isinstance(self.train_dataset, dict) and self.args.dataset_weights:
             rows = {name: len(dataset) for name, dataset in self.train_dataset.items()}
             size = self.args.train_batch_size
             check_mixture(rows, self._weights(), size, self._num_batches(), self.args.block_size or size)
