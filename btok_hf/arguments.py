@@ -1,10 +1,11 @@
 """Checks of what is passed when a model is loaded, and errors that tell a wrong argument from a damaged file."""
 
 import contextlib
+import numbers
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-HUB = ("revision", "token", "cache_folder", "local_files_only")
+HUB = ("revision", "token", "cache_folder", "local_files_only", "subfolder")
 # Names that Sentence-Transformers or transformers have for them.
 OTHER_NAMES = {"tokenizer_kwargs": "processor_kwargs", "cache_dir": "cache_folder", "use_auth_token": "token"}
 
@@ -29,10 +30,10 @@ def check_prompt(prompt: Any) -> None:
 
 def check_row_length(value: Any, least: int) -> None:
     """Raise `ValueError` for a `max_seq_length` that leaves no token of the content."""
-    if not isinstance(value, int) or value < least:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
         raise ValueError(
-            f"max_seq_length must be a number of tokens, and at least {least}, got {value!r}: every row ends in "
-            f"{least - 1} tokens that are never cut, the suffix and the Bottleneck Tokens. Raise it."
+            f"max_seq_length must be a whole number of tokens, and at least {least}, got {value!r}: every row ends in "
+            f"{least - 1} tokens that are never cut, the suffix and the Bottleneck Tokens."
         )
 
 

@@ -242,11 +242,17 @@ def reconstruct(
     return [row[: row.index(stop_id)] if stop_id in row else row for row in rows]
 
 
+def check_head(model: torch.nn.Module, lm_head: torch.nn.Module | None) -> None:
+    """Raise `ValueError` if neither a model nor `lm_head` can predict targets."""
+    _check_head(backbone_and_head(model)[1] if lm_head is None else cast(Tensor, lm_head.weight))
+
+
 def _check_head(head: Tensor | None) -> Tensor:
     if head is None:
         raise ValueError(
             "This backbone has no language-modelling head to predict the target with: its embeddings are not tied. "
-            "Load it with AutoModelForImageTextToText, or pass lm_head."
+            "Load it with AutoModelForImageTextToText, or pass lm_head. A repository that AutoModel or stock "
+            "Sentence-Transformers saved again has lost its head: use the one that it was loaded from."
         )
     return head
 

@@ -111,17 +111,6 @@ class Family:
         """What images `check_input` lets pass."""
         return ImageLimits(processor.image_processor.size["longest_edge"], config.vision_config.patch_size)
 
-    def take_pixels(self, processor: ProcessorMixin, min_pixels: int | None, max_pixels: int | None) -> None:
-        """Pixel limits with which a processor was loaded. Raises `ValueError` if they exclude each other."""
-        if not self.reads_pixels:
-            return self.limit_pixels(processor, min_pixels, max_pixels)
-        size = processor.image_processor.size
-        if size["shortest_edge"] > size["longest_edge"]:
-            raise ValueError(
-                f"min_pixels must not exceed max_pixels, got min_pixels={size['shortest_edge']} and "
-                f"max_pixels={size['longest_edge']}. Lower min_pixels or raise max_pixels."
-            )
-
     def limit_pixels(self, processor: ProcessorMixin, min_pixels: int | None, max_pixels: int | None) -> None:
         """Set the pixel limits of images and of video frames in a processor; `None` keeps its own.
 

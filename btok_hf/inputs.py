@@ -1,10 +1,9 @@
-"""Inputs to embed: texts, images, videos, dicts of them, and chat messages. Here they are read, checked and hashed.
+"""Inputs to embed: texts, images, videos, dicts of them, and chat messages. Here they are read and checked.
 
 `encode`, training, evaluation and model cards use these functions, so that a value means the same everywhere. Reading
-files is in `btok_hf/media.py` and `btok_hf/video.py`.
+files is in `btok_hf/media.py` and `btok_hf/video.py`, comparing contents in `btok_hf/content.py`.
 """
 
-import hashlib
 import io
 import os
 import reprlib
@@ -346,48 +345,6 @@ def text_of(value: Any) -> str | None:
         texts = [text_of(part) for part in value if not isinstance(part, dict) or part.get("type", "text") == "text"]
         return " ".join(text for text in texts if text) or None
     return None
-
-
-def content_hash(value: Any) -> int:
-    """A stable 63-bit hash of the content of an input. Equal content has equal hashes.
-
-    Args:
-        value: A text, image, array, bytes, or a dict or list of them. A dict of one text, image or video has the hash
-            of its value, and the path of a media file that of the file. The order of keys does not count.
-
-    Returns:
-        `int`: At least 0.
-    """
-    digest = hashlib.blake2b(digest_size=8)
-
-    def add(part: Any, is_text: bool = False) -> None:
-        if isinstance(part, (str, Path)) and not is_text and is_media_path(str(part)) and Path(part).is_file():
-            with open(part, "rb") as file:
-                part = ("file", hashlib.file_digest(file, "blake2b").hexdigest())
-        elif isinstance(part, Image.Image):
-            # The bytes of a palette image are indices of colours. The same bytes with another palette differ.
-            part = part.convert("RGBA") if part.mode in ("P", "PA") else part
-            part = (part.mode, part.size, part.tobytes())
-        elif isinstance(part, (np.ndarray, torch.Tensor)):
-            part = np.ascontiguousarray(part)
-            part = (str(part.dtype), part.shape, part.tobytes())
-        if isinstance(part, dict) and len(part) == 1 and part.keys() <= {"text", "image", "video"}:
-            add(next(iter(part.values())), is_text="text" in part)
-        elif isinstance(part, dict):
-            digest.update(f"{{{len(part)}".encode())
-            for key in sorted(part):
-                add(key, is_text=True)
-                add(part[key], is_text=key not in ("image", "video"))
-        elif isinstance(part, (list, tuple)):
-            digest.update(f"[{len(part)}".encode())
-            for item in part:
-                add(item)
-        else:
-            part = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass")
-            digest.update(f"{len(part)}:".encode() + part)
-
-    add(value)
-    return int.from_bytes(digest.digest(), "big") >> 1
 
 
 def is_media_path(text: str) -> bool:

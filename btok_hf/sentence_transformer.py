@@ -49,8 +49,9 @@ class BottleneckTransformer(Transformer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        given = kwargs.get("processor_kwargs") or {}
-        family_of(self.config).take_pixels(self.processor, given.get("min_pixels"), given.get("max_pixels"))
+        family, given = family_of(self.config), kwargs.get("processor_kwargs") or {}
+        if not family.reads_pixels:
+            family.limit_pixels(self.processor, given.get("min_pixels"), given.get("max_pixels"))
         self._check_template()
 
     def _load_config(
@@ -110,7 +111,7 @@ class BottleneckTransformer(Transformer):
         suffix = getattr(self.config, "btok_suffix", None)
         words = self.tokenizer.encode(f" {suffix}", add_special_tokens=False) if suffix else []
         check_row_length(value, len(words) + len(bottleneck_token_ids(self.config)) + 1)
-        self.tokenizer.model_max_length = value
+        self.tokenizer.model_max_length = int(value)
 
     @property
     def vision_tower(self) -> torch.nn.Module:
@@ -290,7 +291,7 @@ class BTokSentenceTransformer(PackedEncoder):
             texts are truncated at the start. Longer rows with media are refused.
         device, prompts, default_prompt_name, similarity_fn_name, truncate_dim: As in `SentenceTransformer`.
         trust_remote_code (`bool`): Accepted as in `SentenceTransformer`, and not needed: no remote code is run.
-        hub_kwargs: `revision`, `token`, `cache_folder`, `local_files_only`.
+        hub_kwargs: `revision`, `token`, `cache_folder`, `local_files_only`, `subfolder`.
     """
 
     def __init__(

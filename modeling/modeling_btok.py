@@ -305,7 +305,9 @@ class BTokForEmbedding(PreTrainedModel):
 
     def add_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refused with `ValueError`, as `load_adapter` is: saved weights would have names that no loader knows."""
-        raise ValueError("BTokForEmbedding has no adapters of its own. Call the method of its .model.")
+        raise ValueError(
+            "Adapters of BTokForEmbedding would be saved in unknown names. Add or load them in its .model."
+        )
 
     load_adapter = add_adapter  # type: ignore[assignment]  # both only raise
 

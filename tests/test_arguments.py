@@ -14,7 +14,7 @@ from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens
         ({"prompts": ["Find it."]}, TypeError, r"prompts must be a dict of texts by name.*got \['Find it\.'\]"),
         ({"prompts": {"query": 3}}, TypeError, "prompts must be a dict of texts"),
         ({"model_kwargs": {"foo": 1}}, TypeError, "unexpected keyword argument 'foo'"),
-        ({"max_seq_length": 0}, ValueError, "max_seq_length must be a number of tokens, and at least 5, got 0"),
+        ({"max_seq_length": 0}, ValueError, "max_seq_length must be a whole number of tokens, and at least 5, got 0"),
         ({"max_seq_length": "64"}, ValueError, "max_seq_length must be .* got '64'"),
     ],
 )
@@ -31,7 +31,7 @@ def test_a_row_keeps_its_suffix_and_some_of_its_content(bases, tmp_path):
     for length in (least - 1, None):
         with pytest.raises(ValueError, match=f"at least {least}, got {length}: every row ends in {least - 1} tokens"):
             model.max_seq_length = length
-    model.max_seq_length = least
+    model.max_seq_length = np.int64(least)
     vectors = model.encode(["a cat", "a dog"])
     assert np.abs(vectors[0] - vectors[1]).max() > 1e-3
 

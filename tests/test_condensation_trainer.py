@@ -293,6 +293,11 @@ def test_bad_datasets_are_refused_before_training(repo, tmp_path):
     with pytest.raises(ValueError, match="generates the text of 'positive', but a row of 'p' has none"):
         trainer({"p": pictures})
     trainer({"p": pictures}, condense="query")
+    with pytest.raises(ValueError, match=r"is streamed \(IterableDataset\)"):
+        trainer(text_pairs(4).to_iterable_dataset(), max_steps=1)
+    with pytest.raises(ValueError, match="Row 1 of eval_dataset: its query is empty"):
+        bad = Dataset.from_dict({"query": ["a", ""], "positive": ["x", "y"]})
+        CondensationTrainer(model=model, args=config(tmp_path), train_dataset=good, eval_dataset=bad)
     with pytest.raises(ValueError, match="Row 2 of b: its query is empty"):
         trainer({"a": good, "b": Dataset.from_dict({"query": ["a", "b", ""], "positive": ["x", "y", "z"]})})
     for weights, message in (

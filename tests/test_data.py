@@ -82,8 +82,9 @@ def test_commas_in_csv_files_are_found_by_line(tmp_path):
 
 def test_rows_of_one_group_answer_each_other(tmp_path):
     path = tmp_path / "pairs.jsonl"
-    rows = [("tiger", "a cat", "t"), ("Tiger", "big cat", "t"), ("ant", "insect", None), ("ant", "small", "a")]
-    rows.append((None, "six legs", "a"))
+    cats, ants = ["a", "list"], ["ants"]
+    rows = [("tiger", "a cat", cats), ("Tiger", "big cat", cats), ("ant", "insect", None), ("ant", "small", ants)]
+    rows.append((None, "six legs", ants))
     path.write_text("\n".join(json.dumps(dict(zip(("query", "positive", "group"), row))) for row in rows))
     evaluator = retrieval_evaluator(str(path))
     names = dict(zip(evaluator.corpus_ids, evaluator.corpus))
@@ -126,12 +127,18 @@ def test_a_file_is_read_once_and_again_when_its_pictures_come(tmp_path, own_cach
         ({"query": ["a", None], "positive": ["x", "y"]}, "Row 1 of p: its query is empty"),
         ({"query": ["a", "b"], "positive": ["x", " "]}, "Row 1 of p: its positive is empty"),
         ({"query": ["a", "b"], "positive": ["x", "no/such.png"]}, "Row 1 of p: its positive is 'no/such.png', a file"),
+        (
+            {"query": ["a", "b"], "positive": ["x", "长" * 200 + ".png"]},
+            "not exist.*text that looks like a path",
+        ),
         ({"query": ["a", "b"], "positive": [{"text": "x"}, None]}, "Row 1 of p: its positive is empty"),
     ],
 )
 def test_rows_that_cannot_be_trained_on_are_named(rows, message):
     with pytest.raises(ValueError, match=message):
         check_rows(Dataset.from_dict(rows), "p")
+    with pytest.raises(ValueError, match=message.replace("Row 1", "Row 0")):
+        check_rows(Dataset.from_dict(rows).select([1]), "p")
     check_rows(Dataset.from_dict(rows).select([0]), "p")
     check_rows(Dataset.from_dict({"query": ["https://host/a.png"], "positive": ["not a.png"]}), "p")
 

@@ -14,7 +14,7 @@ from support.inputs import TOLERANCE
 from support.media import image, video
 
 from btok_hf import BTokSentenceTransformer, read_video
-from btok_hf.inputs import content_hash, text_of
+from btok_hf.inputs import text_of
 from btok_hf.media import video_input
 
 
@@ -56,29 +56,6 @@ def test_a_sentence_that_ends_like_a_file_is_a_sentence(repo):
     assert model.encode(["how do I open photo.png"]).shape == (1, 64)
     stock = SentenceTransformer(repo, device="cpu")
     np.testing.assert_allclose(model.encode("open a.png please"), stock.encode("open a.png please"), atol=TOLERANCE)
-
-
-def test_pictures_that_differ_by_their_palette_are_not_copies():
-    """Two images in palette mode can have equal bytes and different colours."""
-    red = PILImage.new("P", (60, 40), 1)
-    red.putpalette([0, 0, 0, 255, 0, 0])
-    blue = red.copy()
-    blue.putpalette([0, 0, 0, 0, 0, 255])
-    assert red.tobytes() == blue.tobytes()
-    assert content_hash(red) != content_hash(blue) and content_hash(red) == content_hash(red.copy())
-
-
-def test_files_have_the_hash_of_their_content_and_texts_of_their_words(tmp_path):
-    path, copy, other = (tmp_path / name for name in ("a.png", "b.png", "c.png"))
-    for place, colour in ((path, "red"), (copy, "red"), (other, "blue")):
-        PILImage.new("RGB", (8, 8), colour).save(place)
-    assert len({content_hash(x) for x in (str(path), path, {"image": path}, {"image": str(copy)}, copy)}) == 1
-    assert content_hash(path) != content_hash(other)
-    assert content_hash({"text": str(path)}) not in (content_hash(path), content_hash({"text": str(copy)}))
-    pairs = [{"image": str(place), "text": "a"} for place in (path, copy)]
-    assert content_hash(pairs[0]) == content_hash(pairs[1]) != content_hash({"image": other, "text": "a"})
-    assert content_hash({"text": "a", "image": path}) == content_hash(pairs[0])
-    assert content_hash([path, other]) == content_hash([copy, other]) != content_hash([other, path])
 
 
 def test_text_of_every_kind_of_side():

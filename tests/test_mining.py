@@ -12,7 +12,7 @@ from support.pictures import colours
 from support.training import config
 
 from btok_hf import cli
-from btok_hf.inputs import content_hash
+from btok_hf.content import content_hash
 from btok_hf.training import CondensationTrainer
 from btok_hf.training.data import decode_cell, load_pairs
 from btok_hf.training.mining import mine_hard_negatives

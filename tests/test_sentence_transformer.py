@@ -14,10 +14,12 @@ from sentence_transformers import SentenceTransformer
 from support import tiny
 from support.inputs import TOLERANCE, as_messages, process
 from support.media import image, video
+from support.training import config, text_pairs
 from transformers import AutoModel
 
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model, read_video
 from btok_hf.backbones import family_of
+from btok_hf.training import CondensationTrainer
 
 
 def executor_threads():
@@ -224,6 +226,9 @@ def test_a_backbone_that_was_saved_without_its_head_embeds(tmp_path):
     np.testing.assert_allclose(model.encode(["a b"]), expected, atol=TOLERANCE)
     with pytest.raises(ValueError, match="no language-modelling head"):
         model.reconstruct(["a b"])
+    with pytest.raises(ValueError, match="has lost its head: use the one that it was loaded from"):
+        CondensationTrainer(model=model, args=config(tmp_path), train_dataset=text_pairs(4))
+    CondensationTrainer(model=model, args=config(tmp_path, condensation_weight=0.0), train_dataset=text_pairs(4))
     again = BTokSentenceTransformer(export_model(model, tmp_path / "export"), device="cpu")
     assert again[0].lm_head is None
     np.testing.assert_allclose(again.encode(["a b"]), expected, atol=TOLERANCE)

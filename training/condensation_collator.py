@@ -13,8 +13,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from btok_hf.bottleneck import escapes
+from btok_hf.content import content_hash
 from btok_hf.features import IGNORED, PIXEL_KEYS
-from btok_hf.inputs import content_hash, text_of
+from btok_hf.inputs import text_of
 from btok_hf.training.condensation_config import CONDENSE, CondensationConfig
 from btok_hf.training.data import check_columns, decode_cell
 

@@ -21,6 +21,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from btok_hf.adapters import add_adapters, has_adapters
+from btok_hf.condensation import check_head
 from btok_hf.export import export_model
 from btok_hf.features import PIXEL_KEYS
 from btok_hf.files import check_writable, nearest_existing
@@ -101,8 +102,9 @@ class CondensationTrainer(LoggingTrainer):
                 "The trained weights have half precision, which rounds most optimizer steps to zero. Load the model "
                 "in fp32 and set bf16=True, or train adapters with peft_config."
             )
-        for part in (kwargs.get("train_dataset"), kwargs.get("eval_dataset")):
-            for name, dataset in (part if isinstance(part, dict) else {"the dataset": part}).items():
+        for part in ("train_dataset", "eval_dataset"):
+            given = kwargs.get(part)
+            for name, dataset in (given if isinstance(given, dict) else {part: given}).items():
                 check_rows(dataset, name)  # before Sentence-Transformers gives datasets a transform
         self._media = False  # since the last step of the optimizer
         super().__init__(model=model, args=args, **kwargs)
@@ -128,8 +130,7 @@ class CondensationTrainer(LoggingTrainer):
                 self.data_collator([row])
         if isinstance(self.train_dataset, dict) and self.args.dataset_weights:
             rows = {name: len(dataset) for name, dataset in self.train_dataset.items()}
-            size = self.args.train_batch_size
-            check_mixture(rows, self._weights(), size, self._num_batches(), self.args.block_size or size)
+            check_mixture(rows, self._weights(), self.args.train_batch_size, self._num_batches(), self.args.block_size)
 
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
@@ -147,6 +148,8 @@ class CondensationTrainer(LoggingTrainer):
 
     def get_default_loss(self, model: BaseModel) -> CondensationLoss:
         assert isinstance(model, BTokSentenceTransformer)  # checked in __init__
+        if self.args.condensation_weight:
+            check_head(model.transformer.model, model.transformer.lm_head)
         return CondensationLoss(
             model,
             temperature=self.args.temperature,

@@ -6,8 +6,9 @@ Several datasets in one run are in `mixture.py`, the paper's data in `sources.py
 import csv
 import glob
 import json
-import sys
+import os
 from collections.abc import Collection, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,8 @@ from datasets.fingerprint import Hasher
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
-from btok_hf.inputs import REMOTE, content_hash, is_cell, is_media_path
+from btok_hf.content import content_hash
+from btok_hf.inputs import REMOTE, is_cell, is_media_path
 from btok_hf.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 MAX_PATH = 255  # characters: longer strings are texts
@@ -106,8 +108,8 @@ def _with_own_paths(dataset: Dataset, folder: Path) -> Dataset:
         _resolve(row, folder, found)
     if not found:
         return dataset
-    # The cache of `datasets` knows the function and not the files, which may come and go.
-    fingerprint = Hasher.hash((dataset._fingerprint, str(folder), found))
+    # What `datasets` makes of a file is cached. It would not notice files that come or go.
+    fingerprint = Hasher.hash((dataset._fingerprint, str(folder), found, version("btok-hf")))
     options = {"folder": folder, "columns": columns}
     return dataset.map(_resolve_row, fn_kwargs=options, new_fingerprint=fingerprint, desc="Finding files")
 
@@ -135,7 +137,7 @@ def _options(source: str) -> dict[str, Any]:
     """How to read a file. In CSV every cell is a text, also `007`, `NA` and `null`; an empty one is no value."""
     if Path(source).suffix.lower() != ".csv":
         return {}
-    limit = csv.field_size_limit(sys.maxsize)  # of a process; pandas, which reads the file, has none
+    limit = csv.field_size_limit(2**31 - 1)  # of a process; pandas, which reads the file, has none
     try:
         with open(source, newline="", encoding="utf-8-sig") as file:
             rows = csv.reader(file)
@@ -157,8 +159,8 @@ def _options(source: str) -> dict[str, Any]:
 def retrieval_evaluator(source: str, batch_size: int = 64) -> InformationRetrievalEvaluator:
     """An `InformationRetrievalEvaluator` over a pair file: every distinct query against every distinct positive.
 
-    Equal queries are one query with several right answers, and so are queries of one `group`. Equal positives (images:
-    equal pixels or files) are one candidate.
+    Equal queries are one query with several right answers. The positives of a `group` are right answers of each of its
+    queries. Equal positives (images: equal pixels or files) are one candidate.
 
     Args:
         source (`str`): As in `load_pairs`. The positive of a row whose `query` is null is a candidate only.
@@ -170,23 +172,23 @@ def retrieval_evaluator(source: str, batch_size: int = 64) -> InformationRetriev
     """
     queries: dict[str, Any] = {}
     corpus: dict[str, Any] = {}
-    groups: dict[Any, set[str]] = {}
-    answers: dict[str, list[set[str]]] = {}
+    groups: dict[int, set[str]] = {}
+    answers: dict[str, dict[int, set[str]]] = {}  # sets that grow with later rows, each once
     for row in load_pairs(source):
         query, positive = decode_cell(row["query"]), decode_cell(row["positive"])
         candidate = str(content_hash(positive))
         corpus.setdefault(candidate, positive)
         group = row.get("group")
-        right = set() if group is None else groups.setdefault(group, set())  # grows with later rows
+        right = set() if group is None else groups.setdefault(content_hash(group), set())
         right.add(candidate)
         if query is not None:
             asked = str(content_hash(query))
             queries.setdefault(asked, query)
-            answers.setdefault(asked, []).append(right)
+            answers.setdefault(asked, {})[id(right)] = right
     return InformationRetrievalEvaluator(
         queries,
         corpus,
-        {asked: set().union(*parts) for asked, parts in answers.items()},
+        {asked: _union(list(parts.values())) for asked, parts in answers.items()},
         name=Path(source).stem,
         accuracy_at_k=[1, 10],
         precision_recall_at_k=[1, 10],
@@ -196,6 +198,11 @@ def retrieval_evaluator(source: str, batch_size: int = 64) -> InformationRetriev
         batch_size=batch_size,
         write_csv=False,
     )
+
+
+def _union(sets: list[set[str]]) -> set[str]:
+    """One set is not copied: the queries of a large group share theirs."""
+    return sets[0] if len(sets) == 1 else set().union(*sets)
 
 
 def metric_names(evaluator: InformationRetrievalEvaluator, model: SentenceTransformer) -> list[str]:
@@ -271,23 +278,29 @@ def first_rows(parts: Dataset | dict[str, Dataset] | None) -> list[dict[str, Any
 
 
 def check_rows(dataset: Dataset, where: str) -> None:
-    """Raise `ValueError` for the first row without a query or a positive, or with a path of a file that is not there.
+    """Raise `ValueError` for the first row without a query or a positive, or whose text is a path without a file.
 
     Of columns that do not hold texts, only missing values are found: nothing is decoded. `where` names the dataset.
     """
-    if getattr(dataset, "features", None) is None or dataset.format["type"] == "custom":  # rows are made on the way
+    if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":  # rows are made on the way
         return
     for name in sorted({"query", "positive"} & set(dataset.features), reverse=True):
         cells = dataset.select_columns([name]).with_format("arrow")
         is_text = dataset.features[name] in (datasets.Value("string"), datasets.Value("large_string"))
-        if not is_text and (dataset._indices is not None or not dataset.data.column(name).null_count):
+        if not is_text and not dataset.data.column(name).null_count:
             continue
+        there: dict[str, bool] = {}  # by path
         parts = (part[name] for part in cells.iter(batch_size=10_000))
         for row, cell in enumerate(cell for part in parts for cell in part):
             problem = None
             if not cell.is_valid or (is_text and not cell.as_py().strip()):
                 problem = "is empty"
             elif is_text and is_media_path(path := cell.as_py()) and not path.startswith(REMOTE):
-                problem = None if Path(path).is_file() else f"is {path!r}, a file that does not exist"
+                if path not in there:
+                    there[path] = os.path.isfile(path)
+                problem = None if there[path] else f"is {path!r}, a file that does not exist"
             if problem:
-                raise ValueError(f"Row {row} of {where}: its {name} {problem}. Correct or remove the row.")
+                raise ValueError(
+                    f"Row {row} of {where}: its {name} {problem}. Correct or remove the row; a text that looks like a "
+                    'path is given as {"text": …}.'
+                )

@@ -20,8 +20,8 @@ from datasets import Dataset, Features, List
 from sentence_transformers import SentenceTransformer
 from tqdm import tqdm, trange
 
+from btok_hf.content import content_hash
 from btok_hf.files import check_writable, replacing
-from btok_hf.inputs import content_hash
 from btok_hf.training.data import decode_cell
 
 ROWS = 1024  # that are written at a time, and texts that are embedded at a time

@@ -12,7 +12,7 @@ from torch.utils.data import BatchSampler, ConcatDataset
 
 
 def check_mixture(
-    rows: Mapping[str, int], weights: Mapping[str, float], batch_size: int, num_batches: int, block_size: int
+    rows: Mapping[str, int], weights: Mapping[str, float], batch_size: int, num_batches: int, block_size: int | None
 ) -> None:
     """Raise `ValueError` for what `MixtureBatchSampler` refuses.
 
@@ -32,7 +32,7 @@ def check_mixture(
         raise ValueError(
             f"With dataset_weights, an epoch needs a length, got num_batches={num_batches}. Set max_steps."
         )
-    if block_size % batch_size:
+    if (block_size or batch_size) % batch_size:
         raise ValueError(f"block_size={block_size} must be a multiple of the {batch_size} rows of a process's batch.")
     for name, count in rows.items():
         if count < batch_size:

@@ -1,5 +1,6 @@
 """Stock models of vLLM with the pooling of Bottleneck Tokens, and with the positions of transformers."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,13 +10,17 @@ from vllm.model_executor.layers.pooler import DispatchPooler
 from vllm.model_executor.layers.pooler.activations import PoolerNormalize
 from vllm.model_executor.layers.pooler.seqwise import EmbeddingPoolerHead, SequencePooler
 from vllm.model_executor.layers.pooler.seqwise.methods import SequencePoolingMethod
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.models.idefics3 import Idefics3ForConditionalGeneration
 from vllm.model_executor.models.interfaces_base import default_pooling_type
 from vllm.model_executor.models.interns1 import InternS1ForConditionalGeneration
+from vllm.model_executor.models.lfm2_vl import Lfm2VLForConditionalGeneration
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration
 from vllm.model_executor.models.qwen3_5 import Qwen3_5ForConditionalGeneration
 from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
+from vllm.model_executor.models.utils import WeightsMapper
+from vllm.platforms import current_platform
 
 
 class BottleneckPool(SequencePoolingMethod):
@@ -129,3 +134,24 @@ class BTokIdefics3ForEmbedding(WithBottleneckTokens, Idefics3ForConditionalGener
 @default_pooling_type(seq_pooling_type="MEAN")
 class BTokSmolVLMForEmbedding(WithBottleneckTokens, Idefics3ForConditionalGeneration):
     """SmolVLM2 with Bottleneck Tokens. Exports have the processor of SmolVLM."""
+
+
+@default_pooling_type(seq_pooling_type="MEAN")
+class BTokLfm2VlForEmbedding(WithBottleneckTokens, Lfm2VLForConditionalGeneration):
+    """LFM2-VL with Bottleneck Tokens. Rows that are whole start from an empty state of the convolutions."""
+
+    # The tower of vLLM has a level `vision_model`. Files of older releases of transformers have it, newer ones do not.
+    hf_to_vllm_mapper = Lfm2VLForConditionalGeneration.hf_to_vllm_mapper | WeightsMapper(
+        orig_to_new_regex={re.compile(r"^model\.vision_tower\.(?!vision_model\.)"): "model.vision_tower.vision_model."}
+    )
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        text = vllm_config.model_config.hf_config.text_config
+        for name in ("block_dim", "conv_dim"):  # published files have them; transformers reads the hidden size
+            setattr(text, name, text.hidden_size)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        if current_platform.is_cpu():
+            # vLLM's kernel for CPUs rotates only the first head of queries with three axes, which this family has.
+            for module in self.modules():
+                if isinstance(module, RotaryEmbedding):
+                    module._forward_method = module.forward_native

@@ -10,7 +10,7 @@ vLLM calls `register` in each of its processes, for any model that it serves. So
 import logging
 from typing import Any
 
-FAMILIES = ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3_5", "InternVL", "Idefics3", "SmolVLM")
+FAMILIES = ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3_5", "InternVL", "Idefics3", "SmolVLM", "Lfm2Vl")
 RECURRENT = ("Qwen3_5",)
 MODE = "btok"  # what vLLM calls a tokenizer mode chooses the tokenizer and the renderer; also the video backend
 # Frames without times count as two per second in this library, and none is left out. vLLM would count one per second

@@ -63,7 +63,7 @@ class BTokRenderer(HfRenderer):
             raise VLLMValidationError(
                 "An input is empty: nothing but its Bottleneck Tokens. Remove it or fill it.", parameter="input"
             )
-        # A video of an InternVL is a row of images to its configuration.
+        # Some families have no videos, or count them as rows of images.
         placeholders = {config.image_token_id, getattr(config, "video_token_id", config.image_token_id)}
         if row["type"] == "token" and placeholders & set(ids):
             raise VLLMValidationError(

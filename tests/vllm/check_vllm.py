@@ -139,6 +139,7 @@ SERVED = [
     ("internvl", 4),
     ("idefics3", 1),
     ("smolvlm", 4),
+    ("lfm2_vl", 4),
 ]
 
 
@@ -201,7 +202,8 @@ def test_images_of_many_sizes(served):
     """Their grids, or tiles, are counted once by vLLM and once by the processor."""
     repo, server = served
     model, rng = BTokSentenceTransformer(str(repo), device="cpu"), np.random.default_rng(0)
-    for width, height in np.exp(rng.uniform(np.log(30), np.log(300), (24, 2))).astype(int):
+    for width in np.exp(rng.uniform(np.log(30), np.log(300), 24)).astype(int):
+        height = round(width * np.exp(rng.uniform(-0.7, 0.7)))
         picture = Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
         content = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{png(picture)}"}}]
         (vector,) = server.vectors(messages=[{"role": "user", "content": content}])

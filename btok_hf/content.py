@@ -1,0 +1,66 @@
+"""Whether two inputs are the same: hashes of their content, for what must not be a negative and is encoded once."""
+
+import hashlib
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from btok_hf.inputs import is_cell, is_media_path
+
+
+def content_hash(value: Any) -> int:
+    """A stable 63-bit hash of the content of an input: of words, of pixels, or of the bytes of a file.
+
+    Copies of a file have equal hashes under any name, and a decoded image has not that of its file.
+
+    Args:
+        value: A text, image, array, bytes, file path, file as `datasets` stores it, or a dict or list of them. A dict
+            of one text, image or video has the hash of its value. The order of keys does not count.
+
+    Returns:
+        `int`: At least 0.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+
+    def add(part: Any, is_text: bool = False) -> None:
+        if isinstance(part, dict) and is_cell(part):
+            part = part["path"] if part["bytes"] is None else ("file", hashlib.blake2b(part["bytes"]).hexdigest())
+        if isinstance(part, (str, Path)) and not is_text and is_media_path(str(part)) and os.path.isfile(part):
+            state = os.stat(part)
+            part = ("file", _file_digest(os.path.abspath(part), state.st_size, state.st_mtime_ns))
+        elif isinstance(part, Image.Image):
+            # The bytes of a palette image are indices of colours. The same bytes with another palette differ.
+            part = part.convert("RGBA") if part.mode in ("P", "PA") else part
+            part = (part.mode, part.size, part.tobytes())
+        elif isinstance(part, (np.ndarray, torch.Tensor)):
+            part = np.ascontiguousarray(part)
+            part = (str(part.dtype), part.shape, part.tobytes())
+        if isinstance(part, dict) and len(part) == 1 and part.keys() <= {"text", "image", "video"}:
+            add(next(iter(part.values())), is_text="text" in part)
+        elif isinstance(part, dict):
+            digest.update(f"{{{len(part)}".encode())
+            for key in sorted(part):
+                add(key, is_text=True)
+                add(part[key], is_text=key not in ("image", "video"))
+        elif isinstance(part, (list, tuple)):
+            digest.update(f"[{len(part)}".encode())
+            for item in part:
+                add(item, is_text)
+        else:
+            part = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass")
+            digest.update(f"{len(part)}:".encode() + part)
+
+    add(value)
+    return int.from_bytes(digest.digest(), "big") >> 1
+
+
+@lru_cache(maxsize=2**20)
+def _file_digest(path: str, size: int, modified: int) -> str:
+    """The hash of a file of this size and time of change: training asks for it in every epoch."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
