@@ -354,8 +354,8 @@ class BTokSentenceTransformer(PackedEncoder):
         Returns:
             `list[str]`
         """
-        if isinstance(inputs, str):
-            raise ValueError(f"reconstruct takes a list of inputs, got the text {inputs!r}. Put it into a list.")
+        if self.is_singular_input(inputs):
+            raise ValueError(f"reconstruct takes a list of inputs, got {shown(inputs)}. Put it into a list.")
         if not inputs:
             return []
         module, tokenizer = self.transformer, self.tokenizer

@@ -40,8 +40,9 @@ def test_arguments_of_encoding(repo):
     model = BTokSentenceTransformer(repo, device="cpu")
     with pytest.raises(ValueError, match=r"prompt must be a text, got 3.*prompt_name"):
         model.encode(["a"], prompt=3)
-    with pytest.raises(ValueError, match="takes a list of inputs, got the text 'abc'"):
-        model.reconstruct("abc")
+    for one in ("abc", {"text": "abc"}):
+        with pytest.raises(ValueError, match=r"takes a list of inputs, got .*abc.*Put it into a list"):
+            model.reconstruct(one)
     assert model.reconstruct([]) == []
 
 

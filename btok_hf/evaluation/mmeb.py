@@ -106,7 +106,7 @@ def evaluate(
     state = processes()
     output_dir, root = Path(output_dir), Path(root)
     if encoder_model is None:
-        key = hash_of("function", name, None)
+        key = hash_of("function", name)
     else:
         if prompt is None and encoder_model.default_prompt_name is not None:
             prompt = encoder_model.prompts.get(encoder_model.default_prompt_name)
