@@ -349,4 +349,4 @@ def text_of(value: Any) -> str | None:
 
 def is_media_path(text: str) -> bool:
     """Whether a text looks like an image or video file: no spaces, and a known suffix."""
-    return _suffix(text) in IMAGE_SUFFIXES + VIDEO_SUFFIXES and not any(map(str.isspace, text))
+    return not any(map(str.isspace, text)) and _suffix(text) in IMAGE_SUFFIXES + VIDEO_SUFFIXES

@@ -89,16 +89,23 @@ def test_a_vector_that_is_not_finite_is_an_error_of_its_row(tmp_path, repo):
     for name, text in {"0": "aaaa", "1": "z", "2": "bb"}.items():
         (folder / f"{name}.txt").write_text(text)
 
-    def spoilt(out, weights, row):
-        plan = make_plan(str(folder), str(tmp_path / out), Options(repo, device="cpu"))
+    def spoilt(out, weights, row, **options):
+        plan = make_plan(str(folder), str(tmp_path / out), Options(repo, device="cpu", **options))
         embedder = Embedder(plan.job)
         with torch.no_grad():
             weights(embedder.model[0].model)[row] = torch.nan
-        return embedder.embed(plan.units)
+        return embedder.embed(plan.missing)
 
     assert spoilt("out", lambda model: model.get_input_embeddings().weight, ord("z") - ord("!")) == Counts(3, 1, 0)
     failed = {id: row["error"] for id, row in read(tmp_path / "out").items() if row["error"]}
     assert failed.keys() == {"1.txt"} and failed["1.txt"].startswith("The embedding is not finite. The weights are")
+    # Alone in its unit, when others were embedded before it: in this run or in an earlier one.
+    broken = lambda model: model.get_input_embeddings().weight  # noqa: E731
+    assert spoilt("alone", broken, ord("z") - ord("!"), unit_rows=1) == Counts(3, 1, 0)
+    (folder / "3.txt").write_text("zz")
+    assert spoilt("alone", broken, ord("z") - ord("!"), unit_rows=1) == Counts(1, 1, 0)
+    failed = {id: row["error"] for id, row in read(tmp_path / "alone").items() if row["error"]}
+    assert failed.keys() == {"1.txt", "3.txt"} and failed["3.txt"] == failed["1.txt"]
     with pytest.raises(ValueError, match=r"No row of '0\.txt' and those after it could be embedded\. .*not finite"):
         spoilt("other", lambda model: model.language_model.norm.weight, 0)
 

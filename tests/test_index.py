@@ -91,6 +91,11 @@ def test_any_words_may_be_searched_for(built, text):
     assert len(built.search(VECTORS[7], text, k=3)) == 3
 
 
+def test_quoted_words_are_words(built):
+    assert built.search(None, '"word12"')[0].id == "a12"
+    assert len(built.search(VECTORS[7], '"tiger and"', k=3)) == 3
+
+
 @pytest.fixture
 def trained_for_8(tmp_path):
     """The configuration of a model that was trained for vectors of 8 numbers too."""

@@ -21,6 +21,12 @@ def plan(folder, out, repo, **options):
     return make_plan(str(folder), str(out), Options(str(repo), device="cpu", unit_rows=3, **options))
 
 
+def claimed(folder, out, repo):
+    """A folder in which the first unit is written."""
+    (out / "units").mkdir(parents=True)
+    (out / "units" / f"{plan(folder, out, repo).units[0].name}.parquet").write_bytes(b"")
+
+
 def test_only_what_is_new_or_changed_is_embedded(folder, tmp_path, repo):
     out = tmp_path / "out"
     embed(folder, out, repo, unit_rows=3)
@@ -81,13 +87,15 @@ def test_failed_rows_are_tried_again_on_request(folder, tmp_path, repo):
 )
 def test_other_settings_are_refused(folder, tmp_path, repo, change):
     plan(folder, tmp_path / "out", repo)
+    plan(folder, tmp_path / "out", repo, **change)  # nothing is written yet: the first try was a mistake
+    claimed(folder, tmp_path / "out", repo)
     (name,) = change
     with pytest.raises(ValueError, match=f"other settings: {name} .*name another folder for OUT"):
         plan(folder, tmp_path / "out", repo, **change)
 
 
 def test_another_input_or_model_is_refused(folder, tmp_path, repo, repos):
-    plan(folder, tmp_path / "out", repo)
+    claimed(folder, tmp_path / "out", repo)
     write_files(tmp_path / "other")
     with pytest.raises(ValueError, match=r"other settings: input .*in' there, .*other' now"):
         plan(tmp_path / "other", tmp_path / "out", repo)
@@ -140,6 +148,12 @@ def test_options_are_checked():
     for name in ("unit_rows", "batch_size", "threads"):
         with pytest.raises(ValueError, match=f"{name} must be 1 or more, got 0"):
             Options("model", **{name: 0})
+    for name in ("max_pixels", "max_seq_length"):
+        with pytest.raises(ValueError, match=f"{name} must be 1 or more, got -5"):
+            Options("model", **{name: -5})
+    for dtype in ("flaot16", "nn"):
+        with pytest.raises(ValueError, match=f"dtype must be auto or a name of torch.*'{dtype}'"):
+            Options("model", dtype=dtype)
     with pytest.raises(ValueError, match="--id and --columns name columns of a table"):
         Options("model", columns=Columns(id="key"))
     with pytest.raises(ValueError, match="--id and --columns name columns of a table"):

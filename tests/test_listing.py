@@ -51,6 +51,22 @@ def test_what_was_written_into_the_input_is_no_input(tmp_path):
         assert every - set(paths(given)) == {out + name for name in written}
         assert given.skipped == {"that btok embed wrote": 5}
     assert paths(Input(str(folder / "**" / "*.parquet"), str(folder / "out"))) == ["units/a.parquet"]
+    # OUT by a link, and another corpus, which is known by its settings.
+    (tmp_path / "link").symlink_to(folder)
+    assert paths(Input(str(tmp_path / "link" / "**" / "*.parquet"), str(folder / "out"))) == ["units/a.parquet"]
+    (folder / "out" / "corpus.json").write_text('{"format": 1, "revision": "a", "unit_rows": 5}')
+    for pattern in ("", "**"):
+        given = Input(str(folder / pattern), str(tmp_path / "elsewhere"))
+        assert every - set(paths(given)) == {"out/" + name for name in written}
+
+
+def test_patterns_leave_hidden_files_out(tmp_path):
+    for name in ("a.txt", "._a.txt", ".git/b.txt", "deep/.c/d.txt", "deep/e.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    given = Input(str(tmp_path / "**" / "*.txt"))
+    assert paths(given) == ["a.txt", "deep/e.txt"] and given.skipped == {"hidden": 3}
+    assert paths(Input(str(tmp_path / "._*.txt"))) == ["._a.txt"]  # asked for
 
 
 def test_a_changed_target_of_a_link_is_noticed(tmp_path):

@@ -90,13 +90,15 @@ def test_changes_come_in_chunks(tmp_path, monkeypatch):
         assert [len(added) for added, _ in stream.changes(Held([], np.empty(0, np.int64)))] == expected
 
 
-@pytest.mark.parametrize("name", ["vector", "row_hash", "_score"])
+@pytest.mark.parametrize("name", ["vector", "row_hash", "_score", "a.b"])
 def test_names_of_the_database_are_refused(tmp_path, name):
-    with pytest.raises(ValueError, match=f"'{name}' has a name that the database uses"):
+    with pytest.raises(ValueError, match=f"The column '{name}' cannot be copied"):
         stream_of(tmp_path, rows_of(random_vectors(1), **{name: ["x"]}), metadata={name: pa.string()})
 
 
 def test_changes_in_words():
     text = str(Changes(added=1200, replaced=3, deleted=0, failed=2, missing=4))
-    assert text.startswith("1,200 added, 3 replaced, 0 deleted, 2 left out because embedding them failed; 4 units")
+    assert text.startswith(
+        "1,200 added, 3 replaced, nothing deleted, 2 left out because embedding them failed; 4 units"
+    )
     assert str(Changes(added=1)) == "1 added, 0 replaced, 0 deleted"

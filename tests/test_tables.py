@@ -104,12 +104,12 @@ def test_image_cells_in_every_form(tmp_path, repo):
 def test_rows_of_several_parts(tmp_path, repo, model):
     picture(0).save(tmp_path / "0.png")
     rows = [{"pic": "0.png", "words": "a"}, {"pic": None, "words": "b"}, {"pic": "0.png", "words": None}]
-    write(tmp_path / "a.jsonl", [*rows, {"pic": ["0.png", "0.png"], "words": ["c", "d"]}, {"words": 7}])
+    write(tmp_path / "a.jsonl", [*rows, {"pic": ["0.png", "0.png"], "words": ["c", "d"]}, {"words": ["e", 7]}])
     errors = embed(tmp_path / "a.jsonl", tmp_path / "out", repo, columns=Columns("words", "pic"))
     found = list(read(tmp_path / "out").values())
     assert [row["kind"] for row in found] == ["mixed", "text", "image", "mixed", "mixed"]
     assert [row["text"] for row in found] == ["a", "b", None, "c\nd", None]
-    assert list(errors.values()) == ["the text must be a string, got int"]
+    assert list(errors.values()) == ["the text must be a string or a list of strings, got int"]
     path = tmp_path / "0.png"
     inputs = [{"image": path, "text": "a"}, {"text": "b"}, {"image": path}]
     inputs.append({"image": [path, path], "text": ["c", "d"]})
@@ -138,6 +138,34 @@ def test_broken_rows_do_not_move_the_others(tmp_path):
     assert "not JSON" in rows[1].error and "cells are empty" in rows[3].error
     rows = rows_of(source(path, Columns("words", id="key")))
     assert rows[0].error == "the row has no key" and rows[0].id == "a.jsonl#row=0"
+    assert rows[3].id == "1" and "cells are empty" in rows[3].error
+
+
+def test_a_quotation_mark_that_is_not_closed_is_named_before_work(tmp_path):
+    """The csv module takes all that follows for one cell."""
+    path = tmp_path / "a.csv"
+    path.write_text('n,words\n1,one\n2,"two inch\n3,three\n4,four\n')
+    with pytest.raises(ValueError, match=r"a\.csv has a quotation mark that is not closed.*starts with '2,\"two inch"):
+        source(path, Columns("words")).plan("s")
+    path.write_text('n,words\n1,"one" and more\n2,two" inch\n3,"three\nfour"')
+    assert [row.text for row in rows_of(source(path, Columns("words")))] == [
+        "one and more",
+        'two" inch',
+        "three\nfour",
+    ]
+
+
+def test_a_column_that_only_later_lines_have(tmp_path):
+    rows = [{"pic": "0.png"}] * 2000 + [{"words": "x"}]
+    assert rows_of(source(write(tmp_path / "a.jsonl", rows), Columns("words")))[-1].text == "x"
+
+
+def test_columns_that_are_used_in_another_way_are_scanned_again(tmp_path, repo):
+    path = write(tmp_path / "a.parquet", [{"words": "a", "b": 1}, {"words": "c", "b": 1}])
+    with pytest.raises(ValueError, match="Ids must be unique"):
+        embed(path, tmp_path / "out", repo, columns=Columns("words", id="b"))
+    embed(path, tmp_path / "out", repo, columns=Columns("words", metadata=("b",)))
+    assert [row["b"] for row in read(tmp_path / "out").values()] == [1, 1]
 
 
 def test_the_rest_of_a_damaged_parquet_file_fails_row_by_row(tmp_path):
@@ -166,9 +194,32 @@ def test_types_are_merged_over_tables(tmp_path):
     assert table.metadata == {"n": pa.float64(), "none": pa.string()}
     assert [row.metadata["n"].to_pylist() for row in rows] == [[1.0], [2.5], [3.0]]
     assert [row.metadata["none"].to_pylist() for row in rows] == [[None], [None], ["x"]]
+    large = pa.table({"words": ["c"], "n": [2**53 + 1], "none": pa.array(["x"], pa.string_view())})
+    pq.write_table(large, tmp_path / "c.parquet")
+    table = source(tmp_path, Columns("words", metadata=("n", "none")))
+    rows = rows_of(table)
+    assert table.metadata == {"n": pa.float64(), "none": pa.string()} and rows[2].error is None
+    assert rows[2].metadata["n"].to_pylist() == [2.0**53]
     write(tmp_path / "d.jsonl", [{"words": "a", "n": "many", "none": None}])
+    (tmp_path / "c.parquet").rename(tmp_path / "c.bin")
+    table = source(tmp_path, Columns("words", metadata=("n", "none")))
+    assert [row.metadata["n"].to_pylist() for row in rows_of(table)] == [["1"], ["2.5"], ["many"]]  # JSON text
+    (tmp_path / "c.bin").rename(tmp_path / "c.parquet")
     with pytest.raises(ValueError, match="has other types in other tables"):
         source(tmp_path, Columns("words", metadata=("n", "none"))).plan("s")
+
+
+def test_new_tables_keep_the_types_of_a_corpus(tmp_path, repo):
+    columns, folder = Columns("words", metadata=("n", "m")), tmp_path / "in"
+    write(folder / "a.jsonl", [{"words": "a", "n": 1.5, "m": None}])
+    embed(folder, tmp_path / "out", repo, columns=columns)
+    write(folder / "a.jsonl", [{"words": "a", "n": 1, "m": 2}])  # alone they would be integers
+    embed(folder, tmp_path / "out", repo, columns=columns)
+    (row,) = read(tmp_path / "out").values()
+    assert (row["n"], row["m"]) == (1.0, "2") and isinstance(row["n"], float)
+    write(folder / "b.jsonl", [{"words": "b", "n": "many", "m": None}])
+    with pytest.raises(ValueError, match=r"column n of --columns is stored as double, but is string.*another folder"):
+        embed(folder, tmp_path / "out", repo, columns=columns)
 
 
 def test_scans_are_kept_and_those_of_gone_tables_forgotten(tmp_path, monkeypatch):
@@ -261,8 +312,9 @@ def test_a_missing_column_is_named_before_work(tmp_path, suffix):
 
 
 def test_what_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="--columns text: every unit has a column of this name"):
-        source(tmp_path, Columns("words", metadata=("text",)))
+    for name in ("text", "_id", "a.b", "vector"):  # the database takes none of them
+        with pytest.raises(ValueError, match=f"The column '{name}' cannot be copied.*Rename it"):
+            source(tmp_path, Columns("words", metadata=("year", name)))
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").write_bytes(b"")
     with pytest.raises(ValueError, match=r"no rows of a table \(1 that are no tables\)"):

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from support.units import random_vectors, rows_of, write_units
 
+from btok_hf.corpus.stream import Changes
 from btok_hf.corpus.vector_libraries import write_faiss, write_usearch
 
 VECTORS = random_vectors(400, dimensions=32)
@@ -37,7 +38,7 @@ def test_faiss(out, tmp_path, precision):
     import faiss
 
     file = tmp_path / "new" / "index.faiss"
-    assert write_faiss(out, file, precision) == 400
+    assert write_faiss(out, file, precision) == Changes(added=400, failed=1)
     if precision == "binary":
         index = faiss.read_index_binary(str(file))
         found = recall(file, lambda query: index.search(np.packbits(query > 0)[None], 10)[1][0])
@@ -54,7 +55,7 @@ def test_usearch(out, tmp_path, precision):
     from usearch.index import Index
 
     file = tmp_path / "index.usearch"
-    assert write_usearch(out, file, precision) == 400
+    assert write_usearch(out, file, precision) == Changes(added=400, failed=1)
     index = Index.restore(str(file), view=True)
     asked = (lambda query: np.packbits(query > 0)) if precision == "binary" else np.asarray
     assert recall(file, lambda query: index.search(asked(query), 10).keys) >= LEAST[precision] - 0.02

@@ -16,8 +16,9 @@ from btok_hf.bottleneck import escapes
 from btok_hf.content import content_hash
 from btok_hf.features import IGNORED, PIXEL_KEYS
 from btok_hf.inputs import text_of
+from btok_hf.training.checks import check_columns
 from btok_hf.training.condensation_config import CONDENSE, CondensationConfig
-from btok_hf.training.data import check_columns, decode_cell
+from btok_hf.training.data import decode_cell
 
 
 @dataclass

@@ -36,11 +36,11 @@ from btok_hf.training.checkpoints import (
     newest_complete,
     rotate,
 )
+from btok_hf.training.checks import check_columns, check_rows, first_rows
 from btok_hf.training.condensation_collator import CondensationCollator
 from btok_hf.training.condensation_config import CondensationConfig
 from btok_hf.training.condensation_log import REMEDY, LoggingTrainer
 from btok_hf.training.condensation_loss import CondensationLoss
-from btok_hf.training.data import check_columns, check_rows, first_rows
 from btok_hf.training.parallel import check_parallelism
 from btok_hf.training.sampler import MixtureBatchSampler, check_mixture
 

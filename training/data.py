@@ -1,13 +1,13 @@
-"""Pair files: load them, check their columns, decode their cells, evaluate retrieval on them.
+"""Pair files: load them, decode their cells, evaluate retrieval on them.
 
-Several datasets in one run are in `mixture.py`, the paper's data in `sources.py`.
+Columns and rows are checked in `checks.py`. Several datasets in one run are in `mixture.py`, the paper's data in
+`sources.py`.
 """
 
 import csv
 import glob
 import json
-import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -21,8 +21,9 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
 from btok_hf.content import content_hash
-from btok_hf.inputs import REMOTE, is_cell, is_media_path
+from btok_hf.inputs import is_cell
 from btok_hf.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from btok_hf.training.checks import check_columns, holds_json
 
 MAX_PATH = 255  # characters: longer strings are texts
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
@@ -100,7 +101,7 @@ def _with_own_paths(dataset: Dataset, folder: Path) -> Dataset:
         if name not in ("target", "group") and not isinstance(feature, (datasets.Image, datasets.Video))
     ]
     rows: Any = dataset.select_columns(columns)
-    if not any(isinstance(dataset.features[name], datasets.Json) for name in columns):  # dicts of equal keys
+    if not any(holds_json(dataset.features[name]) for name in columns):
         # Rows as Arrow stores them: no image is decoded.
         rows = (row for part in rows.with_format("arrow").iter(batch_size=1000) for row in part.to_pylist())
     found: list[str] = []
@@ -238,71 +239,3 @@ def decode_cell(cell: Any) -> Any:
         for key, part in cell.items()
         if part is not None
     }
-
-
-def check_columns(columns: Collection[str], dataset_name: str | None = None) -> list[str]:
-    """Refuse columns that training cannot use. Returns `query`, `positive` and the negatives, in this order."""
-    where = "The dataset" if dataset_name is None else f"Dataset {dataset_name!r}"
-    embedded = [column for column in columns if column not in ("target", "group", "dataset_name")]
-    negatives = [name for name in embedded if name in ("negative", "negatives") or name.startswith("negative_")]
-    unknown = sorted(set(embedded) - {"query", "positive", *negatives})
-    missing = sorted({"query", "positive"} - set(embedded))
-    if unknown or missing:
-        problems = [f"{problem} {names}" for problem, names in (("missing", missing), ("unknown", unknown)) if names]
-        raise ValueError(
-            f"{where} has the columns {sorted(columns)}: {'; '.join(problems)}. Training takes query, positive, "
-            "negative or negative_1, negative_2, … (each a text, an image, or a dict with image, video and text), "
-            "negatives (a list of them), target (a text to generate instead of the other side's own) and group (rows "
-            "of one group answer each other's queries). "
-            "Rename the columns with dataset.rename_column and drop the rest with dataset.remove_columns."
-        )
-    return ["query", "positive", *negatives]
-
-
-def first_rows(parts: Dataset | dict[str, Dataset] | None) -> list[dict[str, Any]]:
-    """The first row of a dataset, or of each dataset of a dict, with its name."""
-    if parts is None:
-        return []
-    rows = []
-    for name, dataset in (parts if isinstance(parts, dict) else {None: parts}).items():
-        where = "The dataset" if name is None else f"Dataset {name!r}"
-        if not hasattr(dataset, "__len__"):
-            raise ValueError(
-                f"{where} is streamed ({type(dataset).__name__}), but batches are drawn from rows by number. Load it "
-                "without streaming: datasets keeps rows in Arrow files on disk and not in memory."
-            )
-        if len(dataset) == 0:
-            raise ValueError(f"{where} has no rows.")
-        rows.append({**({} if name is None else {"dataset_name": name}), **dataset[0]})
-    return rows
-
-
-def check_rows(dataset: Dataset, where: str) -> None:
-    """Raise `ValueError` for the first row without a query or a positive, or whose text is a path without a file.
-
-    Of columns that do not hold texts, only missing values are found: nothing is decoded. `where` names the dataset.
-    """
-    if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":  # rows are made on the way
-        return
-    for name in ("query", "positive"):
-        if name not in dataset.features:
-            continue  # `check_columns` names it
-        cells = dataset.select_columns([name]).with_format("arrow")
-        is_text = dataset.features[name] in (datasets.Value("string"), datasets.Value("large_string"))
-        if not is_text and not dataset.data.column(name).null_count:
-            continue
-        there: dict[str, bool] = {}  # by path
-        parts = (part[name] for part in cells.iter(batch_size=10_000))
-        for row, cell in enumerate(cell for part in parts for cell in part):
-            problem = None
-            if not cell.is_valid or (is_text and not cell.as_py().strip()):
-                problem = "is empty"
-            elif is_text and is_media_path(path := cell.as_py()) and not path.startswith(REMOTE):
-                if path not in there:
-                    there[path] = os.path.isfile(path)
-                problem = None if there[path] else f"is {path!r}, a file that does not exist"
-            if problem:
-                raise ValueError(
-                    f"Row {row} of {where}: its {name} {problem}. Correct or remove the row; a text that looks like a "
-                    'path is given as {"text": …}.'
-                )

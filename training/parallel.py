@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from btok_hf.training.checks import first_rows
 from btok_hf.training.condensation_config import CondensationConfig
 from btok_hf.training.condensation_log import LoggingTrainer
-from btok_hf.training.data import first_rows
 
 SHARDED = "FSDP2 (accelerate launch --config_file training/accelerate/fsdp2.yaml …)"
 

@@ -126,8 +126,8 @@ def run_index(
 
         write = vector_libraries.write_faiss if faiss else vector_libraries.write_usearch
         file = faiss or usearch
-        count = write(out, str(file), precision or "float32", dimensions)
-        print(f"{file}: {count:,} vectors; their ids are in {file}{vector_libraries.IDS}")
+        changes = write(out, str(file), precision or "float32", dimensions)
+        print(f"{file}: {changes.added:,} vectors{changes.left_out}; ids are in {file}{vector_libraries.IDS}")
         return
     from btok_hf.corpus.index import Index
     from btok_hf.corpus.recall import measure_recall
@@ -184,6 +184,8 @@ def run_search(
     # Before the model is loaded, because that takes a while.
     if not (text and text.strip()) and image is None and video is None:
         raise argparse.ArgumentError(None, "the query is empty: give a text, --image or --video")
+    if hybrid and not (text and text.strip()):
+        raise argparse.ArgumentError(None, "--hybrid searches for the words of a text: give one, or leave it out")
     if k < 1:
         raise argparse.ArgumentError(None, f"-k is the number of hits and must be 1 or more, got {k}")
     for name, file in (("image", image), ("video", video)):

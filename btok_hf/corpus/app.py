@@ -226,7 +226,7 @@ class Answers:
         text = (text or "").strip()
         if len(text) > MAX_TEXT:
             raise ValueError(f"The text has {len(text):,} characters; at most {MAX_TEXT:,} are allowed. Shorten it.")
-        given = {"image": picture and Path(picture), "video": clip and Path(clip), "text": text}
+        given = {"image": self._uploaded(picture), "video": self._uploaded(clip), "text": text}
         query: dict[str, Any] = {key: value for key, value in given.items() if value}
         if not query:
             raise ValueError("There is nothing to search for. Type a text, or give a picture or a clip.")
@@ -235,6 +235,14 @@ class Answers:
         start = time.perf_counter()
         hits = self.searcher.search(**query, k=int(k), where=condition(kinds, where), hybrid=words)
         return *self._found(hits, start), query, gr.update(visible=False)
+
+    def _uploaded(self, path: str | None) -> Path | None:
+        """An uploaded file. A client may name any other, which Gradio checks only for some forms of a request."""
+        if not path:
+            return None
+        if not Path(path).resolve().is_relative_to(Path(self.files.GRADIO_CACHE).resolve()):
+            raise ValueError("The file was not uploaded here. Upload it.")
+        return Path(path)
 
     def more(self, chosen: str, kinds: list[str], where: str | None, k: float) -> tuple[Any, ...]:
         """The neighbours of a row, their number, and the row as the query."""

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -67,6 +68,8 @@ class Embedder:
                 processor_kwargs={"max_pixels": options.max_pixels} if options.max_pixels else {},
             )
         self.known = _Memory(KNOWN_BYTES)
+        # Weights that gave an embedding before are not broken: of one row alone it may be the row.
+        self._sound = bool(self.corpus.written())
         pixels = self.model.transformer.image_limits.max_pixels
         self.reading = Reading(pixels, options.thumbnail_pixels, self.known.get)
 
@@ -157,40 +160,42 @@ class Embedder:
     def _embed_new(self, new: Mapping[str, list[Row]]) -> None:
         items: list[Any] = [same[0].item for same in new.values()]
         options = self.job.options
-        with _no_warnings(), _named_row(next(iter(new.values()))[0].id):  # rows that fail are in the summary
-            encoded: Any = self.model.encode_document(
-                items,
-                prompt=options.prompt,
-                batch_size=options.batch_size,
-                truncate_dim=self.job.dimensions,
-                normalize_embeddings=True,
-                show_progress_bar=False,
-                on_error="skip",
+        vectors: dict[int, np.ndarray] = {}
+        try:
+            with _no_warnings():  # rows that fail are in the summary
+                encoded: Any = self.model.encode_document(
+                    items,
+                    prompt=options.prompt,
+                    batch_size=options.batch_size,
+                    truncate_dim=self.job.dimensions,
+                    normalize_embeddings=True,
+                    show_progress_bar=False,
+                    on_error="skip",
+                )
+            vectors, errors = (
+                dict(zip(encoded.kept.tolist(), np.asarray(encoded.embeddings, np.float32))),
+                encoded.errors,
             )
-        vectors = dict(zip(encoded.kept.tolist(), np.asarray(encoded.embeddings, np.float32)))
+        except ValueError as error:  # all embeddings of this chunk are not finite
+            if not self._sound:
+                first = next(iter(new.values()))[0].id
+                raise ValueError(f"No row of {first!r} and those after it could be embedded. {error}") from error
+            errors = dict.fromkeys(range(len(items)), str(error))
+        self._sound |= bool(vectors)
         for position, (content_hash, same) in enumerate(new.items()):
             vector = vectors.get(position)
             if vector is not None:
                 self.known.put(content_hash, Known(vector, same[0].thumbnail))
             else:
                 # The message names the input by its place in this call.
-                reason = encoded.errors[position].removeprefix(f"Input {position} {shown(items[position])}: ")
-                reason = reason.replace(f"The embedding of input {position} is", "The embedding is")
+                reason = errors[position].removeprefix(f"Input {position} {shown(items[position])}: ")
+                reason = re.sub(r"The embedding of input \d+ is", "The embedding is", reason)
             for row in same:
                 row.item = None
                 if vector is None:
                     row.error = reason
                 else:
                     row.embedding = vector
-
-
-@contextmanager
-def _named_row(first: str) -> Iterator[None]:
-    """Say where in the corpus no row could be embedded. Single rows that cannot be are no error."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"No row of {first!r} and those after it could be embedded. {error}") from error
 
 
 @contextmanager

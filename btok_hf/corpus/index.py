@@ -24,6 +24,7 @@ try:
     import lancedb
     import pyarrow as pa
     from lancedb.index import FTS, IvfFlat, IvfRq
+    from lancedb.query import MatchQuery
 except ModuleNotFoundError as error:
     raise ImportError(f"The index needs the package {error.name}: pip install 'btok-hf[corpus]'.") from error
 
@@ -275,7 +276,7 @@ class Index:
         if k < 1:
             raise ValueError(f"k is the number of hits and must be 1 or more, got {k}.")
         if vector is None:
-            query = self._table.search(text, query_type="fts").limit(k)
+            query = self._table.search(_words(text), query_type="fts").limit(k)
         else:
             vector = self._as_query(vector)
             binary = self.settings["precision"] == "binary"
@@ -283,7 +284,8 @@ class Index:
             if text is None:
                 query = self._table.search(asked, vector_column_name="vector")
             else:
-                query = self._table.search(query_type="hybrid", vector_column_name="vector").vector(asked).text(text)
+                query = self._table.search(query_type="hybrid", vector_column_name="vector")
+                query = query.vector(asked).text(_words(text))
             query = query.distance_type("hamming" if binary else "cosine").limit(k * REFINE if binary else k)
             if exact:
                 query = query.bypass_vector_index()
@@ -310,6 +312,11 @@ class Index:
                 f"{self.settings['model']}."
             )
         return cut(vector, self.settings["dimensions"])
+
+
+def _words(text: Any) -> MatchQuery:
+    """Any of the words of a text. A string in quotation marks would be a phrase, and there is no index of phrases."""
+    return MatchQuery(text, "text")
 
 
 def _hits(found: pa.Table, scores: Sequence[float]) -> list[Hit]:

@@ -1,5 +1,6 @@
 """What a run of `btok embed` is to do: settings, checked before the model is loaded, and the missing units."""
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import torch
 from huggingface_hub import hf_hub_download
 from transformers import AutoConfig
 
@@ -19,7 +21,7 @@ from btok_hf.errors import named_source
 from btok_hf.modeling.modeling_btok import bottleneck_token_ids
 
 # Files of a local model that its vectors depend on.
-MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model")
+MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".txt", ".model")
 NOT_OF_VECTORS = ("golden.json", "trainer_state.json", "README.md")
 CHUNK = 2**20
 NO_COLUMNS = Columns()
@@ -60,9 +62,12 @@ class Options:
     threads: int = 4
 
     def __post_init__(self) -> None:
-        for name, least in (("unit_rows", 1), ("thumbnail_pixels", 0), ("batch_size", 1), ("threads", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}.")
+        least = {"thumbnail_pixels": 0}
+        for name in ("unit_rows", "thumbnail_pixels", "batch_size", "threads", "max_pixels", "max_seq_length"):
+            if (value := getattr(self, name)) is not None and value < least.get(name, 1):
+                raise ValueError(f"{name} must be {least.get(name, 1)} or more, got {value}.")
+        if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(f"dtype must be auto or a name of torch such as bfloat16, got {self.dtype!r}.")
         if not self.columns.parts() and any(self.columns):
             raise ValueError(
                 "--id and --columns name columns of a table. Say what to embed with --text, --image or --video, or "
@@ -163,11 +168,15 @@ def make_plan(given: str, out: str, options: Options, *, clean: bool = True, ret
     identity = name_of(*(f"{key}={value}" for key, value in settings.items() if key != "model"))
     corpus = Corpus(out)
     held = corpus.settings()
-    if held is not None:  # before tables are scanned
+    if held is not None and corpus.written():  # before tables are scanned
         corpus.compare(held, settings | {"metadata": held.get("metadata")})
+    else:  # none of a run that failed before its first unit
+        held = None
     units = source.plan(identity)
     if clean and isinstance(source, TableSource):  # once is enough
         source.check_ids()
+    if held is not None and isinstance(source, TableSource):
+        source.keep_types(held["metadata"])
     settings["metadata"] = {name: str(kind) for name, kind in source.metadata.items()}
     corpus.claim(settings)
     names = [unit.name for unit in units]
@@ -217,7 +226,7 @@ def identify(model: str, revision: str | None = None) -> tuple[str, Any]:
                 f"{model} has no config.json. Give an exported repository; adapters are merged with: btok export"
             )
         digest = blake2b(digest_size=20)
-        for path in sorted(folder.rglob("*")):
+        for path in sorted(path for part in _parts(folder) for path in (folder / part).glob("*")):
             name = path.relative_to(folder).as_posix()
             if path.suffix in MODEL_SUFFIXES and path.name not in NOT_OF_VECTORS and path.is_file():
                 digest.update(f"{name} {path.stat().st_size}\0".encode())
@@ -232,6 +241,13 @@ def identify(model: str, revision: str | None = None) -> tuple[str, Any]:
         config = AutoConfig.from_pretrained(model, revision=commit)
     bottleneck_token_ids(config)
     return commit, config
+
+
+def _parts(folder: Path) -> set[str]:
+    """The folders of a model: itself, and those of the modules of Sentence-Transformers."""
+    modules = folder / "modules.json"
+    paths = [part["path"] for part in json.loads(modules.read_text("utf-8"))] if modules.is_file() else []
+    return {"", *paths}
 
 
 def _dimensions(config: Any, options: Options) -> int:

@@ -13,7 +13,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from btok_hf.corpus.rows import File, Row
-from btok_hf.corpus.units import WRITTEN_FILES, WRITTEN_FOLDERS, Store
+from btok_hf.corpus.units import WRITTEN_FILES, WRITTEN_FOLDERS, Store, holds_corpus
 from btok_hf.hub_names import is_hub_id
 from btok_hf.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
@@ -74,7 +74,8 @@ class Input:
     Args:
         given (`str`): A path, an address that fsspec knows (`s3://…`, `hf://…`), with `*` a pattern of them, or the id
             of a dataset on the Hub.
-        out (`str`, *optional*): OUT, which may lie in the input. What is written there is no input.
+        out (`str`, *optional*): OUT, which may lie in the input. What `btok embed` wrote, there or into another
+            folder, is no input.
 
     Attributes:
         address (`str`): The same as an absolute path or address.
@@ -86,13 +87,12 @@ class Input:
     """
 
     def __init__(self, given: str, out: str | None = None) -> None:
-        root = Store(out).root if out is not None else None
-        self._written_files = [f"{root}/{name}" for name in WRITTEN_FILES if root is not None]
-        self._written_folders = tuple(f"{root}/{name}/" for name in WRITTEN_FOLDERS if root is not None)
         if is_hub_id(given):
             given = f"hf://datasets/{given}"
         self.fs, path = fsspec.core.url_to_fs(given)
         self._is_local = isinstance(self.fs, LocalFileSystem)
+        self._out = None if out is None else self._real(Store(out).root)
+        self._corpora: dict[str, bool] = {}  # folders that may be one
         path = path.rstrip("/") or "/"
         self._is_pattern = glob.has_magic(path) and not self.fs.exists(path)
         if self._is_pattern:
@@ -114,6 +114,21 @@ class Input:
     def _full(self, path: str) -> str:
         return path if self._is_local else self.fs.unstrip_protocol(path)
 
+    def _real(self, folder: str) -> str:
+        """A folder without links."""
+        return os.path.realpath(folder) if self._is_local else folder
+
+    def _was_written(self, path: str) -> bool:
+        """Whether `btok embed` wrote a file."""
+        folder, _, name = path.rpartition("/")
+        if name not in WRITTEN_FILES:
+            folder, _, last = folder.rpartition("/")
+            if last not in WRITTEN_FOLDERS:
+                return False
+        if folder not in self._corpora:
+            self._corpora[folder] = self._real(folder) == self._out or holds_corpus(self.fs, folder)
+        return self._corpora[folder]
+
     def file(self, path: str) -> File:
         """A file by its path relative to the root."""
         return File(self.fs, f"{self._root.rstrip('/')}/{path}")
@@ -134,7 +149,10 @@ class Input:
             entries = [self.fs.info(self._path)]
         for entry in entries:
             path = entry["name"]
-            if path in self._written_files or path.startswith(self._written_folders):
+            if self._is_pattern and self._is_hidden(path):
+                self.skipped["hidden"] += 1
+                continue
+            if self._was_written(path):
                 self.skipped["that btok embed wrote"] += 1
                 continue
             size, state = entry.get("size"), next((entry[key] for key in STATES if entry.get(key) is not None), None)
@@ -150,6 +168,13 @@ class Input:
                     "would not be noticed. Copy the input to a file system that tells them."
                 )
             yield Found(path[len(self._root.rstrip("/")) + 1 :], size or 0, f"{size} {state}")
+
+    def _is_hidden(self, path: str) -> bool:
+        """Whether a path that a pattern matches has a part that begins with a point where the pattern has none."""
+        start = len(self._root.rstrip("/")) + 1
+        return any(part.startswith(".") for part in path[start:].split("/")) and not any(
+            part.startswith(".") for part in self._path[start:].split("/")
+        )
 
     def _walk(self, folder: str) -> Iterator[dict[str, Any]]:
         """The files of a folder and of those in it."""

@@ -3,7 +3,7 @@
 import csv
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def line_records(path: str, file: File, offset: int = 0) -> Iterator[tuple[int, 
         text that says what is wrong with it.
 
     Raises:
-        ValueError: JSON that is one list; two columns of one name.
+        ValueError: JSON that is one list; two columns of one name; a quotation mark in CSV that is not closed.
     """
     delimiter = DELIMITERS.get(Path(path).suffix.lower())
     with file.open() as opened:
@@ -123,13 +123,20 @@ def _cells(header: list[str], cells: list[str]) -> dict[str, Any] | str:
 def _csv_records(path: str, opened: Any, offset: int, delimiter: str) -> Iterator[tuple[int, Callable[[], Any]]]:
     csv.field_size_limit(2**31 - 1)
     read = 0
+    of_row: list[str] = []  # its lines
 
     def lines() -> Iterator[str]:
         nonlocal read
         for line in opened:
             read += len(line)
             # Bytes that are no UTF-8 become half characters, which `_cells` refuses row by row.
-            yield line.decode("utf-8-sig" if read == len(line) else "utf-8", "surrogateescape")
+            of_row.append(line.decode("utf-8-sig" if read == len(line) else "utf-8", "surrogateescape"))
+            yield of_row[-1]
+        if of_row and _is_open(of_row, delimiter):
+            raise ValueError(
+                f"The table {path} has a quotation mark that is not closed, so that one row takes all to the end of "
+                f"the file. It starts with {''.join(of_row)[:60]!r}. Close it, or double a quotation mark of a text."
+            )
 
     reader = csv.reader(lines(), delimiter=delimiter)
     header = next(reader, [])
@@ -140,6 +147,7 @@ def _csv_records(path: str, opened: Any, offset: int, delimiter: str) -> Iterato
         read = offset
     while True:
         start = read
+        of_row.clear()
         try:
             cells = next(reader)
         except StopIteration:
@@ -153,15 +161,28 @@ def _csv_records(path: str, opened: Any, offset: int, delimiter: str) -> Iterato
             yield start, partial(str, f"the row has {len(cells)} cells, and the table {len(header)} columns")
 
 
+def _is_open(lines: list[str], delimiter: str) -> bool:
+    """Whether lines of CSV end inside of quotation marks."""
+    try:
+        return not list(csv.reader(lines, delimiter=delimiter, strict=True))
+    except csv.Error as error:
+        return "unexpected end" in str(error)
+
+
 def wider(kind: pa.DataType, value: Any) -> pa.DataType:
     """The type of a column once it holds one more value of JSON. Mixed values are kept as JSON text."""
     if value is None:
         return kind
     fits = type(value) is not int or -(2**63) <= value < 2**63
-    own = JSON_TYPES.get(type(value), pa.string()) if fits else pa.string()
-    if kind in (own, pa.null()):
-        return own
-    return pa.float64() if {kind, own} == {pa.int64(), pa.float64()} else pa.string()
+    return widest((kind, JSON_TYPES.get(type(value), pa.string()) if fits else pa.string()))
+
+
+def widest(kinds: Iterable[pa.DataType]) -> pa.DataType:
+    """The type that holds values of all these types of JSON."""
+    found = set(kinds) - {pa.null()}
+    if len(found) > 1:
+        return pa.float64() if found == {pa.int64(), pa.float64()} else pa.string()
+    return found.pop() if found else pa.null()
 
 
 def json_array(value: Any, kind: pa.DataType) -> pa.Array:

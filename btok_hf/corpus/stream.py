@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from btok_hf.corpus.units import FREE, UNIT_COLUMNS, read_units
+from btok_hf.corpus.units import FREE, UNIT_COLUMNS, check_column_names, read_units
 from btok_hf.corpus.vectors import Precision, cut, store, stored_type, unit
 
 # Settings that may differ between runs: how the model is called, how far `btok embed` is, how vectors are stored.
@@ -39,11 +39,15 @@ class Changes:
     missing: int = 0
 
     def __str__(self) -> str:
-        text = f"{self.added:,} added, {self.replaced:,} replaced, {self.deleted:,} deleted"
-        if self.failed:
-            text += f", {self.failed:,} left out because embedding them failed"
+        deleted = "nothing" if self.missing else f"{self.deleted:,}"
+        return f"{self.added:,} added, {self.replaced:,} replaced, {deleted} deleted{self.left_out}"
+
+    @property
+    def left_out(self) -> str:
+        """What is not there, in words, to follow others."""
+        text = f", {self.failed:,} left out because embedding them failed" if self.failed else ""
         if self.missing:
-            text += f"; {self.missing:,} units are not embedded yet, so nothing was deleted: run it again after"
+            text += f"; {self.missing:,} units are not embedded yet: run it again after"
         return text
 
 
@@ -177,9 +181,7 @@ class RowStream:
         first = next(batches)
         self._batches, self._settings = chain([first], batches), settings
         metadata = [column for column in first.schema if column.name not in UNIT_COLUMNS]
-        for column in metadata:
-            if column.name.startswith("_") or column.name in ("vector", "row_hash"):
-                raise ValueError(f"The column {column.name!r} has a name that the database uses itself. Rename it.")
+        check_column_names(column.name for column in metadata)  # an older release took them
         kept = [first.schema.field(name) for name in UNIT_COLUMNS if name not in LEFT_OUT]
         vector = stored_type(settings["dimensions"], settings["precision"])
         own = [pa.field("row_hash", pa.binary(16)), pa.field("vector", vector)]

@@ -19,15 +19,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from btok_hf.corpus.listing import Input, Unit, check_packages, name_of, skipped_in_words
-from btok_hf.corpus.records import BUFFER, DELIMITERS, ParquetCursor, json_array, line_records, wider
+from btok_hf.corpus.records import BUFFER, DELIMITERS, ParquetCursor, json_array, line_records, wider, widest
 from btok_hf.corpus.rows import File, Row
-from btok_hf.corpus.units import SCANS, UNIT_COLUMNS, Store
+from btok_hf.corpus.units import SCANS, Store, check_column_names
 from btok_hf.download import REMOTE
 
 PARTS = ("image", "video", "text")  # in the order of a row
 SUFFIXES = (".parquet", ".jsonl", ".json", *DELIMITERS)
-# Lines that are searched for a column if types need no look at all of them.
-HEAD = 1000
 
 
 class Columns(NamedTuple):
@@ -65,7 +63,7 @@ class TableSource:
         metadata (`Mapping[str, pyarrow.DataType]`, *optional*): Types of the metadata. Default: set by `plan`.
 
     Raises:
-        ValueError: A metadata column that has the name of a unit's own.
+        ValueError: A metadata column that has a name of a unit's or database's own.
     """
 
     def __init__(
@@ -80,11 +78,7 @@ class TableSource:
         self.metadata = dict(metadata or {})
         self._scans: dict[str, str] = {}  # paths of tables, by the name of what is kept of them
         self._cursor: ParquetCursor | None = None
-        if taken := set(columns.metadata) & set(UNIT_COLUMNS):
-            raise ValueError(
-                f"--columns {','.join(sorted(taken))}: every unit has a column of this name. Rename it in the table, "
-                "or leave it out: --id and --text are kept as id and text."
-            )
+        check_column_names(columns.metadata)
 
     def plan(self, settings: str) -> list[Unit]:
         """Scan new tables, and cut all of them into units.
@@ -101,12 +95,13 @@ class TableSource:
         """
         check_packages(self.columns.parts())
         units: list[Unit] = []
-        schemas = []
+        schemas: list[pa.Schema] = []
+        of_lines: list[pa.Schema] = []
         for file in self.input.files():
             if Path(file.path).suffix.lower() not in SUFFIXES:
                 self.input.skipped["that are no tables"] += 1
                 continue
-            name = name_of(*file, self.unit_rows, *self.columns.names())
+            name = name_of(*file, self.unit_rows, self.columns)
             self._scans[name] = file.path
             held = self.store.read(f"{SCANS}/{name}.json")
             if held is None:
@@ -114,7 +109,8 @@ class TableSource:
                 self.store.write(f"{SCANS}/{name}.json", json.dumps(scan).encode())
             else:
                 scan = json.loads(held)
-            schemas.append(pa.ipc.read_schema(pa.py_buffer(base64.b64decode(scan["schema"]))))
+            same = schemas if Path(file.path).suffix.lower() == ".parquet" else of_lines
+            same.append(pa.ipc.read_schema(pa.py_buffer(base64.b64decode(scan["schema"]))))
             for number, offset in enumerate(scan["starts"]):
                 first = number * self.unit_rows
                 rows = min(self.unit_rows, scan["rows"] - first)
@@ -123,6 +119,10 @@ class TableSource:
             raise ValueError(
                 f"{self.input.address} holds no rows of a table ({skipped_in_words(self.input.skipped)}). Give "
                 f"{', '.join(SUFFIXES)}, or leave --text, --image and --video out to embed files."
+            )
+        if of_lines:
+            schemas.append(
+                pa.schema([(n, widest(schema.field(n).type for schema in of_lines)) for n in self.columns.metadata])
             )
         try:
             merged = pa.unify_schemas(schemas, promote_options="permissive")
@@ -133,6 +133,27 @@ class TableSource:
         types = {name: merged.field(name).type for name in self.columns.metadata}
         self.metadata = {name: pa.string() if kind == pa.null() else kind for name, kind in types.items()}
         return units
+
+    def keep_types(self, held: Mapping[str, str]) -> None:
+        """Store metadata as the units that are there do.
+
+        Args:
+            held (`Mapping[str, str]`): Types in the settings of the corpus, by column.
+
+        Raises:
+            ValueError: A type does not hold the values of the tables that there are now.
+        """
+        for name, kind in self.metadata.items():
+            before = held.get(name, str(kind))
+            if before == "string" and pa.types.is_primitive(kind):
+                self.metadata[name] = pa.string()
+            elif before == "double" and pa.types.is_integer(kind):
+                self.metadata[name] = pa.float64()
+            elif before != str(kind):
+                raise ValueError(
+                    f"The column {name} of --columns is stored as {before}, but is {kind} with the tables that there "
+                    f"are now. Write it as {before} in the new tables, or embed all of them into another folder."
+                )
 
     def forget(self) -> None:
         """Remove the scans of tables that are gone."""
@@ -197,11 +218,7 @@ class TableSource:
                     rows, schema = parquet.metadata.num_rows, parquet.schema_arrow
                 starts = [0] * -(-rows // self.unit_rows)
                 self._check(path, schema.names)
-                # Categories are stored as what they stand for.
-                types = {
-                    name: kind.value_type if pa.types.is_dictionary(kind := schema.field(name).type) else kind
-                    for name in self.columns.metadata
-                }
+                types = {name: _stored_kind(schema.field(name).type) for name in self.columns.metadata}
             else:
                 seen, wrong = set[str](), ""
                 types = dict.fromkeys(self.columns.metadata, pa.null())
@@ -209,7 +226,7 @@ class TableSource:
                     if rows % self.unit_rows == 0:
                         starts.append(start)
                     rows += 1
-                    if self.columns.metadata or rows <= HEAD:
+                    if self.columns.metadata or not seen.issuperset(self.columns.names()):
                         record = parse()
                         if isinstance(record, str):
                             wrong = wrong or record
@@ -252,10 +269,12 @@ class TableSource:
             for missing in range(number, last):
                 yield self._failed(path, missing, f"the table cannot be read here ({error})")
 
-    def _failed(self, path: str, number: int, reason: str, metadata: dict[str, Any] | None = None) -> Row:
+    def _failed(
+        self, path: str, number: int, reason: str, metadata: dict[str, Any] | None = None, name: str | None = None
+    ) -> Row:
         kinds = list(self.columns.parts())
         kind = kinds[0] if len(kinds) == 1 else "mixed"
-        return Row(f"{path}#row={number}", kind, error=reason, metadata=metadata or {})
+        return Row(name or f"{path}#row={number}", kind, error=reason, metadata=metadata or {})
 
     def _row(self, path: str, number: int, record: dict[str, Any] | str, metadata: dict[str, Any]) -> Row:
         if isinstance(record, str):
@@ -263,16 +282,18 @@ class TableSource:
         values = {part: record.get(column) for part, column in self.columns.parts().items()}
         values = {part: value for part, value in values.items() if value is not None and value != ""}
         text = values.get("text")
-        if not values:
-            return self._failed(path, number, "the row has no content: its cells are empty", metadata)
-        if any(not isinstance(each, str) for each in (text if isinstance(text, list) else [text or ""])):
-            return self._failed(path, number, f"the text must be a string, got {type(text).__name__}", metadata)
-        row = Row(f"{path}#row={number}", next(iter(values)) if len(values) == 1 else "mixed", metadata=metadata)
+        name = f"{path}#row={number}"
         if self.columns.id:
-            name = record.get(self.columns.id)
-            if name is None:
+            if record.get(self.columns.id) is None:
                 return self._failed(path, number, f"the row has no {self.columns.id}", metadata)
-            row.id = str(name)
+            name = str(record[self.columns.id])
+        if not values:
+            return self._failed(path, number, "the row has no content: its cells are empty", metadata, name)
+        for each in text if isinstance(text, list) else [text or ""]:
+            if not isinstance(each, str):
+                reason = f"the text must be a string or a list of strings, got {type(each).__name__}"
+                return self._failed(path, number, reason, metadata, name)
+        row = Row(name, next(iter(values)) if len(values) == 1 else "mixed", metadata=metadata)
         row.text = "\n".join(text) if isinstance(text, list) else text
         try:
             row.parts = {part: values[part] if part == "text" else self._media(path, values[part]) for part in values}
@@ -317,9 +338,16 @@ class TableSource:
             self._cursor = ParquetCursor(path, self.input.file(path), self.columns.names(), unit.first)
         embedded = [*self.columns.parts().values(), *([self.columns.id] if self.columns.id else [])]
         for batch in self._cursor.take(unit.first, unit.rows):
-            arrays = {name: batch.column(name).cast(kind) for name, kind in self.metadata.items()}
+            # A type that holds those of all tables; of large integers a float keeps the first digits.
+            arrays = {name: batch.column(name).cast(kind, safe=False) for name, kind in self.metadata.items()}
             for index, record in enumerate(batch.select(list(dict.fromkeys(embedded))).to_pylist()):
                 yield record, {name: array.slice(index, 1) for name, array in arrays.items()}
+
+
+def _stored_kind(kind: pa.DataType) -> pa.DataType:
+    """The type of a column in units: of categories that of their values, of views that of plain strings."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.string() if pa.types.is_string_view(kind) else kind
 
 
 def _stored(value: Any) -> Any:

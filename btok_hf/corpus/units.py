@@ -27,6 +27,8 @@ FORMAT = 1
 KINDS = ("text", "image", "video", "page", "mixed")
 SETTINGS, PLAN, UNITS, ERRORS, SCANS = "corpus.json", "plan.json", "units", "errors", "scans"
 WRITTEN_FILES, WRITTEN_FOLDERS = (SETTINGS, PLAN), (UNITS, ERRORS, SCANS)
+# Rows that are read at once, at most.
+BATCH_ROWS, BATCH_BYTES = 1024, 2**24
 # Drafts of a process that was killed. Writing a unit takes seconds.
 OLD_DRAFT_SECONDS = 3600
 # Their values may differ between runs into one folder: the revision says what the model is.
@@ -59,6 +61,17 @@ def unit_schema(dimensions: int, metadata: Mapping[str, pa.DataType] | None = No
 
 
 UNIT_COLUMNS = tuple(unit_schema(1).names)
+
+
+def check_column_names(names: Iterable[str]) -> None:
+    """Raise `ValueError` if a column of a table has a name that units or databases use themselves, or do not take."""
+    for name in names:
+        if name in UNIT_COLUMNS or name in ("vector", "row_hash") or name.startswith("_") or "." in name:
+            raise ValueError(
+                f"The column {name!r} cannot be copied: units and databases use {', '.join(UNIT_COLUMNS)}, vector, "
+                "row_hash and names that begin with _, and take no point in a name. Rename it in the table, or leave "
+                "it out: --id and --text are kept as id and text."
+            )
 
 
 class Store:
@@ -151,13 +164,13 @@ class Corpus:
         return None if content is None else json.loads(content)
 
     def claim(self, settings: Mapping[str, Any]) -> None:
-        """Write the settings of a new corpus, or compare them with those of an old one.
+        """Write the settings of a corpus, or, if units of it are there, compare them.
 
         Raises:
             ValueError: The folder holds a corpus of another model, input, or other settings.
         """
         held = self.settings()
-        if held is not None:
+        if held is not None and self.written():
             self.compare(held, settings)
         else:
             self.store.write(SETTINGS, json.dumps(settings, indent=2, ensure_ascii=False).encode() + b"\n")
@@ -225,13 +238,26 @@ class Corpus:
             self.store.remove(f"{ERRORS}/{name}.json")
         self.store.remove_drafts(UNITS)
 
-    def batches(self, columns: Sequence[str] | None = None, rows: int = 1024) -> Iterator[pa.RecordBatch]:
-        """The rows of the plan's units that are there, in order."""
+    def batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """The rows of the plan's units that are there, in order, a few megabytes at a time."""
         written = self.written()
         for name in self.plan():
             if name in written:
                 with self.store.fs.open(f"{self.store.root}/{UNITS}/{name}.parquet", "rb") as file:
-                    yield from pq.ParquetFile(file).iter_batches(rows, columns=columns)
+                    parquet = pq.ParquetFile(file)
+                    groups = map(parquet.metadata.row_group, range(parquet.num_row_groups))
+                    of_row = sum(group.total_byte_size for group in groups) // (parquet.metadata.num_rows or 1)
+                    rows = max(1, min(BATCH_ROWS, BATCH_BYTES // (of_row or 1)))
+                    yield from parquet.iter_batches(rows, columns=columns)
+
+
+def holds_corpus(fs: Any, folder: str) -> bool:
+    """Whether `btok embed` wrote into a folder of a file system of fsspec."""
+    try:
+        settings = json.loads(fs.cat_file(f"{folder}/{SETTINGS}"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(settings, dict) and {"format", "revision", "unit_rows"} <= settings.keys()
 
 
 def read_units(out: str, columns: Sequence[str] | None = None) -> tuple[dict[str, Any], Iterator[pa.RecordBatch]]:

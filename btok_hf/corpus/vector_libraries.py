@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from btok_hf.corpus.stream import Changes
 from btok_hf.corpus.units import read_units
 from btok_hf.corpus.vectors import bits, check_dimensions, cut
 from btok_hf.files import check_writable, replacing
@@ -20,7 +21,7 @@ from btok_hf.files import check_writable, replacing
 IDS = ".ids.parquet"
 
 
-def write_faiss(out: str, file: str | Path, precision: str = "float32", dimensions: int | None = None) -> int:
+def write_faiss(out: str, file: str | Path, precision: str = "float32", dimensions: int | None = None) -> Changes:
     """Write a flat index of faiss, which compares a query with every vector.
 
     Scores are inner products, which are cosines with `float32` and `float16` and close to them with `int8`. With
@@ -33,10 +34,10 @@ def write_faiss(out: str, file: str | Path, precision: str = "float32", dimensio
         dimensions (`int`, *optional*): Keep the first numbers of each vector. Default: all.
 
     Returns:
-        `int`: How many vectors it has.
+        `Changes`: How many vectors were `added`, and what is left out: rows that `failed`, units that are `missing`.
     """
     faiss = _library("faiss", "faiss-cpu")
-    size, batches = _vectors(out, dimensions)
+    size, changes, batches = _vectors(out, dimensions)
     if precision == "binary":
         if size % 8:
             raise ValueError(
@@ -52,16 +53,16 @@ def write_faiss(out: str, file: str | Path, precision: str = "float32", dimensio
         index.train(_ranges(out, dimensions))
     add = (lambda vectors: index.add(bits(vectors))) if precision == "binary" else index.add
     save = faiss.write_index_binary if precision == "binary" else faiss.write_index
-    return _write(file, batches, add, lambda draft: save(index, draft))
+    return _write(file, changes, batches, add, lambda draft: save(index, draft))
 
 
-def write_usearch(out: str, file: str | Path, precision: str = "float32", dimensions: int | None = None) -> int:
+def write_usearch(out: str, file: str | Path, precision: str = "float32", dimensions: int | None = None) -> Changes:
     """Write an index of usearch: a graph (HNSW), which can be searched from the disk. Arguments as in `write_faiss`.
 
     Scores are cosine distances, `1 - cosine`; with `binary`, Hamming distances.
     """
     usearch = _library("usearch.index", "usearch")
-    size, batches = _vectors(out, dimensions)
+    size, changes, batches = _vectors(out, dimensions)
     kinds = {"float32": "f32", "float16": "f16", "int8": "i8", "binary": "b1"}
     metric = "hamming" if precision == "binary" else "cos"
     index = usearch.Index(ndim=size, metric=metric, dtype=kinds[precision])
@@ -70,7 +71,7 @@ def write_usearch(out: str, file: str | Path, precision: str = "float32", dimens
         keys = np.arange(len(index), len(index) + len(vectors), dtype=np.uint64)
         index.add(keys, bits(vectors) if precision == "binary" else vectors)
 
-    return _write(file, batches, add, index.save)
+    return _write(file, changes, batches, add, index.save)
 
 
 def _library(module: str, package: str) -> Any:
@@ -82,26 +83,28 @@ def _library(module: str, package: str) -> Any:
         raise ImportError(f"This needs the package {package}: pip install {package}") from error
 
 
-def _vectors(out: str, dimensions: int | None) -> tuple[int, Iterator[tuple[pa.Array, np.ndarray]]]:
-    """The number of dimensions, and ids and vectors of the rows that have one, in batches."""
+def _vectors(out: str, dimensions: int | None) -> tuple[int, Changes, Iterator[tuple[pa.Array, np.ndarray]]]:
+    """The number of dimensions, what is left out, and ids and vectors of the rows that have one, in batches."""
     settings, batches = read_units(out, columns=["id", "embedding"])
     if dimensions is not None:
         check_dimensions(settings, dimensions)
     size = dimensions or settings["dimensions"]
+    changes = Changes(missing=settings["units_planned"] - settings["units_written"])
 
     def rows() -> Iterator[tuple[pa.Array, np.ndarray]]:
         for batch in batches:
+            changes.failed += batch.column("embedding").null_count
             batch = batch.filter(batch.column("embedding").is_valid())
             if len(batch):
                 vectors = batch.column("embedding").flatten().to_numpy().reshape(len(batch), -1)
                 yield batch.column("id"), cut(vectors, size)
 
-    return size, rows()
+    return size, changes, rows()
 
 
 def _ranges(out: str, dimensions: int | None) -> np.ndarray:
     """The smallest and the largest number of each dimension, shape `(2, d)`."""
-    size, batches = _vectors(out, dimensions)
+    size, _, batches = _vectors(out, dimensions)
     ranges = np.array([[np.inf], [-np.inf]], np.float32).repeat(size, axis=1)
     for _, vectors in batches:
         ranges = np.array([np.minimum(ranges[0], vectors.min(0)), np.maximum(ranges[1], vectors.max(0))])
@@ -110,15 +113,18 @@ def _ranges(out: str, dimensions: int | None) -> np.ndarray:
 
 def _write(
     file: str | Path,
+    changes: Changes,
     batches: Iterator[tuple[pa.Array, np.ndarray]],
     add: Callable[[np.ndarray], Any],
     save: Callable[[str], Any],
-) -> int:
+) -> Changes:
     """Add the vectors to an index, then write it and the ids. The index is there only with its ids."""
+    if "://" in str(file):
+        raise ValueError(f"An index is written to a local file, got {str(file)!r}. Copy it from there.")
     file = Path(file)
     check_writable(file.parent)
     file.parent.mkdir(parents=True, exist_ok=True)
-    count, schema = 0, pa.schema([pa.field("id", pa.string())])
+    schema = pa.schema([pa.field("id", pa.string())])
     draft = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
         with replacing(file.with_name(file.name + IDS)) as ids:
@@ -126,12 +132,12 @@ def _write(
                 for keys, vectors in batches:
                     add(np.ascontiguousarray(vectors))
                     writer.write_batch(pa.record_batch([keys], schema=schema))
-                    count += len(keys)
-            if not count:
+                    changes.added += len(keys)
+            if not changes.added:
                 raise ValueError("No row has an embedding: see the errors of btok embed.")
             save(str(draft))
             file.unlink(missing_ok=True)  # an old index with new ids would find wrong rows
         os.replace(draft, file)
     finally:
         draft.unlink(missing_ok=True)
-    return count
+    return changes

@@ -1,0 +1,111 @@
+"""Columns and rows of pairs, checked before the training."""
+
+import numpy as np
+import pytest
+from datasets import Dataset, Features, Image, Json, List, Value
+from support.media import image
+
+from btok_hf.media import video_input
+from btok_hf.training.checks import check_columns, check_rows, first_rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"query": ["a", None], "positive": ["x", "y"]}, "Row 1 of p: its query is empty"),
+        ({"query": ["a", "b"], "positive": ["x", " "]}, "Row 1 of p: its positive is empty"),
+        (
+            {"query": ["a", "b"], "positive": ["x", "no/such.png"]},
+            "Row 1 of p: its positive names 'no/such.png', a file",
+        ),
+        (
+            {"query": ["a", "b"], "positive": ["x", "长" * 200 + ".png"]},
+            "not exist.*text that looks like a path",
+        ),
+        ({"query": ["a", "b"], "positive": [{"text": "x"}, None]}, "Row 1 of p: its positive is empty"),
+    ],
+)
+def test_rows_that_cannot_be_trained_on_are_named(rows, message):
+    with pytest.raises(ValueError, match=message):
+        check_rows(Dataset.from_dict(rows), "p")
+    with pytest.raises(ValueError, match=message.replace("Row 1", "Row 0")):
+        check_rows(Dataset.from_dict(rows).select([1]), "p")
+    check_rows(Dataset.from_dict(rows).select([0]), "p")
+    check_rows(Dataset.from_dict({"query": ["https://host/a.png"], "positive": ["not a.png"]}), "p")
+
+
+def _with(cells, column="positive", feature=None):
+    """A dataset whose column has these cells."""
+    rows = {"query": ["q"] * len(cells), "positive": ["p"] * len(cells), column: cells}
+    features = None if feature is None else Features({**dict.fromkeys(rows, Value("string")), column: feature})
+    return Dataset.from_dict(rows, features=features)
+
+
+def _chat(path):
+    return [{"role": "user", "content": [{"type": "text", "text": "b.png"}, {"type": "image", "image": path}]}]
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "feature"),
+    [
+        ("positive", {"image": "{}"}, None),  # in a dict any string is a file
+        ("positive", {"text": "b.png", "image": ["{}.png", "https://host/b"]}, None),
+        ("query", {"image": {"bytes": None, "path": "{}"}, "text": "x"}, {"image": Image(), "text": Value("string")}),
+        ("positive", "{}", Image()),
+        ("positive", _chat("{}"), None),
+        ("negative_2", "{}.png", None),
+        ("negatives", ["x", "{}.png", "b"], None),
+        ("negatives", [{"video": "{}"}, "x"], List(Json())),
+    ],
+)
+def test_files_that_do_not_exist_are_named_wherever_they_stand(tmp_path, column, cell, feature):
+    def filled(path):
+        def fill(value):
+            if isinstance(value, dict):
+                return {key: fill(part) for key, part in value.items()}
+            return [fill(part) for part in value] if isinstance(value, list) else str(value).format(path)
+
+        return {**fill(cell), "image": {"bytes": None, "path": path}} if column == "query" else fill(cell)
+
+    for name in ("a", "a.png"):
+        image(40, 40).save(tmp_path / name, format="PNG")
+    there, gone = filled(str(tmp_path / "a")), filled(str(tmp_path / "gone"))
+    check_rows(_with([there, there], column, feature), "p")
+    dataset = _with([there, there, gone], column, feature)
+    for rows in (dataset, dataset.select([0, 2])):
+        with pytest.raises(ValueError, match=f"Row {len(rows) - 1} of p: its {column} names '.*gone.*does not exist"):
+            check_rows(rows, "p")
+
+
+def test_media_that_lie_in_the_dataset_are_not_empty_and_missing_ones_are():
+    video = video_input(np.zeros((2, 40, 40, 3), np.uint8), 2.0)
+    for key, value in (("image", image(40, 40)), ("video", video), ("video", {"bytes": b"x", "path": None})):
+        check_rows(_with([{key: value, "text": "x"}, {key: None, "text": "x"}, {key: value, "text": None}]), "p")
+        with pytest.raises(ValueError, match="Row 1 of p: its positive is empty"):
+            check_rows(_with([{key: value, "text": "x"}, {key: None, "text": " "}]), "p")
+    with pytest.raises(ValueError, match="Row 1 of p: its query is empty"):
+        check_rows(_with([image(40, 40), None], "query"), "p")
+
+
+def test_a_row_needs_no_negative_but_one_with_content():
+    for column, none, empty in (("negative", None, " "), ("negatives", [None], ["x", ""])):
+        full = "x" if column == "negative" else ["x", "y"]
+        check_rows(_with([full, none, None], column), "p")
+        check_rows(_with([None, None], column), "p")  # as JSON lines have it; Arrow has a type for it
+        with pytest.raises(ValueError, match=f"Row 1 of p: its {column} is empty"):
+            check_rows(_with([full, empty], column), "p")
+
+
+def test_rows_made_on_the_way_are_not_checked():
+    check_rows(_with(["no/such.png"]).with_transform(lambda rows: rows), "p")
+
+
+def test_columns():
+    assert check_columns(["negative_1", "positive", "target", "query"]) == ["query", "positive", "negative_1"]
+    with pytest.raises(ValueError, match=r"'d' has the columns .*missing \['positive'\]; unknown \['anchor'\]"):
+        check_columns(["query", "anchor"], "d")
+
+
+def test_streamed_datasets_are_refused():
+    with pytest.raises(ValueError, match=r"'a' is streamed .IterableDataset.*Load it without streaming"):
+        first_rows({"a": Dataset.from_list([{"query": "a"}]).to_iterable_dataset()})

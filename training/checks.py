@@ -1,0 +1,144 @@
+"""Columns and rows of pairs, checked before the training: an error in a later epoch would cost the hours before it.
+
+What a cell may hold is in `data.py`, how it is read in `btok_hf/inputs.py`.
+"""
+
+import os
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import datasets
+import pyarrow as pa
+from datasets import Dataset
+
+from btok_hf.inputs import REMOTE, is_cell, is_media_path
+
+
+def check_columns(columns: Collection[str], dataset_name: str | None = None) -> list[str]:
+    """Refuse columns that training cannot use. Returns `query`, `positive` and the negatives, in this order."""
+    where = "The dataset" if dataset_name is None else f"Dataset {dataset_name!r}"
+    embedded = [column for column in columns if column not in ("target", "group", "dataset_name")]
+    negatives = [name for name in embedded if name in ("negative", "negatives") or name.startswith("negative_")]
+    unknown = sorted(set(embedded) - {"query", "positive", *negatives})
+    missing = sorted({"query", "positive"} - set(embedded))
+    if unknown or missing:
+        problems = [f"{problem} {names}" for problem, names in (("missing", missing), ("unknown", unknown)) if names]
+        raise ValueError(
+            f"{where} has the columns {sorted(columns)}: {'; '.join(problems)}. Training takes query, positive, "
+            "negative or negative_1, negative_2, … (each a text, an image, or a dict with image, video and text), "
+            "negatives (a list of them), target (a text to generate instead of the other side's own) and group (rows "
+            "of one group answer each other's queries). "
+            "Rename the columns with dataset.rename_column and drop the rest with dataset.remove_columns."
+        )
+    return ["query", "positive", *negatives]
+
+
+def first_rows(parts: Dataset | dict[str, Dataset] | None) -> list[dict[str, Any]]:
+    """The first row of a dataset, or of each dataset of a dict, with its name."""
+    if parts is None:
+        return []
+    rows = []
+    for name, dataset in (parts if isinstance(parts, dict) else {None: parts}).items():
+        where = "The dataset" if name is None else f"Dataset {name!r}"
+        if not hasattr(dataset, "__len__"):
+            raise ValueError(
+                f"{where} is streamed ({type(dataset).__name__}), but batches are drawn from rows by number. Load it "
+                "without streaming: datasets keeps rows in Arrow files on disk and not in memory."
+            )
+        if len(dataset) == 0:
+            raise ValueError(f"{where} has no rows.")
+        rows.append({**({} if name is None else {"dataset_name": name}), **dataset[0]})
+    return rows
+
+
+def check_rows(dataset: Dataset, where: str) -> None:
+    """Raise `ValueError` for the first row with an empty query or positive, or that names a file that does not exist.
+
+    Files that lie in the dataset and frames are not read. `where` names the dataset.
+    """
+    if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":  # rows are made on the way
+        return
+    there: dict[str, bool] = {}  # by path
+    names = [name for name in dataset.column_names if name.startswith(("query", "positive", "negative"))]
+    for name in names:  # `check_columns` names those that are unknown or missing
+        for row, cell in enumerate(_cells(dataset, name)):
+            values = cell if isinstance(cell, list) and name == "negatives" else [cell]
+            # A row needs no negative.
+            values = values if name in ("query", "positive") else [value for value in values if value is not None]
+            problem = "is empty" if any(map(_is_empty, values)) else None
+            for path in _paths(values):
+                if path not in there:
+                    there[path] = os.path.isfile(path)
+                if not there[path] and problem is None:
+                    problem = f"names {path!r}, a file that does not exist"
+            if problem:
+                raise ValueError(
+                    f"Row {row} of {where}: its {name} {problem}. Correct or remove the row; a text that looks like a "
+                    'path is given as {"text": …}.'
+                )
+
+
+def _cells(dataset: Dataset, name: str) -> Iterator[Any]:
+    """The cells of a column; of files and numbers only whether they are there."""
+    column = dataset.select_columns([name])
+    if holds_json(dataset.features[name]):
+        yield from (row[name] for row in column)
+        return
+    for part in column.with_format("arrow").iter(batch_size=10_000):
+        for chunk in part[name].chunks:
+            yield from _names_alone(chunk).to_pylist()
+
+
+def holds_json(feature: Any) -> bool:
+    """Whether Arrow stores cells of a column, or parts of them, as JSON: dicts of different keys, without bytes."""
+    parts = feature.values() if isinstance(feature, dict) else [getattr(feature, "feature", None)]
+    return isinstance(feature, datasets.Json) or any(holds_json(part) for part in parts if part is not None)
+
+
+def _names_alone(array: Any) -> Any:
+    """An Arrow array whose strings are kept, and of whose other values only whether they are there."""
+    kind = array.type
+    if pa.types.is_struct(kind):
+        fields = [_names_alone(array.field(index)) for index in range(kind.num_fields)]
+        return pa.StructArray.from_arrays(fields, [field.name for field in kind], mask=array.is_null())
+    if pa.types.is_null(kind):
+        return array
+    if not _holds_strings(kind):
+        return array.is_valid()
+    # Where a list is missing, an empty one stands.
+    return type(array).from_arrays(array.offsets, _names_alone(array.values)) if _is_list(kind) else array
+
+
+def _holds_strings(kind: Any) -> bool:
+    if pa.types.is_struct(kind) or _is_list(kind):
+        return any(_holds_strings(kind.field(index).type) for index in range(kind.num_fields))
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _is_list(kind: Any) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether nothing is there but white space."""
+    if isinstance(value, dict):
+        return all(map(_is_empty, value.values()))
+    return not (value.strip() if isinstance(value, str) else value)
+
+
+def _paths(value: Any, is_file: bool = False) -> Iterator[str]:
+    """Files that the values of a cell name. `is_file`: a string is one, whatever it looks like."""
+    if isinstance(value, str):
+        if not value.startswith(REMOTE) and (is_file or is_media_path(value)):
+            yield value
+    elif isinstance(value, list):
+        for part in value:
+            yield from _paths(part, is_file)
+    elif isinstance(value, dict) and is_cell(value):
+        if not value["bytes"] and value["path"] and "://" not in value["path"]:  # `datasets` opens hf://…, zip://…
+            yield value["path"]
+    elif isinstance(value, dict):
+        for key in ("image", "video", "url", "path"):  # of a dict, or of a part of a chat message
+            yield from _paths(value.get(key), is_file=True)
+        if isinstance(value.get("content"), list):
+            yield from _paths(value["content"])
