@@ -216,7 +216,7 @@ def contender(name, size, kind, rows, mini_batch, checkpointing=False, four=None
             model[0].model.gradient_checkpointing_enable({"use_reentrant": False})
         else:
             model[0].model.gradient_checkpointing_disable()
-        with patch("btok_hf.sentence_transformer.condense", CONDENSE.get(name, condense)), without_flash(name):
+        with patch("btok_hf.transformer.condense", CONDENSE.get(name, condense)), without_flash(name):
             value = loss([dict(feature) for feature in features], None)
             value.backward()
         if not keep:

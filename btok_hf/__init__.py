@@ -14,14 +14,15 @@ if TYPE_CHECKING:  # editors and type checkers do not run `__getattr__`
     from btok_hf.hub import push, verify
     from btok_hf.media import read_image
     from btok_hf.modeling import BTokForEmbedding, BTokOutput
-    from btok_hf.sentence_transformer import BottleneckTransformer, BTokSentenceTransformer
+    from btok_hf.sentence_transformer import BTokSentenceTransformer
+    from btok_hf.transformer import BottleneckTransformer
     from btok_hf.video import read_video
 
 _LAZY_IMPORTS = {
     "BTokForEmbedding": "btok_hf.modeling",
     "BTokOutput": "btok_hf.modeling",
     "BTokSentenceTransformer": "btok_hf.sentence_transformer",
-    "BottleneckTransformer": "btok_hf.sentence_transformer",
+    "BottleneckTransformer": "btok_hf.transformer",
     "add_bottleneck_tokens": "btok_hf.bottleneck",
     "condense": "btok_hf.condensation",
     "convert_checkpoint": "btok_hf.convert",

@@ -93,10 +93,20 @@ def add_adapters(backbone: PreTrainedModel, lm_head: torch.nn.Module | None, pef
         peft_config (`LoraConfig`): Target modules, if unset, and trainable token indices are set in place.
 
     Raises:
-        ValueError: `lora_dropout` above 0, `trainable_token_indices` set in `peft_config`, another kind of adapters
-            than LoRA, or an option of LoRA that could not be exported.
+        ValueError: The model has adapters, `lora_dropout` is above 0, `trainable_token_indices` or `embed_tokens` are
+            set in `peft_config`, other adapters than LoRA, or an option of LoRA that could not be exported.
     """
     check_exportable(peft_config)
+    if has_adapters(backbone):
+        raise ValueError(
+            "The model has adapters already. To train them further, leave peft_config out; to add new ones, merge "
+            "these first: btok export."
+        )
+    if "embed_tokens" in (peft_config.modules_to_save or ()):
+        raise ValueError(
+            "modules_to_save must not name embed_tokens: the rows of the Bottleneck Tokens are trained without it. "
+            "Leave it out."
+        )
     if peft_config.lora_dropout > 0:
         raise ValueError(
             f"lora_dropout must be 0, got {peft_config.lora_dropout}: GradCache embeds each row twice and replays the "

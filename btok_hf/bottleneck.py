@@ -17,6 +17,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from btok_hf.arguments import check_loading
 from btok_hf.backbones import family_of
 from btok_hf.export import untied_head, write_repository
 from btok_hf.family import Family
@@ -128,6 +129,7 @@ def add_bottleneck_tokens(
         ValueError: A model in `output_dir`, an unknown order, an unsupported backbone, a base without a chat template
             or its family's special tokens, a base with another number of Bottleneck Tokens, another order or suffix,
             or a checkpoint with missing or unexpected tensors.
+        TypeError: `prompts` that are no dict of texts.
     """
     if num_tokens < 0:
         raise ValueError(f"num_tokens must be 0 (last-token pooling) or more, got {num_tokens}.")
@@ -137,6 +139,7 @@ def add_bottleneck_tokens(
         raise ValueError(
             f"suffix must be words separated by single spaces, without '<|', got {suffix!r}. Leave it out for none."
         )
+    check_loading(prompts, {})
     if noise_std < 0:
         raise ValueError(f"noise_std must be 0 or more, got {noise_std}.")
     if Path(output_dir, "config.json").exists():

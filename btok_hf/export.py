@@ -43,6 +43,7 @@ NO_DORA = {
         "with btok_hf.BTokSentenceTransformer, and publish the merged model of btok_hf.export_model.",
     }
 }
+MODULES, DRAFTS = "modules.json", ".weights-"
 STOCK_MODULES = (
     ("", "sentence_transformers.base.modules.transformer.Transformer"),
     ("1_WordWeights", "sentence_transformers.sentence_transformer.modules.word_weights.WordWeights"),
@@ -77,7 +78,7 @@ def export_model(
         OSError: `output_dir` cannot be written to, or the disk is full.
         ValueError: `max_shard_size` is not a size.
     """
-    module: Any = model[0]
+    module = _own_module(model)
     if has_adapters(module.model):
         base = str(adapter_config(module.model).base_model_name_or_path)
         if Path(base).resolve() == Path(output_dir).resolve():
@@ -126,7 +127,7 @@ def export_adapters(
             `output_dir`.
         OSError: `output_dir` cannot be written to, or the disk is full.
     """
-    module: Any = model[0]
+    module = _own_module(model)
     backbone = module.model
     if not has_adapters(backbone):
         raise ValueError("The model has no adapters to write. Export the full model with export_model.")
@@ -149,12 +150,22 @@ def export_adapters(
         )
     if Path(output_dir, "config.json").exists():
         raise ValueError(f"{output_dir} contains a merged model, which loaders would prefer. Choose another folder.")
-    output_dir = write_repository(output_dir, backbone, module.processor, adapters_only=True, model=model, files=files)
+    output_dir = write_repository(
+        output_dir, backbone, module.processor, adapters_only=True, base_model=base, model=model, files=files
+    )
     path = output_dir / "adapter_config.json"
     # The revision of the base is its main branch: that of training is refused above, or belongs to another base.
     here = {"base_model_name_or_path": base, "revision": None}
     write_json(path, json.loads(path.read_text("utf-8")) | here)
     return output_dir
+
+
+def _own_module(model: "SentenceTransformer") -> Any:
+    """The module of a `BTokSentenceTransformer`; `ValueError` for other models."""
+    module: Any = model[0]
+    if not hasattr(module, "lm_head"):
+        raise ValueError(f"An export needs a btok_hf.BTokSentenceTransformer, got {type(model).__name__}: load it so.")
+    return module
 
 
 def write_repository(
@@ -165,6 +176,7 @@ def write_repository(
     lm_head: torch.nn.Module | None = None,
     generation_config: GenerationConfig | None = None,
     adapters_only: bool = False,
+    base_model: str | None = None,
     model: "SentenceTransformer | None" = None,
     prompts: Mapping[str, str | None] | None = None,
     files: Mapping[str, str | bytes] | None = None,
@@ -179,6 +191,7 @@ def write_repository(
         lm_head (`torch.nn.Linear`, *optional*): Head of an untied model.
         generation_config (`GenerationConfig`, *optional*): Saved with the model.
         adapters_only (`bool`): Write only the adapters of the backbone.
+        base_model (`str`, *optional*): Hub id of their base, for the card.
         model (`BTokSentenceTransformer`, *optional*): Source of prompts, similarity and dimensions.
         prompts (`dict[str, str]`, *optional*): Prompts if there is no `model`.
         files (`dict[str, str | bytes]`, *optional*): Additional files by relative path.
@@ -208,9 +221,21 @@ def write_repository(
         plan = plan_shards(empty, max_shard_size)
         needed = sum(tensor.nbytes for tensor in empty.values())
     if files is None:
-        files = {"README.md": render_card(config, processor, model.prompts if model is not None else prompts or {})}
+        base = str(adapter_config(backbone).base_model_name_or_path) if adapters_only else ""
+        card = render_card(
+            config,
+            processor,
+            model.prompts if model is not None else prompts or {},
+            of_adapters=adapters_only,
+            adapter_base=base_model or (base if is_hub_id(base) else None),
+        )
+        files = {"README.md": card}
     with explain_full_disk(output_dir, needed):
         output_dir.mkdir(parents=True, exist_ok=True)
+        # Written last: a folder without it is no repository, so that nobody publishes half an export over another.
+        (output_dir / MODULES).unlink(missing_ok=True)
+        for draft in output_dir.glob(f"{DRAFTS}*"):  # of an export that was killed
+            shutil.rmtree(draft)
         if adapters_only:
             (output_dir / golden.FILE_NAME).unlink(missing_ok=True)
             if model is not None:
@@ -218,7 +243,7 @@ def write_repository(
             backbone.save_pretrained(output_dir)
         else:
             # Written beside the old weights, which stay if the disk is full, and which the model may map into memory.
-            with tempfile.TemporaryDirectory(dir=output_dir, prefix=".weights-") as folder:
+            with tempfile.TemporaryDirectory(dir=output_dir, prefix=DRAFTS) as folder:
                 write_weights(Path(folder), lambda name: tensors[in_memory[name]], plan)
                 # Golden vectors belong to other weights. Loaders could prefer old weights in another number of files,
                 # or old adapters.
@@ -238,6 +263,11 @@ def write_repository(
         processor.save_pretrained(output_dir)
         _write_sentence_transformers_files(output_dir, config, model, prompts, requirements)
         write_files(output_dir, files)
+        modules = [
+            {"idx": index, "name": str(index), "path": path, "type": type_name}
+            for index, (path, type_name) in enumerate(STOCK_MODULES)
+        ]
+        write_json(output_dir / MODULES, modules)
     return output_dir
 
 
@@ -319,13 +349,6 @@ def _write_sentence_transformers_files(
     """Write a pipeline of stock modules. Word weights of 1 for Bottleneck Tokens and 0 for all other tokens make the
     mean pooling average the Bottleneck Tokens."""
     text_config = config.get_text_config()
-    write_json(
-        output_dir / "modules.json",
-        [
-            {"idx": index, "name": str(index), "path": path, "type": type_name}
-            for index, (path, type_name) in enumerate(STOCK_MODULES)
-        ],
-    )
     forward = {"method": "forward", "method_output_name": "last_hidden_state"}
     modalities = ("text", "image", *(["video"] if family_of(config).video else []), "message")
     write_json(
@@ -344,7 +367,7 @@ def _write_sentence_transformers_files(
         {
             "model_type": "SentenceTransformer",
             "__version__": {"transformers": transformers.__version__, "pytorch": torch.__version__},
-            "prompts": model.prompts if model is not None else {"query": "", "document": "", **(prompts or {})},
+            "prompts": model.prompts if model is not None else _with_defaults(prompts or {}),
             "default_prompt_name": None if model is None else model.default_prompt_name,
             "similarity_fn_name": "cosine" if model is None else model.similarity_fn_name,
             "truncate_dim": None if model is None else model.truncate_dim,
@@ -363,6 +386,11 @@ def _write_sentence_transformers_files(
     for (folder, _), module_config in zip(STOCK_MODULES[1:], module_configs):
         (output_dir / folder).mkdir(exist_ok=True)
         write_json(output_dir / folder / "config.json", module_config)
+
+
+def _with_defaults(prompts: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Prompts with those that `encode_query` and `encode_document` look for first."""
+    return {"query": "", "document": prompts.get("passage", prompts.get("corpus", "")), **prompts}
 
 
 def untied_head(model: modeling_btok.StockModel) -> torch.nn.Linear | None:

@@ -24,11 +24,11 @@ from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from btok_hf import golden
+from btok_hf.hub_card.card import for_hub
 from btok_hf.hub_names import HUB_TOKEN, is_hub_id
 
 # Files of a training folder that are not part of the exported repository.
 NOT_PUBLISHED = [
-    "checkpoint-*",
     "start/*",  # the base model with Bottleneck Tokens, written by train.py
     "runs/*",
     "*.bin",  # training_args.bin; weights are safetensors
@@ -36,11 +36,11 @@ NOT_PUBLISHED = [
     "*.pth",  # random states
     "trainer_state.json",
     "*__pycache__/*",
-    ".git/*",
-    ".cache/*",
 ]
 # Files of an earlier push that are deleted if this push has none of that name. Loaders would use the old ones.
 REPLACED = ["model*.safetensors", "model.safetensors.index.json", "adapter_*", golden.FILE_NAME]
+OF_MERGED = ["config.json", "modeling_btok.py", "generation_config.json"]  # adapters have none of them
+RESULTS_FOLDER = ".eval_results"  # where the Hub looks for results
 MESSAGE = "Upload Bottleneck-Token model with btok-hf"
 
 
@@ -54,7 +54,7 @@ def push(
     commit_message: str = MESSAGE,
     token: str | None = None,
 ) -> str:
-    """Upload an exported repository to the Hub in one commit. Checkpoints and optimizer states are not uploaded.
+    """Upload an exported repository to the Hub in one commit, without hidden files, checkpoints, optimizer states.
 
     Args:
         path (`str` or `Path`): Folder written by `export_model`, `export_adapters` or `add_bottleneck_tokens`.
@@ -93,11 +93,12 @@ def push(
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         present = (name for name in api.list_repo_files(repo_id, revision=revision) if "/" not in name)
-        stale = set(filter_repo_objects(present, allow_patterns=REPLACED))
+        of_merged = OF_MERGED if "adapter_config.json" in files else []
+        stale = set(filter_repo_objects(present, allow_patterns=REPLACED + of_merged))
         commit = api.create_commit(
             repo_id,
             [
-                *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=path / name) for name in files),
+                *(CommitOperationAdd(name, _content(path / name, repo_id)) for name in files),
                 *(CommitOperationDelete(path_in_repo=name) for name in sorted(stale - set(files))),
             ],
             commit_message=commit_message,
@@ -118,6 +119,11 @@ def push(
         "unchanged. Files that were already uploaded are kept. If access was refused, log in with `hf auth login` or "
         f"set HF_TOKEN. Retry with: {shlex.join(command)}"
     ) from cause
+
+
+def _is_private(part: str) -> bool:
+    """Whether a file or folder of this name is not part of a repository: hidden ones, and checkpoints at any depth."""
+    return part.startswith("checkpoint-") or (part.startswith(".") and part != RESULTS_FOLDER)
 
 
 def _files_to_publish(path: Path, secrets: Collection[str]) -> list[str]:
@@ -147,7 +153,11 @@ def _files_to_publish(path: Path, secrets: Collection[str]) -> list[str]:
                 f"The base model of the adapters in {path} must be a Hub id, got {base!r}, which nobody else can "
                 "load. Export them with: btok export CHECKPOINT FOLDER --adapter-only --base-model HUB_ID"
             )
-    everything = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    everything = sorted(
+        file.relative_to(path).as_posix()
+        for file in path.rglob("*")
+        if file.is_file() and not any(_is_private(part) for part in file.relative_to(path).parts)
+    )
     files = list(filter_repo_objects(everything, ignore_patterns=NOT_PUBLISHED))
     for name in files:
         if name.endswith(".safetensors"):
@@ -162,6 +172,11 @@ def _files_to_publish(path: Path, secrets: Collection[str]) -> list[str]:
                 "revoke it at https://huggingface.co/settings/tokens if anybody else could read it."
             )
     return files
+
+
+def _content(path: Path, repo_id: str) -> Path | bytes:
+    """A file to upload; of a card, what it says with the id of its repository in its snippets."""
+    return for_hub(path.read_text("utf-8"), repo_id).encode() if path.name == "README.md" else path
 
 
 def verify(

@@ -23,6 +23,7 @@ from btok_hf.hub_names import is_hub_id
 PLACEHOLDER = "path-of-this-repository"
 # Packages that the snippets need, with the versions that this package requires.
 SNIPPET_REQUIREMENTS = ("sentence-transformers", "transformers", "torch", "torchvision", "pillow")
+ADAPTER_RELEASE = "5.18"  # of transformers, that loads adapters
 # An input of a snippet: paths of images in the repository, and text.
 Example = tuple[list[str], str | None]
 # Inputs of the snippets if there is no evaluation data.
@@ -121,6 +122,23 @@ def apache_license() -> str:
     return installed
 
 
+def for_hub(card: str, repo_id: str) -> str:
+    """A card whose snippets load the repository from the Hub, in place of a path that the reader has to fill in.
+
+    Args:
+        card (`str`): As `render_card` writes it, for a folder. Other texts stay as they are.
+        repo_id (`str`): Hub id.
+    """
+    if f'folder = "{PLACEHOLDER}"' in card:
+        card = card.replace(f'folder = "{PLACEHOLDER}"', f'folder = snapshot_download("{repo_id}")')
+        for first in (
+            "from sentence_transformers import SentenceTransformer\n\nfolder",
+            "from transformers import AutoModel,",
+        ):
+            card = card.replace(first, f"from huggingface_hub import snapshot_download\n{first}")
+    return card.replace(PLACEHOLDER, repo_id)
+
+
 def render_card(
     config: PreTrainedConfig,
     processor: ProcessorMixin,
@@ -133,6 +151,8 @@ def render_card(
     data: Sequence[Mapping[str, Any]] = (),
     evaluation: Mapping[str, Any] | None = None,
     ablation: Mapping[str, Mapping[str, float]] | None = None,
+    of_adapters: bool = False,
+    adapter_base: str | None = None,
 ) -> str:
     """Render the README.md of a repository. Without `training`, it warns that the model is untrained.
 
@@ -145,6 +165,8 @@ def render_card(
         examples (`dict`, *optional*): Inputs and outputs of the snippets, from `measured_examples`. Default: fixed
             texts without similarities.
         training, data, evaluation, ablation (*optional*): Facts of a run, from `training_run.card_files`.
+        of_adapters (`bool`): Whether the repository holds only adapters.
+        adapter_base (`str`, *optional*): Hub id of the repository that they were trained on.
 
     Returns:
         `str`
@@ -152,7 +174,7 @@ def render_card(
     arguments = arguments or CardArguments()
     shown: dict[str, Any] = {"similarities": None, **(examples or EXAMPLES)}
     text_config = config.get_text_config()
-    base = getattr(config, "btok_base_model", None)
+    base = adapter_base if of_adapters else getattr(config, "btok_base_model", None)
     facts = {
         "training": training,
         "data": data,
@@ -160,7 +182,8 @@ def render_card(
         "ablation": ablation,
         "arguments": arguments,
         "base": base,
-        "base_revision": getattr(config, "btok_base_revision", None),
+        "base_revision": None if of_adapters else getattr(config, "btok_base_revision", None),
+        "of_adapters": of_adapters,
         "converted": getattr(config, "btok_converted_from", None),
         "model_type": config.model_type,
         "num_tokens": config.btok_num_tokens,
@@ -172,7 +195,7 @@ def render_card(
         "costs": family_of(config).image_costs(processor),
         "takes_video": family_of(config).video is not None,
         "prompts": {name: text for name, text in prompts.items() if text},
-        "install": " ".join(f'"{requirement}"' for requirement in _snippet_requirements()),
+        "install": " ".join(f'"{requirement}"' for requirement in _snippet_requirements(of_adapters)),
         "repository": json.dumps(repo_id or PLACEHOLDER),
         "on_hub": repo_id is not None,
         "has_images": any(images for images, _ in shown["queries"] + shown["documents"]),
@@ -189,7 +212,8 @@ def render_card(
     )
     environment.filters.update(text=_as_text, fence=_as_fence)
     template = environment.from_string(files(__package__).joinpath("card.md.jinja").read_text("utf-8"))
-    header = _metadata(config, arguments, base, data, evaluation)
+    relation = "adapter" if of_adapters else "finetune"
+    header = _metadata(config, arguments, base, base and relation, data, evaluation)
     return f"---\n{header.to_yaml()}\n---\n\n{template.render(facts)}"
 
 
@@ -197,6 +221,7 @@ def _metadata(
     config: PreTrainedConfig,
     arguments: CardArguments,
     base: str | None,
+    relation: str | None,
     data: Sequence[Mapping[str, Any]],
     evaluation: Mapping[str, Any] | None,
 ) -> ModelCardData:
@@ -209,16 +234,18 @@ def _metadata(
         license_link=arguments.license_link,
         language=arguments.languages or None,
         base_model=base,
-        base_model_relation=base and "finetune",
+        base_model_relation=relation,
         datasets=sorted({part["hub_id"] for part in data if part["hub_id"] and part["trained"]}) or None,
         metrics=[metric for metric, *_ in evaluation["rows"]] if evaluation else None,
     )
 
 
-def _snippet_requirements() -> list[str]:
+def _snippet_requirements(of_adapters: bool) -> list[str]:
     required = [line for line in metadata.requires("btok-hf") or () if "extra ==" not in line]
     by_name = {re.split(r"[^\w.-]", line)[0]: line for line in required}
-    return [by_name[name] for name in SNIPPET_REQUIREMENTS]
+    if of_adapters:  # older releases leave them random
+        by_name["transformers"] = f"transformers>={ADAPTER_RELEASE},<6"
+    return [by_name[name] for name in SNIPPET_REQUIREMENTS] + (["peft"] if of_adapters else [])
 
 
 def _as_input(images: Sequence[str], text: str | None) -> str:

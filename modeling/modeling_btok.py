@@ -49,10 +49,10 @@ class BTokOutput(ModelOutput):
     """Output of `BTokForEmbedding`.
 
     Args:
-        last_hidden_state (`torch.Tensor` of shape `(batch, length, hidden)`):
-            After the backbone's final norm. If Bottleneck Tokens were appended, with them, and rows right-padded.
-        pooler_output (`torch.Tensor` of shape `(batch, hidden)` or `(batch, truncate_dim)`):
-            The embedding: fp32, L2-normalised mean of the hidden states at the K Bottleneck Tokens.
+        last_hidden_state (`torch.Tensor` of shape `(batch, length, hidden)`): After the backbone's final norm. If
+            Bottleneck Tokens were appended, with them, and rows right-padded.
+        pooler_output (`torch.Tensor` of shape `(batch, hidden or truncate_dim)`): The embedding: fp32, L2-normalised
+            mean of the hidden states at the K Bottleneck Tokens.
         hidden_states (`tuple[torch.Tensor, ...]`, *optional*): Per layer, with `output_hidden_states=True`.
         attentions (`tuple[torch.Tensor, ...]`, *optional*): Per layer, with `output_attentions=True`.
     """
@@ -155,8 +155,7 @@ def append_bottleneck_tokens(
 
     Args:
         input_ids (`torch.LongTensor` of shape `(batch, length)`): Token ids, padded on either side.
-        attention_mask (`torch.Tensor` of shape `(batch, length)` or `None`):
-            1 for real tokens. `None`: all tokens are real.
+        attention_mask (`torch.Tensor` of shape `(batch, length)` or `None`): 1 for real tokens. `None`: all are.
         token_ids (`list[int]`): The K Bottleneck Token ids.
         mm_token_type_ids (`torch.Tensor` of shape `(batch, length)`, *optional*): 0 text, 1 image, 2 video.
 
@@ -270,12 +269,13 @@ class BTokForEmbedding(PreTrainedModel):
             [`BTokForEmbedding`], or a tuple of the model and its loading info with `output_loading_info=True`.
 
         Raises:
-            ValueError: An unsupported backbone, no Bottleneck Tokens in the config, or missing, unexpected or wrongly
-                shaped tensors.
+            ValueError: Adapters, an unsupported backbone, no Bottleneck Tokens in the config, or missing, unexpected
+                or wrongly shaped tensors.
         """
         kwargs.pop("trust_remote_code", None)
-        # AutoModel passes it. For a repository of adapters, the missing weights raise an error below.
-        kwargs.pop("adapter_kwargs", None)
+        adapters = (kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path")
+        if adapters is not None:  # AutoModel has replaced them by their base
+            raise ValueError(f"{adapters} holds adapters. Load it with SentenceTransformer, or merge it: btok export.")
         config = kwargs.pop("config", None)
         if config is None:
             hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -334,13 +334,12 @@ class BTokForEmbedding(PreTrainedModel):
         """Embed a batch.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch, length)`):
-                Token ids from the processor. Bottleneck Tokens are appended to rows that do not end in them.
+            input_ids (`torch.LongTensor` of shape `(batch, length)`): From the processor. Bottleneck Tokens are
+                appended to rows that do not end in them, unless the model has a suffix before them.
             attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): 1 for real tokens.
-            mm_token_type_ids (`torch.Tensor` of shape `(batch, length)`, *optional*):
-                0 text, 1 image, 2 video. Required with images or video if the processor returns it.
-            truncate_dim (`int`, *optional*):
-                Number of leading dimensions to keep before normalisation (Matryoshka embeddings).
+            mm_token_type_ids (`torch.Tensor` of shape `(batch, length)`, *optional*): 0 text, 1 image, 2 video; with
+                media, if the processor returns it.
+            truncate_dim (`int`, *optional*): Leading dimensions to keep before normalisation (Matryoshka embeddings).
             return_dict (`bool`, *optional*): `False` returns a tuple.
             kwargs: Pixels, grids and other arguments of the backbone.
 
@@ -348,8 +347,8 @@ class BTokForEmbedding(PreTrainedModel):
             [`BTokOutput`] or `tuple`
 
         Raises:
-            ValueError: No `input_ids`, misplaced Bottleneck Tokens, media that do not match their placeholders, pixels
-                that are not finite, or a `truncate_dim` that is not between 1 and the hidden size.
+            ValueError: No `input_ids`, misplaced Bottleneck Tokens, none after a suffix, media that do not match their
+                placeholders, pixels that are not finite, or a `truncate_dim` that is not in 1 … hidden size.
         """
         if input_ids is None:
             raise ValueError(
@@ -361,9 +360,10 @@ class BTokForEmbedding(PreTrainedModel):
             raise ValueError(f"truncate_dim must be between 1 and the hidden size {hidden_size}, got {truncate_dim}.")
         token_ids = bottleneck_token_ids(self.config)
         check_media(self.config, input_ids, kwargs)
-        input_ids, attention_mask, mm_token_type_ids = append_bottleneck_tokens(
-            input_ids, attention_mask, token_ids, mm_token_type_ids
-        )
+        rows = append_bottleneck_tokens(input_ids, attention_mask, token_ids, mm_token_type_ids)
+        if rows[0] is not input_ids and (end := getattr(self.config, "btok_suffix", None)):
+            raise ValueError(f"A row ends without {end!r} and Bottleneck Tokens. Use processor.apply_chat_template.")
+        input_ids, attention_mask, mm_token_type_ids = rows
         if mm_token_type_ids is not None:
             kwargs["mm_token_type_ids"] = mm_token_type_ids
         kwargs.setdefault("use_cache", False)

@@ -22,6 +22,22 @@ from btok_hf.adapters import MergedTensors, has_adapters
 from btok_hf.training import CondensationTrainer
 
 
+def test_add_adapter_is_peft_config(repo, tmp_path):
+    model = BTokSentenceTransformer(repo, device="cpu")
+    with pytest.raises(ValueError, match="lora_dropout must be 0"):
+        model.add_adapter(LoraConfig(lora_dropout=0.3))
+    with pytest.raises(ValueError, match="modules_to_save must not name embed_tokens"):
+        model.add_adapter(LoraConfig(modules_to_save=["embed_tokens"]))
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if "trainable_tokens_delta" in name}
+    args = config(tmp_path, per_device_train_batch_size=6, max_steps=2, learning_rate=1e-2)
+    with pytest.raises(ValueError, match="The model has adapters already"):
+        CondensationTrainer(model=model, args=args, train_dataset=text_pairs(6), peft_config=LoraConfig())
+    CondensationTrainer(model=model, args=args, train_dataset=text_pairs(6)).train()
+    after = dict(model.named_parameters())
+    assert len(before) == 1 and all((after[name] != value).any(1).all() for name, value in before.items())
+
+
 @pytest.mark.parametrize("dora", [False, True])
 def test_lora_trains_exactly_the_token_rows_and_the_adapters(either, tmp_path, dora):
     model = BTokSentenceTransformer(either, device="cpu")

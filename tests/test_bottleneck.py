@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from support import tiny
-from support.inputs import as_messages, process
+from support.inputs import TOLERANCE, as_messages, process
 from support.media import image
 from support.repositories import edit
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, BertConfig, BertModel
@@ -213,6 +213,17 @@ def test_a_suffix_is_in_every_row_and_is_never_cut(bases, tmp_path, num_tokens):
     if num_tokens:
         with pytest.raises(ValueError, match="and the suffix 'This"):
             add_bottleneck_tokens(repo, tmp_path / "other")
+
+
+def test_prompts_by_the_names_of_encode_document(bases, tmp_path):
+    """An empty prompt of another name would come first."""
+    prompts = {"query": "Q:", "passage": "P:"}
+    repo = add_bottleneck_tokens(bases["qwen2_vl"], tmp_path / "repo", prompts=prompts, noise_std=0.5)
+    for model in (BTokSentenceTransformer(repo, device="cpu"), SentenceTransformer(str(repo), device="cpu")):
+        assert np.abs(model.encode_document(["a"]) - model.encode(["a"], prompt="P:")).max() <= TOLERANCE
+    for wrong in ("Q:", {"query": 3}):
+        with pytest.raises(TypeError, match="prompts must be a dict of texts"):
+            add_bottleneck_tokens(bases["qwen2_vl"], tmp_path / "other", prompts=wrong)
 
 
 @pytest.mark.parametrize("suffix", ["", " ", "<|btok_0|>", "two  spaces", "line\nbreak", " leading"])

@@ -23,7 +23,7 @@ from support.cards import (
 from trl import TrlParser
 
 from btok_hf import add_bottleneck_tokens
-from btok_hf.hub_card.card import PLACEHOLDER, CardArguments, render_card
+from btok_hf.hub_card.card import PLACEHOLDER, CardArguments, for_hub, render_card
 from btok_hf.hub_card.training_run import card_files
 
 
@@ -115,7 +115,7 @@ def test_an_untrained_model_says_so(bases, tmp_path, backbone, num_tokens):
         "idefics3": '| {"longest_edge": 56} (default) | 20 |',
         "lfm2_vl": "| 4 (default) | 22 |",
     }
-    assert most[backbone] in card and ("a video (file, frames)" in card) == (backbone in tiny.WITH_VIDEO)
+    assert most[backbone] in card and ("a video (frames with their metadata" in card) == (backbone in tiny.WITH_VIDEO)
     assert set(ModelCard(card).data.to_dict()) == {"library_name", "pipeline_tag", "tags"}
     for block in blocks(card, "python"):
         printed, expected, _ = execute(block, (f'"{PLACEHOLDER}"', repr(str(repo))))
@@ -135,3 +135,14 @@ def test_base_limits_and_prompts_are_named(trained):
     )
     assert "| prompt query | a \\| b |" in card and "prompt document" not in card
     assert re.findall(r"^\| [\d,]+.* \| (\d+) \|$", section(card, "Memory"), flags=re.M) == ["3", "1"]
+
+
+@pytest.mark.parametrize("images", [[], ["assets/a.png"]])
+def test_on_the_hub_snippets_name_the_repository(model, images):
+    examples = {"queries": [(images, "a")], "documents": [([], "b"), ([], "c")]}
+    card = render_card(model.config, model[0].processor, model.prompts, examples=examples)
+    pushed = for_hub(card, "org/model")
+    assert PLACEHOLDER in card and pushed == render_card(
+        model.config, model[0].processor, model.prompts, examples=examples, repo_id="org/model"
+    )
+    assert for_hub(pushed, "org/other") == pushed

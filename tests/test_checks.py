@@ -1,11 +1,16 @@
-"""Columns and rows of pairs, checked before the training."""
+"""Model, columns and rows of pairs, checked before the training."""
 
 import numpy as np
 import pytest
 from datasets import Dataset, Features, Image, Json, List, Value
+from peft import LoraConfig, get_peft_model
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from support.media import image
+from support.training import config, text_pairs
 
+from btok_hf import BTokSentenceTransformer
 from btok_hf.media import video_input
+from btok_hf.training import CondensationTrainer
 from btok_hf.training.checks import check_columns, check_rows, first_rows
 
 
@@ -109,3 +114,18 @@ def test_columns():
 def test_streamed_datasets_are_refused():
     with pytest.raises(ValueError, match=r"'a' is streamed .IterableDataset.*Load it without streaming"):
         first_rows({"a": Dataset.from_list([{"query": "a"}]).to_iterable_dataset()})
+
+
+@pytest.mark.parametrize("loss", [MultipleNegativesRankingLoss, MultipleNegativesRankingLoss(None)])
+def test_other_losses_are_refused_with_a_way_out(repo, tmp_path, loss):
+    model = BTokSentenceTransformer(repo, device="cpu")
+    says = r"got MultipleNegativesRankingLoss\. .*matryoshka_dims.*SentenceTransformerTrainer"
+    with pytest.raises(ValueError, match=says):
+        CondensationTrainer(model=model, args=config(tmp_path), train_dataset=text_pairs(4), loss=loss)
+
+
+def test_models_of_get_peft_model_are_refused(repo, tmp_path):
+    model = BTokSentenceTransformer(repo, device="cpu")
+    model[0].model = get_peft_model(model[0].model, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"holds a PeftModel.*Pass the LoraConfig to the trainer as peft_config"):
+        CondensationTrainer(model=model, args=config(tmp_path), train_dataset=text_pairs(4))

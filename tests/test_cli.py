@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.mmeb_tree import looks
-from support.publishing import head, served
+from support.publishing import as_pushed, head, served
 from support.repositories import contents
 from support.units import random_vectors, rows_of, write_units
 
@@ -243,7 +243,7 @@ def test_command_lines_from_a_base_on_the_hub_to_a_repository(hub, bases, tmp_pa
     config = json.loads((model / "config.json").read_text())
     assert config["btok_base_revision"] == head(hub, "org/base")  # kept by the export
     hub.run("-m", "btok_hf", "push", model, "org/small", home=home)
-    assert served(hub, "org/small") == contents(model) and "golden.json" in contents(model)
+    assert served(hub, "org/small") == as_pushed(model, "org/small") and "golden.json" in contents(model)
 
 
 def test_mmeb(mmeb_root, tmp_path, repo):

@@ -105,3 +105,9 @@ def test_negatives_are_a_list(repo, tmp_path, negatives):
             args=config(tmp_path),
             train_dataset=Dataset.from_list(rows),
         )
+
+
+def test_a_target_that_is_no_text_is_named(repo, tmp_path):
+    collate, _ = collator(repo, tmp_path)
+    with pytest.raises(ValueError, match="A target must be a text, got 3"):
+        collate([{"query": "a", "positive": "b", "target": 3}])

@@ -3,6 +3,8 @@
 import pytest
 from support.training import config
 
+from btok_hf.training import CondensationConfig
+
 
 def test_bad_values_are_refused(tmp_path):
     for wrong in ("positve", {"p": "target"}, None):
@@ -32,3 +34,11 @@ def test_the_side_to_generate_is_one_value_or_one_per_dataset(tmp_path):
     assert (args.condense_for("a"), args.condense_for("b")) == ("query", "none")
     with pytest.raises(ValueError, match=r"condense names the datasets \['a', 'b'\] but not 'c'\. Add it"):
         args.condense_for("c")
+
+
+def test_warm_up_is_a_part_of_all_steps():
+    def steps(**options):
+        return CondensationConfig("unused", report_to="none", use_cpu=True, **options).get_warmup_steps(300)
+
+    assert (steps(), steps(warmup_steps=100), steps(warmup_steps=0)) == (30, 100, 0)
+    assert steps(warmup_ratio=0.2) == 60

@@ -33,8 +33,27 @@ def test_tokens_of_a_step_are_tokens_and_not_pixels(repos, tmp_path, backbone):
     counted = []
     trainer.log = lambda logs, start_time=None: counted.append(trainer._tokens)
     trainer.train()
-    sides = [model.preprocess(rows[column])["attention_mask"].sum() for column in ("query", "positive")]
+    sides = [
+        model.preprocess(rows[column], prompt)["attention_mask"].sum()
+        for column, prompt in (("query", model.prompts["query"]), ("positive", None))
+    ]
     assert counted[0] == sum(sides)
+
+
+def test_several_evaluation_datasets_have_the_parts_of_their_losses(repo, tmp_path):
+    model = BTokSentenceTransformer(repo, device="cpu")
+    parts = {"a": text_pairs(4), "b": text_pairs(8).select(range(4, 8))}
+    args = config(tmp_path, per_device_eval_batch_size=2, condense="positive")
+    trainer = CondensationTrainer(model=model, args=args, train_dataset=text_pairs(4), eval_dataset=parts)
+    trainer.evaluate()
+    a, b = [log for log in trainer.state.log_history if any(key.endswith("_loss") for key in log)]
+    for log, name in ((a, "a"), (b, "b")):
+        total = log[f"eval_{name}_infonce"] + 5 * log[f"eval_{name}_condensation"]
+        assert log[f"eval_{name}_loss"] == pytest.approx(total, rel=1e-3)
+    assert a["eval_a_infonce"] != b["eval_b_infonce"]
+    trainer.evaluate(parts["a"])  # of this one alone
+    last = trainer.state.log_history[-1]
+    assert last["eval_infonce"] == pytest.approx(a["eval_a_infonce"], abs=1e-3)
 
 
 def test_condensation_is_averaged_over_the_steps_that_have_it(repo, tmp_path):

@@ -237,7 +237,7 @@ def test_the_best_checkpoint_is_kept_and_loaded(repo, tmp_path):
         evaluator=evaluator,
         weight_decay=0.0,
         **{"per_device_train_batch_size": 12, "max_steps": 16, "save_steps": 4, "eval_strategy": "steps"},
-        **{"eval_steps": 4, "learning_rate": 0.05, "warmup_steps": 16, "max_grad_norm": 0.0, "save_total_limit": 1},
+        **{"eval_steps": 4, "learning_rate": 0.3, "warmup_steps": 16, "max_grad_norm": 0.0, "save_total_limit": 1},
         **{"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": True},
     )
     trainer.train()
@@ -364,6 +364,13 @@ def test_metrics_are_those_of_the_evaluator(repo, tmp_path, name):
     assert list(found) == metric_names(evaluator, trainer.model)
     trainer.is_fsdp_enabled, trainer.evaluate = True, None
     assert trainer.evaluate_retrieval() == pytest.approx(found)
+
+
+def test_metrics_of_several_evaluators(repo, tmp_path):
+    evaluators = [retrieval_evaluator(text_pairs(), name=name) for name in ("first", "second")]
+    trainer = checkpointed_trainer(repo, tmp_path, evaluator=evaluators)
+    found = trainer.evaluate_retrieval()
+    assert list(found) == [name for part in evaluators for name in metric_names(part, trainer.model)]
 
 
 def test_a_best_checkpoint_that_cannot_be_loaded_is_an_error(repo, tmp_path):

@@ -80,6 +80,16 @@ def test_commas_in_csv_files_are_found_by_line(tmp_path):
     assert rows == [{"query": "a, b", "positive": long}, {"query": "only", "positive": None}]
 
 
+def test_datasets_in_memory_are_evaluated_like_files(tmp_path):
+    rows = Dataset.from_dict({"query": ["a", "b", "a"], "positive": ["x", "y", "z"]})
+    rows.to_json(tmp_path / "file.jsonl")
+    given, read = retrieval_evaluator(rows, name="mine"), retrieval_evaluator(str(tmp_path / "file.jsonl"))
+    assert (given.name, read.name, retrieval_evaluator(rows).name) == ("mine", "file", "pairs")
+    assert (given.queries, given.corpus, given.relevant_docs) == (read.queries, read.corpus, read.relevant_docs)
+    with pytest.raises(ValueError, match="unknown"):
+        retrieval_evaluator(rows.rename_column("query", "anchor"))
+
+
 def test_rows_of_one_group_answer_each_other(tmp_path):
     path = tmp_path / "pairs.jsonl"
     cats, ants = ["a", "list"], ["ants"]

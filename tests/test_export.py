@@ -11,7 +11,7 @@ import transformers
 from packaging.version import Version
 from sentence_transformers import SentenceTransformer
 from support import tiny
-from support.repositories import TEXTS, add_noise, differences
+from support.repositories import TEXTS, add_noise, contents, differences
 
 import btok_hf
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_adapters, export_model
@@ -87,6 +87,9 @@ def test_adapters_with_a_base_on_the_hub(hub, exported, with_adapters, tmp_path)
     hub.run(*arguments, home=home)
     assert json.loads((lora / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/start"
     assert not (lora / "config.json").exists() and not list(lora.glob("model*")) and not list(lora.glob("golden*"))
+    card = (lora / "README.md").read_text("utf-8")
+    assert "base_model: org/start\n" in card and "base_model_relation: adapter\n" in card and '"peft"' in card
+    assert "AutoModel.from_pretrained" not in card and "modeling_btok" not in card and "transformers>=5.18" in card
     hub.run("-m", "btok_hf", "push", lora, "org/lora", home=home)
     add_noise(lora, 0.3)
     hub.run("-m", "btok_hf", "push", lora, "org/lora", "--revision", "v2", home=home)
@@ -128,6 +131,25 @@ def test_a_saved_repository_truncates_nothing_by_itself(repo, tmp_path):
             loaded = cls(str(tmp_path / "model"), device="cpu")
             loaded.max_seq_length = length
             assert loaded.preprocess(["long " * 20])["input_ids"].shape[1] == length
+
+
+def test_half_an_export_over_another_is_no_repository(exported, copied, repo, monkeypatch):
+    """New weights beside the configuration and prompts of the old ones."""
+    (copied / ".weights-killed").mkdir()
+    (copied / ".weights-killed" / "model.safetensors").write_bytes(b"of an export that was killed")
+    with monkeypatch.context() as patch:
+        patch.setattr("btok_hf.export._write_config", None)
+        with pytest.raises(TypeError):
+            export_model(BTokSentenceTransformer(repo, device="cpu"), copied)
+    with pytest.raises(ValueError, match=r"not an exported repository: .*modules\.json missing"):
+        btok_hf.push(copied, "org/x")
+    export_model(BTokSentenceTransformer(exported, device="cpu"), copied)
+    assert contents(copied) == contents(exported)
+
+
+def test_a_stock_model_is_refused_by_name(exported, tmp_path):
+    with pytest.raises(ValueError, match=r"needs a btok_hf\.BTokSentenceTransformer, got SentenceTransformer"):
+        export_model(SentenceTransformer(str(exported), device="cpu"), tmp_path / "out")
 
 
 def test_a_failed_export_leaves_the_old_weights(repo, tmp_path, monkeypatch):

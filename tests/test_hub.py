@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.hub_server import OWNER_TOKEN, STRANGER_TOKEN, HubServer, blob_oid
-from support.publishing import LOAD, head, retry_command, served
+from support.publishing import LOAD, as_pushed, head, retry_command, served
 from support.repositories import TEXTS, add_noise, contents, edit
 
 import btok_hf
@@ -55,8 +55,9 @@ def test_the_server_answers_the_client(hub, tmp_path):
 
 
 def test_a_pushed_repository_loads_everywhere_pinned_and_offline(hub, exported, copied, tmp_path):
-    for name in ("checkpoint-5/optimizer.pt", "checkpoint-5/model.safetensors", "runs/events", "training_args.bin"):
-        (copied / name).parent.mkdir(exist_ok=True)
+    private = ("checkpoint-5/optimizer.pt", "checkpoint-5/model.safetensors", "runs/events", "training_args.bin")
+    for name in (*private, ".env", "run/checkpoint-5/config.json", ".weights-x/model.safetensors"):
+        (copied / name).parent.mkdir(parents=True, exist_ok=True)
         (copied / name).write_bytes(b"not for others")
     (copied / "1_WordWeights" / "__pycache__").mkdir()
     (copied / "1_WordWeights" / "__pycache__" / "x.pyc").write_bytes(b"")
@@ -65,7 +66,7 @@ def test_a_pushed_repository_loads_everywhere_pinned_and_offline(hub, exported, 
     url = hub.run(*command, home=tmp_path / "home").stdout.split()[-1]
     first = head(hub, "org/btok-tiny")
     assert url == f"{hub.endpoint}/org/btok-tiny/commit/{first}"
-    expected = contents(exported)
+    expected = as_pushed(exported, "org/btok-tiny")
     assert served(hub, "org/btok-tiny") == expected | {
         "model-00001-of-00002.safetensors": expected["model.safetensors"]
     }
@@ -144,10 +145,10 @@ def test_branches_pull_requests_and_private_repositories(hub, exported, tmp_path
     hub.run(*command, "--private", "--revision", "feat/x", home=home)
     repository = hub.repositories["org/secret"]
     assert repository.private and served(hub, "org/secret") == {}
-    assert served(hub, "org/secret", "feat/x") == contents(exported)
+    assert served(hub, "org/secret", "feat/x") == as_pushed(exported, "org/secret")
     url = hub.run(*command, "--create_pr", home=home).stdout.split()[-1]
     assert url == f"{hub.endpoint}/org/secret/discussions/1" and served(hub, "org/secret") == {}
-    assert served(hub, "org/secret", "refs/pr/1") == contents(exported)
+    assert served(hub, "org/secret", "refs/pr/1") == as_pushed(exported, "org/secret")
 
     # The token is an argument and not in the environment. The fresh process of `verify` must get it too.
     code = (
@@ -181,7 +182,7 @@ def test_a_failed_push_says_how_to_go_on(hub, exported, tmp_path, fault):
     uploads = sum(method == "PUT" for method, _, _ in hub.requests)
     assert retry_command(run.stderr) == [str(part) for part in command]
     url = hub.run(*retry_command(run.stderr), home=home).stdout.split()[-1]
-    assert served(hub, repo_id, "a b") == before and url.endswith(head(hub, repo_id, "a b"))
+    assert served(hub, repo_id, "a b") == as_pushed(exported, repo_id) and url.endswith(head(hub, repo_id, "a b"))
     assert len(hub.repositories[repo_id].commits) == 2
     if fault != "refuse_upload":  # what was uploaded is not uploaded again
         assert sum(method == "PUT" for method, _, _ in hub.requests) == uploads
@@ -191,7 +192,7 @@ def test_one_reset_is_survived(hub, exported, tmp_path):
     hub.faults = {"reset_upload": 1}
     hub.run("-m", "btok_hf", "push", exported, "org/reset", home=tmp_path)
     assert [status for method, path, status in hub.requests if method == "PUT" and "org/reset" in path] == [None, 200]
-    assert served(hub, "org/reset") == contents(exported)
+    assert served(hub, "org/reset") == as_pushed(exported, "org/reset")
 
 
 def test_no_token_in_errors(hub, exported, tmp_path):
@@ -231,6 +232,27 @@ def test_only_whole_repositories_without_tokens_are_pushed(copied, spoil, messag
     with pytest.raises(ValueError, match=message) as caught:
         btok_hf.push(copied, "org/x")
     assert STRANGER_TOKEN not in str(caught.value)
+
+
+def test_a_model_pushes_itself_whole(hub, exported, with_adapters, tmp_path):
+    """By the call of Sentence-Transformers. Its own would upload adapters whose base nobody else has."""
+    with_adapters.save(str(tmp_path / "adapters"))
+    code = (
+        "import sys, tempfile; from btok_hf import BTokSentenceTransformer\n"
+        "model = BTokSentenceTransformer(sys.argv[1], device='cpu')\n"
+        "print(model.push_to_hub('org/by-model', private=True))\n"
+    )
+    home = tmp_path / "home"
+    run = hub.run("-c", code, tmp_path / "adapters", home=home, TMPDIR=str(tmp_path))
+    assert run.stdout.split()[-1] == f"{hub.endpoint}/org/by-model/commit/{head(hub, 'org/by-model')}"
+    assert hub.repositories["org/by-model"].private and not list(tmp_path.glob("btok-push-*"))
+    files = served(hub, "org/by-model")
+    assert {"model.safetensors", "golden.json", "modules.json"} <= files.keys() and "adapter_config.json" not in files
+    for name, content in files.items():
+        (tmp_path / "got" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "got" / name).write_bytes(content)
+    vectors = BTokSentenceTransformer(tmp_path / "got", device="cpu").encode(TEXTS)
+    assert np.abs(vectors - with_adapters.encode(TEXTS)).max() <= 2e-6
 
 
 def test_bad_arguments_are_refused_before_anything_is_sent(exported, tmp_path):
@@ -287,4 +309,4 @@ def test_a_push_that_is_always_reset_ends_with_the_folder_whole(endless_resets, 
     assert len([status for method, _, status in server.requests if method == "PUT" and status is None]) == 6
     server.faults = {}
     server.run(*retry_command(run.stderr), home=home)
-    assert served(server, "org/broken") == before
+    assert served(server, "org/broken") == as_pushed(exported, "org/broken")

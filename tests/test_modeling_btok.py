@@ -334,3 +334,19 @@ def test_remote_code_is_flat_and_imports_torch_and_transformers_only():
     source = (ROOT / "modeling" / "modeling_btok.py").read_text("utf-8")
     imported = set(re.findall(r"^(?:from|import) (\w+)", source, flags=re.M))
     assert imported - set(sys.stdlib_module_names) == {"torch", "transformers"}
+
+
+def test_adapters_are_refused_where_only_their_base_would_be_loaded(with_adapters, tmp_path):
+    with_adapters.save(str(tmp_path / "adapters"))
+    with pytest.raises(ValueError, match=r"adapters holds adapters\. Load it with SentenceTransformer"):
+        AutoModel.from_pretrained(tmp_path / "adapters", trust_remote_code=True)
+
+
+def test_a_suffix_is_never_left_out(bases, tmp_path):
+    repo = add_bottleneck_tokens(bases["qwen2_vl"], tmp_path / "repo", suffix="in one word:")
+    model = AutoModel.from_pretrained(repo, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(repo)
+    with pytest.raises(ValueError, match=r"ends without 'in one word:'.*apply_chat_template"):
+        model(**processor.tokenizer(["hello"], return_tensors="pt"))
+    row = [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]
+    assert model(**process(processor, [row])).pooler_output.shape == (1, 64)

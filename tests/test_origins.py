@@ -205,7 +205,10 @@ def test_other_hosts_are_not_even_through_redirects(web):
     assert not there.asked
 
 
-@pytest.mark.parametrize("host", ["", "*", "https://example.org", "example.org/a", "a@example.org", "*.example.org"])
+NO_HOSTS = ["", "*", "https://example.org", "example.org/a", "a@example.org", "*.example.org"]
+
+
+@pytest.mark.parametrize("host", [*NO_HOSTS, " b.org", "b.org:", "b.org:x", "b.org:99999"])
 def test_hosts_are_names(host):
     with pytest.raises(ValueError, match="--allow-urls takes names of hosts"):
         Origins(*BOUNDS, hosts=[host])

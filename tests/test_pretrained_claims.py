@@ -141,7 +141,7 @@ def test_the_mean_is_that_of_all_tokens(built, tmp_path, capsys):
     add_tokens(built, tmp_path, ARMS["mean"], seed=0)
     model = BTokSentenceTransformer(str(tmp_path), device="cpu")
     texts = ["the cell", "a wave moves energy, not matter"]
-    with patch("btok_hf.sentence_transformer.condense", mean_of_all_tokens):
+    with patch("btok_hf.transformer.condense", mean_of_all_tokens):
         found = model.encode(texts, convert_to_tensor=True)
     for text, vector in zip(texts, found):
         with torch.no_grad():

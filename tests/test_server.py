@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from PIL import Image
 from support.inputs import TOLERANCE
 from support.media import image
 from support.pictures import MEDIA
+from support.repositories import edit
 from support.serving import embed, message, png, refusal, served, web_server
 
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model
@@ -98,6 +100,19 @@ def test_golden_vectors_over_http(server, exported, special, as_given, capsys):
     for repo, client in ((exported, server), (as_given, special)):
         verify_url(repo, str(client.base_url))
         assert "not reached" not in capsys.readouterr().out
+
+
+def test_a_model_that_cuts_its_vectors(as_given, tmp_path):
+    """`truncate_dim` of the repository is the default, and no bound."""
+    shutil.copytree(as_given, tmp_path / "cut")
+    edit(tmp_path / "cut", "config_sentence_transformers.json", lambda saved: saved.update(truncate_dim=16))
+    (full,) = BTokSentenceTransformer(as_given, device="cpu").encode([{"text": "a"}])
+    model = ServedModel(tmp_path / "cut", device="cpu")
+    app = make_app(model, "m", Limits(), Origins(10**6, 10**6, 60))
+    with TestClient(app) as client:
+        for given, size in (({}, 16), ({"dimensions": 16}, 16), ({"dimensions": 64}, 64), ({"dimensions": None}, 16)):
+            (vector,) = embed(client, input="a", **given)
+            assert np.abs(vector - full[:size] / np.linalg.norm(full[:size])).max() < TOLERANCE
 
 
 def test_dimensions_that_the_model_was_trained_for(special, as_given):
@@ -188,7 +203,7 @@ def test_many_clients_at_once_get_their_own_vectors(server, model):
         ({"messages": [message()]}, "empty"),
         ({"messages": [{"role": "system", "content": "\ud800"}, message("a")]}, "half a character"),
         ({"messages": [{"role": "user", "content": "a", "\ud800": 1}]}, "unicode|no field"),
-        ("{", "JSON"),
+        ("{", r"not JSON \(at character 1\)"),
         (b"\xff", "body"),
         ("[" * 100_000, "body"),
         ("[]", "valid dictionary"),
@@ -197,6 +212,12 @@ def test_many_clients_at_once_get_their_own_vectors(server, model):
 def test_bad_requests_are_refused_by_name(server, body, says):
     body = json.dumps(body) if isinstance(body, dict) else body  # with escapes, where httpx would fail at halves
     assert re.search(says, refusal(server, 400, body))
+
+
+def test_what_curl_sends_by_itself(server):
+    answer = server.post("/v1/embeddings", content='{"input": "a"}', headers={"Content-Type": "text/plain"})
+    assert answer.status_code == 400 and "Content-Type: application/json" in answer.json()["error"]["message"]
+    assert len(embed(server, input="a", encoding_format=None)) == 1
 
 
 @pytest.mark.parametrize(

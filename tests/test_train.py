@@ -38,7 +38,8 @@ def test_recipes_are_read(recipe, tmp_path):
     if recipe.startswith("btok"):
         mixture = read_mixture(script.train_files)
         assert len(mixture) == 25 and set(mixture) <= set(SOURCES)
-        assert (script.num_tokens, model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout) == (4, 16, 32, 0)
+        assert script.num_tokens in (4, None)  # the default is 4 for a base model
+        assert (model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout) == (16, 32, 0)
         assert (args.temperature, args.learning_rate, args.warmup_steps) == (0.02, 5e-5, 100)
         assert (args.condensation_weight, args.condensation_steps, args.max_steps) == (5.0, 2000, 5000)
         assert get_peft_config(model_args).target_modules is None
@@ -111,6 +112,13 @@ def test_a_folder_with_another_start_is_refused(bases, tmp_path):
             ValueError, match=r"start was made from .*'num_tokens': 4.*Remove it, or name another output_dir"
         ):
             starting_point(*other, args)
+
+
+def test_another_number_of_tokens_than_the_model_has_is_refused(repo, tmp_path):
+    start = ModelArguments(model_name_or_path=repo)
+    assert starting_point(start, 4, {}, config(tmp_path)) == starting_point(start, None, {}, config(tmp_path))
+    with pytest.raises(ValueError, match="has 4 Bottleneck Tokens, and num_tokens is 8"):
+        starting_point(start, 8, {}, config(tmp_path))
 
 
 def test_training_pushes_what_everybody_loads(hub, bases, tmp_path):

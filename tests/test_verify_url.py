@@ -132,6 +132,13 @@ def test_a_server_that_fails_or_is_not_there(exported, server):
         verify_url(exported, "127.0.0.1:8000")
 
 
+@pytest.mark.parametrize("answer", [{"object": "error"}, {"data": []}, {"data": [{"embedding": {}}]}, None])
+def test_answers_without_an_embedding_are_named(exported, server, monkeypatch, answer):
+    monkeypatch.setattr(server.RequestHandlerClass, "do_POST", lambda self: self.answer(200, answer))
+    with pytest.raises(RuntimeError, match="/v1/embeddings answers no embedding"):
+        verify_url(exported, server.url)
+
+
 def test_flags_of_the_other_kind_are_refused(exported, capsys):
     for flags, reason in (
         (["--tolerance", "0.1"], "--tolerance needs --url"),

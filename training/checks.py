@@ -1,4 +1,4 @@
-"""Columns and rows of pairs, checked before the training: an error in a later epoch would cost the hours before it.
+"""Model, columns and rows, checked before the training: an error in a later epoch would cost the hours before it.
 
 What a cell may hold is in `data.py`, how it is read in `btok_hf/inputs.py`.
 """
@@ -10,8 +10,33 @@ from typing import Any
 import datasets
 import pyarrow as pa
 from datasets import Dataset
+from transformers import PreTrainedModel
 
 from btok_hf.inputs import REMOTE, is_cell, is_media_path
+from btok_hf.sentence_transformer import BTokSentenceTransformer
+from btok_hf.training.condensation_loss import CondensationLoss
+
+
+def check_model(model: Any, loss: Any) -> BTokSentenceTransformer:
+    """The model, if `CondensationTrainer` can train it with this loss (`None`: its own). Raises `ValueError`."""
+    if not isinstance(model, BTokSentenceTransformer):
+        raise ValueError(
+            f"CondensationTrainer trains a BTokSentenceTransformer, got {type(model).__name__}. "
+            "Load the model with btok_hf.BTokSentenceTransformer(path)."
+        )
+    backbone: Any = model.transformer.model
+    if not isinstance(backbone, PreTrainedModel):
+        raise ValueError(
+            f"The model holds a {type(backbone).__name__}, whose weights could not be saved in their names. Pass the "
+            "LoraConfig to the trainer as peft_config, or to model.add_adapter, in place of get_peft_model."
+        )
+    if loss is not None and not isinstance(loss, CondensationLoss):
+        raise ValueError(
+            f"loss must be a CondensationLoss, got {(loss if isinstance(loss, type) else type(loss)).__name__}. Leave "
+            "it out; for Matryoshka embeddings set matryoshka_dims. Other losses train with the "
+            "SentenceTransformerTrainer of Sentence-Transformers."
+        )
+    return model
 
 
 def check_columns(columns: Collection[str], dataset_name: str | None = None) -> list[str]:

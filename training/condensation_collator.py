@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from btok_hf.bottleneck import escapes
 from btok_hf.content import content_hash
 from btok_hf.features import IGNORED, PIXEL_KEYS
-from btok_hf.inputs import text_of
+from btok_hf.inputs import shown, text_of
 from btok_hf.training.checks import check_columns
 from btok_hf.training.condensation_config import CONDENSE, CondensationConfig
 from btok_hf.training.data import decode_cell
@@ -105,7 +105,10 @@ class CondensationCollator(SentenceTransformerDataCollator):
         """Does nothing: `__call__` puts the columns in order."""
 
     def _target_text(self, row: Mapping[str, Any], generated: str, dataset_name: str | None) -> str:
-        text = text_of(row["target"] if row.get("target") is not None else row[generated])
+        given = "target" if row.get("target") is not None else generated
+        text = text_of(row[given])
+        if text is None and given == "target":
+            raise ValueError(f"A target must be a text, got {shown(row[given])}. Correct the column target.")
         if text is None:
             raise ValueError(
                 f"Condensation generates the text of {generated!r}, but a row of "
@@ -129,7 +132,9 @@ class CondensationCollator(SentenceTransformerDataCollator):
         end = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
         assert isinstance(end, int)  # one token, one id
         limit = self.args.max_target_length
-        bodies = [[*self.tokenizer(text, add_special_tokens=False)["input_ids"][:limit], end] for text in texts]
+        # Not verbose: it would warn that texts are longer than a row of the model, before they are cut.
+        whole = [self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
+        bodies = [[*body[:limit], end] for body in whole]
         ids = pad_sequence([torch.tensor(prompt + body) for body in bodies], batch_first=True, padding_value=end)
         labels = pad_sequence(
             [torch.tensor([IGNORED] * len(prompt) + body) for body in bodies], batch_first=True, padding_value=IGNORED

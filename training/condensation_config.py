@@ -18,6 +18,8 @@ CONDENSE = {
     "none": [],
 }
 
+WARM_UP = 0.1  # of all steps; the paper's recipe has 100 of its own
+
 
 @dataclass
 class CondensationConfig(SentenceTransformerTrainingArguments):
@@ -60,7 +62,7 @@ class CondensationConfig(SentenceTransformerTrainingArguments):
         output_dir: str  # TrainingArguments allows None, and replaces it in its __post_init__
 
     learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate of AdamW."})
-    warmup_steps: float = field(default=100, metadata={"help": "Steps of linear warm-up."})
+    warmup_steps: float = field(default=WARM_UP, metadata={"help": "Steps of linear warm-up; below 1: of all steps."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
     hub_strategy: Union[HubStrategy, str] = field(  # noqa: UP007 (see condense)
         default="end",
@@ -113,6 +115,8 @@ class CondensationConfig(SentenceTransformerTrainingArguments):
     max_target_length: int = field(default=256, metadata={"help": "Maximum length of a target text in tokens."})
 
     def __post_init__(self) -> None:
+        if self.warmup_ratio is not None and self.warmup_steps == WARM_UP:
+            self.warmup_steps = 0  # as Sentence-Transformers has it, where the ratio counts if the steps are 0
         super().__post_init__()
         for name in ("condense", "dataset_weights"):
             value = getattr(self, name)

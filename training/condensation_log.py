@@ -61,6 +61,21 @@ class LoggingTrainer(SentenceTransformerTrainer):
         else:
             del parts["condensation"]
 
+    def _with_parts(self, logs: dict[str, float]) -> dict[str, float]:
+        """The log of one of several evaluation datasets, with the parts of its loss: the superclass adds none.
+
+        It would also average them into those of the next evaluation.
+        """
+        named = next((key for key in logs if key.startswith("eval_") and key.endswith("_loss")), None)
+        parts = self.accum_loss_components["eval"]
+        if named is None or not int(parts.get("steps", 0)):
+            return logs
+        self._average_condensation("eval")
+        sums: Any = self.accelerator.reduce(parts)
+        steps = sums.pop("steps").item()
+        parts.clear()
+        return {**logs, **{named[:-4] + key: round(value.item() / steps, 4) for key, value in sums.items()}}
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._since is not None:
             seconds = time.perf_counter() - self._since
@@ -69,6 +84,8 @@ class LoggingTrainer(SentenceTransformerTrainer):
             self._tokens, self._samples, self._since = 0, 0, None
         if "loss" in logs or "eval_loss" in logs:
             self._average_condensation("train" if "loss" in logs else "eval")
+        else:
+            logs = self._with_parts(logs)
         super().log(logs, start_time)
         if not torch.tensor(logs.get("loss", 0.0)).isfinite():
             raise ValueError(f"The loss is {logs['loss']} at step {self.state.global_step}. {REMEDY}")

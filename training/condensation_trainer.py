@@ -5,8 +5,6 @@ handled in `checkpoints.py`.
 """
 
 import shutil
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,12 +15,11 @@ from sentence_transformers.base.sampler import BatchSamplers
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import logging
 
 from btok_hf.adapters import add_adapters, has_adapters
 from btok_hf.condensation import check_head
-from btok_hf.export import export_model
 from btok_hf.features import PIXEL_KEYS
 from btok_hf.files import check_writable, nearest_existing
 from btok_hf.sentence_transformer import BTokSentenceTransformer
@@ -31,32 +28,28 @@ from btok_hf.training.checkpoints import (
     check_disk_space,
     checkpoint_to_resume,
     delete,
-    full_parameters,
     mark_complete,
     newest_complete,
     rotate,
 )
-from btok_hf.training.checks import check_columns, check_rows, first_rows
+from btok_hf.training.checks import check_columns, check_model, check_rows, first_rows
 from btok_hf.training.condensation_collator import CondensationCollator
 from btok_hf.training.condensation_config import CondensationConfig
-from btok_hf.training.condensation_log import REMEDY, LoggingTrainer
+from btok_hf.training.condensation_log import REMEDY
 from btok_hf.training.condensation_loss import CondensationLoss
 from btok_hf.training.parallel import check_parallelism
+from btok_hf.training.prompts import training_prompts
+from btok_hf.training.publishing import PublishingTrainer
 from btok_hf.training.sampler import MixtureBatchSampler, check_mixture
 
 if TYPE_CHECKING:  # slow to import, or imported where it is used
     from peft import LoraConfig
 
-    from btok_hf.hub_card.card import CardArguments
 
 logger = logging.get_logger(__name__)
-# What the Trainer adds to the metrics of an evaluator, whose name may be "eval".
-OF_TRAINER = [
-    f"eval_{name}" for name in ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-]
 
 
-class CondensationTrainer(LoggingTrainer):
+class CondensationTrainer(PublishingTrainer):
     """Trains a `BTokSentenceTransformer` with InfoNCE and Generative Information Condensation.
 
     Takes the arguments of `SentenceTransformerTrainer`, with three differences. Datasets have the columns `query`,
@@ -88,13 +81,12 @@ class CondensationTrainer(LoggingTrainer):
         peft_config: "LoraConfig | None" = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(model, BTokSentenceTransformer):
+        model = check_model(model, kwargs.get("loss"))
+        if args is not None and args.push_to_hub and args.hub_strategy != HubStrategy.END:
             raise ValueError(
-                f"CondensationTrainer trains a BTokSentenceTransformer, got {type(model).__name__}. "
-                "Load the model with btok_hf.BTokSentenceTransformer(path)."
+                f"hub_strategy must be end, got {HubStrategy(args.hub_strategy).value}: checkpoints are not complete "
+                "repositories. Call trainer.push_to_hub() after training; `btok train` has every_save too."
             )
-        if kwargs.get("loss") is not None and not isinstance(kwargs["loss"], CondensationLoss):
-            raise ValueError(f"loss must be a CondensationLoss, got {type(kwargs['loss']).__name__}.")
         if peft_config is not None:
             add_adapters(model.transformer.model, model.transformer.lm_head, peft_config)
         elif any(p.requires_grad and p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
@@ -108,6 +100,8 @@ class CondensationTrainer(LoggingTrainer):
                 check_rows(dataset, name)  # before Sentence-Transformers gives datasets a transform
         self._media = False  # since the last step of the optimizer
         super().__init__(model=model, args=args, **kwargs)
+        names = {name for part in (self.train_dataset, self.eval_dataset) if isinstance(part, dict) for name in part}
+        self.data_collator.prompts = training_prompts(self.args.prompts, model, names)
         check_parallelism(self, self.args)
         self.data_collator.tokenizer = model.tokenizer
         self.data_collator.args = self.args
@@ -291,47 +285,6 @@ class CondensationTrainer(LoggingTrainer):
             if limit is not None and limit > 0:
                 rotate(folder.parent, limit, self.state.best_model_checkpoint)
 
-    def evaluate_retrieval(self) -> dict[str, float]:
-        """The metrics of the evaluator by the evaluator's names; empty without one. All processes must call it."""
-        if self.evaluator is None:
-            return {}
-        evaluator: Any = self.evaluator  # evaluators have a name, but not in the annotations of their base class
-        if self.is_fsdp_enabled and not self._is_sharded():
-            # Before training. The Trainer would shard the model, which accelerate refuses without an optimizer.
-            return dict(evaluator(self.model.to(self.args.device)))
-        own = f"{evaluator.name}_"
-        found = {key: value for key, value in self.evaluate().items() if key not in OF_TRAINER}
-        # The Trainer prefixes names with "eval_" unless they begin with it.
-        metrics = {key if key.startswith(own) else key.removeprefix("eval_"): value for key, value in found.items()}
-        return {key: value for key, value in metrics.items() if key.startswith(own)}
-
-    def export(self, output_dir: Path | str, card: "CardArguments | None" = None, **details: Any) -> None:
-        """Write the repository to publish, as `btok_hf.export_model` does, with a card that describes this training.
-
-        All processes must call it.
-
-        Args:
-            output_dir (`str` or `Path`): Folder to write.
-            card (`CardArguments`, *optional*): Card facts that cannot be read from the run; omitted ones show as
-                unknown.
-            details: More for the card: see `btok_hf.hub_card.training_run.card_files`.
-        """
-        from btok_hf.hub_card.training_run import card_files
-
-        state_dict = self.accelerator.get_state_dict(self.model) if self._is_sharded() else None
-        files, failure = None, None
-        try:
-            # By all processes, because encoding the card's examples with sharded parameters needs all of them.
-            files = card_files(self, card, **details)
-        except Exception as error:  # the model is written all the same, with a card that knows no training
-            failure = error
-        if self.is_world_process_zero():
-            with self._unsharded(state_dict):
-                export_model(self.model, output_dir, files=files)
-        self.accelerator.wait_for_everyone()
-        if failure is not None:
-            raise failure
-
     def get_multi_dataset_batch_sampler(
         self,
         dataset: ConcatDataset,
@@ -365,22 +318,6 @@ class CondensationTrainer(LoggingTrainer):
 
     def _num_batches(self) -> int:
         return self.args.max_steps * self.args.gradient_accumulation_steps * self.args.world_size
-
-    def _is_sharded(self) -> bool:
-        return any(isinstance(p, DTensor) for p in self.model.parameters())
-
-    def _unsharded(self, state_dict: Mapping[str, torch.Tensor] | None) -> AbstractContextManager[None]:
-        """The model with full parameters from `state_dict`; nothing to do if it is not sharded."""
-        if not self._is_sharded():
-            return nullcontext()
-        assert state_dict is not None
-        return full_parameters(self.model, state_dict)
-
-    def _save(self, output_dir: str | None = None, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
-        # The Trainer calls this in every process, and Sentence-Transformers writes in every process.
-        if self.args.should_save:
-            with self._unsharded(state_dict):
-                super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
         saved = BTokSentenceTransformer(checkpoint_path, device="cpu")

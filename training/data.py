@@ -157,15 +157,19 @@ def _options(source: str) -> dict[str, Any]:
     return {"features": features, "keep_default_na": False, "na_values": [""]}
 
 
-def retrieval_evaluator(source: str, batch_size: int = 64) -> InformationRetrievalEvaluator:
+def retrieval_evaluator(
+    source: str | Dataset, batch_size: int = 64, name: str | None = None
+) -> InformationRetrievalEvaluator:
     """An `InformationRetrievalEvaluator` over a pair file: every distinct query against every distinct positive.
 
     Equal queries are one query with several right answers. The positives of a `group` are right answers of each of its
     queries. Equal positives (images: equal pixels or files) are one candidate.
 
     Args:
-        source (`str`): As in `load_pairs`. The positive of a row whose `query` is null is a candidate only.
+        source (`str` or `Dataset`): As in `load_pairs`, or its result. The positive of a row whose `query` is null is
+            a candidate only.
         batch_size (`int`): Rows per forward.
+        name (`str`, *optional*): Name of the metrics. Default: that of the file; of a dataset `pairs`.
 
     Returns:
         `InformationRetrievalEvaluator`: With accuracy, precision and recall at 1 and 10, nDCG@10, MAP@100, and MRR
@@ -175,7 +179,9 @@ def retrieval_evaluator(source: str, batch_size: int = 64) -> InformationRetriev
     corpus: dict[str, Any] = {}
     groups: dict[int, set[str]] = {}
     answers: dict[str, dict[int, set[str]]] = {}  # sets that grow with later rows, each once
-    for row in load_pairs(source):
+    dataset = load_pairs(source) if isinstance(source, str) else source
+    check_columns(dataset.column_names)
+    for row in cast(Any, dataset):
         query, positive = decode_cell(row["query"]), decode_cell(row["positive"])
         candidate = str(content_hash(positive))
         corpus.setdefault(candidate, positive)
@@ -190,7 +196,7 @@ def retrieval_evaluator(source: str, batch_size: int = 64) -> InformationRetriev
         queries,
         corpus,
         {asked: _union(list(parts.values())) for asked, parts in answers.items()},
-        name=Path(source).stem,
+        name=name or (Path(source).stem if isinstance(source, str) else "pairs"),
         accuracy_at_k=[1, 10],
         precision_recall_at_k=[1, 10],
         mrr_at_k=[len(corpus)],

@@ -36,7 +36,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 from trl import ModelConfig, TrlParser, get_peft_config
 
-from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, push
+from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens
 from btok_hf.errors import RESUME, one_line_errors, take_debug
 from btok_hf.files import check_writable
 from btok_hf.hub_card.card import CardArguments
@@ -73,9 +73,9 @@ class ScriptArguments:
         default=None,
         metadata={"help": "Pair file for retrieval metrics before, after and (--eval_strategy) during training."},
     )
-    num_tokens: int = field(
-        default=4,
-        metadata={"help": "Bottleneck Tokens (K) to add to a base model without them; 0 is last-token pooling."},
+    num_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Bottleneck Tokens (K) to add to a base model (default: 4); 0 is last-token pooling."},
     )
     min_pixels: int | None = field(default=None, metadata={"help": "Enlarge smaller images to this many pixels."})
 
@@ -232,7 +232,7 @@ class TrainingJob:
         for name, values in metrics.items():
             print(f"  {name}: {values['before']:.4f} before, {values['after']:.4f} after training")
         if self.to_push:
-            print(f"Pushed to {push_export(args)}")
+            print(f"Pushed to {trainer.push_export()}")
 
 
 def choose_best_metric(args: CondensationConfig, names: Sequence[str]) -> None:
@@ -268,18 +268,6 @@ def check_push(args: CondensationConfig) -> None:
         ) from None
 
 
-def push_export(args: CondensationConfig) -> str:
-    """Push the export to `args.hub_model_id`; returns its address."""
-    assert args.hub_model_id is not None  # see check_push
-    return push(
-        args.output_dir,
-        args.hub_model_id,
-        private=args.hub_private_repo,
-        revision=args.hub_revision,
-        token=args.hub_token,
-    )
-
-
 class PushEverySave(TrainerCallback):
     """Exports the model after every checkpoint and pushes it in the background, unless the last push still runs."""
 
@@ -298,7 +286,7 @@ class PushEverySave(TrainerCallback):
 
     def _push(self) -> None:
         try:
-            logger.warning(f"Pushed to {push_export(self.trainer.args)}")
+            logger.warning(f"Pushed to {self.trainer.push_export()}")
         except RuntimeError as error:  # training continues; the final push raises its error
             logger.warning(str(error))
 
@@ -309,13 +297,20 @@ class PushEverySave(TrainerCallback):
 
 
 def starting_point(
-    model_args: ModelArguments, num_tokens: int, pixels: Mapping[str, Any], args: CondensationConfig
+    model_args: ModelArguments, num_tokens: int | None, pixels: Mapping[str, Any], args: CondensationConfig
 ) -> tuple[Path | str, str | None]:
     """Path and revision of the model to train. A base model gets Bottleneck Tokens first, in `output_dir`/start."""
     name, revision = model_args.model_name_or_path, model_args.model_revision
     assert name is not None  # checked in set_up
-    if hasattr(AutoConfig.from_pretrained(name, revision=revision), "btok_token_ids"):
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    if hasattr(config, "btok_token_ids"):
+        if num_tokens not in (None, config.btok_num_tokens):
+            raise ValueError(
+                f"{name} has {config.btok_num_tokens} Bottleneck Tokens, and num_tokens is {num_tokens}. Leave it "
+                "out, or start from the base model."
+            )
         return name, revision
+    num_tokens = 4 if num_tokens is None else num_tokens
     start = Path(args.output_dir, "start")
     origin = {"base": name, "revision": revision, "num_tokens": num_tokens, **pixels}
     record = start / "made_from.json"

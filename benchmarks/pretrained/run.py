@@ -267,7 +267,7 @@ def run(options: argparse.Namespace) -> None:
     )
     trained = time.perf_counter()
     checkpoints = list(Path(trainer.args.output_dir).glob("checkpoint-*"))
-    pooling = patch("btok_hf.sentence_transformer.condense", mean_of_all_tokens) if arm.all_tokens else nullcontext()
+    pooling = patch("btok_hf.transformer.condense", mean_of_all_tokens) if arm.all_tokens else nullcontext()
     with pooling:
         if options.steps:
             trainer.train(resume_from_checkpoint=bool(checkpoints))

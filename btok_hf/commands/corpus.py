@@ -127,7 +127,7 @@ def run_index(
         write = vector_libraries.write_faiss if faiss else vector_libraries.write_usearch
         file = faiss or usearch
         changes = write(out, str(file), precision or "float32", dimensions)
-        print(f"{file}: {changes.added:,} vectors{changes.left_out}; ids are in {file}{vector_libraries.IDS}")
+        print(f"{file}: {changes.added:,} vectors{changes.left_out}; their ids are in {file}{vector_libraries.IDS}")
         return
     from btok_hf.corpus.index import Index
     from btok_hf.corpus.recall import measure_recall

@@ -39,7 +39,7 @@ def serve_command(commands: Any) -> None:
         parser.add_argument(name, type=kind, default=default, help=f"{meaning} (default: %(default)s)")
     parser.add_argument(
         "--allow-urls",
-        type=lambda value: value.split(","),
+        type=lambda value: [host.strip() for host in value.split(",")],
         default=(),
         metavar="HOST[:PORT],…",
         help="open http and https addresses of these hosts that clients name, redirects included (default: none)",

@@ -316,7 +316,7 @@ class Index:
 
 def _words(text: Any) -> MatchQuery:
     """Any of the words of a text. A string in quotation marks would be a phrase, and there is no index of phrases."""
-    return MatchQuery(text, "text")
+    return MatchQuery(text, "text")  # type: ignore[call-arg]  # the others have defaults
 
 
 def _hits(found: pa.Table, scores: Sequence[float]) -> list[Hit]:

@@ -28,7 +28,8 @@ class Limits:
         max_body (`int`): Most bytes of a request, and of a file or download that it names.
         queue_body (`int`): Most bytes of all requests together. More are answered with 429.
         max_image_pixels (`int`): Most pixels of all images and frames of a request, before any reduction.
-        queue_pixels (`int`): Most pixels of all requests together, of three bytes each. More are answered with 429.
+        queue_pixels (`int`): Most pixels of all requests together. More are answered with 429. A pixel takes three
+            bytes while it waits, and up to 24 while it is decoded (16-bit and floating-point images).
         timeout (`float`): Seconds from the first byte of a request to its answer, and of a download in it.
 
     Raises:

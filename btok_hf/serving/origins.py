@@ -44,7 +44,7 @@ class Origins:
 
     def __post_init__(self) -> None:
         for host in self.hosts:
-            if not host or urlsplit(f"//{host}").netloc != host or {"@", "*"} & set(host):
+            if not host or not _is_host(host):
                 raise ValueError(f"--allow-urls takes names of hosts, such as example.org:8080, got {host!r}.")
         if self.folder is not None and not self.folder.is_dir():
             raise ValueError(f"--allow-files takes a folder, and {str(self.folder)!r} is none.")
@@ -130,6 +130,16 @@ class Origins:
                 f"(--max-image-pixels); one has {image.width} x {image.height}. Reduce them, or send fewer"
             )
         return image
+
+
+def _is_host(text: str) -> bool:
+    """Whether this is the name of a host, with or without a port."""
+    try:
+        port = urlsplit(f"//{text}").port
+    except ValueError:
+        return False
+    plain = urlsplit(f"//{text}").netloc == text and not ({"@", "*"} & set(text) or any(map(str.isspace, text)))
+    return plain and (port is not None or not text.endswith(":"))
 
 
 def _decoded(payload: str) -> bytes:

@@ -103,7 +103,7 @@ class EmbeddingRequest(_WithoutEffect):
     input: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     messages: Annotated[list[Message], Field(fail_fast=True)] | None = None
     model: str | None = None
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Literal["float", "base64"] | None = None  # as `float`
     dimensions: int | None = None
     prompt_name: str | None = None
     input_type: Literal["query", "document"] | None = None

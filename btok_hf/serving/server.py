@@ -60,7 +60,9 @@ class ServedModel(BTokSentenceTransformer):
     def embed(self, items: list[Any], prompt: str) -> tuple[np.ndarray, np.ndarray]:
         """Embeddings of shape `(inputs, dimensions)` and tokens of each input. For one thread."""
         self.lengths = np.zeros(len(items), int)
-        return self.encode(items, prompt=prompt, show_progress_bar=False), self.lengths
+        # Whole: each request says how many numbers it wants.
+        whole = self.transformer.config.get_text_config().hidden_size
+        return self.encode(items, prompt=prompt, truncate_dim=whole, show_progress_bar=False), self.lengths
 
 
 class _Metrics:
@@ -120,6 +122,10 @@ def make_app(model: ServedModel, name: str, limits: Limits, origins: Origins, ap
         # The path to the value: body, then names of fields and alternatives.
         where = ".".join(str(part) for part in last["loc"] if part != "body")
         message = last["msg"].removeprefix("Value error, ")
+        if last["type"] == "json_invalid":
+            where, message = "", f"the body is not JSON (at character {where or 0})"
+        elif isinstance(error.body, bytes):
+            where, message = "", "the body is not read as JSON: send the header Content-Type: application/json"
         return error_response(400, f"{where}: {message}" if where else message, where or None)
 
     @app.exception_handler(HTTPException)
@@ -207,18 +213,20 @@ def instruction_of(model: BTokSentenceTransformer, body: EmbeddingRequest) -> st
 
 
 def _dimensions(model: ServedModel, asked: int | None) -> int | None:
-    """Dimensions to cut embeddings to, if the model was trained for them."""
+    """Dimensions to cut embeddings to: those asked for, if the model was trained for them, or the model's own."""
     # vLLM reads the same key of config.json.
-    allowed = {model.get_embedding_dimension(), *(getattr(model.config, "matryoshka_dimensions", None) or ())}
+    trained = getattr(model.config, "matryoshka_dimensions", None) or ()
+    own = [] if model.truncate_dim is None else [model.truncate_dim]
+    allowed = {model.transformer.config.get_text_config().hidden_size, *trained, *own}
     if asked is not None and asked not in allowed:
         raise ValueError(
             f"'dimensions' must be one of {sorted(allowed)}, got {asked}: config.json (matryoshka_dimensions) names "
             "no others that the model was trained for. Leave 'dimensions' out"
         )
-    return asked
+    return asked or model.truncate_dim
 
 
-def _written(row: Row, dimensions: int | None, encoding: str) -> str | list[float]:
+def _written(row: Row, dimensions: int | None, encoding: str | None) -> str | list[float]:
     vector = row.embedding[:dimensions]
     if dimensions is not None:
         vector = vector / np.linalg.norm(vector)

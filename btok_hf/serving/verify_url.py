@@ -162,6 +162,7 @@ def _embed(url: str, body: dict[str, Any]) -> np.ndarray | str:
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
             embedding = json.load(answer)["data"][0]["embedding"]
+        return _as_vector(embedding)
     except urllib.error.HTTPError as error:
         message = f"HTTP {error.code} {error.read().decode('utf-8', 'replace')[:200]}"
         if error.code < 500:
@@ -169,6 +170,13 @@ def _embed(url: str, body: dict[str, Any]) -> np.ndarray | str:
         raise RuntimeError(f"{url} failed on a golden input: {message}. See its log.") from error
     except OSError as error:
         raise RuntimeError(f"{url} stopped to answer ({error}). See its log.") from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise RuntimeError(
+            f"{url}/v1/embeddings answers no embedding ({type(error).__name__}: {error}). Is it a server of them?"
+        ) from error
+
+
+def _as_vector(embedding: Any) -> np.ndarray:
     if isinstance(embedding, str):
         return np.frombuffer(base64.b64decode(embedding), "<f4")
     return np.asarray(embedding, np.float32)

@@ -2,7 +2,7 @@
 
 import shlex
 
-from support.repositories import TEXTS
+from support.repositories import TEXTS, contents
 
 # Loads a repository with every loader and prints {what: vectors of TEXTS}. Arguments: Hub id, further revisions.
 LOAD = f"""
@@ -33,6 +33,14 @@ def served(hub, repo_id, branch="main"):
     files = {path: content for path, (content, _) in repository.commits[repository.branches[branch]].items()}
     del files[".gitattributes"]
     return files
+
+
+def as_pushed(folder, repo_id):
+    """The files of a folder as a push uploads them: snippets of the card name the repository."""
+    files = contents(folder)
+    card = files["README.md"].replace(b"path-of-this-repository", repo_id.encode())
+    assert card != files["README.md"]
+    return files | {"README.md": card}
 
 
 def head(hub, repo_id, branch="main"):
