@@ -232,12 +232,11 @@ def write_repository(
         files = {"README.md": card}
     with explain_full_disk(output_dir, needed):
         output_dir.mkdir(parents=True, exist_ok=True)
-        # Written last: a folder without it is no repository, so that nobody publishes half an export over another.
-        (output_dir / MODULES).unlink(missing_ok=True)
         for draft in output_dir.glob(f"{DRAFTS}*"):  # of an export that was killed
             shutil.rmtree(draft)
         if adapters_only:
-            (output_dir / golden.FILE_NAME).unlink(missing_ok=True)
+            for name in (MODULES, golden.FILE_NAME):
+                (output_dir / name).unlink(missing_ok=True)
             if model is not None:
                 adapter_config(backbone).revision = model[0].base_revision  # of the base, which PEFT does not know
             backbone.save_pretrained(output_dir)
@@ -245,6 +244,8 @@ def write_repository(
             # Written beside the old weights, which stay if the disk is full, and which the model may map into memory.
             with tempfile.TemporaryDirectory(dir=output_dir, prefix=DRAFTS) as folder:
                 write_weights(Path(folder), lambda name: tensors[in_memory[name]], plan)
+                # Written last: without it the folder is no repository, so nobody publishes half an export.
+                (output_dir / MODULES).unlink(missing_ok=True)
                 # Golden vectors belong to other weights. Loaders could prefer old weights in another number of files,
                 # or old adapters.
                 for path in (*output_dir.glob("model*.safetensors*"), *output_dir.glob("adapter_*")):

@@ -98,7 +98,7 @@ def push(
         commit = api.create_commit(
             repo_id,
             [
-                *(CommitOperationAdd(name, _content(path / name, repo_id)) for name in files),
+                *(CommitOperationAdd(name, _content(path, name, repo_id)) for name in files),
                 *(CommitOperationDelete(path_in_repo=name) for name in sorted(stale - set(files))),
             ],
             commit_message=commit_message,
@@ -174,9 +174,12 @@ def _files_to_publish(path: Path, secrets: Collection[str]) -> list[str]:
     return files
 
 
-def _content(path: Path, repo_id: str) -> Path | bytes:
-    """A file to upload; of a card, what it says with the id of its repository in its snippets."""
-    return for_hub(path.read_text("utf-8"), repo_id).encode() if path.name == "README.md" else path
+def _content(path: Path, name: str, repo_id: str) -> Path | bytes:
+    """A file to upload; of the card, what it says with the id of its repository in its snippets."""
+    if name != "README.md":
+        return path / name
+    card = (path / name).read_bytes().decode("utf-8", "surrogateescape")
+    return for_hub(card, repo_id).encode("utf-8", "surrogateescape")
 
 
 def verify(

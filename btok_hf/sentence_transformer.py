@@ -11,12 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from huggingface_hub.utils import validate_repo_id
+
 from btok_hf.adapters import add_adapters, has_adapters
 from btok_hf.arguments import check_loading, named_damage
 from btok_hf.condensation import reconstruct
 from btok_hf.encoding import PackedEncoder
 from btok_hf.export import export_model, write_repository
-from btok_hf.hub import push
+from btok_hf.hub import MESSAGE, push
 from btok_hf.inputs import Input, shown
 from btok_hf.transformer import BottleneckTransformer
 
@@ -128,7 +130,16 @@ class BTokSentenceTransformer(PackedEncoder):
         add_adapters(self.transformer.model, self.transformer.lm_head, adapter_config)
 
     def push_to_hub(  # type: ignore[override]
-        self, repo_id: str, *, files: Mapping[str, str | bytes] | None = None, **options: Any
+        self,
+        repo_id: str,
+        token: str | None = None,
+        private: bool | None = None,
+        *,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str = MESSAGE,
+        exist_ok: bool = True,
+        files: Mapping[str, str | bytes] | None = None,
     ) -> str:
         """Upload the merged model, with golden vectors, in one commit.
 
@@ -136,21 +147,30 @@ class BTokSentenceTransformer(PackedEncoder):
 
         Args:
             repo_id (`str`): Hub id, e.g. `org/btok-2b`. The repository is created if it does not exist.
+            token, private, revision, create_pr, commit_message: As in `btok_hf.push`.
+            exist_ok (`bool`): Accepted as in Sentence-Transformers: a repository that exists gets a commit.
             files (`dict[str, str | bytes]`, *optional*): As in `export_model`, e.g. a README.md of your own.
-            options: `private`, `revision`, `create_pr`, `commit_message` and `token`, as in `btok_hf.push`.
 
         Returns:
             `str`: URL of the commit or of the pull request.
 
         Raises:
             RuntimeError: The upload failed. The message says where the export is and how to go on.
+            ValueError: As in `btok_hf.push`.
         """
-        folder = export_model(
-            self, Path(tempfile.mkdtemp(prefix="btok-push-"), repo_id.rpartition("/")[2]), files=files
-        )
-        url = push(folder, repo_id, **options)
-        shutil.rmtree(folder.parent)  # after a failure it stays: the upload goes on from there
-        return url
+        validate_repo_id(repo_id)
+        folder, failed = Path(tempfile.mkdtemp(prefix="btok-push-"), repo_id.rpartition("/")[2]), False
+        options: dict[str, Any] = {"private": private, "revision": revision, "create_pr": create_pr}
+        try:
+            export_model(self, folder, files=files)
+            try:
+                return push(folder, repo_id, token=token, commit_message=commit_message, **options)
+            except RuntimeError:
+                failed = True  # the upload goes on from there
+                raise
+        finally:
+            if not failed:
+                shutil.rmtree(folder.parent)
 
     def save(
         self,

@@ -117,7 +117,8 @@ class BottleneckTransformer(Transformer):
         if "message" not in self.modalities:
             raise ValueError(
                 "sentence_bert_config.json is missing, as AutoModel saves none: stock Sentence-Transformers would "
-                "average all tokens. Save the model with BTokSentenceTransformer."
+                "average all tokens. Load the repository it came from with BTokSentenceTransformer, and save that; or "
+                "copy modules.json, the folders it names, and all *sentence*.json from there."
             )
         row = self.processor.apply_chat_template([{"role": "user", "content": "text"}], tokenize=False)
         assert self.tokenizer is not None  # every Qwen-VL processor has one

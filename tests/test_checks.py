@@ -58,6 +58,7 @@ def _chat(path):
         ("query", {"image": {"bytes": None, "path": "{}"}, "text": "x"}, {"image": Image(), "text": Value("string")}),
         ("positive", "{}", Image()),
         ("positive", _chat("{}"), None),
+        ("positive", [{"role": "user", "content": [{"type": "video", "url": "{}"}]}], None),
         ("negative_2", "{}.png", None),
         ("negatives", ["x", "{}.png", "b"], None),
         ("negatives", [{"video": "{}"}, "x"], List(Json())),
@@ -88,8 +89,9 @@ def test_media_that_lie_in_the_dataset_are_not_empty_and_missing_ones_are():
         check_rows(_with([{key: value, "text": "x"}, {key: None, "text": "x"}, {key: value, "text": None}]), "p")
         with pytest.raises(ValueError, match="Row 1 of p: its positive is empty"):
             check_rows(_with([{key: value, "text": "x"}, {key: None, "text": " "}]), "p")
-    with pytest.raises(ValueError, match="Row 1 of p: its query is empty"):
-        check_rows(_with([image(40, 40), None], "query"), "p")
+    for cells in ([image(40, 40), None], [{"video": {"bytes": each, "path": None}} for each in (b"x", None)]):
+        with pytest.raises(ValueError, match="Row 1 of p: its query is empty"):
+            check_rows(_with(cells, "query"), "p")
 
 
 def test_a_row_needs_no_negative_but_one_with_content():
@@ -103,6 +105,10 @@ def test_a_row_needs_no_negative_but_one_with_content():
 
 def test_rows_made_on_the_way_are_not_checked():
     check_rows(_with(["no/such.png"]).with_transform(lambda rows: rows), "p")
+
+
+def test_other_columns_are_left_to_the_check_of_columns():
+    check_rows(_with([0, None], "query_id"), "p")
 
 
 def test_columns():
@@ -127,5 +133,5 @@ def test_other_losses_are_refused_with_a_way_out(repo, tmp_path, loss):
 def test_models_of_get_peft_model_are_refused(repo, tmp_path):
     model = BTokSentenceTransformer(repo, device="cpu")
     model[0].model = get_peft_model(model[0].model, LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match=r"holds a PeftModel.*Pass the LoraConfig to the trainer as peft_config"):
+    with pytest.raises(ValueError, match=r"holds a PeftModel.*by peft_config of the trainer or model\.add_adapter"):
         CondensationTrainer(model=model, args=config(tmp_path), train_dataset=text_pairs(4))

@@ -147,6 +147,18 @@ def test_half_an_export_over_another_is_no_repository(exported, copied, repo, mo
     assert contents(copied) == contents(exported)
 
 
+def test_a_full_disk_leaves_a_repository_whole(copied, monkeypatch):
+    before = contents(copied)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("btok_hf.export.write_weights", full)
+    with pytest.raises(OSError, match="The disk is full"):
+        export_model(BTokSentenceTransformer(copied, device="cpu"), copied)
+    assert contents(copied) == before
+
+
 def test_a_stock_model_is_refused_by_name(exported, tmp_path):
     with pytest.raises(ValueError, match=r"needs a btok_hf\.BTokSentenceTransformer, got SentenceTransformer"):
         export_model(SentenceTransformer(str(exported), device="cpu"), tmp_path / "out")

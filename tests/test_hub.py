@@ -256,8 +256,10 @@ def test_a_model_pushes_itself_whole(hub, exported, with_adapters, tmp_path):
 
 
 def test_bad_arguments_are_refused_before_anything_is_sent(exported, tmp_path):
-    with pytest.raises(ValueError, match="org/a/b"):
-        btok_hf.push(exported, "org/a/b")
+    model = BTokSentenceTransformer(exported, device="cpu")
+    for push in (lambda name: btok_hf.push(exported, name), model.push_to_hub):
+        with pytest.raises(ValueError, match="org/a/b"):
+            push("org/a/b")
     with pytest.raises(ValueError, match="Leave one out"):
         btok_hf.push(exported, "org/a", revision="x", create_pr=True)
     with pytest.raises(ValueError, match="is not an exported repository"):

@@ -21,12 +21,6 @@ def plan(folder, out, repo, **options):
     return make_plan(str(folder), str(out), Options(str(repo), device="cpu", unit_rows=3, **options))
 
 
-def claimed(folder, out, repo):
-    """A folder in which the first unit is written."""
-    (out / "units").mkdir(parents=True)
-    (out / "units" / f"{plan(folder, out, repo).units[0].name}.parquet").write_bytes(b"")
-
-
 def test_only_what_is_new_or_changed_is_embedded(folder, tmp_path, repo):
     out = tmp_path / "out"
     embed(folder, out, repo, unit_rows=3)
@@ -87,15 +81,13 @@ def test_failed_rows_are_tried_again_on_request(folder, tmp_path, repo):
 )
 def test_other_settings_are_refused(folder, tmp_path, repo, change):
     plan(folder, tmp_path / "out", repo)
-    plan(folder, tmp_path / "out", repo, **change)  # nothing is written yet: the first try was a mistake
-    claimed(folder, tmp_path / "out", repo)
     (name,) = change
     with pytest.raises(ValueError, match=f"other settings: {name} .*name another folder for OUT"):
         plan(folder, tmp_path / "out", repo, **change)
 
 
 def test_another_input_or_model_is_refused(folder, tmp_path, repo, repos):
-    claimed(folder, tmp_path / "out", repo)
+    plan(folder, tmp_path / "out", repo)
     write_files(tmp_path / "other")
     with pytest.raises(ValueError, match=r"other settings: input .*in' there, .*other' now"):
         plan(tmp_path / "other", tmp_path / "out", repo)
@@ -110,7 +102,14 @@ def test_what_identifies_a_model(copied, repo):
     assert config.get_text_config().hidden_size == 64
     (copied / "README.md").write_text("other")
     edit(copied, "golden.json", lambda golden: golden.update(note="x"))
+    (copied / "training_args.bin").write_bytes(b"x")
     assert identify(str(copied))[0] == commit
+    (copied / "model.safetensors").rename(copied / "elsewhere")
+    without = identify(str(copied))[0]  # weights in a .bin file count where there are no others
+    (copied / "pytorch_model.bin").write_bytes(b"x")
+    assert identify(str(copied))[0] != without
+    (copied / "pytorch_model.bin").unlink()
+    (copied / "elsewhere").rename(copied / "model.safetensors")
     edit(copied, "config.json", lambda config: config.update(note="x"))
     assert identify(str(copied))[0] != commit
 

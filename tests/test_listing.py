@@ -58,6 +58,8 @@ def test_what_was_written_into_the_input_is_no_input(tmp_path):
     for pattern in ("", "**"):
         given = Input(str(folder / pattern), str(tmp_path / "elsewhere"))
         assert every - set(paths(given)) == {"out/" + name for name in written}
+    for named in ("units", "units/a.parquet"):  # on purpose
+        assert paths(Input(str(folder / "out" / named), str(tmp_path / "elsewhere"))) == ["a.parquet"]
 
 
 def test_patterns_leave_hidden_files_out(tmp_path):

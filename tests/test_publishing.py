@@ -46,5 +46,7 @@ def test_push_to_hub_of_the_trainer(hub, repo, tmp_path):
 def test_the_repository_has_a_name(repo, tmp_path):
     model = BTokSentenceTransformer(repo, device="cpu")
     trainer = CondensationTrainer(model=model, args=config(tmp_path), train_dataset=text_pairs(6))
+    with pytest.raises(TypeError, match="tags"):
+        trainer.push_to_hub(tags=["a"])
     with pytest.raises(ValueError, match=r"set hub_model_id, e\.g\."):
         trainer.push_to_hub()

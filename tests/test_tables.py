@@ -3,8 +3,10 @@
 import csv
 import io
 import json
+import shutil
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -200,6 +202,13 @@ def test_types_are_merged_over_tables(tmp_path):
     rows = rows_of(table)
     assert table.metadata == {"n": pa.float64(), "none": pa.string()} and rows[2].error is None
     assert rows[2].metadata["n"].to_pylist() == [2.0**53]
+    for name, kind, day in (("x", "us", 9999), ("y", "ns", 2026)):  # what does not fit is an error, and no other day
+        days = pa.array([np.datetime64(f"{day}-12-31", kind)], pa.timestamp(kind))
+        (tmp_path / "x" / "days").mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"words": ["c"], "day": days}), tmp_path / "x" / "days" / f"{name}.parquet")
+    rows = rows_of(source(tmp_path / "x" / "days", Columns("words", metadata=("day",))))
+    assert "cannot be read here" in rows[0].error and rows[1].error is None
+    shutil.rmtree(tmp_path / "x")
     write(tmp_path / "d.jsonl", [{"words": "a", "n": "many", "none": None}])
     (tmp_path / "c.parquet").rename(tmp_path / "c.bin")
     table = source(tmp_path, Columns("words", metadata=("n", "none")))

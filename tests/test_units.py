@@ -79,9 +79,12 @@ def test_what_cannot_be_written_is_named_and_leaves_no_draft(tmp_path, monkeypat
 def test_claim_refuses_another_corpus(place):
     corpus = Corpus(place)
     assert corpus.settings() is None
-    corpus.claim({"model": "typo", "revision": "1"})  # and nothing was written
-    corpus.claim({"model": "a", "revision": "1", "columns": ("x",)})
+    assert corpus.claim({"model": "typo", "revision": "1"})
+    corpus.release()  # nothing was written
+    assert corpus.claim({"model": "a", "revision": "1", "columns": ("x",)})
     corpus.write("a", b"table", {})
+    corpus.release()
+    assert not corpus.claim({"model": "a", "revision": "1", "columns": ["x"]})
     corpus.claim({"model": "moved", "revision": "1", "columns": ["x"]})
     assert corpus.settings() == {"model": "a", "revision": "1", "columns": ["x"]}
     for other, words in (

@@ -21,7 +21,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, model):
         super().__init__(("127.0.0.1", 0), Handler)
         self.model, self.lock, self.encodings, self.key = model, threading.Lock(), [], None
-        self.change = lambda vector: vector
+        self.change, self.most = lambda vector: vector, None
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -63,6 +63,7 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             (vector,) = self.server.model.encode([item], prompt=prompt)
         vector = self.server.change(vector.astype("<f4"))
+        vector = vector[: request.get("dimensions", self.server.most)]
         self.server.encodings.append(request["encoding_format"])
         if request["encoding_format"] == "base64":
             vector = base64.b64encode(vector.tobytes()).decode()
@@ -114,6 +115,12 @@ def test_other_vectors_are_an_error(exported, server, change):
     server.change = change
     with pytest.raises(RuntimeError, match=r"does not give the golden vectors of .*'short text'.*float32"):
         verify_url(exported, server.url)
+
+
+def test_a_server_that_cuts_vectors_is_asked_for_whole_ones(exported, server):
+    """As of a repository with truncate_dim."""
+    server.most = 16
+    assert verify_url(exported, server.url) < 1e-5
 
 
 def test_tolerance(exported, server, capsys):

@@ -17,6 +17,7 @@ from support.corpus import embed, read, same, write_files, write_texts
 from btok_hf.corpus import workers
 from btok_hf.corpus.embed import Counts
 from btok_hf.corpus.listing import Unit
+from btok_hf.corpus.rows import _reason
 from btok_hf.corpus.workers import Rank, grouped, in_order, rank
 
 UNITS = [Unit(f"{index * 2654435761 % 2**32:08x}", 1, (f"{index}.txt",)) for index in range(50)]
@@ -113,6 +114,20 @@ def test_the_summary_groups_errors(tmp_path, repo, capsys):
     assert "1 units, 0 of them written; 7 files to embed" in printed and "left out: 1 hidden" in printed
     assert "embedded 7 rows in " in printed and "4 rows failed:\n  3 × The image is not an image" in printed
     assert "(e.g. 0.png)" in printed and "1 × the text is not UTF-8" in printed
+
+
+def test_a_try_that_fails_before_its_first_unit_claims_nothing(texts, repo, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(workers, "Embedder", None)  # as a model that is too large for the memory
+        embed(texts, tmp_path / "out", repo, prompt="a typo")
+    embed(texts, tmp_path / "out", repo)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="holds a corpus with other settings"):
+        embed(texts, tmp_path / "out", repo, prompt="a typo")
+
+
+def test_missing_files_are_one_reason():
+    errors = (FileNotFoundError(2, "No such file or directory", f"/x/{name}.png") for name in ("cat", "dog", "it's"))
+    assert len(grouped({str(index): _reason(error) for index, error in enumerate(errors)})) == 1
 
 
 def test_reasons():

@@ -27,8 +27,9 @@ def check_model(model: Any, loss: Any) -> BTokSentenceTransformer:
     backbone: Any = model.transformer.model
     if not isinstance(backbone, PreTrainedModel):
         raise ValueError(
-            f"The model holds a {type(backbone).__name__}, whose weights could not be saved in their names. Pass the "
-            "LoraConfig to the trainer as peft_config, or to model.add_adapter, in place of get_peft_model."
+            f"The model holds a {type(backbone).__name__}, whose weights could not be saved in their names. Leave the "
+            "backbone as it is: adapters are added by peft_config of the trainer or model.add_adapter, and not by "
+            "get_peft_model; compiling is torch_compile of the arguments."
         )
     if loss is not None and not isinstance(loss, CondensationLoss):
         raise ValueError(
@@ -84,8 +85,9 @@ def check_rows(dataset: Dataset, where: str) -> None:
     if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":  # rows are made on the way
         return
     there: dict[str, bool] = {}  # by path
-    names = [name for name in dataset.column_names if name.startswith(("query", "positive", "negative"))]
-    for name in names:  # `check_columns` names those that are unknown or missing
+    own = ("query", "positive", "negative", "negatives")
+    # `check_columns` names those that are unknown or missing.
+    for name in (name for name in dataset.column_names if name in own or name.startswith("negative_")):
         for row, cell in enumerate(_cells(dataset, name)):
             values = cell if isinstance(cell, list) and name == "negatives" else [cell]
             # A row needs no negative.

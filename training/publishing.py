@@ -71,14 +71,25 @@ class PublishingTrainer(LoggingTrainer):
         if failure is not None:
             raise failure
 
-    def push_to_hub(self, commit_message: str = MESSAGE, **kwargs: Any) -> str | None:  # type: ignore[override]
+    def push_to_hub(  # type: ignore[override]
+        self,
+        commit_message: str = MESSAGE,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        *,
+        private: bool | None = None,
+        create_pr: bool = False,
+    ) -> str | None:
         """Export to `output_dir`, merged and with a card, and push that to `hub_model_id` in one commit.
 
         All processes must call it. Checkpoints and arguments are not uploaded.
 
         Args:
             commit_message (`str`): First line of the commit message.
-            kwargs: `token`, `revision` and `private`, in place of those of `args`; `create_pr`.
+            blocking (`bool`): Accepted as in `Trainer`; it always waits.
+            token, revision, private: In place of those of `args`.
+            create_pr (`bool`): Open a pull request instead of committing.
 
         Returns:
             `str`, *optional*: URL of the commit, in the main process.
@@ -87,17 +98,30 @@ class PublishingTrainer(LoggingTrainer):
             ValueError: No `hub_model_id`.
             RuntimeError: The upload failed. The export is kept, and the message says how to go on.
         """
-        if self.args.hub_model_id is None:
-            raise ValueError("push_to_hub needs the repository's id: set hub_model_id, e.g. 'org/btok-2b'.")
+        given = {"token": token, "revision": revision, "private": private}
+        self._hub_id()
         self.export(self.args.output_dir)
-        return self.push_export(commit_message, **kwargs) if self.is_world_process_zero() else None
+        if not self.is_world_process_zero():
+            return None
+        return self.push_export(commit_message, create_pr, **{key: v for key, v in given.items() if v is not None})
 
-    def push_export(self, commit_message: str = MESSAGE, **kwargs: Any) -> str:
+    def push_export(self, commit_message: str = MESSAGE, create_pr: bool = False, **given: Any) -> str:
         """Push the export that lies in `output_dir` (`btok_hf.push`). Arguments and errors as in `push_to_hub`."""
         args = self.args
-        given = {"token": args.hub_token, "revision": args.hub_revision, "private": args.hub_private_repo}
-        assert args.hub_model_id is not None  # checked before
-        return push(args.output_dir, args.hub_model_id, commit_message=commit_message, **given | kwargs)
+        own: dict[str, Any] = {
+            "token": args.hub_token,
+            "revision": args.hub_revision,
+            "private": args.hub_private_repo,
+        }
+        own |= {"commit_message": commit_message, "create_pr": create_pr}
+        return push(args.output_dir, self._hub_id(), **own | given)
+
+    def _hub_id(self) -> str:
+        """The repository to push to. The Trainer names one after the folder if it is to push."""
+        name = self.args.hub_model_id or getattr(self, "hub_model_id", None)
+        if name is None:
+            raise ValueError("push_to_hub needs the repository's id: set hub_model_id, e.g. 'org/btok-2b'.")
+        return name
 
     def _is_sharded(self) -> bool:
         return any(isinstance(p, DTensor) for p in self.model.parameters())

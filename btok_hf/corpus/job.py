@@ -1,6 +1,5 @@
 """What a run of `btok embed` is to do: settings, checked before the model is loaded, and the missing units."""
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from btok_hf.errors import named_source
 from btok_hf.modeling.modeling_btok import bottleneck_token_ids
 
 # Files of a local model that its vectors depend on.
-MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".txt", ".model")
+MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 NOT_OF_VECTORS = ("golden.json", "trainer_state.json", "README.md")
 CHUNK = 2**20
 NO_COLUMNS = Columns()
@@ -110,6 +109,7 @@ class Plan(NamedTuple):
         missing (`list[Unit]`): Those that are not embedded yet.
         removed (`int`): Units of changed or removed input.
         skipped (`dict[str, int]`): Files of the input that are not embedded, by reason.
+        is_new (`bool`): Whether this plan claimed the folder.
     """
 
     job: Job
@@ -117,6 +117,7 @@ class Plan(NamedTuple):
     missing: list[Unit]
     removed: int
     skipped: Mapping[str, int]
+    is_new: bool = False
 
 
 def make_plan(given: str, out: str, options: Options, *, clean: bool = True, retry_failed: bool = False) -> Plan:
@@ -168,17 +169,15 @@ def make_plan(given: str, out: str, options: Options, *, clean: bool = True, ret
     identity = name_of(*(f"{key}={value}" for key, value in settings.items() if key != "model"))
     corpus = Corpus(out)
     held = corpus.settings()
-    if held is not None and corpus.written():  # before tables are scanned
+    if held is not None:  # before tables are scanned
         corpus.compare(held, settings | {"metadata": held.get("metadata")})
-    else:  # none of a run that failed before its first unit
-        held = None
     units = source.plan(identity)
     if clean and isinstance(source, TableSource):  # once is enough
         source.check_ids()
     if held is not None and isinstance(source, TableSource):
         source.keep_types(held["metadata"])
     settings["metadata"] = {name: str(kind) for name, kind in source.metadata.items()}
-    corpus.claim(settings)
+    is_new = corpus.claim(settings)
     names = [unit.name for unit in units]
     corpus.set_plan(names)
     written = corpus.written()
@@ -193,7 +192,7 @@ def make_plan(given: str, out: str, options: Options, *, clean: bool = True, ret
         written -= failed
     job = Job(found.address, corpus.store.address, options, dimensions, source.metadata)
     missing = [unit for unit in units if unit.name not in written]
-    return Plan(job, units, missing, len(stale), dict(found.skipped))
+    return Plan(job, units, missing, len(stale), dict(found.skipped), is_new)
 
 
 def _source(
@@ -226,9 +225,11 @@ def identify(model: str, revision: str | None = None) -> tuple[str, Any]:
                 f"{model} has no config.json. Give an exported repository; adapters are merged with: btok export"
             )
         digest = blake2b(digest_size=20)
-        for path in sorted(path for part in _parts(folder) for path in (folder / part).glob("*")):
+        # Loaders prefer safetensors; beside them .bin files are states of a training.
+        suffixes = MODEL_SUFFIXES if any(folder.glob("*.safetensors")) else (*MODEL_SUFFIXES, ".bin")
+        for path in sorted(folder.rglob("*")):
             name = path.relative_to(folder).as_posix()
-            if path.suffix in MODEL_SUFFIXES and path.name not in NOT_OF_VECTORS and path.is_file():
+            if path.suffix in suffixes and path.name not in NOT_OF_VECTORS and path.is_file():
                 digest.update(f"{name} {path.stat().st_size}\0".encode())
                 with open(path, "rb") as file:
                     while chunk := file.read(CHUNK):
@@ -241,13 +242,6 @@ def identify(model: str, revision: str | None = None) -> tuple[str, Any]:
         config = AutoConfig.from_pretrained(model, revision=commit)
     bottleneck_token_ids(config)
     return commit, config
-
-
-def _parts(folder: Path) -> set[str]:
-    """The folders of a model: itself, and those of the modules of Sentence-Transformers."""
-    modules = folder / "modules.json"
-    paths = [part["path"] for part in json.loads(modules.read_text("utf-8"))] if modules.is_file() else []
-    return {"", *paths}
 
 
 def _dimensions(config: Any, options: Options) -> int:

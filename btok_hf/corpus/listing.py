@@ -126,7 +126,8 @@ class Input:
             if last not in WRITTEN_FOLDERS:
                 return False
         if folder not in self._corpora:
-            self._corpora[folder] = self._real(folder) == self._out or holds_corpus(self.fs, folder)
+            inside = f"{folder}/".startswith(f"{self._root.rstrip('/')}/")  # INPUT may name units on purpose
+            self._corpora[folder] = self._real(folder) == self._out or (inside and holds_corpus(self.fs, folder))
         return self._corpora[folder]
 
     def file(self, path: str) -> File:

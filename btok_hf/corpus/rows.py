@@ -158,7 +158,7 @@ def _as_list(value: Any) -> list[Any]:
 
 def _reason(error: Exception) -> str:
     """An error in words, of an `OSError` with its file and without its number."""
-    named = f": {error.filename}" if isinstance(error, OSError) and error.filename else ""
+    named = f": {error.filename!r}" if isinstance(error, OSError) and error.filename else ""
     return f"{getattr(error, 'strerror', None) or error or type(error).__name__}{named}"
 
 

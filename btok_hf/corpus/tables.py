@@ -338,8 +338,11 @@ class TableSource:
             self._cursor = ParquetCursor(path, self.input.file(path), self.columns.names(), unit.first)
         embedded = [*self.columns.parts().values(), *([self.columns.id] if self.columns.id else [])]
         for batch in self._cursor.take(unit.first, unit.rows):
-            # A type that holds those of all tables; of large integers a float keeps the first digits.
-            arrays = {name: batch.column(name).cast(kind, safe=False) for name, kind in self.metadata.items()}
+            # Of large integers a float keeps the first digits; other values that do not fit are errors.
+            arrays = {
+                name: batch.column(name).cast(kind, safe=not pa.types.is_floating(kind))
+                for name, kind in self.metadata.items()
+            }
             for index, record in enumerate(batch.select(list(dict.fromkeys(embedded))).to_pylist()):
                 yield record, {name: array.slice(index, 1) for name, array in arrays.items()}
 

@@ -163,17 +163,27 @@ class Corpus:
         content = self.store.read(SETTINGS)
         return None if content is None else json.loads(content)
 
-    def claim(self, settings: Mapping[str, Any]) -> None:
-        """Write the settings of a corpus, or, if units of it are there, compare them.
+    def claim(self, settings: Mapping[str, Any]) -> bool:
+        """Write the settings of a new corpus, or compare them with those of an old one.
+
+        Returns:
+            `bool`: Whether it is new.
 
         Raises:
             ValueError: The folder holds a corpus of another model, input, or other settings.
         """
         held = self.settings()
-        if held is not None and self.written():
+        if held is not None:
             self.compare(held, settings)
         else:
             self.store.write(SETTINGS, json.dumps(settings, indent=2, ensure_ascii=False).encode() + b"\n")
+        return held is None
+
+    def release(self) -> None:
+        """Give up a claim before the first unit, so that another try may have other settings."""
+        if not self.written():
+            for name in WRITTEN_FILES:
+                self.store.remove(name)
 
     def compare(self, held: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         """Raise `ValueError` if settings are not those that the folder holds."""

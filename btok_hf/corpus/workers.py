@@ -137,12 +137,17 @@ def run(
     start = time.perf_counter()
     counts = Counts()
     lost: list[Unit] = []
-    if plan.missing and ray is not None:
-        with _Bar(plan.missing, own) as bar:
-            counts, lost = _run_on_ray(plan.job, plan.missing, ray, workers, bar)
-    elif plan.missing:
-        with _Bar(plan.missing, own) as bar:
-            counts = Embedder(_on_own_device(plan.job, own)).embed(in_order(plan.missing, own), bar.report)
+    try:
+        if plan.missing and ray is not None:
+            with _Bar(plan.missing, own) as bar:
+                counts, lost = _run_on_ray(plan.job, plan.missing, ray, workers, bar)
+        elif plan.missing:
+            with _Bar(plan.missing, own) as bar:
+                counts = Embedder(_on_own_device(plan.job, own)).embed(in_order(plan.missing, own), bar.report)
+    except BaseException:
+        if plan.is_new:  # what was wrong may be a setting
+            Corpus(out).release()
+        raise
     errors = Corpus(out).errors(unit.name for unit in plan.units)
     name = "" if own.total == 1 else f"rank {own.number} of {own.total}: "
     print(f"{name}{_words(counts, time.perf_counter() - start)}", flush=True)
@@ -272,7 +277,7 @@ def grouped(errors: Mapping[str, str]) -> list[tuple[str, int, str]]:
     groups = Counter[str]()
     first: dict[str, tuple[str, str]] = {}
     for row, reason in errors.items():
-        key = re.sub(r"'[^']*'|\d+", "…", reason)
+        key = re.sub(r"""'[^']*'|"[^"]*"|\d+""", "…", reason)
         groups[key] += 1
         first.setdefault(key, (reason, row))
     return [(first[key][0], count, first[key][1]) for key, count in groups.most_common()]
