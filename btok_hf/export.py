@@ -23,7 +23,7 @@ from btok_hf.adapters import MergedTensors, adapter_config, has_adapters
 from btok_hf.backbones import family_of
 from btok_hf.condensation import condense
 from btok_hf.files import check_writable, explain_full_disk, write_files, write_json
-from btok_hf.hub_card.card import render_card
+from btok_hf.hub_card.card import ADAPTER_RELEASE, render_card
 from btok_hf.hub_names import is_hub_id
 from btok_hf.modeling import modeling_btok
 from btok_hf.weights import MAX_SHARD_SIZE, compute_in_fp32, names_on_disk, plan_shards, write_weights
@@ -208,7 +208,7 @@ def write_repository(
     output_dir = Path(output_dir)
     config = backbone.config
     # transformers 5.17 leaves adapters random when it loads them, and only warns.
-    release = max(modeling_btok.needed_release(config), "5.18" if adapters_only else "")
+    release = max(modeling_btok.needed_release(config), ADAPTER_RELEASE if adapters_only else "")
     requirements = {"transformers": {"specifier": f">={release},<6", "reason": REASON}}
     if adapters_only:
         needed = None

@@ -69,7 +69,7 @@ def explain_full_disk(output_dir: Path | str, needed: int | None = None) -> Iter
         free = shutil.disk_usage(output_dir).free
         raise OSError(
             errno.ENOSPC,
-            f"The disk is full: {output_dir} is incomplete.{size} There are {free:,} bytes free. "
+            f"The disk is full: {output_dir} was not written whole.{size} There are {free:,} bytes free. "
             "Make room, or export to another disk",
         ) from error
 

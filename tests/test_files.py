@@ -28,7 +28,7 @@ def test_a_full_disk_is_named(repo, tmp_path, name):
     """Writing to /dev/full fails as on a full disk."""
     model = BTokSentenceTransformer(repo, device="cpu")
     (tmp_path / name).symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"The disk is full: .* is incomplete.*need [\d,]+ bytes.*Make room"):
+    with pytest.raises(OSError, match=r"The disk is full: .* was not written whole.*need [\d,]+ bytes.*Make room"):
         export_model(model, tmp_path)
 
 
@@ -41,7 +41,8 @@ def test_weights_on_a_full_disk(repo, tmp_path):
     export = shlex.join([sys.executable, "-m", "btok_hf", "export", repo, str(tmp_path / "model")])
     run = subprocess.run([*namespace, f"{mount} && {export}"], capture_output=True, text=True)
     assert run.returncode == 1
-    assert re.search(r"error: .*The disk is full: .*/model is incomplete. The weights need 681,472 bytes", run.stderr)
+    says = r"error: .*The disk is full: .*/model was not written whole. The weights need 681,472 bytes"
+    assert re.search(says, run.stderr)
 
 
 def test_two_runs_may_write_one_file(tmp_path, monkeypatch):

@@ -121,7 +121,7 @@ def test_a_try_that_fails_before_its_first_unit_claims_nothing(texts, repo, tmp_
         patch.setattr(workers, "Embedder", None)  # as a model that is too large for the memory
         embed(texts, tmp_path / "out", repo, prompt="a typo")
     embed(texts, tmp_path / "out", repo)
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="holds a corpus with other settings"):
+    with pytest.raises(ValueError, match="holds a corpus with other settings"):
         embed(texts, tmp_path / "out", repo, prompt="a typo")
 
 

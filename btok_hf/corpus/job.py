@@ -117,7 +117,7 @@ class Plan(NamedTuple):
     missing: list[Unit]
     removed: int
     skipped: Mapping[str, int]
-    is_new: bool = False
+    is_new: bool
 
 
 def make_plan(given: str, out: str, options: Options, *, clean: bool = True, retry_failed: bool = False) -> Plan:

@@ -29,7 +29,7 @@ class Limits:
         queue_body (`int`): Most bytes of all requests together. More are answered with 429.
         max_image_pixels (`int`): Most pixels of all images and frames of a request, before any reduction.
         queue_pixels (`int`): Most pixels of all requests together. More are answered with 429. A pixel takes three
-            bytes while it waits, and up to 24 while it is decoded (16-bit and floating-point images).
+            bytes while it waits, and more while it is decoded (docs/experiments.md, 2026-11-28).
         timeout (`float`): Seconds from the first byte of a request to its answer, and of a download in it.
 
     Raises:
