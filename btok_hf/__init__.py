@@ -1,4 +1,4 @@
-"""Bottleneck-Token embeddings for Qwen-VL models.
+"""Bottleneck-Token embeddings of vision-language models.
 
 This file lists the public names. Each is imported on first use, so that `import btok_hf` is fast.
 """

@@ -178,7 +178,17 @@ class LFM2VL(Tiled):
         most = part.max_image_tokens * _unit(part)
         if part.do_image_splitting:
             most = max(most, part.max_tiles * part.tile_size**2)
-        return ImageLimits(most, part.encoder_patch_size, takes_video=False)
+        side, patches = part.encoder_patch_size * part.downsample_factor, part.max_image_tokens
+        if part.do_image_splitting:
+            patches = max(patches, part.tile_size**2 // _unit(part))
+
+        def fits(width: int, height: int) -> bool:
+            # A long image has more tokens than the bound, because its shorter side has one at least. The processor
+            # then cannot put it into a batch.
+            bounds = (part.downsample_factor, part.min_image_tokens, part.max_image_tokens, part.encoder_patch_size)
+            return math.prod(part.smart_resize(height, width, *bounds)) <= patches * side**2
+
+        return ImageLimits(most, part.encoder_patch_size, takes_video=False, fits=fits)
 
     def limit_pixels(self, processor: ProcessorMixin, min_pixels: int | None, max_pixels: int | None) -> None:
         part = processor.image_processor

@@ -19,9 +19,10 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from btok_hf.arguments import check_loading
 from btok_hf.backbones import family_of
-from btok_hf.export import untied_head, write_repository
+from btok_hf.export import write_repository
 from btok_hf.family import Family
 from btok_hf.modeling.modeling_btok import StockModel, load_stock_model
+from btok_hf.weights import untied_head
 
 # The order of a row's content: media, instruction, text (as in the paper), or as the user gives it. Parts are
 # separated by one space. Special tokens in user text are escaped, so that no text can become one. The templates use no

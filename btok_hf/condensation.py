@@ -36,6 +36,7 @@ from btok_hf.modeling.modeling_btok import (
     Backbone,
     append_bottleneck_tokens,
     bottleneck_token_ids,
+    check_appended,
     check_media,
     last_positions,
 )
@@ -285,6 +286,8 @@ def _pack(
     input_ids, attention_mask, types = append_bottleneck_tokens(
         rows["input_ids"], rows.get("attention_mask"), token_ids, rows.get("mm_token_type_ids")
     )
+    if input_ids is not rows["input_ids"]:
+        check_appended(backbone.config, input_ids)
     family = family_of(backbone.config)
     positions = family.positions(backbone, input_ids, attention_mask, types, rows)
     real = attention_mask.bool()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from btok_hf.inputs import is_cell, is_media_path
+from btok_hf.inputs import is_cell
 
 
 def content_hash(value: Any) -> int:
@@ -30,7 +30,7 @@ def content_hash(value: Any) -> int:
     def add(part: Any, is_text: bool = False) -> None:
         if isinstance(part, dict) and is_cell(part):
             part = part["path"] if part["bytes"] is None else ("file", hashlib.blake2b(part["bytes"]).hexdigest())
-        if isinstance(part, (str, Path)) and not is_text and is_media_path(str(part)) and os.path.isfile(part):
+        if isinstance(part, (str, Path)) and not is_text and os.path.isfile(part):
             state = os.stat(part)
             part = ("file", _file_digest(os.path.abspath(part), state.st_size, state.st_mtime_ns))
         elif isinstance(part, Image.Image):

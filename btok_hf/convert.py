@@ -20,13 +20,14 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from btok_hf.adapters import check_exportable, find_base, load_adapters
 from btok_hf.backbones import family_of
 from btok_hf.bottleneck import ORDERS, bottleneck_token, check_base, cut_on_the_left, embedding_chat_template, escapes
-from btok_hf.export import untied_head, write_golden_vectors, write_repository
+from btok_hf.export import write_golden_vectors, write_repository
 from btok_hf.family import Family
 from btok_hf.files import check_writable
 from btok_hf.hub_card.card import CardArguments, apache_license, render_card
 from btok_hf.hub_names import is_hub_id
 from btok_hf.modeling.modeling_btok import StockModel, load_stock_model, stock_class
 from btok_hf.sentence_transformer import BTokSentenceTransformer
+from btok_hf.weights import untied_head
 
 # The modules that give the vectors of this library, in their order, with the settings that each may have.
 PIPELINE: tuple[tuple[str, set[str] | None], ...] = (

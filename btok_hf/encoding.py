@@ -10,12 +10,13 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.util.decorators import deprecated_kwargs
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
-from btok_hf.inputs import ImageLimits, check_input
+from btok_hf.inputs import ImageLimits, check_input, is_messages
 from btok_hf.lengths import estimate_tokens
 from btok_hf.modeling.modeling_btok import bottleneck_token_ids
 
@@ -72,6 +73,7 @@ class Skipping(list):
 class PackedEncoder(SentenceTransformer):
     """`encode` of a model with one `BottleneckTransformer`: batches by tokens, and unreadable inputs skipped."""
 
+    @deprecated_kwargs(sentences="inputs")
     def encode(self, inputs: Any, *args: Any, on_error: Literal["raise", "skip"] = "raise", **kwargs: Any) -> Any:
         """Embed inputs. All other arguments and results are those of `SentenceTransformer.encode`.
 
@@ -114,6 +116,13 @@ class PackedEncoder(SentenceTransformer):
                 embeddings = embeddings.astype(np.float32)  # the array of an empty list is of float64
         return rows.result(embeddings)
 
+    # The superclass narrows the type.
+    def is_singular_input(self, inputs: Any) -> bool:  # type: ignore[override]
+        """Whether this is one input. A list of chat messages is one; with other inputs among them it is none."""
+        if isinstance(inputs, list) and is_messages(inputs) and not all(map(is_messages, inputs)):
+            return False
+        return super().is_singular_input(inputs)
+
     # As in SentenceTransformer, the superclass names fewer arguments.
     @torch.inference_mode()
     def _inference(  # type: ignore[override]
@@ -134,7 +143,7 @@ class PackedEncoder(SentenceTransformer):
         if output_value not in ("sentence_embedding", None):
             raise ValueError(
                 f"output_value must be 'sentence_embedding', or None for all features, got {output_value!r}: packed "
-                "encoding gives no states of single tokens. Load the repository with SentenceTransformer for them."
+                "encoding gives no states of single tokens. AutoModel(…).last_hidden_state has them."
             )
         if output_value is None:  # all features of each row, padded
             return super()._inference(

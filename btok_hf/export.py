@@ -202,9 +202,14 @@ def write_repository(
 
     Raises:
         OSError: `output_dir` cannot be written to, or the disk is full.
-        ValueError: `max_shard_size` is not a size.
+        ValueError: `max_shard_size` is not a size, or the model has further modules.
     """
     check_writable(output_dir)
+    if model is not None and len(model) > 1:
+        raise ValueError(
+            f"The model has {len(model)} modules, but a repository holds the first alone. Remove the others, and "
+            "append them to what SentenceTransformer loads from it."
+        )
     output_dir = Path(output_dir)
     config = backbone.config
     # transformers 5.17 leaves adapters random when it loads them, and only warns.
@@ -254,7 +259,10 @@ def write_repository(
                 for path in Path(folder).iterdir():
                     path.replace(output_dir / path.name)
             _write_config(
-                output_dir, config, tensors.empty(f"model.{family_of(config).language}.embed_tokens.weight").dtype
+                output_dir,
+                config,
+                processor,
+                tensors.empty(f"model.{family_of(config).language}.embed_tokens.weight").dtype,
             )
             if generation_config is not None:
                 generation_config.save_pretrained(output_dir)
@@ -272,10 +280,11 @@ def write_repository(
     return output_dir
 
 
-def _write_config(output_dir: Path, config: PreTrainedConfig, dtype: torch.dtype) -> None:
+def _write_config(output_dir: Path, config: PreTrainedConfig, processor: ProcessorMixin, dtype: torch.dtype) -> None:
     """Write `config.json` of the full model, and the remote code that it names."""
     config = copy.deepcopy(config)
     config.dtype = dtype
+    config.btok_turn_token_id = processor.tokenizer.convert_tokens_to_ids("<|im_start|>")
     config.save_pretrained(output_dir)
     path = output_dir / "config.json"
     write_json(path, modeling_btok.with_auto_map(json.loads(path.read_text("utf-8"))))
@@ -311,7 +320,8 @@ def write_golden_vectors(output_dir: Path, model: "SentenceTransformer") -> None
                 prompt=None if prompt_name is None else model.prompts[prompt_name],
             )
             with torch.no_grad():
-                vectors = condense(backbone, {key: _to_cpu(value) for key, value in features.items()}).embeddings
+                on_cpu = {key: value.cpu() if torch.is_tensor(value) else value for key, value in features.items()}
+                vectors = condense(backbone, on_cpu).embeddings
             embeddings |= zip(chosen, vectors.numpy())
     finally:
         model.max_seq_length = limit
@@ -334,10 +344,6 @@ def _fits(module: Any, item: Mapping[str, Any], prompt_name: str | None, model: 
         )
     except ValueError:  # media are never truncated
         return False
-
-
-def _to_cpu(value: Any) -> Any:
-    return value.cpu() if isinstance(value, torch.Tensor) else value
 
 
 def _write_sentence_transformers_files(
@@ -392,8 +398,3 @@ def _write_sentence_transformers_files(
 def _with_defaults(prompts: Mapping[str, str | None]) -> dict[str, str | None]:
     """Prompts with those that `encode_query` and `encode_document` look for first."""
     return {"query": "", "document": prompts.get("passage", prompts.get("corpus", "")), **prompts}
-
-
-def untied_head(model: modeling_btok.StockModel) -> torch.nn.Linear | None:
-    """The language-modelling head of a stock model; `None` if it is tied to the input embedding."""
-    return None if model.lm_head.weight is model.get_input_embeddings().weight else model.lm_head

@@ -151,7 +151,8 @@ def _files_to_publish(path: Path, secrets: Collection[str]) -> list[str]:
         if not is_hub_id(base):
             raise ValueError(
                 f"The base model of the adapters in {path} must be a Hub id, got {base!r}, which nobody else can "
-                "load. Export them with: btok export CHECKPOINT FOLDER --adapter-only --base-model HUB_ID"
+                "load. Export the merged model with: btok export CHECKPOINT FOLDER; or, if the base is on the Hub, "
+                "the adapters alone with --adapter-only --base-model HUB_ID"
             )
     everything = sorted(
         file.relative_to(path).as_posix()

@@ -7,7 +7,7 @@ files is in `btok_hf/media.py` and `btok_hf/video.py`, comparing contents in `bt
 import io
 import os
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -62,11 +62,13 @@ class ImageLimits(NamedTuple):
         max_pixels (`int`): Larger images are reduced to this many pixels.
         patch_size (`int`): Side of a patch in pixels. Images with a smaller side are refused.
         takes_video (`bool`): `False`: videos are refused.
+        fits (`Callable`): Whether the processor takes an image of this width and height, which is not too small.
     """
 
     max_pixels: int
     patch_size: int
     takes_video: bool = True
+    fits: Callable[[int, int], bool] = lambda width, height: True
 
 
 def check_input(item: Input, limits: ImageLimits, position: int | None = None) -> Any:
@@ -102,7 +104,9 @@ def _as_dict(item: Any) -> Mapping[str, Any]:
     if isinstance(item, Mapping):
         if "array" in item:
             return {"video": item}
-        return {"image": item} if is_cell(item) else item
+        if is_cell(item):
+            return {"video" if _suffix(str(item["path"])) in VIDEO_SUFFIXES else "image": item}
+        return item
     if isinstance(item, FRAMES):
         is_video = not isinstance(item, Image.Image) and item.ndim == 4
         return {"video" if is_video else "image": item}
@@ -120,20 +124,14 @@ def _as_dict(item: Any) -> Mapping[str, Any]:
 
 def _kind_of(text: str) -> str:
     """Whether a string is a text, or names an image or a video."""
-    if text.startswith(REMOTE):
-        if text.startswith(("data:image/", "data:video/")):
-            return "image" if text.startswith("data:image/") else "video"
-        named = is_media_path(text) and not text.startswith("data:")
-    else:
-        named = os.path.isfile(text) or is_media_path(text)
-        if named and not os.path.isfile(text):
-            raise FileNotFoundError(
-                f'{text!r} does not exist. If it is a text, give it as {{"text": …}}; relative paths start at the '
-                "current folder, in pair files at the folder of the file"
-            )
-    if not named:
+    if not names_media(text):
         return "text"
-    return "video" if _suffix(text) in VIDEO_SUFFIXES else "image"
+    if not text.startswith(REMOTE) and not os.path.isfile(text):
+        raise FileNotFoundError(
+            f'{text!r} does not exist. If it is a text, give it as {{"text": …}}; relative paths start at the '
+            "current folder, in pair files at the folder of the file"
+        )
+    return "video" if text.startswith("data:video/") or _suffix(text) in VIDEO_SUFFIXES else "image"
 
 
 def _read_dict(item: Mapping[str, Any], limits: ImageLimits) -> dict[str, Any]:
@@ -152,7 +150,7 @@ def _read_part(key: str, value: Any, limits: ImageLimits) -> Any:
     """The value of one key of an input dict: one part, or a list of them."""
     if value is None:
         raise ValueError(f"'{key}' is None; leave the key out or set it to a value")
-    if isinstance(value, (list, tuple)) and not (key == "video" and value and all(map(_is_frame, value))):
+    if isinstance(value, (list, tuple)) and not (key == "video" and value and all(map(is_frame, value))):
         if not value:
             raise ValueError(f"'{key}' is an empty list; leave the key out or fill it")
         return [_read_value(key, part, limits) for part in value]
@@ -219,10 +217,19 @@ def _read_video(video: Any, limits: ImageLimits) -> VideoInput:
     if isinstance(video, (str, Path, io.BytesIO)):
         video = read_video(video)
     elif isinstance(video, Mapping) and "array" in video:
+        if unknown := sorted(map(str, set(video) - {"array", "video_metadata"})):
+            raise ValueError(
+                f"a video has the unknown keys {unknown}; use 'array' and 'video_metadata' (with its fps)"
+            )
         frames, metadata = frames_as_rgb(video["array"]), video.get("video_metadata")
         single = len(frames) != len(video["array"])  # it is doubled, and its metadata no longer hold
         video = video_input(frames, 2.0) if metadata is None or single else with_metadata(frames, metadata)
     elif isinstance(video, (list, tuple, *Array)):
+        if isinstance(video, (list, tuple)):
+            video = [
+                frame if isinstance(frame, FRAMES) or not is_frame(frame) else _read_image(frame, limits)
+                for frame in video
+            ]
         # Frames alone have no rate. At 2 per second processors keep all of them.
         video = video_input(frames_as_rgb(video), 2.0)
     else:
@@ -244,6 +251,11 @@ def _check_size(width: int, height: int, limits: ImageLimits) -> None:
             f"image of {width} x {height} pixels is more than {MAX_RATIO} times as long as wide, which Qwen-VL does "
             "not take; cut it or remove it"
         )
+    if not limits.fits(width, height):
+        raise ValueError(
+            f"image of {width} x {height} pixels is too long for its width: it would be more than the most tokens of "
+            "an image; cut it, raise max_pixels or remove it"
+        )
 
 
 def _read_messages(messages: Sequence[Mapping[str, Any]], limits: ImageLimits) -> list[dict[str, Any]]:
@@ -252,6 +264,7 @@ def _read_messages(messages: Sequence[Mapping[str, Any]], limits: ImageLimits) -
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(f"a chat message must be a dict with a role and content, got {shown(message)}")
+        _refuse_others(message, "a chat message", ("role", "content"))
         content = message.get("content")
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(parts, (list, tuple)) or not all(isinstance(part, Mapping) for part in parts):
@@ -270,12 +283,19 @@ def _read_message_part(part: Mapping[str, Any], limits: ImageLimits) -> dict[str
     if not isinstance(kind, str) or kind not in PART_KEYS:
         raise ValueError(f"a message has a part of type {shown(kind)}; use {', '.join(PART_KEYS)}")
     given = [key for key in PART_KEYS[kind] if part.get(key) is not None]
+    _refuse_others(part, f"a part of type {kind}", ("type", *PART_KEYS[kind]))
     if len(given) != 1:
         raise ValueError(f"a part of type {kind} needs one of the keys {', '.join(PART_KEYS[kind])}, got {given}")
     value = part[given[0]]
-    if given == ["base64"]:
+    if given == ["base64"] and not str(value).startswith("data:"):
         value = f"data:;base64,{value}"
     return {"type": kind, kind: _read_value(kind, value, limits)}
+
+
+def _refuse_others(given: Mapping[str, Any], name: str, known: Sequence[str]) -> None:
+    """Nothing that a user gives goes unread. `datasets` fills missing keys with `None`."""
+    if others := sorted(str(key) for key, value in given.items() if value is not None and key not in known):
+        raise ValueError(f"{name} has the keys {others}, which are not read; use {', '.join(known)}")
 
 
 def as_messages(checked: Any) -> tuple[list[dict[str, Any]], list[VideoMetadata]]:
@@ -315,7 +335,19 @@ def is_cell(value: Mapping[str, Any]) -> bool:
     return set(value) == {"bytes", "path"}
 
 
-def _is_frame(value: Any) -> bool:
+def is_frame(value: Any) -> bool:
+    """Whether a part of a list under `video` is a frame, and not a video: an image, or the file of a still one."""
+    if isinstance(value, Mapping) and is_cell(value):
+        if isinstance(value["bytes"], bytes):
+            try:
+                with Image.open(io.BytesIO(value["bytes"])) as image:
+                    return not getattr(image, "is_animated", False)
+            except Exception:  # decoders raise any type
+                return False
+        value = str(value["path"])
+    if isinstance(value, (str, Path)):
+        suffix = _suffix(str(value))
+        return str(value).startswith("data:image/") or (suffix in IMAGE_SUFFIXES and suffix != ".gif")
     return isinstance(value, Image.Image) or (isinstance(value, Array) and value.ndim < 4)
 
 
@@ -336,7 +368,7 @@ def is_messages(value: Any) -> bool:
 def text_of(value: Any) -> str | None:
     """The text of an input: a string itself, or the text in an input dict or in chat messages. `None` without text."""
     if isinstance(value, str):
-        return None if is_media_path(value) else value.strip() or None
+        return None if names_media(value) else value.strip() or None
     if isinstance(value, dict):
         value = value.get("content", value.get("text"))
         if isinstance(value, str):  # in a dict, text is never a file path
@@ -345,6 +377,13 @@ def text_of(value: Any) -> str | None:
         texts = [text_of(part) for part in value if not isinstance(part, dict) or part.get("type", "text") == "text"]
         return " ".join(text for text in texts if text) or None
     return None
+
+
+def names_media(text: str) -> bool:
+    """Whether a string that stands alone is read as a file: one that exists, or looks like an image or video."""
+    if text.startswith("data:"):
+        return text.startswith(("data:image/", "data:video/"))
+    return is_media_path(text) or (not text.startswith(REMOTE) and os.path.isfile(text))
 
 
 def is_media_path(text: str) -> bool:

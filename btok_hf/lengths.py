@@ -1,5 +1,6 @@
 """How many tokens inputs have, before they are read; and the end of a text that is too long to be tokenized whole."""
 
+import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sized
@@ -9,7 +10,7 @@ from typing import Any, cast
 from PIL import Image
 from transformers import ProcessorMixin
 
-from btok_hf.inputs import is_media_path
+from btok_hf.inputs import INPUT_KEYS, is_cell, is_frame, names_media
 from btok_hf.media import VIDEO_FRAMES, VIDEO_SUFFIXES
 
 # Lists within lists of an input: messages, parts, video, frames. Deeper ones are refused when they are read.
@@ -69,18 +70,18 @@ def estimate_tokens(
     return _estimate(item, processor, tokenize, DEPTH)
 
 
-def _estimate(item: Any, processor: ProcessorMixin | None, tokenize: Callable[[str], Sized] | None, depth: int) -> int:
-    if isinstance(item, (str, Path)):
-        text = str(item)
-        if isinstance(item, str) and not is_media_path(text):
-            return len(tokenize(text)) if tokenize else len(text.encode("utf-8", "replace")) // 3
-        if Path(text).suffix.lower() in VIDEO_SUFFIXES:
-            return VIDEO_FRAMES // 2 * _pixel_tokens(None, processor, "video_processor")
-        try:
-            with Image.open(text) as image:
-                return _pixel_tokens(image.size, processor)
-        except Exception:  # decoders raise any type; the error belongs to where the image is read
-            return _pixel_tokens(None, processor)  # remote, or not an image
+def _estimate(
+    item: Any,
+    processor: ProcessorMixin | None,
+    tokenize: Callable[[str], Sized] | None,
+    depth: int,
+    key: str | None = None,
+) -> int:
+    """`key`: what the item is, if it stands under `text`, `image` or `video`."""
+    if isinstance(item, str) and (key == "text" or (key is None and not names_media(item))):
+        return len(tokenize(item)) if tokenize else len(item.encode("utf-8", "replace")) // 3
+    if isinstance(item, (str, Path, io.BytesIO)) or (isinstance(item, Mapping) and is_cell(item)):
+        return _file_tokens(item, processor, key)
     if isinstance(item, Image.Image):
         return _pixel_tokens(item.size, processor)
     if hasattr(item, "ndim"):  # an array: three axes for an image, four for a video
@@ -90,11 +91,32 @@ def _estimate(item: Any, processor: ProcessorMixin | None, tokenize: Callable[[s
         if item.ndim < 4:
             return _pixel_tokens((width, height), processor)
         return -(-item.shape[0] // 2) * _pixel_tokens((width, height), processor, "video_processor")
-    if isinstance(item, dict):
-        item = [value for key, value in item.items() if key not in ("role", "type", "video_metadata")]
-    if not isinstance(item, (list, tuple)) or not depth:
+    if not isinstance(item, (list, tuple, Mapping)) or not depth:
         return 0
-    return sum(_estimate(part, processor, tokenize, depth - 1) for part in item)
+    parts: Any = [(key, part) for part in item]
+    if isinstance(item, Mapping):
+        kind = item.get("type", key)  # of a part of a message, whose content may be under another name
+        parts = [
+            (name if name in INPUT_KEYS else "text" if name == "content" else kind, value)
+            for name, value in item.items()
+            if name not in ("role", "type", "video_metadata")
+        ]
+    return sum(_estimate(part, processor, tokenize, depth - 1, name) for name, part in parts)
+
+
+def _file_tokens(item: Any, processor: ProcessorMixin | None, key: str | None) -> int:
+    """Estimated tokens of a file: a path, an address, or its content."""
+    file = item
+    if isinstance(item, Mapping):
+        file = io.BytesIO(item["bytes"]) if isinstance(item["bytes"], bytes) else str(item["path"])
+    named = Path(file).suffix.lower() if isinstance(file, (str, Path)) else ""
+    if key != "image" and (named in VIDEO_SUFFIXES or (key == "video" and not is_frame(item))):
+        return VIDEO_FRAMES // 2 * _pixel_tokens(None, processor, "video_processor")
+    try:
+        with Image.open(file) as image:
+            return _pixel_tokens(image.size, processor)
+    except Exception:  # decoders raise any type; the error belongs to where the image is read
+        return _pixel_tokens(None, processor)  # remote, or not an image
 
 
 def _pixel_tokens(

@@ -139,7 +139,7 @@ def as_uint8(pixels: np.ndarray | torch.Tensor) -> np.ndarray:
     """Pixels with values from 0 to 255, by type and range where both are certain.
 
     uint8 stays. Booleans and floats from 0 to 1 are scaled by 255, uint16 by 255 / 65,535. Other integers and floats
-    up to 255 are taken as they are.
+    up to 255 are taken as they are, except for fractions up to 2.
 
     Args:
         pixels (`numpy.ndarray` or `torch.Tensor`): Of any shape and on any device.
@@ -166,7 +166,9 @@ def as_uint8(pixels: np.ndarray | torch.Tensor) -> np.ndarray:
         return np.rint(pixels / 257).astype(np.uint8)
     if pixels.dtype.kind == "f" and low >= 0 and high <= 1:
         return np.rint(pixels.astype(np.float64) * 255).astype(np.uint8)
-    if low < 0 or high > 255 or pixels.dtype == np.uint16:
+    # Floats from 0 to 1 that were made brighter, or resized without clamping.
+    over = 1 < high <= 2 and bool((pixels % 1 != 0).any())
+    if low < 0 or high > 255 or over or pixels.dtype == np.uint16:
         raise ValueError(
             f"pixels of type {pixels.dtype} lie between {low:g} and {high:g}, which has no single meaning. Convert "
             "them to uint8 (0 to 255) or to floats from 0 to 1"
@@ -245,10 +247,10 @@ def frames_as_rgb(frames: Any) -> np.ndarray:
         if len({tuple(array.shape) for array in arrays}) > 1:
             sizes = sorted({str(tuple(array.shape)) for array in arrays})
             raise ValueError(f"the frames of a video differ in shape: {', '.join(sizes)}; resize them to one size")
-        if arrays and all(isinstance(array, torch.Tensor) for array in arrays):
-            frames = torch.stack(arrays)
-        else:
-            frames = np.stack([_as_array(array) for array in arrays]) if arrays else np.empty((0, 0, 0, 3), np.uint8)
+        arrays = [_as_array(array) for array in arrays]
+        if len({array.dtype for array in arrays}) > 1:  # of one type, they would lose their ranges
+            arrays = [as_uint8(array) for array in arrays]
+        frames = np.stack(arrays) if arrays else np.empty((0, 0, 0, 3), np.uint8)
     elif not isinstance(frames, FRAMES[1:]) or frames.ndim == 0:
         raise ValueError(f"the frames of a video must be an array or a list, got {type(frames).__name__}")
     if len(frames) == 0:

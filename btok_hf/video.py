@@ -71,7 +71,7 @@ def read_video(
                     raise ValueError(f"decoding it takes more than {most_seconds:g} seconds")
                 if index in wanted:
                     # Phones store frames as the sensor lies, with a rotation in degrees counter-clockwise.
-                    frames.append(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
+                    frames.append(np.rot90(_pixels(frame, stream), round(frame.rotation / 90)))
             fps = _frame_rate(shown, stream)
     except Exception as error:  # PyAV has types of its own, and raises others too
         # FFmpeg's own MemoryError is a size that no file has.
@@ -91,6 +91,17 @@ def read_video(
 def _check_pixels(sized: Any, count: int, most: float) -> None:
     if sized.width * sized.height * count > most:
         raise ValueError(f"its {count} frames of {sized.width} x {sized.height} have more than {most} pixels")
+
+
+def _pixels(frame: Any, stream: Any) -> np.ndarray:
+    """A frame of shape `(height, width, 3 or 4)` with square pixels, and with its transparency."""
+    ratio = float(
+        stream.sample_aspect_ratio or 1
+    )  # of a pixel's width to its height; wide ones make a frame less high
+    size = {"width": max(1, round(frame.width * min(ratio, 1))), "height": max(1, round(frame.height / max(ratio, 1)))}
+    kind = "rgba" if any(component.is_alpha for component in frame.format.components) else "rgb24"
+    # Without a size, pixels are converted exactly as they are.
+    return frame.to_ndarray(format=kind, **({} if ratio == 1 else size))
 
 
 def _frame_rate(shown: Sequence[int | None], stream: Any) -> float:

@@ -16,10 +16,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from btok_hf.files import write_json
-from btok_hf.modeling.modeling_btok import LOADING
+from btok_hf.modeling.modeling_btok import LOADING, StockModel
 
 # Large enough for a 2B model in one file. An export holds one shard of merged tensors in memory.
 MAX_SHARD_SIZE = "5GB"
+
+
+def untied_head(model: StockModel) -> torch.nn.Linear | None:
+    """The language-modelling head of a stock model; `None` if it is tied to the input embedding."""
+    return None if model.lm_head.weight is model.get_input_embeddings().weight else model.lm_head
 
 
 def plan_shards(empty: Mapping[str, torch.Tensor], max_shard_size: str = MAX_SHARD_SIZE) -> StateDictSplit:

@@ -25,7 +25,7 @@ parser.add_argument("--condense", default="positive", help="side whose text is g
 arguments = parser.parse_args()
 
 with one_line_errors():
-    pairs = load_pairs(arguments.pairs)  # first, because nothing is written if they cannot be used
+    pairs = load_pairs(arguments.pairs)  # before the model is written
     args = CondensationConfig(
         output_dir=arguments.output + "-run",
         per_device_train_batch_size=64,

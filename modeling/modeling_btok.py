@@ -197,6 +197,14 @@ def append_bottleneck_tokens(
     return append(input_ids, tokens), append(attention_mask, attention_mask.new_ones(count)), mm_token_type_ids
 
 
+def check_appended(config: PreTrainedConfig, input_ids: torch.Tensor) -> None:
+    """Raise `ValueError` for rows that the template did not make, and that Bottleneck Tokens alone do not complete."""
+    if end := getattr(config, "btok_suffix", None):
+        raise ValueError(f"A row ends without {end!r} and Bottleneck Tokens. Use processor.apply_chat_template.")
+    if (input_ids == getattr(config, "btok_turn_token_id", -1)).any():
+        raise ValueError("A row has turns of a chat, but no Bottleneck Tokens. Leave add_generation_prompt out.")
+
+
 def _grid_tokens(config: PreTrainedConfig, grids: torch.Tensor) -> int:
     return int(grids.prod(1).sum()) // config.vision_config.spatial_merge_size**2
 
@@ -275,13 +283,15 @@ class BTokForEmbedding(PreTrainedModel):
         kwargs.pop("trust_remote_code", None)
         adapters = (kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path")
         if adapters is not None:  # AutoModel has replaced them by their base
-            raise ValueError(f"{adapters} holds adapters. Load it with SentenceTransformer, or merge it: btok export.")
+            raise ValueError(
+                f"{adapters} holds adapters. If btok-hf saved them, load them with SentenceTransformer, or merge them "
+                "by btok export; else load their base with AutoModel, then PeftModel.from_pretrained(model, adapters)."
+            )
         config = kwargs.pop("config", None)
         if config is None:
             hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-            config = AutoConfig.from_pretrained(
-                pretrained_model_name_or_path, **{key: kwargs[key] for key in hub if key in kwargs}
-            )
+            given = {key: kwargs[key] for key in hub if key in kwargs}
+            config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **given)
         bottleneck_token_ids(config)
         with LOADING:
             stock, info = load_stock_model(pretrained_model_name_or_path, config, *args, needs_head=False, **kwargs)
@@ -297,7 +307,11 @@ class BTokForEmbedding(PreTrainedModel):
         """
         if push_to_hub:
             raise ValueError("save_pretrained(push_to_hub=True) is not supported: call model.push_to_hub(repo_id).")
+        if kwargs.get("state_dict") is not None:  # that of this class, as Accelerate gathers it
+            kwargs["state_dict"] = {key.removeprefix("model."): value for key, value in kwargs["state_dict"].items()}
         self.model.save_pretrained(save_directory, **kwargs)
+        if not kwargs.get("is_main_process", True):
+            return
         path = Path(save_directory, "config.json")
         if path.exists():  # absent if the backbone has adapters, which alone are saved
             path.write_text(json.dumps(with_auto_map(json.loads(path.read_text("utf-8"))), indent=2) + "\n", "utf-8")
@@ -305,9 +319,7 @@ class BTokForEmbedding(PreTrainedModel):
 
     def add_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refused with `ValueError`, as `load_adapter` is: saved weights would have names that no loader knows."""
-        raise ValueError(
-            "Adapters of BTokForEmbedding would be saved in unknown names. Add or load them in its .model."
-        )
+        raise ValueError("Adapters of BTokForEmbedding would have unknown names. Add or load them in its .model.")
 
     load_adapter = add_adapter  # type: ignore[assignment]  # both only raise
 
@@ -315,12 +327,6 @@ class BTokForEmbedding(PreTrainedModel):
     def is_backend_compatible(cls) -> bool:
         """`False`: engines that can run any model of transformers, and pool it in their own way, ask this first."""
         return False
-
-    def get_input_embeddings(self) -> torch.nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: torch.nn.Module) -> None:
-        self.model.set_input_embeddings(value)
 
     def forward(
         self,
@@ -335,7 +341,7 @@ class BTokForEmbedding(PreTrainedModel):
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, length)`): From the processor. Bottleneck Tokens are
-                appended to rows that do not end in them, unless the model has a suffix before them.
+                appended to rows of text and media alone, unless the model has a suffix before them.
             attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): 1 for real tokens.
             mm_token_type_ids (`torch.Tensor` of shape `(batch, length)`, *optional*): 0 text, 1 image, 2 video; with
                 media, if the processor returns it.
@@ -347,22 +353,20 @@ class BTokForEmbedding(PreTrainedModel):
             [`BTokOutput`] or `tuple`
 
         Raises:
-            ValueError: No `input_ids`, misplaced Bottleneck Tokens, none after a suffix, media that do not match their
-                placeholders, pixels that are not finite, or a `truncate_dim` that is not in 1 … hidden size.
+            ValueError: No `input_ids`, misplaced Bottleneck Tokens, none after a suffix or a chat's turns, media that
+                do not match their placeholders, pixels that are not finite, or a `truncate_dim` that is not in 1 …
+                hidden size.
         """
         if input_ids is None:
-            raise ValueError(
-                "BTokForEmbedding needs input_ids, got None: it finds Bottleneck Tokens and media placeholders by "
-                "their ids. Pass input_ids instead of inputs_embeds."
-            )
+            raise ValueError("BTokForEmbedding finds tokens by their ids. Pass input_ids instead of inputs_embeds.")
         hidden_size = self.config.get_text_config().hidden_size
         if truncate_dim is not None and not 1 <= truncate_dim <= hidden_size:
             raise ValueError(f"truncate_dim must be between 1 and the hidden size {hidden_size}, got {truncate_dim}.")
         token_ids = bottleneck_token_ids(self.config)
         check_media(self.config, input_ids, kwargs)
         rows = append_bottleneck_tokens(input_ids, attention_mask, token_ids, mm_token_type_ids)
-        if rows[0] is not input_ids and (end := getattr(self.config, "btok_suffix", None)):
-            raise ValueError(f"A row ends without {end!r} and Bottleneck Tokens. Use processor.apply_chat_template.")
+        if rows[0] is not input_ids:
+            check_appended(self.config, input_ids)
         input_ids, attention_mask, mm_token_type_ids = rows
         if mm_token_type_ids is not None:
             kwargs["mm_token_type_ids"] = mm_token_type_ids
@@ -371,12 +375,8 @@ class BTokForEmbedding(PreTrainedModel):
         hidden = output.last_hidden_state
         positions = last_positions(attention_mask, len(token_ids)).to(hidden.device)
         mean = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1])).float().mean(1)
-        output = BTokOutput(
-            last_hidden_state=hidden,
-            pooler_output=normalize(mean[:, :truncate_dim], dim=-1),
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
+        pooled = normalize(mean[:, :truncate_dim], dim=-1)
+        output = BTokOutput(hidden, pooled, output.hidden_states, output.attentions)
         return output.to_tuple() if return_dict is False else output
 
 

@@ -5,13 +5,14 @@ import pytest
 from datasets import Dataset, Features, Image, Json, List, Value
 from peft import LoraConfig, get_peft_model
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.modules import Dense
 from support.media import image
 from support.training import config, text_pairs
 
 from btok_hf import BTokSentenceTransformer
 from btok_hf.media import video_input
 from btok_hf.training import CondensationTrainer
-from btok_hf.training.checks import check_columns, check_rows, first_rows
+from btok_hf.training.checks import check_columns, check_rows, check_targets, first_rows
 
 
 @pytest.mark.parametrize(
@@ -135,3 +136,25 @@ def test_models_of_get_peft_model_are_refused(repo, tmp_path):
     model[0].model = get_peft_model(model[0].model, LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"holds a PeftModel.*by peft_config of the trainer or model\.add_adapter"):
         CondensationTrainer(model=model, args=config(tmp_path), train_dataset=text_pairs(4))
+
+
+@pytest.mark.parametrize("target", [None, ["t", None]])
+def test_a_row_without_a_text_to_generate_is_named_before_the_training(repo, tmp_path, target):
+    image(56, 56).save(tmp_path / "a picture.png")
+    pairs = {"query": ["a", "b"], "positive": ["x", str(tmp_path / "a picture.png")]}
+    pairs |= {"target": target} if target else {}
+    model = BTokSentenceTransformer(repo, device="cpu")
+    with pytest.raises(
+        ValueError, match="Row 1 of train_dataset: condensation generates the text of its positive, wh"
+    ):
+        CondensationTrainer(model=model, args=config(tmp_path), train_dataset=Dataset.from_dict(pairs))
+    check_targets(Dataset.from_dict(pairs | {"target": [None, "t"]}), "p", ["positive"])
+    check_targets(Dataset.from_dict(pairs), "p", ["query"])
+    check_targets(Dataset.from_dict({"query": ["a"], "positive": [{"image": None, "text": "x"}]}), "p", ["positive"])
+
+
+def test_further_modules_are_refused(repo, tmp_path):
+    model = BTokSentenceTransformer(repo, device="cpu")
+    model.append(Dense(64, 8))
+    with pytest.raises(ValueError, match="only the first would be saved"):
+        CondensationTrainer(model=model, args=config(tmp_path), train_dataset=text_pairs())

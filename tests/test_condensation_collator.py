@@ -109,5 +109,5 @@ def test_negatives_are_a_list(repo, tmp_path, negatives):
 
 def test_a_target_that_is_no_text_is_named(repo, tmp_path):
     collate, _ = collator(repo, tmp_path)
-    with pytest.raises(ValueError, match="A target must be a text, got 3"):
+    with pytest.raises(ValueError, match="A row of the dataset: a target must be a text, got 3"):
         collate([{"query": "a", "positive": "b", "target": 3}])

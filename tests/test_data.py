@@ -10,7 +10,7 @@ from support.media import image
 from support.training import collator
 
 from btok_hf import BTokSentenceTransformer
-from btok_hf.media import video_input
+from btok_hf.media import frames_as_rgb, video_input
 from btok_hf.training.data import decode_cell, load_pairs, retrieval_evaluator
 
 
@@ -216,3 +216,21 @@ def test_damaged_pair_files_are_named(tmp_path, own_cache, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"^Pair file '.*{name}' cannot be read"):
         load_pairs(str(tmp_path / name))
+
+
+def test_frames_of_floats_are_scaled_like_those_of_encode():
+    frames = np.random.default_rng(0).random((2, 8, 8, 3)).astype(np.float32)
+    cell = Dataset.from_list([{"query": {"video": {"array": frames.tolist()}}}])[0]["query"]
+    decoded = decode_cell(cell)["video"]["array"]
+    np.testing.assert_array_equal(frames_as_rgb(decoded), frames_as_rgb(frames))
+    whole = decode_cell({"array": frames_as_rgb(frames).tolist(), "video_metadata": None})
+    assert whole.keys() == {"array"} and whole["array"].dtype == np.uint8
+
+
+def test_cells_that_cannot_be_decoded_are_left_to_the_check_of_inputs(repo):
+    damaged, clip = {"bytes": b"no picture", "path": None}, {"bytes": b"no clip", "path": "a.mp4"}
+    assert decode_cell({"image": [damaged], "text": "x", "video": []}) == {"image": [damaged], "text": "x"}
+    model = BTokSentenceTransformer(repo, device="cpu")
+    for cell, kind in ((damaged, "The image is not an image"), (clip, "The video cannot be decoded")):
+        with pytest.raises(ValueError, match=f"Input 1 .*{kind}"):
+            model.encode(["a", decode_cell(cell)])

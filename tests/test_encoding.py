@@ -154,3 +154,17 @@ def test_a_batch_is_read_when_the_next_one_is_queued():
 
 def test_batches_are_filled_longest_first():
     assert token_batches([1, 9, 3, 3, 2], 6) == [[1], [2, 3], [4, 0]]
+
+
+def test_messages_among_other_inputs_may_come_first(model):
+    message = {"role": "user", "content": "hello"}
+    texts = model.encode(["hello", "a text"])
+    np.testing.assert_allclose(model.encode([message, "a text"]), texts, atol=TOLERANCE)
+    np.testing.assert_allclose(
+        model.encode([[message], [{"role": "user", "content": "a text"}]]), texts, atol=TOLERANCE
+    )
+    assert model.encode([message, message]).shape == (64,)  # one chat of two messages
+
+
+def test_the_old_name_of_inputs(model):
+    np.testing.assert_allclose(model.encode(sentences=["a"]), model.encode(["a"]), atol=TOLERANCE)

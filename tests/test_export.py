@@ -10,6 +10,7 @@ import torch
 import transformers
 from packaging.version import Version
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense
 from support import tiny
 from support.repositories import TEXTS, add_noise, contents, differences
 
@@ -191,3 +192,13 @@ def test_golden_inputs_that_do_not_fit_the_model_are_left_out(bases, tmp_path, c
     names = {row["name"] for row in json.loads((folder / "golden.json").read_text("utf-8"))["inputs"]}
     assert "long video" not in names and "short text" in names and "'long video' is left out" in caplog.text
     assert max(differences(folder).values()) <= 1e-6
+
+
+def test_further_modules_are_refused_instead_of_lost(repo, tmp_path):
+    model = BTokSentenceTransformer(repo, device="cpu")
+    model.append(Dense(64, 8))
+    assert model.encode("a").shape == (8,)
+    for write in (model.save_pretrained, lambda path: export_model(model, path)):
+        with pytest.raises(ValueError, match="The model has 2 modules, but a repository holds the first alone"):
+            write(str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

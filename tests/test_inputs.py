@@ -14,7 +14,9 @@ from support.inputs import TOLERANCE
 from support.media import image, video
 
 from btok_hf import BTokSentenceTransformer, read_video
+from btok_hf.content import content_hash
 from btok_hf.inputs import text_of
+from btok_hf.lengths import estimate_tokens
 from btok_hf.media import video_input
 
 
@@ -382,3 +384,64 @@ def test_a_video_file_is_the_same_in_messages(repos, backbone, name):
         for batch in ([messages], [{"video": video(3)}, messages, "a text", [{"role": "user", "content": "x"}]]):
             actual = wrapper.encode(batch)[min(1, len(batch) - 1)]
             assert np.abs(actual - expected).max() <= TOLERANCE
+
+
+def test_a_file_is_one_for_all_parts_of_the_library(both, tmp_path, monkeypatch):
+    """Also if its name has a space or no suffix: `encode` reads it, so nothing else may take it for a text."""
+    monkeypatch.chdir(tmp_path)
+    processor, expected = both[0].processor, both[0].encode([image(56, 84)])
+    size = estimate_tokens(image(56, 84), processor)
+    for name in ("a.png", "my picture.png", "picture"):
+        image(56, 84).save(name, "PNG")
+        Path("copy of " + name).write_bytes(Path(name).read_bytes())
+        np.testing.assert_allclose(both[0].encode([name]), expected, atol=TOLERANCE)
+        assert text_of(name) is None and estimate_tokens(name, processor) == size
+        assert content_hash(name) == content_hash("copy of " + name) == content_hash({"image": name})
+    assert text_of("no picture.png") == "no picture.png" and text_of({"text": "a.png"}) == "a.png"
+    assert text_of("data:image/png;base64,AAAA") is None and text_of("data: none") == "data: none"
+
+
+def test_frames_may_be_files(both, tmp_path):
+    frames = [image(56, 56, seed) for seed in range(4)]
+    for number, frame in enumerate(frames):
+        frame.save(tmp_path / f"{number}.png")
+    names = [str(tmp_path / f"{number}.png") for number in range(4)]
+    cells = [{"bytes": Path(name).read_bytes(), "path": None} for name in names]
+    expected = both[0].encode([{"video": frames}])
+    for given in (names, [Path(name) for name in names], cells):
+        message = [{"role": "user", "content": [{"type": "video", "video": given}]}]
+        for item in ({"video": given}, message):
+            np.testing.assert_allclose(both[0].encode([item]), expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("seen", [{"array": np.zeros((4, 56, 56, 3), np.uint8)}])
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"text": "invoice"}, r"unknown keys \['text'\]"),
+        ({"fps": 2.0}, r"unknown keys \['fps'\]; use .*with its fps"),
+    ],
+)
+def test_what_stands_beside_frames_is_not_lost(both, seen, more, message):
+    for item in ({**seen, **more}, {"video": {**seen, **more}}):
+        with pytest.raises(ValueError, match=message):
+            both[0].encode([item])
+
+
+def test_what_stands_beside_a_message_is_not_lost(both):
+    picture = image(56, 56)
+    with pytest.raises(ValueError, match=r"a chat message has the keys \['image'\], which are not read"):
+        both[0].encode([[{"role": "user", "content": "hi", "image": picture}]])
+    with pytest.raises(ValueError, match=r"a part of type image has the keys \['text'\], which are not read"):
+        both[0].encode([[{"role": "user", "content": [{"type": "image", "image": picture, "text": "x"}]}]])
+    filled = {"role": "user", "content": [{"type": "text", "text": "hi", "image": None}], "name": None}
+    np.testing.assert_allclose(both[0].encode([[filled]])[0], both[0].encode("hi"), atol=TOLERANCE)
+
+
+def test_base64_may_have_its_address_already(both):
+    content = io.BytesIO()
+    image(56, 56).save(content, "PNG")
+    coded = base64.b64encode(content.getvalue()).decode()
+    for value in (coded, "data:image/png;base64," + coded):
+        item = [{"role": "user", "content": [{"type": "image", "base64": value}]}]
+        np.testing.assert_allclose(both[0].encode([item]), both[0].encode([image(56, 56)]), atol=TOLERANCE)

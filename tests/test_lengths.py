@@ -1,5 +1,7 @@
 """Estimated tokens of inputs, and the ends of long texts."""
 
+import io
+
 import numpy as np
 import pytest
 from support import ROOT
@@ -127,3 +129,16 @@ def test_a_text_is_cut_between_words_only():
     end = text_end(text, 64, tokenize)
     assert len(end) < 3000
     assert tokenize(end)[-64:] == tokenize(text)[-64:] != tokenize(text[-512:])[-64:]
+
+
+def test_estimated_tokens_of_files_in_memory(repo):
+    processor, content = BTokSentenceTransformer(repo, device="cpu").processor, io.BytesIO()
+    image(56, 84).save(content, "PNG")
+    cell = {"bytes": content.getvalue(), "path": None}
+    part = [{"role": "user", "content": [{"type": "image", "url": "data:image/png;base64,AAAA"}]}]
+    for item in (cell, {"image": cell}, {"image": [content]}):
+        assert estimate_tokens(item, processor) == 6
+    assert estimate_tokens(part, processor) == estimate_tokens({"image": "words"}, processor) == 16  # the largest
+    clip = estimate_tokens("missing.mp4", processor)
+    assert clip == estimate_tokens({"video": {"bytes": b"no image", "path": None}}, processor) > 0
+    assert estimate_tokens({"video": [cell] * 4}, processor) == 24  # frames

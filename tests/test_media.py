@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from packaging.version import Version
 from PIL import Image
@@ -9,7 +10,7 @@ from support.inputs import TOLERANCE
 from support.media import image, video
 
 from btok_hf.inputs import check_input
-from btok_hf.media import array_as_rgb, as_rgb, with_metadata
+from btok_hf.media import array_as_rgb, as_rgb, as_uint8, frames_as_rgb, with_metadata
 
 
 def test_large_jpegs_are_decoded_at_a_reduced_size(loaded, tmp_path):
@@ -98,3 +99,22 @@ def test_metadata_may_leave_out_what_follows():
     assert with_metadata(clip["array"], {"fps": 2}) == clip
     indices = with_metadata(clip["array"], {"fps": 2, "frames_indices": np.arange(4) * 3})["video_metadata"]
     assert indices["frames_indices"] == [0, 3, 6, 9]
+
+
+@pytest.mark.parametrize("factor", [1.01, 1.5])
+def test_floats_a_little_over_one_have_no_single_meaning(factor):
+    """Brightened without clamping: as 0 to 255 they would be black."""
+    pixels = np.random.default_rng(0).random((8, 8, 3)).astype(np.float32)
+    pixels[0, 0, 0] = 1
+    assert as_uint8(pixels).max() == 255
+    with pytest.raises(ValueError, match="no single meaning"):
+        as_uint8(pixels * factor)
+    assert as_uint8(np.float32([[0, 1], [2, 0]])).max() == 2  # whole numbers
+    assert as_uint8(pixels * 200).max() == 200
+
+
+def test_frames_of_several_types_keep_their_ranges():
+    frame = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    others = [frame / 255, (frame.astype(np.uint16) * 257), torch.tensor(frame), Image.fromarray(frame)]
+    for other in others:
+        assert (frames_as_rgb([frame, other]) == frame).all()

@@ -30,6 +30,7 @@ from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionEmbeddings
 
 import btok_hf
 from btok_hf import BTokForEmbedding, add_bottleneck_tokens
+from btok_hf.condensation import condense
 from btok_hf.modeling.modeling_btok import LOADING, load_stock_model, needed_release
 
 
@@ -263,7 +264,7 @@ def test_bad_rows_are_refused(repo):
         model(**processor.tokenizer("<|vision_start|><|image_pad|><|vision_end|>", return_tensors="pt"))
     with pytest.raises(ValueError, match="empty"):
         model(input_ids=torch.tensor([[5, 6]]), attention_mask=torch.tensor([[0, 0]]))
-    with pytest.raises(ValueError, match="needs input_ids"):
+    with pytest.raises(ValueError, match="Pass input_ids instead of inputs_embeds"):
         model(inputs_embeds=torch.zeros(1, 2, 64))
     inputs = process(processor, rows("image"))
     inputs["pixel_values"][3, 3] = float("nan")
@@ -322,7 +323,7 @@ def test_adapters_go_to_the_backbone(repo, tmp_path):
     """Those of the wrapper would be saved in names that no loader knows."""
     model = AutoModel.from_pretrained(repo, trust_remote_code=True)
     for add in (model.add_adapter, model.load_adapter):
-        with pytest.raises(ValueError, match=r"would be saved in unknown names\. Add or load them in its \.model"):
+        with pytest.raises(ValueError, match=r"would have unknown names\. Add or load them in its \.model"):
             add(LoraConfig(r=2, target_modules=["q_proj"]))
     model.model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     model.save_pretrained(tmp_path)
@@ -338,7 +339,7 @@ def test_remote_code_is_flat_and_imports_torch_and_transformers_only():
 
 def test_adapters_are_refused_where_only_their_base_would_be_loaded(with_adapters, tmp_path):
     with_adapters.save(str(tmp_path / "adapters"))
-    with pytest.raises(ValueError, match=r"adapters holds adapters\. Load it with SentenceTransformer"):
+    with pytest.raises(ValueError, match=r"adapters holds adapters\. If btok-hf saved them, load"):
         AutoModel.from_pretrained(tmp_path / "adapters", trust_remote_code=True)
 
 
@@ -350,3 +351,34 @@ def test_a_suffix_is_never_left_out(bases, tmp_path):
         model(**processor.tokenizer(["hello"], return_tensors="pt"))
     row = [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]
     assert model(**process(processor, [row])).pooler_output.shape == (1, 64)
+
+
+@pytest.mark.parametrize("backbone", tiny.BACKBONES)
+def test_the_turns_of_a_chat_are_refused(repos, backbone):
+    """Bottleneck Tokens after `assistant` would give another vector, and no other loader does it."""
+    processor, model = (
+        AutoProcessor.from_pretrained(repos[backbone]),
+        BTokForEmbedding.from_pretrained(repos[backbone]),
+    )
+    chat = [[{"role": "user", "content": [{"type": "text", "text": "hello"}]}]]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    turns = processor.apply_chat_template(chat, add_generation_prompt=True, **options)
+    with pytest.raises(ValueError, match="Leave add_generation_prompt out"):
+        model(**turns)
+    with pytest.raises(ValueError, match="Leave add_generation_prompt out"):
+        condense(model.model, turns)
+    row = model(**processor.apply_chat_template(chat, **options)).pooler_output
+    alone = processor.tokenizer(["hello"], add_special_tokens=False, return_tensors="pt")  # LFM2 would begin a text
+    torch.testing.assert_close(model(**alone).pooler_output, row)
+
+
+@pytest.mark.parametrize("backbone", ["qwen2_vl", "qwen3_vl"])
+def test_gathered_weights_are_saved_in_stock_names(repos, backbone, tmp_path):
+    model = AutoModel.from_pretrained(repos[backbone], trust_remote_code=True)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "saved", state_dict=state)
+    model.save_pretrained(tmp_path / "expected")
+    read = [load_file(tmp_path / name / "model.safetensors") for name in ("saved", "expected")]
+    assert read[0].keys() == read[1].keys() and all(torch.equal(read[0][key], read[1][key]) for key in read[0])
+    model.save_pretrained(tmp_path / "other rank", is_main_process=False)
+    assert not list((tmp_path / "other rank").iterdir())

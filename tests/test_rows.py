@@ -146,3 +146,28 @@ def test_a_pdf_that_cannot_be_read_is_one_failed_row(content):
 def test_a_pdf_without_pages():
     (row,) = pdf_pages("book.pdf", pdf())
     assert "no pages" in row.error or "cannot be read" in row.error
+
+
+def form(value):
+    """A PDF with a text field that was filled in."""
+    objects = [
+        "<</Type/Catalog/Pages 2 0 R/AcroForm<</Fields[4 0 R]/DA(/F 24 Tf 0 g)/NeedAppearances true"
+        "/DR<</Font<</F 5 0 R>>>>>>>>",
+        "<</Type/Pages/Kids[3 0 R]/Count 1>>",
+        "<</Type/Page/Parent 2 0 R/MediaBox[0 0 400 300]/Annots[4 0 R]/Resources<</Font<</F 5 0 R>>>>>>",
+        f"<</Type/Annot/Subtype/Widget/FT/Tx/T(name)/V({value})/DA(/F 24 Tf 0 g)/F 4/Rect[20 150 380 200]/P 3 0 R>>",
+        "<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
+    ]
+    content, places = "%PDF-1.7\n", []
+    for number, each in enumerate(objects, 1):
+        places.append(len(content))
+        content += f"{number} 0 obj\n{each}\nendobj\n"
+    table = "".join(f"{place:010d} 00000 n \n" for place in places)
+    end = f"xref\n0 6\n0000000000 65535 f \n{table}trailer<</Size 6/Root 1 0 R>>\nstartxref\n{len(content)}\n%%EOF"
+    return (content + end).encode()
+
+
+def test_what_was_filled_into_a_form_is_drawn():
+    (filled,), (empty,) = pdf_pages("a.pdf", form("JOHN SMITH")), pdf_pages("b.pdf", form(""))
+    ink = [(np.asarray(row.parts["image"]) < 128).sum() for row in (filled, empty)]
+    assert ink[0] > ink[1] + 500

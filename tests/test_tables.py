@@ -335,3 +335,11 @@ def test_what_is_refused(tmp_path):
     (tmp_path / "in" / "empty.jsonl").write_bytes(b"")
     with pytest.raises(ValueError, match="no rows of a table"):
         source(tmp_path / "in").plan("s")
+
+
+def test_an_empty_list_is_no_value(tmp_path):
+    """It is what list columns hold for rows of text alone."""
+    path = write(tmp_path / "a.jsonl", [{"pic": [], "words": "one"}, {"pic": [], "words": ""}])
+    rows = rows_of(source(path, Columns("words", "pic")))
+    assert [row.kind for row in rows] == ["text", "mixed"] and rows[0].parts == {"text": "one"}
+    assert rows[1].error == "the row has no content: its cells are empty"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import ROOT
 from benchmarks.unified import base, decode, inputs, report, run, tasks
 
 
@@ -136,6 +137,10 @@ def test_the_model_of_the_examples_is_what_was_exported():
     from btok_hf import verify
 
     assert verify(run.MODELS / "btok-small") < 1e-4
+    remote = (run.MODELS / "btok-small" / "modeling_btok.py").read_text("utf-8")
+    assert remote == (ROOT / "modeling" / "modeling_btok.py").read_text("utf-8"), (
+        "copy modeling/modeling_btok.py there"
+    )
 
 
 def test_decoded_texts_are_measured_by_their_words():

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -154,3 +155,33 @@ def test_large_frames_are_refused_before_they_take_memory():
             content[place + 1 : place + 3] = b"\xff\xff"
     with pytest.raises(ValueError, match="frames of 16000 x 16000 have more than 1000000 pixels"):
         read_video(io.BytesIO(content), most_pixels=10**6)
+
+
+def written(path, codec, pixels, frames, **options):
+    with av.open(path, "w") as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], pixels
+        for name, value in options.items():
+            setattr(stream.codec_context, name, value)
+        for frame in frames:
+            kind = "rgba" if frame.shape[2] == 4 else "rgb24"
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format=kind).reformat(format=pixels)))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("codec, pixels", [("qtrle", "argb"), ("png", "rgba")])
+def test_transparent_video_is_on_white(tmp_path, codec, pixels):
+    frames = np.zeros((4, 32, 32, 4), np.uint8)
+    frames[:, 8:24, 8:24] = (200, 0, 0, 255)
+    read = read_video(written(str(tmp_path / "a.mov"), codec, pixels, frames))["array"]
+    assert (read[:, 0, 0] == 255).all() and (read[:, 16, 16] == (200, 0, 0)).all()
+
+
+@pytest.mark.parametrize(
+    "ratio, shape", [(Fraction(2), (16, 64)), (Fraction(1, 2), (32, 32)), (Fraction(1), (32, 64))]
+)
+def test_pixels_become_square(tmp_path, ratio, shape):
+    frames = [np.full((32, 64, 3), 60 * number, np.uint8) for number in range(4)]
+    path = written(str(tmp_path / "a.mp4"), "mpeg4", "yuv420p", frames, sample_aspect_ratio=ratio)
+    assert read_video(path)["array"].shape == (4, *shape, 3)

@@ -5,6 +5,7 @@ What a cell may hold is in `data.py`, how it is read in `btok_hf/inputs.py`.
 
 import os
 from collections.abc import Collection, Iterator
+from itertools import repeat
 from typing import Any
 
 import datasets
@@ -12,7 +13,7 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from btok_hf.inputs import REMOTE, is_cell, is_media_path
+from btok_hf.inputs import REMOTE, is_cell, is_media_path, shown, text_of
 from btok_hf.sentence_transformer import BTokSentenceTransformer
 from btok_hf.training.condensation_loss import CondensationLoss
 
@@ -23,6 +24,11 @@ def check_model(model: Any, loss: Any) -> BTokSentenceTransformer:
         raise ValueError(
             f"CondensationTrainer trains a BTokSentenceTransformer, got {type(model).__name__}. "
             "Load the model with btok_hf.BTokSentenceTransformer(path)."
+        )
+    if len(model) > 1:
+        raise ValueError(
+            f"The model has {len(model)} modules, but only the first would be saved. Remove the others; for fewer "
+            "dimensions set matryoshka_dims."
         )
     backbone: Any = model.transformer.model
     if not isinstance(backbone, PreTrainedModel):
@@ -103,6 +109,35 @@ def check_rows(dataset: Dataset, where: str) -> None:
                     f"Row {row} of {where}: its {name} {problem}. Correct or remove the row; a text that looks like a "
                     'path is given as {"text": …}.'
                 )
+
+
+def check_targets(dataset: Dataset, where: str, generated: Collection[str]) -> None:
+    """Raise `ValueError` for the first row without a text to generate.
+
+    Args:
+        dataset (`Dataset`): Rows.
+        where (`str`): Names the dataset.
+        generated (`Collection[str]`): The columns whose text is generated, if a row has no `target`.
+    """
+    if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":  # rows are made on the way
+        return
+    for column in set(generated) & set(dataset.column_names):
+        given = _cells(dataset, "target") if "target" in dataset.column_names else repeat(None)
+        for row, (cell, target) in enumerate(zip(_cells(dataset, column), given)):
+            target_text(cell, target, column, f"Row {row} of {where}")
+
+
+def target_text(cell: Any, target: Any, column: str, where: str) -> str:
+    """The text that a row generates: its target, or else the text of this cell of `column`; raises `ValueError`."""
+    text = text_of(cell if target is None else target)
+    if text is None and target is not None:
+        raise ValueError(f"{where}: a target must be a text, got {shown(target)}. Correct the column target.")
+    if text is None:
+        raise ValueError(
+            f"{where}: condensation generates the text of its {column}, which has none: {shown(cell)}. Set condense "
+            "to the other side or to 'none' for this dataset, or add a text column 'target'."
+        )
+    return text
 
 
 def _cells(dataset: Dataset, name: str) -> Iterator[Any]:

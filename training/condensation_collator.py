@@ -3,7 +3,7 @@
 What the keys of a batch hold is listed in `btok_hf/features.py`; what a cell may hold, in `data.py`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from btok_hf.bottleneck import escapes
 from btok_hf.content import content_hash
 from btok_hf.features import IGNORED, PIXEL_KEYS
-from btok_hf.inputs import shown, text_of
-from btok_hf.training.checks import check_columns
+from btok_hf.training.checks import check_columns, target_text
 from btok_hf.training.condensation_config import CONDENSE, CondensationConfig
 from btok_hf.training.data import decode_cell
 
@@ -68,7 +67,10 @@ class CondensationCollator(SentenceTransformerDataCollator):
         targets = {}
         if args.condensation_weight:
             for encoded, generated in CONDENSE[args.condense_for(dataset_name)]:
-                targets[encoded] = [self._target_text(row, generated, dataset_name) for row in features]
+                where = f"A row of {'the dataset' if dataset_name is None else repr(dataset_name)}"
+                targets[encoded] = [
+                    target_text(row[generated], row.get("target"), generated, where) for row in features
+                ]
         batch: dict[str, Any] = {}
         for side, values in sides.items():
             hashes = [content_hash(value) for value in values]
@@ -103,20 +105,6 @@ class CondensationCollator(SentenceTransformerDataCollator):
 
     def maybe_warn_about_column_order(self, column_names: list[str]) -> None:
         """Does nothing: `__call__` puts the columns in order."""
-
-    def _target_text(self, row: Mapping[str, Any], generated: str, dataset_name: str | None) -> str:
-        given = "target" if row.get("target") is not None else generated
-        text = text_of(row[given])
-        if text is None and given == "target":
-            raise ValueError(f"A target must be a text, got {shown(row[given])}. Correct the column target.")
-        if text is None:
-            raise ValueError(
-                f"Condensation generates the text of {generated!r}, but a row of "
-                f"{'the dataset' if dataset_name is None else repr(dataset_name)} has none there (it holds "
-                f"{type(row[generated]).__name__}). Set condense to the other side or to 'none' for this dataset, or "
-                "add a text column 'target'."
-            )
-        return text
 
     def _tokenize(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Target ids and labels, each of shape `(rows, 1, length)`.

@@ -32,9 +32,9 @@ from btok_hf.training.checkpoints import (
     newest_complete,
     rotate,
 )
-from btok_hf.training.checks import check_columns, check_model, check_rows, first_rows
+from btok_hf.training.checks import check_columns, check_model, check_rows, check_targets, first_rows
 from btok_hf.training.condensation_collator import CondensationCollator
-from btok_hf.training.condensation_config import CondensationConfig
+from btok_hf.training.condensation_config import CONDENSE, CondensationConfig
 from btok_hf.training.condensation_log import REMEDY
 from btok_hf.training.condensation_loss import CondensationLoss
 from btok_hf.training.parallel import check_parallelism
@@ -98,6 +98,9 @@ class CondensationTrainer(PublishingTrainer):
             given = kwargs.get(part)
             for name, dataset in (given if isinstance(given, dict) else {part: given}).items():
                 check_rows(dataset, name)  # before Sentence-Transformers gives datasets a transform
+                if args is not None and args.condensation_weight:
+                    sides = CONDENSE[args.condense_for(name if isinstance(given, dict) else None)]
+                    check_targets(dataset, name, [generated for _, generated in sides])
         self._media = False  # since the last step of the optimizer
         super().__init__(model=model, args=args, **kwargs)
         names = {name for part in (self.train_dataset, self.eval_dataset) if isinstance(part, dict) for name in part}

@@ -229,19 +229,28 @@ def metric_names(evaluator: InformationRetrievalEvaluator, model: SentenceTransf
 def decode_cell(cell: Any) -> Any:
     """A cell of a dataset as an input.
 
-    Arrow gives all dicts of a column the same keys; those with `None` are dropped. Images inside dicts come encoded,
-    as `bytes` and `path`, and frames as lists; they are decoded. Files of videos stay as they are.
+    Arrow gives all dicts of a column the same keys; those with `None` or an empty list are dropped. Images inside
+    dicts come encoded, as `bytes` and `path`, and frames as lists of numbers; they are decoded. Files of videos, and
+    what cannot be decoded, stay as they are for `check_input`, which names an input in its errors.
     """
     if isinstance(cell, (list, tuple)):
         return [decode_cell(part) for part in cell]
     if not isinstance(cell, dict):
         return cell
     if is_cell(cell):
-        return datasets.Image().decode_example(cell)
-    if "array" in cell:  # a video, whose frames Arrow stores as lists
-        return {**cell, "array": np.asarray(cell["array"], np.uint8)}
+        try:
+            return datasets.Image().decode_example(cell)
+        except MemoryError:
+            raise
+        except Exception:  # decoders raise any type
+            return cell
+    if "array" in cell:  # a video
+        frames = np.asarray(cell["array"])
+        if frames.dtype.kind == "i" and frames.size and frames.min() >= 0 and frames.max() <= 255:
+            frames = frames.astype(np.uint8)  # Python's integers, in an eighth of the memory
+        return {**{key: part for key, part in cell.items() if part is not None}, "array": frames}
     return {
         key: part if key == "video" and isinstance(part, dict) and is_cell(part) else decode_cell(part)
         for key, part in cell.items()
-        if part is not None
+        if not (part is None or (isinstance(part, list) and not part))
     }

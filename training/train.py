@@ -145,7 +145,7 @@ def _set_up(arguments: Sequence[str] | None) -> "TrainingJob":
     script, args, model_args, card_args = parsed
 
     if model_args.model_name_or_path is None or script.train_files is None:
-        raise ValueError("Set model_name_or_path (a Qwen-VL model, with Bottleneck Tokens or not) and train_files.")
+        raise ValueError("Set model_name_or_path (a model with Bottleneck Tokens, or without) and train_files.")
     for name in ("load_in_8bit", "load_in_4bit", "attn_implementation"):
         if getattr(model_args, name):
             raise ValueError(

@@ -15,7 +15,7 @@ def add_command(commands: Any, name: str, run: Any, description: str, example: s
     """Add the parser of a subcommand. `run` is called with its parsed arguments."""
     parser = commands.add_parser(
         name,
-        help=description[0].lower() + description.partition(".")[0][1:],
+        help=description[0].lower() + description.partition(". ")[0].rstrip(".")[1:],
         description=textwrap.fill(description, 79),
         epilog=f"example: {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,  # which leaves the example on one line

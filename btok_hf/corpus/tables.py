@@ -280,7 +280,7 @@ class TableSource:
         if isinstance(record, str):
             return self._failed(path, number, record)
         values = {part: record.get(column) for part, column in self.columns.parts().items()}
-        values = {part: value for part, value in values.items() if value is not None and value != ""}
+        values = {part: value for part, value in values.items() if value is not None and value not in ("", [])}
         text = values.get("text")
         name = f"{path}#row={number}"
         if self.columns.id:

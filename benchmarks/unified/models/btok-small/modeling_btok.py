@@ -1,18 +1,17 @@
 """Remote code of a Bottleneck-Token model: the only Python file that is published with the weights.
 
-A Bottleneck-Token (BTok) checkpoint is a stock Qwen-VL checkpoint whose vocabulary has K more tokens. Every input row
-ends in these K tokens. The L2-normalised mean of their last hidden states is the embedding (Bottleneck Tokens,
-arXiv 2604.11095). `BTokForEmbedding` adds this pooling to the stock backbone. It has no parameters of its own, and it
-reads and writes the stock checkpoint layout.
+A Bottleneck-Token (BTok) checkpoint is a stock checkpoint of a causal vision-language model, such as Qwen-VL, whose
+vocabulary has K more tokens. Every input row ends in these K tokens. The L2-normalised mean of their last hidden
+states is the embedding (Bottleneck Tokens, arXiv 2604.11095). `BTokForEmbedding` adds this pooling to the stock
+backbone. It has no parameters of its own, and it reads and writes the stock checkpoint layout.
 
-Import only torch, transformers and the standard library here. Training and packed attention are in
-`btok_hf/condensation.py`.
+Import only torch, transformers and the standard library here. The library is in `btok_hf/`.
 """
 
 import json
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,6 +21,7 @@ import transformers
 from torch.nn.functional import normalize
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
+from transformers.utils.versions import require_version
 
 # The classes of transformers by model_type. They are imported by name when they are needed, so that a repository
 # loads with any release that has the class of its own family.
@@ -30,6 +30,10 @@ STOCK_CLASSES = {
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
     "qwen3_5": "Qwen3_5ForConditionalGeneration",
+    "internvl": "InternVLForConditionalGeneration",
+    "idefics3": "Idefics3ForConditionalGeneration",
+    "smolvlm": "SmolVLMForConditionalGeneration",
+    "lfm2_vl": "Lfm2VlForConditionalGeneration",
 }
 StockModel: TypeAlias = Any  # one of these classes
 Backbone: TypeAlias = Any  # its `model`: vision tower and language model, without a head
@@ -45,11 +49,10 @@ class BTokOutput(ModelOutput):
     """Output of `BTokForEmbedding`.
 
     Args:
-        last_hidden_state (`torch.Tensor` of shape `(batch, length, hidden)`):
-            Hidden states after the backbone's final norm. If Bottleneck Tokens were appended, `length` includes them
-            and every row is right-padded.
-        pooler_output (`torch.Tensor` of shape `(batch, hidden)` or `(batch, truncate_dim)`):
-            The embedding: fp32, L2-normalised mean of the hidden states at the K Bottleneck Tokens.
+        last_hidden_state (`torch.Tensor` of shape `(batch, length, hidden)`): After the backbone's final norm. If
+            Bottleneck Tokens were appended, with them, and rows right-padded.
+        pooler_output (`torch.Tensor` of shape `(batch, hidden or truncate_dim)`): The embedding: fp32, L2-normalised
+            mean of the hidden states at the K Bottleneck Tokens.
         hidden_states (`tuple[torch.Tensor, ...]`, *optional*): Per layer, with `output_hidden_states=True`.
         attentions (`tuple[torch.Tensor, ...]`, *optional*): Per layer, with `output_attentions=True`.
     """
@@ -68,6 +71,13 @@ def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
             "Start from a checkpoint of one of these families."
         )
     return getattr(transformers, STOCK_CLASSES[config.model_type])
+
+
+def needed_release(config: PreTrainedConfig) -> str:
+    """The first release of transformers that computes a backbone exactly, in half precision too."""
+    # Before 5.21, patches of SmolVLM got the positions of others, unless a tile has 2^n of them a side.
+    tiles, vision = config.model_type in ("idefics3", "smolvlm"), config.vision_config
+    return "5.21" if tiles and (vision.image_size // vision.patch_size).bit_count() > 1 else "5.17"
 
 
 def load_stock_model(
@@ -89,9 +99,11 @@ def load_stock_model(
         `tuple`: The model, and the loading info of `from_pretrained`.
 
     Raises:
+        ImportError: A release of transformers that computes the backbone wrongly.
         ValueError: An unsupported backbone, or tensors that do not match the model.
     """
     load: Any = stock_class(config).from_pretrained  # annotated without the loading info
+    require_version(f"transformers>={needed_release(config)}", f"Older ones miscompute this {config.model_type}.")
     kwargs |= {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with LOADING:
         model, info = load(source, *args, **kwargs)
@@ -143,8 +155,7 @@ def append_bottleneck_tokens(
 
     Args:
         input_ids (`torch.LongTensor` of shape `(batch, length)`): Token ids, padded on either side.
-        attention_mask (`torch.Tensor` of shape `(batch, length)` or `None`):
-            1 for real tokens. `None`: all tokens are real.
+        attention_mask (`torch.Tensor` of shape `(batch, length)` or `None`): 1 for real tokens. `None`: all are.
         token_ids (`list[int]`): The K Bottleneck Token ids.
         mm_token_type_ids (`torch.Tensor` of shape `(batch, length)`, *optional*): 0 text, 1 image, 2 video.
 
@@ -186,28 +197,55 @@ def append_bottleneck_tokens(
     return append(input_ids, tokens), append(attention_mask, attention_mask.new_ones(count)), mm_token_type_ids
 
 
+def check_appended(config: PreTrainedConfig, input_ids: torch.Tensor) -> None:
+    """Raise `ValueError` for rows that the template did not make, and that Bottleneck Tokens alone do not complete."""
+    if end := getattr(config, "btok_suffix", None):
+        raise ValueError(f"A row ends without {end!r} and Bottleneck Tokens. Use processor.apply_chat_template.")
+    if (input_ids == getattr(config, "btok_turn_token_id", -1)).any():
+        raise ValueError("A row has turns of a chat, but no Bottleneck Tokens. Leave add_generation_prompt out.")
+
+
+def _grid_tokens(config: PreTrainedConfig, grids: torch.Tensor) -> int:
+    return int(grids.prod(1).sum()) // config.vision_config.spatial_merge_size**2
+
+
+def _padded_tile_tokens(config: PreTrainedConfig, mask: torch.Tensor) -> int:
+    """Tiles of one size. Rows with fewer tiles are padded with empty ones."""
+    vision = config.vision_config
+    side = vision.image_size // vision.patch_size // config.scale_factor
+    return int(mask.flatten(2).any(2).sum()) * side**2
+
+
+# By model_type: the feature that says how many placeholders the images need, and their number by it.
+# Default: grids, of images and of videos.
+IMAGE_TOKENS: dict[str, tuple[str, Callable[[Any, torch.Tensor], int]]] = {
+    "internvl": ("pixel_values", lambda config, tiles: len(tiles) * config.image_seq_length),
+    "idefics3": ("pixel_attention_mask", _padded_tile_tokens),
+    "smolvlm": ("pixel_attention_mask", _padded_tile_tokens),
+    "lfm2_vl": ("spatial_shapes", lambda config, tiles: int(tiles.prod(1).sum()) // config.downsample_factor**2),
+}
+
+
 def check_media(config: PreTrainedConfig, input_ids: torch.Tensor, features: Mapping[str, Any]) -> None:
     """Raise `ValueError` if the media do not match their placeholder tokens, or if pixels are not finite."""
-    for kind, token_id, pixel_key, grid_key in (
-        ("image", config.image_token_id, "pixel_values", "image_grid_thw"),
-        ("video", config.video_token_id, "pixel_values_videos", "video_grid_thw"),
-    ):
-        pixels, grid = features.get(pixel_key), features.get(grid_key)
-        placeholders = int((input_ids == token_id).sum())
-        given = 0 if grid is None else int(grid.prod(1).sum()) // config.vision_config.spatial_merge_size**2
+    counted = [("image", "pixel_values", *IMAGE_TOKENS.get(config.model_type, ("image_grid_thw", _grid_tokens)))]
+    if config.model_type not in IMAGE_TOKENS:
+        counted.append(("video", "pixel_values_videos", "video_grid_thw", _grid_tokens))
+    for kind, pixel_key, key, count in counted:
+        placeholders = int((input_ids == getattr(config, f"{kind}_token_id")).sum())
+        given = 0 if features.get(key) is None else count(config, features[key])
         if placeholders != given:
             raise ValueError(
                 f"input_ids have {placeholders} {kind} placeholder token(s), but the given {kind}s need {given}. "
                 f"Process texts and {kind}s together, and pass everything that the processor returns."
             )
+        pixels = features.get(pixel_key)
         if pixels is not None and not torch.isfinite(pixels).all():
-            raise ValueError(
-                f"{pixel_key} has NaN or infinite values. Check the {kind} that was given to the processor."
-            )
+            raise ValueError(f"{pixel_key} has NaN or infinite values. Check the {kind} given to the processor.")
 
 
 class BTokForEmbedding(PreTrainedModel):
-    """A Qwen-VL backbone that returns one embedding per row, pooled from the K Bottleneck Tokens.
+    """A stock backbone that returns one embedding per row, pooled from the K Bottleneck Tokens.
 
     The configuration is that of the backbone, with `btok_token_ids`. Load the model with
     `AutoModel.from_pretrained(repo, trust_remote_code=True)`. Without the flag, `AutoModel` gives the stock backbone.
@@ -226,7 +264,6 @@ class BTokForEmbedding(PreTrainedModel):
         self._no_split_modules = self.model._no_split_modules
         self.post_init()
 
-    # `kwargs` has the superclass's other arguments.
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | Path, *args: Any, output_loading_info: bool = False, **kwargs: Any
@@ -240,25 +277,27 @@ class BTokForEmbedding(PreTrainedModel):
             [`BTokForEmbedding`], or a tuple of the model and its loading info with `output_loading_info=True`.
 
         Raises:
-            ValueError: An unsupported backbone, no Bottleneck Tokens in the config, or missing, unexpected or wrongly
-                shaped tensors.
+            ValueError: Adapters, an unsupported backbone, no Bottleneck Tokens in the config, or missing, unexpected
+                or wrongly shaped tensors.
         """
         kwargs.pop("trust_remote_code", None)
-        # AutoModel passes it. For a repository of adapters, the missing weights raise an error below.
-        kwargs.pop("adapter_kwargs", None)
+        adapters = (kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path")
+        if adapters is not None:  # AutoModel has replaced them by their base
+            raise ValueError(
+                f"{adapters} holds adapters. If btok-hf saved them, load them with SentenceTransformer, or merge them "
+                "by btok export; else load their base with AutoModel, then PeftModel.from_pretrained(model, adapters)."
+            )
         config = kwargs.pop("config", None)
         if config is None:
             hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-            config = AutoConfig.from_pretrained(
-                pretrained_model_name_or_path, **{key: kwargs[key] for key in hub if key in kwargs}
-            )
+            given = {key: kwargs[key] for key in hub if key in kwargs}
+            config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **given)
         bottleneck_token_ids(config)
         with LOADING:
             stock, info = load_stock_model(pretrained_model_name_or_path, config, *args, needs_head=False, **kwargs)
             model = cls(stock.config, stock.model).eval()
         return (model, info) if output_loading_info else model
 
-    # `kwargs` has the superclass's other arguments.
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
@@ -268,22 +307,26 @@ class BTokForEmbedding(PreTrainedModel):
         """
         if push_to_hub:
             raise ValueError("save_pretrained(push_to_hub=True) is not supported: call model.push_to_hub(repo_id).")
+        if kwargs.get("state_dict") is not None:  # that of this class, as Accelerate gathers it
+            kwargs["state_dict"] = {key.removeprefix("model."): value for key, value in kwargs["state_dict"].items()}
         self.model.save_pretrained(save_directory, **kwargs)
+        if not kwargs.get("is_main_process", True):
+            return
         path = Path(save_directory, "config.json")
-        if path.exists():  # absent if only an adapter was saved
+        if path.exists():  # absent if the backbone has adapters, which alone are saved
             path.write_text(json.dumps(with_auto_map(json.loads(path.read_text("utf-8"))), indent=2) + "\n", "utf-8")
         shutil.copyfile(__file__, Path(save_directory, "modeling_btok.py"))
+
+    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused with `ValueError`, as `load_adapter` is: saved weights would have names that no loader knows."""
+        raise ValueError("Adapters of BTokForEmbedding would have unknown names. Add or load them in its .model.")
+
+    load_adapter = add_adapter  # type: ignore[assignment]  # both only raise
 
     @classmethod
     def is_backend_compatible(cls) -> bool:
         """`False`: engines that can run any model of transformers, and pool it in their own way, ask this first."""
         return False
-
-    def get_input_embeddings(self) -> torch.nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: torch.nn.Module) -> None:
-        self.model.set_input_embeddings(value)
 
     def forward(
         self,
@@ -297,13 +340,12 @@ class BTokForEmbedding(PreTrainedModel):
         """Embed a batch.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch, length)`):
-                Token ids from the processor. Bottleneck Tokens are appended to rows that do not end in them.
+            input_ids (`torch.LongTensor` of shape `(batch, length)`): From the processor. Bottleneck Tokens are
+                appended to rows of text and media alone, unless the model has a suffix before them.
             attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): 1 for real tokens.
-            mm_token_type_ids (`torch.Tensor` of shape `(batch, length)`, *optional*):
-                0 text, 1 image, 2 video. Required with images or video; the processor returns it.
-            truncate_dim (`int`, *optional*):
-                Number of leading dimensions to keep before normalisation (Matryoshka embeddings).
+            mm_token_type_ids (`torch.Tensor` of shape `(batch, length)`, *optional*): 0 text, 1 image, 2 video; with
+                media, if the processor returns it.
+            truncate_dim (`int`, *optional*): Leading dimensions to keep before normalisation (Matryoshka embeddings).
             return_dict (`bool`, *optional*): `False` returns a tuple.
             kwargs: Pixels, grids and other arguments of the backbone.
 
@@ -311,22 +353,21 @@ class BTokForEmbedding(PreTrainedModel):
             [`BTokOutput`] or `tuple`
 
         Raises:
-            ValueError: No `input_ids`, misplaced Bottleneck Tokens, media that do not match their placeholders, pixels
-                that are not finite, or a `truncate_dim` that is not between 1 and the hidden size.
+            ValueError: No `input_ids`, misplaced Bottleneck Tokens, none after a suffix or a chat's turns, media that
+                do not match their placeholders, pixels that are not finite, or a `truncate_dim` that is not in 1 …
+                hidden size.
         """
         if input_ids is None:
-            raise ValueError(
-                "BTokForEmbedding needs input_ids, got None: it finds Bottleneck Tokens and media placeholders by "
-                "their ids. Pass input_ids instead of inputs_embeds."
-            )
+            raise ValueError("BTokForEmbedding finds tokens by their ids. Pass input_ids instead of inputs_embeds.")
         hidden_size = self.config.get_text_config().hidden_size
         if truncate_dim is not None and not 1 <= truncate_dim <= hidden_size:
             raise ValueError(f"truncate_dim must be between 1 and the hidden size {hidden_size}, got {truncate_dim}.")
         token_ids = bottleneck_token_ids(self.config)
         check_media(self.config, input_ids, kwargs)
-        input_ids, attention_mask, mm_token_type_ids = append_bottleneck_tokens(
-            input_ids, attention_mask, token_ids, mm_token_type_ids
-        )
+        rows = append_bottleneck_tokens(input_ids, attention_mask, token_ids, mm_token_type_ids)
+        if rows[0] is not input_ids:
+            check_appended(self.config, input_ids)
+        input_ids, attention_mask, mm_token_type_ids = rows
         if mm_token_type_ids is not None:
             kwargs["mm_token_type_ids"] = mm_token_type_ids
         kwargs.setdefault("use_cache", False)
@@ -334,21 +375,13 @@ class BTokForEmbedding(PreTrainedModel):
         hidden = output.last_hidden_state
         positions = last_positions(attention_mask, len(token_ids)).to(hidden.device)
         mean = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1])).float().mean(1)
-        output = BTokOutput(
-            last_hidden_state=hidden,
-            pooler_output=normalize(mean[:, :truncate_dim], dim=-1),
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
+        pooled = normalize(mean[:, :truncate_dim], dim=-1)
+        output = BTokOutput(hidden, pooled, output.hidden_states, output.attentions)
         return output.to_tuple() if return_dict is False else output
 
 
 class _NoConfigClass:
-    """An attribute that does not exist.
-
-    transformers before 5.19 requires that `config_class` is the class of the checkpoint's configuration, or absent.
-    `BTokForEmbedding` supports the configuration classes of all its backbones, so it has to be absent.
-    """
+    """Absent: `config_class` must be the class of the checkpoint's configuration, or absent (transformers 5.18)."""
 
     def __get__(self, instance: object, owner: type | None = None) -> None:
         raise AttributeError("BTokForEmbedding has no config_class of its own.")
@@ -363,9 +396,5 @@ def with_auto_map(config: dict[str, Any]) -> dict[str, Any]:
     transformers chooses its stock classes by `model_type` and ignores the architecture. Engines that choose by it, and
     do not know Bottleneck Tokens, refuse the model instead of pooling it in another way.
     """
-    stock = STOCK_CLASSES[config["model_type"]]
-    return {
-        **config,
-        "architectures": [f"BTok{stock.replace('ForConditionalGeneration', 'ForEmbedding')}"],
-        "auto_map": {"AutoModel": "modeling_btok.BTokForEmbedding"},
-    }
+    name = "BTok" + STOCK_CLASSES[config["model_type"]].replace("ForConditionalGeneration", "ForEmbedding")
+    return {**config, "architectures": [name], "auto_map": {"AutoModel": "modeling_btok.BTokForEmbedding"}}
