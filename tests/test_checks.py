@@ -148,6 +148,9 @@ def test_a_row_without_a_text_to_generate_is_named_before_the_training(repo, tmp
         ValueError, match="Row 1 of train_dataset: condensation generates the text of its positive, wh"
     ):
         CondensationTrainer(model=model, args=config(tmp_path), train_dataset=Dataset.from_dict(pairs))
+    CondensationTrainer(
+        model=model, args=config(tmp_path, condense={"p": "query"}), train_dataset={"p": Dataset.from_dict(pairs)}
+    )
     check_targets(Dataset.from_dict(pairs | {"target": [None, "t"]}), "p", ["positive"])
     check_targets(Dataset.from_dict(pairs), "p", ["query"])
     check_targets(Dataset.from_dict({"query": ["a"], "positive": [{"image": None, "text": "x"}]}), "p", ["positive"])

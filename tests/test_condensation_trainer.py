@@ -290,7 +290,9 @@ def test_bad_datasets_are_refused_before_training(repo, tmp_path):
         {"query": ["a"], "positive": [image(40, 40)]},
         features=Features({"query": Value("string"), "positive": Image()}),
     )
-    with pytest.raises(ValueError, match="generates the text of 'positive', but a row of 'p' has none"):
+    with pytest.raises(
+        ValueError, match="Row 0 of p: condensation generates the text of its positive, which has none"
+    ):
         trainer({"p": pictures})
     trainer({"p": pictures}, condense="query")
     with pytest.raises(ValueError, match=r"is streamed \(IterableDataset\)"):

@@ -133,9 +133,10 @@ def target_text(cell: Any, target: Any, column: str, where: str) -> str:
     if text is None and target is not None:
         raise ValueError(f"{where}: a target must be a text, got {shown(target)}. Correct the column target.")
     if text is None:
+        file = f" (it names the file {cell!r})" if isinstance(cell, str) else ""
         raise ValueError(
-            f"{where}: condensation generates the text of its {column}, which has none: {shown(cell)}. Set condense "
-            "to the other side or to 'none' for this dataset, or add a text column 'target'."
+            f"{where}: condensation generates the text of its {column}, which has none{file}. Set condense to the "
+            "other side or to 'none' for this dataset, or add a text column 'target'."
         )
     return text
 

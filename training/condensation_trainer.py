@@ -98,7 +98,7 @@ class CondensationTrainer(PublishingTrainer):
             given = kwargs.get(part)
             for name, dataset in (given if isinstance(given, dict) else {part: given}).items():
                 check_rows(dataset, name)  # before Sentence-Transformers gives datasets a transform
-                if args is not None and args.condensation_weight:
+                if dataset is not None and args is not None and args.condensation_weight:
                     sides = CONDENSE[args.condense_for(name if isinstance(given, dict) else None)]
                     check_targets(dataset, name, [generated for _, generated in sides])
         self._media = False  # since the last step of the optimizer
