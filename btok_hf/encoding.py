@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
-from btok_hf.inputs import ImageLimits, check_input, is_messages
+from btok_hf.inputs import ImageLimits, check_input, is_message
 from btok_hf.lengths import estimate_tokens
 from btok_hf.modeling.modeling_btok import bottleneck_token_ids
 
@@ -119,7 +119,7 @@ class PackedEncoder(SentenceTransformer):
     # The superclass narrows the type.
     def is_singular_input(self, inputs: Any) -> bool:  # type: ignore[override]
         """Whether this is one input. A list of chat messages is one; with other inputs among them it is none."""
-        if isinstance(inputs, list) and is_messages(inputs) and not all(map(is_messages, inputs)):
+        if isinstance(inputs, list) and any(map(is_message, inputs)) and not all(map(is_message, inputs)):
             return False
         return super().is_singular_input(inputs)
 

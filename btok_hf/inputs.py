@@ -7,7 +7,8 @@ files is in `btok_hf/media.py` and `btok_hf/video.py`, comparing contents in `bt
 import io
 import os
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -27,6 +28,7 @@ from btok_hf.media import (
     array_as_rgb,
     as_rgb,
     frames_as_rgb,
+    is_still,
     read_image,
     video_input,
     with_metadata,
@@ -105,7 +107,8 @@ def _as_dict(item: Any) -> Mapping[str, Any]:
         if "array" in item:
             return {"video": item}
         if is_cell(item):
-            return {"video" if _suffix(str(item["path"])) in VIDEO_SUFFIXES else "image": item}
+            of_video = _suffix(str(item["path"])) in VIDEO_SUFFIXES and not is_still(item["bytes"])
+            return {"video" if of_video else "image": item}
         return item
     if isinstance(item, FRAMES):
         is_video = not isinstance(item, Image.Image) and item.ndim == 4
@@ -217,17 +220,15 @@ def _read_video(video: Any, limits: ImageLimits) -> VideoInput:
     if isinstance(video, (str, Path, io.BytesIO)):
         video = read_video(video)
     elif isinstance(video, Mapping) and "array" in video:
-        if unknown := sorted(map(str, set(video) - {"array", "video_metadata"})):
-            raise ValueError(
-                f"a video has the unknown keys {unknown}; use 'array' and 'video_metadata' (with its fps)"
-            )
+        _refuse_others(video, "a video", ("array", "video_metadata"))
         frames, metadata = frames_as_rgb(video["array"]), video.get("video_metadata")
         single = len(frames) != len(video["array"])  # it is doubled, and its metadata no longer hold
         video = video_input(frames, 2.0) if metadata is None or single else with_metadata(frames, metadata)
     elif isinstance(video, (list, tuple, *Array)):
         if isinstance(video, (list, tuple)):
+            whole = limits._replace(max_pixels=sys.maxsize)  # a JPEG that is decoded smaller would fit no PNG
             video = [
-                frame if isinstance(frame, FRAMES) or not is_frame(frame) else _read_image(frame, limits)
+                frame if isinstance(frame, FRAMES) or not is_frame(frame) else _read_image(frame, whole)
                 for frame in video
             ]
         # Frames alone have no rate. At 2 per second processors keep all of them.
@@ -294,7 +295,10 @@ def _read_message_part(part: Mapping[str, Any], limits: ImageLimits) -> dict[str
 
 def _refuse_others(given: Mapping[str, Any], name: str, known: Sequence[str]) -> None:
     """Nothing that a user gives goes unread. `datasets` fills missing keys with `None`."""
-    if others := sorted(str(key) for key, value in given.items() if value is not None and key not in known):
+    filled = (
+        key for key, value in given.items() if not (value is None or (isinstance(value, Sized) and not len(value)))
+    )
+    if others := sorted(str(key) for key in filled if key not in known):
         raise ValueError(f"{name} has the keys {others}, which are not read; use {', '.join(known)}")
 
 
@@ -338,12 +342,8 @@ def is_cell(value: Mapping[str, Any]) -> bool:
 def is_frame(value: Any) -> bool:
     """Whether a part of a list under `video` is a frame, and not a video: an image, or the file of a still one."""
     if isinstance(value, Mapping) and is_cell(value):
-        if isinstance(value["bytes"], bytes):
-            try:
-                with Image.open(io.BytesIO(value["bytes"])) as image:
-                    return not getattr(image, "is_animated", False)
-            except Exception:  # decoders raise any type
-                return False
+        if value["bytes"] is not None:
+            return is_still(value["bytes"])
         value = str(value["path"])
     if isinstance(value, (str, Path)):
         suffix = _suffix(str(value))
@@ -361,20 +361,29 @@ def _suffix(text: str) -> str:
 
 def is_messages(value: Any) -> bool:
     """Whether an input is a chat message (a dict with a role) or a list of chat messages."""
-    first = value[0] if isinstance(value, (list, tuple)) and value else value
-    return isinstance(first, Mapping) and "role" in first
+    return is_message(value[0] if isinstance(value, (list, tuple)) and value else value)
 
 
-def text_of(value: Any) -> str | None:
-    """The text of an input: a string itself, or the text in an input dict or in chat messages. `None` without text."""
+def is_message(value: Any) -> bool:
+    """Whether this is a chat message: a dict with a role."""
+    return isinstance(value, Mapping) and "role" in value
+
+
+def text_of(value: Any, is_text: bool = False) -> str | None:
+    """The text of an input: a string itself, or the text in an input dict or in chat messages. `None` without text.
+
+    `is_text`: strings name no files.
+    """
     if isinstance(value, str):
-        return None if names_media(value) else value.strip() or None
+        return None if not is_text and names_media(value) else value.strip() or None
     if isinstance(value, dict):
-        value = value.get("content", value.get("text"))
-        if isinstance(value, str):  # in a dict, text is never a file path
-            return value.strip() or None
+        return text_of(value.get("content", value.get("text")), is_text=True)
     if isinstance(value, (list, tuple)):
-        texts = [text_of(part) for part in value if not isinstance(part, dict) or part.get("type", "text") == "text"]
+        texts = [
+            text_of(part, is_text)
+            for part in value
+            if not isinstance(part, dict) or part.get("type", "text") == "text"
+        ]
         return " ".join(text for text in texts if text) or None
     return None
 

@@ -4,6 +4,7 @@ Files of videos are read in `btok_hf/video.py`. What counts as an input, and che
 `btok_hf/inputs.py`.
 """
 
+import io
 import math
 import struct
 from collections.abc import Mapping, Sequence
@@ -93,6 +94,15 @@ def read_image(path: str | Path | BinaryIO, max_pixels: int | None = None) -> Im
         raise
     except Exception as error:  # decoders raise any type at damaged files
         raise ValueError(f"{name} cannot be decoded ({error}). Replace or remove it.") from error
+
+
+def is_still(content: Any) -> bool:
+    """Whether these bytes are an image without motion. (An MPO file of a camera has several images and no motion.)"""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return image.format not in ("GIF", "PNG", "WEBP") or not getattr(image, "is_animated", False)
+    except Exception:  # decoders raise any type
+        return False
 
 
 def _orientation(image: Image.Image) -> int:
@@ -218,8 +228,11 @@ def _rgb_frames(frames: np.ndarray) -> np.ndarray:
     elif shape[0] in (1, 3, 4):
         raise ValueError(f"an array of shape {shape} may have its channels first or last; it is too small to embed")
     if frames.shape[-1] == 4:
-        alpha = frames[..., 3:] / 255
-        return np.rint(frames[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
+        rgb = np.empty((*frames.shape[:-1], 3), np.uint8)
+        for frame, target in zip(frames, rgb):  # one by one: floats take eight times the memory
+            alpha = frame[..., 3:] / 255
+            target[:] = np.rint(frame[..., :3] * alpha + 255 * (1 - alpha))
+        return rgb
     # Writable, because torch warns of arrays that are not.
     return np.require(np.broadcast_to(frames, (*frames.shape[:-1], 3)), requirements=["C", "W"])
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from PIL import Image
 
-from btok_hf.media import IMAGE_SUFFIXES, VIDEO_FRAMES, VideoInput, frames_as_rgb, read_image, video_input
+from btok_hf.media import IMAGE_SUFFIXES, VIDEO_FRAMES, VideoInput, as_rgb, frames_as_rgb, read_image, video_input
 
 
 def read_video(
@@ -94,14 +95,17 @@ def _check_pixels(sized: Any, count: int, most: float) -> None:
 
 
 def _pixels(frame: Any, stream: Any) -> np.ndarray:
-    """A frame of shape `(height, width, 3 or 4)` with square pixels, and with its transparency."""
+    """A frame of shape `(height, width, 3)` with square pixels, on white where it is transparent."""
     ratio = float(
         stream.sample_aspect_ratio or 1
     )  # of a pixel's width to its height; wide ones make a frame less high
     size = {"width": max(1, round(frame.width * min(ratio, 1))), "height": max(1, round(frame.height / max(ratio, 1)))}
     kind = "rgba" if any(component.is_alpha for component in frame.format.components) else "rgb24"
     # Without a size, pixels are converted exactly as they are.
-    return frame.to_ndarray(format=kind, **({} if ratio == 1 else size))
+    pixels = frame.to_ndarray(format=kind, **({} if ratio == 1 else size))
+    if kind == "rgba" and (pixels[..., 3] < 255).any():
+        return np.asarray(as_rgb(Image.fromarray(pixels)))
+    return pixels[..., :3]
 
 
 def _frame_rate(shown: Sequence[int | None], stream: Any) -> float:

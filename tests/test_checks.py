@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from datasets import Dataset, Features, Image, Json, List, Value
 from peft import LoraConfig, get_peft_model
+from sentence_transformers import SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import Dense
 from support.media import image
@@ -154,6 +155,34 @@ def test_a_row_without_a_text_to_generate_is_named_before_the_training(repo, tmp
     check_targets(Dataset.from_dict(pairs | {"target": [None, "t"]}), "p", ["positive"])
     check_targets(Dataset.from_dict(pairs), "p", ["query"])
     check_targets(Dataset.from_dict({"query": ["a"], "positive": [{"image": None, "text": "x"}]}), "p", ["positive"])
+    with pytest.raises(ValueError, match="Row 1 of train_dataset: condensation"):  # by the defaults of the arguments
+        CondensationTrainer(model=model, train_dataset=Dataset.from_dict(pairs))
+    with pytest.raises(ValueError, match="CondensationConfig"):
+        CondensationTrainer(
+            model=model, args=SentenceTransformerTrainingArguments("out"), train_dataset=Dataset.from_dict(pairs)
+        )
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "feature"),
+    [
+        ("target", None, Value("float64")),
+        ("target", "README.md", Value("string")),  # words, also if a file is called so
+        ("positive", {"text": ["x", "y"]}, {"text": List(Value("string"), length=2)}),
+        ("positive", "x", Value("string_view")),
+        ("positive", "x", Value("large_string")),
+    ],
+)
+def test_texts_are_found_in_every_type(tmp_path, monkeypatch, column, cell, feature):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").touch()
+    row = {"query": "a", "positive": "x", "target": None} | {column: cell}
+    features = Features(
+        {"query": Value("string"), "positive": Value("string"), "target": Value("string")} | {column: feature}
+    )
+    dataset = Dataset.from_list([row], features=features)
+    check_rows(dataset, "p")
+    check_targets(dataset, "p", ["positive"])
 
 
 def test_further_modules_are_refused(repo, tmp_path):

@@ -230,7 +230,18 @@ def test_frames_of_floats_are_scaled_like_those_of_encode():
 def test_cells_that_cannot_be_decoded_are_left_to_the_check_of_inputs(repo):
     damaged, clip = {"bytes": b"no picture", "path": None}, {"bytes": b"no clip", "path": "a.mp4"}
     assert decode_cell({"image": [damaged], "text": "x", "video": []}) == {"image": [damaged], "text": "x"}
+    assert decode_cell({"video": [clip, clip]}) == {"video": [clip, clip]}
     model = BTokSentenceTransformer(repo, device="cpu")
     for cell, kind in ((damaged, "The image is not an image"), (clip, "The video cannot be decoded")):
         with pytest.raises(ValueError, match=f"Input 1 .*{kind}"):
             model.encode(["a", decode_cell(cell)])
+
+
+def test_groups_are_words(tmp_path, monkeypatch):
+    """Also if files are called like them, which might have equal contents."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"query": name, "positive": "of " + name, "group": group} for name, group in zip("ab", ("g1", "g2"))]
+    for group in ("g1", "g2"):
+        (tmp_path / group).touch()
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    assert [len(found) for found in retrieval_evaluator("pairs.jsonl").relevant_docs.values()] == [1, 1]

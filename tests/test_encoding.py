@@ -164,6 +164,8 @@ def test_messages_among_other_inputs_may_come_first(model):
         model.encode([[message], [{"role": "user", "content": "a text"}]]), texts, atol=TOLERANCE
     )
     assert model.encode([message, message]).shape == (64,)  # one chat of two messages
+    for several in ([[message, message], message], [message, [message, message]]):
+        assert model.encode(several).shape == (2, 64)
 
 
 def test_the_old_name_of_inputs(model):

@@ -397,6 +397,9 @@ def test_a_file_is_one_for_all_parts_of_the_library(both, tmp_path, monkeypatch)
         np.testing.assert_allclose(both[0].encode([name]), expected, atol=TOLERANCE)
         assert text_of(name) is None and estimate_tokens(name, processor) == size
         assert content_hash(name) == content_hash("copy of " + name) == content_hash({"image": name})
+    assert (
+        text_of({"text": ["a.png", "b"]}) == "a.png b" and text_of([{"role": "user", "content": "a.png"}]) == "a.png"
+    )
     assert text_of("no picture.png") == "no picture.png" and text_of({"text": "a.png"}) == "a.png"
     assert text_of("data:image/png;base64,AAAA") is None and text_of("data: none") == "data: none"
 
@@ -418,8 +421,8 @@ def test_frames_may_be_files(both, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"text": "invoice"}, r"unknown keys \['text'\]"),
-        ({"fps": 2.0}, r"unknown keys \['fps'\]; use .*with its fps"),
+        ({"text": "invoice"}, r"a video has the keys \['text'\], which are not read"),
+        ({"fps": 2.0}, r"a video has the keys \['fps'\], which are not read"),
     ],
 )
 def test_what_stands_beside_frames_is_not_lost(both, seen, more, message):
@@ -434,7 +437,7 @@ def test_what_stands_beside_a_message_is_not_lost(both):
         both[0].encode([[{"role": "user", "content": "hi", "image": picture}]])
     with pytest.raises(ValueError, match=r"a part of type image has the keys \['text'\], which are not read"):
         both[0].encode([[{"role": "user", "content": [{"type": "image", "image": picture, "text": "x"}]}]])
-    filled = {"role": "user", "content": [{"type": "text", "text": "hi", "image": None}], "name": None}
+    filled = {"role": "user", "content": [{"type": "text", "text": "hi", "image": None, "url": ""}], "tool_calls": []}
     np.testing.assert_allclose(both[0].encode([[filled]])[0], both[0].encode("hi"), atol=TOLERANCE)
 
 
@@ -445,3 +448,18 @@ def test_base64_may_have_its_address_already(both):
     for value in (coded, "data:image/png;base64," + coded):
         item = [{"role": "user", "content": [{"type": "image", "base64": value}]}]
         np.testing.assert_allclose(both[0].encode([item]), both[0].encode([image(56, 56)]), atol=TOLERANCE)
+
+
+def test_frames_are_known_by_their_content(both, tmp_path):
+    """A frame that is stored with the name of its clip, frames of several formats, and a clip in bytes."""
+    large = image(600, 400)
+    large.save(tmp_path / "a.jpg", quality=95)
+    large.save(tmp_path / "a.png")
+    clip = both[0].transformer.preprocess([{"video": [tmp_path / "a.jpg", tmp_path / "a.png"]}])
+    assert len(clip["video_grid_thw"]) == 1 and clip["video_grid_thw"][0, 0] == 1
+    cell = {"bytes": (tmp_path / "a.png").read_bytes(), "path": "clip.mp4"}
+    np.testing.assert_allclose(both[0].encode([cell]), both[0].encode([large]), atol=TOLERANCE)
+    content = io.BytesIO()
+    image(56, 56).save(content, "GIF", save_all=True, append_images=[image(56, 56, 1)], duration=100)
+    gif = {"bytes": content.getvalue(), "path": None}
+    assert len(both[0].transformer.preprocess([{"video": [gif, gif]}])["video_grid_thw"]) == 2

@@ -185,3 +185,11 @@ def test_pixels_become_square(tmp_path, ratio, shape):
     frames = [np.full((32, 64, 3), 60 * number, np.uint8) for number in range(4)]
     path = written(str(tmp_path / "a.mp4"), "mpeg4", "yuv420p", frames, sample_aspect_ratio=ratio)
     assert read_video(path)["array"].shape == (4, *shape, 3)
+
+
+def test_an_opaque_gif_is_read_frame_by_frame(tmp_path):
+    """FFmpeg gives every GIF with transparency."""
+    frames = [Image.new("RGB", (40, 32), (50 * number, 0, 200)) for number in range(4)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=100)
+    read = read_video(tmp_path / "a.gif")["array"]
+    assert read.shape == (4, 32, 40, 3) and (read[3] == (150, 0, 200)).all()

@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 from transformers import PreTrainedModel
 
@@ -129,7 +130,7 @@ def check_targets(dataset: Dataset, where: str, generated: Collection[str]) -> N
 
 def target_text(cell: Any, target: Any, column: str, where: str) -> str:
     """The text that a row generates: its target, or else the text of this cell of `column`; raises `ValueError`."""
-    text = text_of(cell if target is None else target)
+    text = text_of(cell) if target is None else text_of(target, is_text=True)
     if text is None and target is not None:
         raise ValueError(f"{where}: a target must be a text, got {shown(target)}. Correct the column target.")
     if text is None:
@@ -161,13 +162,15 @@ def holds_json(feature: Any) -> bool:
 def _names_alone(array: Any) -> Any:
     """An Arrow array whose strings are kept, and of whose other values only whether they are there."""
     kind = array.type
+    if pa.types.is_fixed_size_list(kind):
+        return _names_alone(array.cast(pa.list_(kind.value_field)))
     if pa.types.is_struct(kind):
         fields = [_names_alone(array.field(index)) for index in range(kind.num_fields)]
         return pa.StructArray.from_arrays(fields, [field.name for field in kind], mask=array.is_null())
     if pa.types.is_null(kind):
         return array
     if not _holds_strings(kind):
-        return array.is_valid()
+        return pc.if_else(array.is_valid(), True, pa.scalar(None, pa.bool_()))
     # Where a list is missing, an empty one stands.
     return type(array).from_arrays(array.offsets, _names_alone(array.values)) if _is_list(kind) else array
 
@@ -175,11 +178,11 @@ def _names_alone(array: Any) -> Any:
 def _holds_strings(kind: Any) -> bool:
     if pa.types.is_struct(kind) or _is_list(kind):
         return any(_holds_strings(kind.field(index).type) for index in range(kind.num_fields))
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def _is_list(kind: Any) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 def _is_empty(value: Any) -> bool:

@@ -82,6 +82,7 @@ class CondensationTrainer(PublishingTrainer):
         **kwargs: Any,
     ) -> None:
         model = check_model(model, kwargs.get("loss"))
+        args = CondensationConfig("tmp_trainer") if args is None else args  # as in Sentence-Transformers
         if args is not None and args.push_to_hub and args.hub_strategy != HubStrategy.END:
             raise ValueError(
                 f"hub_strategy must be end, got {HubStrategy(args.hub_strategy).value}: checkpoints are not complete "
@@ -98,7 +99,7 @@ class CondensationTrainer(PublishingTrainer):
             given = kwargs.get(part)
             for name, dataset in (given if isinstance(given, dict) else {part: given}).items():
                 check_rows(dataset, name)  # before Sentence-Transformers gives datasets a transform
-                if dataset is not None and args is not None and args.condensation_weight:
+                if dataset is not None and isinstance(args, CondensationConfig) and args.condensation_weight:
                     sides = CONDENSE[args.condense_for(name if isinstance(given, dict) else None)]
                     check_targets(dataset, name, [generated for _, generated in sides])
         self._media = False  # since the last step of the optimizer

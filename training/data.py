@@ -186,7 +186,7 @@ def retrieval_evaluator(
         candidate = str(content_hash(positive))
         corpus.setdefault(candidate, positive)
         group = row.get("group")
-        right = set() if group is None else groups.setdefault(content_hash(group), set())
+        right = set() if group is None else groups.setdefault(content_hash({"group": group}), set())
         right.add(candidate)
         if query is not None:
             asked = str(content_hash(query))
@@ -250,7 +250,13 @@ def decode_cell(cell: Any) -> Any:
             frames = frames.astype(np.uint8)  # Python's integers, in an eighth of the memory
         return {**{key: part for key, part in cell.items() if part is not None}, "array": frames}
     return {
-        key: part if key == "video" and isinstance(part, dict) and is_cell(part) else decode_cell(part)
+        key: part if key == "video" and _is_encoded(part) else decode_cell(part)
         for key, part in cell.items()
         if not (part is None or (isinstance(part, list) and not part))
     }
+
+
+def _is_encoded(part: Any) -> bool:
+    """Whether this is a file as `datasets` stores it, or a list of them."""
+    parts = part if isinstance(part, list) else [part]
+    return bool(parts) and all(isinstance(each, dict) and is_cell(each) for each in parts)

@@ -250,11 +250,11 @@ def pdf_pages(path: str, content: bytes) -> Generator[Row, None, None]:
 
     try:
         document = pypdfium2.PdfDocument(content)
+        document.init_forms()  # before pages are read: without it, what was filled in is not drawn
     except pypdfium2.PdfiumError as error:
         yield failed(f"the PDF cannot be read ({str(error).rstrip('.')}). Repair it, or remove its password")
         return
     with closing(document):
-        document.init_forms()  # before pages are read: without it, what was filled in is not drawn
         if not len(document):
             yield failed("the PDF has no pages")
         for index in range(len(document)):
