@@ -178,15 +178,13 @@ class LFM2VL(Tiled):
         most = part.max_image_tokens * _unit(part)
         if part.do_image_splitting:
             most = max(most, part.max_tiles * part.tile_size**2)
-        side, patches = part.encoder_patch_size * part.downsample_factor, part.max_image_tokens
-        if part.do_image_splitting:
-            patches = max(patches, part.tile_size**2 // _unit(part))
+        room = max(part.max_image_tokens * _unit(part), part.tile_size**2 if part.do_image_splitting else 0)
 
         def fits(width: int, height: int) -> bool:
-            # A long image has more tokens than the bound, because its shorter side has one at least. The processor
-            # then cannot put it into a batch.
+            # Sides are rounded to whole tokens, so a long image may exceed the bound, and a small one too if the least
+            # tokens are nearly the most. The processor then cannot put it into a batch.
             bounds = (part.downsample_factor, part.min_image_tokens, part.max_image_tokens, part.encoder_patch_size)
-            return math.prod(part.smart_resize(height, width, *bounds)) <= patches * side**2
+            return math.prod(part.smart_resize(height, width, *bounds)) <= room
 
         return ImageLimits(most, part.encoder_patch_size, takes_video=False, fits=fits)
 

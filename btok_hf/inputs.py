@@ -254,8 +254,8 @@ def _check_size(width: int, height: int, limits: ImageLimits) -> None:
         )
     if not limits.fits(width, height):
         raise ValueError(
-            f"image of {width} x {height} pixels is too long for its width: it would be more than the most tokens of "
-            "an image; cut it, raise max_pixels or remove it"
+            f"image of {width} x {height} pixels becomes more tokens than an image may have, because its sides are "
+            "rounded to whole ones; raise max_pixels, lower min_pixels, or cut or remove it"
         )
 
 

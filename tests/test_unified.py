@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from benchmarks import ROOT
 from benchmarks.unified import base, decode, inputs, report, run, tasks
@@ -141,6 +142,9 @@ def test_the_model_of_the_examples_is_what_was_exported():
     assert remote == (ROOT / "modeling" / "modeling_btok.py").read_text("utf-8"), (
         "copy modeling/modeling_btok.py there"
     )
+    config = json.loads((run.MODELS / "btok-small" / "config.json").read_text("utf-8"))
+    tokenizer = AutoTokenizer.from_pretrained(run.MODELS / "btok-small")
+    assert config["btok_turn_token_id"] == tokenizer.convert_tokens_to_ids("<|im_start|>")
 
 
 def test_decoded_texts_are_measured_by_their_words():

@@ -83,7 +83,7 @@ class CondensationTrainer(PublishingTrainer):
     ) -> None:
         model = check_model(model, kwargs.get("loss"))
         args = CondensationConfig("tmp_trainer") if args is None else args  # as in Sentence-Transformers
-        if args is not None and args.push_to_hub and args.hub_strategy != HubStrategy.END:
+        if args.push_to_hub and args.hub_strategy != HubStrategy.END:
             raise ValueError(
                 f"hub_strategy must be end, got {HubStrategy(args.hub_strategy).value}: checkpoints are not complete "
                 "repositories. Call trainer.push_to_hub() after training; `btok train` has every_save too."
