@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -68,7 +68,8 @@ def export_model(
         model (`BTokSentenceTransformer`): The model to publish.
         output_dir (`str` or `Path`): Folder to write. Files of an earlier export are overwritten.
         files (`dict[str, str | bytes]`, *optional*): Additional files by relative path, e.g. `README.md`, `LICENSE`.
-            Default: a README.md that describes the model without results.
+            Default: the README.md that the model was loaded with, its licence and pictures, if it is the same model;
+            otherwise a README.md that describes the model without results.
         max_shard_size (`str`): Maximum size of a weight file, as in `save_pretrained`.
 
     Returns:
@@ -93,7 +94,7 @@ def export_model(
         lm_head=module.lm_head,
         generation_config=module.generation_config,
         model=model,
-        files=files,
+        files=cast(Any, model).kept_card() if files is None else files,
         max_shard_size=max_shard_size,
     )
     write_golden_vectors(output_dir, model)
@@ -162,10 +163,9 @@ def export_adapters(
 
 def _own_module(model: "SentenceTransformer") -> Any:
     """The module of a `BTokSentenceTransformer`; `ValueError` for other models."""
-    module: Any = model[0]
-    if not hasattr(module, "lm_head"):
+    if not hasattr(model, "kept_card"):
         raise ValueError(f"An export needs a btok_hf.BTokSentenceTransformer, got {type(model).__name__}: load it so.")
-    return module
+    return model[0]
 
 
 def write_repository(

@@ -5,6 +5,7 @@ Files of videos are read in `btok_hf/video.py`. What counts as an input, and che
 """
 
 import io
+import itertools
 import math
 import struct
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ VIDEO_SUFFIXES = (".mp4", ".m4v", ".avi", ".mov", ".wmv", ".flv", ".mkv", ".webm
 VIDEO_FRAMES = 8
 FRAMES = (Image.Image, np.ndarray, torch.Tensor)
 ORIENTATION = 0x0112  # EXIF tag
+SUBFILE_TYPE, REDUCED_OR_MASK = 0x00FE, 0b101  # TIFF tag, and its bits for what is no page
 MIN_FPS, MAX_FPS = 0.001, 1000  # processors turn frame numbers into seconds
 MAX_RATIO = 200  # of a longer to a shorter side; Qwen-VL's processors accept no more
 
@@ -45,7 +47,7 @@ class VideoInput(TypedDict):
     video_metadata: VideoMetadata
 
 
-def read_image(path: str | Path | BinaryIO, max_pixels: int | None = None) -> Image.Image:
+def read_image(path: str | Path | BinaryIO, max_pixels: int | None = None, page: int | None = None) -> Image.Image:
     """Read an image file as a person sees it (`as_rgb`).
 
     Args:
@@ -53,6 +55,7 @@ def read_image(path: str | Path | BinaryIO, max_pixels: int | None = None) -> Im
         max_pixels (`int`, *optional*): The size that the processor will reduce the image to. A JPEG is decoded at a
             half, a quarter or an eighth of its size (Pillow's `draft`) if at least four times as many pixels are left.
             The processor's reduction then gives nearly the same image. Default: decode the full size.
+        page (`int`, *optional*): A page of a TIFF file, as `tiff_pages` numbers them. Default: the first image.
 
     Returns:
         `PIL.Image.Image`: In mode RGB.
@@ -77,6 +80,8 @@ def read_image(path: str | Path | BinaryIO, max_pixels: int | None = None) -> Im
         name = "The image"
     try:
         with Image.open(path) as image:
+            if page is not None:
+                image.seek(page - 1)
             if max_pixels is not None:
                 scale = min(1.0, (4 * max_pixels / (image.width * image.height)) ** 0.5)
                 image.draft("RGB", (math.ceil(image.width * scale), math.ceil(image.height * scale)))
@@ -94,6 +99,30 @@ def read_image(path: str | Path | BinaryIO, max_pixels: int | None = None) -> Im
         raise
     except Exception as error:  # decoders raise any type at damaged files
         raise ValueError(f"{name} cannot be decoded ({error}). Replace or remove it.") from error
+
+
+def tiff_pages(content: bytes) -> list[int]:
+    """The images of a TIFF file that are pages, by number from 1. Reduced copies and masks of pages are none.
+
+    Args:
+        content (`bytes`): The file.
+
+    Returns:
+        `list[int]`: With the number of a page that is damaged, and none behind it. Empty if it is no TIFF file.
+    """
+    pages: list[int] = []
+    try:
+        with Image.open(io.BytesIO(content), formats=["TIFF"]) as image:
+            for index in itertools.count():
+                try:
+                    image.seek(index)
+                except EOFError:
+                    break
+                if not image.tag_v2.get(SUBFILE_TYPE, 0) & REDUCED_OR_MASK:
+                    pages.append(index + 1)
+    except Exception:  # decoders raise any type at damaged files; reading that page tells what it is
+        return [*pages, pages[-1] + 1] if pages else []
+    return pages
 
 
 def is_still(content: Any) -> bool:

@@ -5,6 +5,8 @@ vectors. Its one module is in `btok_hf/transformer.py`, `encode` in `btok_hf/enc
 `btok_hf/export.py`.
 """
 
+import logging
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from huggingface_hub.utils import validate_repo_id
+from sentence_transformers.util import load_file_path
 
 from btok_hf.adapters import add_adapters, has_adapters
 from btok_hf.arguments import check_loading, named_damage
@@ -24,6 +27,11 @@ from btok_hf.transformer import BottleneckTransformer
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+logger = logging.getLogger(__name__)
+
+# Pictures of the repository that a card shows or loads: in Markdown, and in its snippets.
+PICTURES = re.compile(r"(?:\]\(|\{folder\}/)([\w-][\w.-]*(?:/[\w-][\w.-]*)*\.(?:png|jpe?g|gif|webp|svg))[)\"]")
 
 
 class BTokSentenceTransformer(PackedEncoder):
@@ -70,6 +78,7 @@ class BTokSentenceTransformer(PackedEncoder):
             saved = BottleneckTransformer.load_config(
                 model_name_or_path, config_filename="config_sentence_transformers.json", **hub_kwargs
             )
+            described = module.max_seq_length
             if max_seq_length is not None:
                 module.max_seq_length = max_seq_length
             super().__init__(
@@ -80,6 +89,11 @@ class BTokSentenceTransformer(PackedEncoder):
                 similarity_fn_name=similarity_fn_name or saved.get("similarity_fn_name"),
                 truncate_dim=truncate_dim or saved.get("truncate_dim"),
             )
+            if not has_adapters(module.model):  # their card tells how to load adapters
+                card = self._file("README.md", model_name_or_path, hub_kwargs)
+                self._model_card_text = None if card is None else card.decode("utf-8", errors="replace")
+        self._described = {**self.prompts, **saved.get("prompts", {})}, described
+        self._source = model_name_or_path, hub_kwargs
 
     @property
     def transformer(self) -> BottleneckTransformer:
@@ -172,6 +186,33 @@ class BTokSentenceTransformer(PackedEncoder):
             if not failed:
                 shutil.rmtree(folder.parent)
 
+    @staticmethod
+    def _file(name: str, source: str, hub_kwargs: Mapping[str, Any]) -> bytes | None:
+        """A file of the repository that the model was loaded from; `None` if it has none."""
+        path = load_file_path(source, name, **hub_kwargs)
+        return None if path is None else Path(path).read_bytes()
+
+    def kept_card(self) -> dict[str, str | bytes] | None:
+        """The card that the model was loaded with, its licence and its pictures, to be saved with it again.
+
+        As in Sentence-Transformers, a model that was not trained keeps its card: results, licence and languages hold.
+
+        Returns:
+            `dict[str, str | bytes]`, *optional*: Content by path. `None` if there is no card, or if it does not
+            describe the model any more: it was trained, has adapters, or has other prompts or another longest row.
+        """
+        card = self._model_card_text
+        if not card or "generated_from_trainer" in self.model_card_data.tags or has_adapters(self[0].model):
+            return None
+        if self._described != (self.prompts, self.max_seq_length):
+            logger.warning(
+                f"The README.md of {self._source[0]} is not kept: it describes other prompts or another "
+                "max_seq_length. A new one is written, without results and licence. To state them, export with files."
+            )
+            return None
+        found = {name: self._file(name, *self._source) for name in ("LICENSE", *sorted(set(PICTURES.findall(card))))}
+        return {"README.md": card, **{name: content for name, content in found.items() if content is not None}}
+
     def save(
         self,
         path: str | Path,
@@ -198,5 +239,5 @@ class BTokSentenceTransformer(PackedEncoder):
             generation_config=module.generation_config,
             adapters_only=has_adapters(module.model),
             model=self,
-            files=None if create_model_card else {},  # a card that exists stays
+            files=self.kept_card() if create_model_card else {},  # a card that exists stays
         )

@@ -6,14 +6,16 @@ from concurrent.futures import ThreadPoolExecutor
 from html import unescape
 
 import httpx
+import numpy as np
 import pytest
 from gradio_client import handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 from support import ROOT
 from support.app import page
+from support.corpus import form, picture
 
-from btok_hf.corpus.app import condition
+from btok_hf.corpus.app import as_picture, condition
 from btok_hf.corpus.index import Index
 from btok_hf.corpus.job import Options
 from btok_hf.corpus.workers import run
@@ -128,6 +130,16 @@ def test_a_file_that_is_gone_or_outside_is_not_shown(client):
         search(client, "a")
         with pytest.raises(AppError, match="is not there any more"):
             client.predict(name, api_name="/why")
+
+
+def test_a_page_in_large_is_the_page_that_was_embedded(tmp_path):
+    for value in ("JOHN SMITH", ""):
+        (tmp_path / f"form {value}.pdf").write_bytes(form(value))
+    filled, empty = ((np.asarray(as_picture(tmp_path / f"form {v}.pdf", 1)) < 128).sum() for v in ("JOHN SMITH", ""))
+    assert filled > empty + 500
+    first, second = picture(0), picture(1)
+    first.save(tmp_path / "scan.TIF", save_all=True, append_images=[second])
+    np.testing.assert_array_equal(np.asarray(as_picture(tmp_path / "scan.TIF", 2)), np.asarray(second))
 
 
 # ---------------------------------------------------------------- hostile clients

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense
 from support import tiny
@@ -116,6 +117,40 @@ def test_further_files_replace_the_default_card(repo, tmp_path):
     folder = export_model(model, tmp_path / "model", files=files)
     assert (folder / "README.md").read_text("utf-8") == files["README.md"]
     assert (folder / "assets" / "a" / "x.bin").read_bytes() == b"\x00\xff"
+
+
+def test_a_model_that_is_saved_again_keeps_its_card(repo, tmp_path, caplog):
+    """With licence and pictures; what the card names beside pictures does not replace what was just written."""
+    card = '---\nlicense: mit\n---\nR@1 61 ![loss](assets/loss.png) [notes](notes.txt) {folder}/assets/a.b.jpg"'
+    card += " ![up](../secret.png) ![url](https://a.example/x.png) ![gone](gone.png)"
+    files = {"README.md": card, "LICENSE": "MIT", "assets/loss.png": b"1", "assets/a.b.jpg": b"2"}
+    first = export_model(BTokSentenceTransformer(repo, device="cpu"), tmp_path / "first", files=files)
+    (tmp_path / "secret.png").write_bytes(b"3")
+    (first / "notes.txt").write_text("x")
+    model = BTokSentenceTransformer(first, device="cpu")
+    again = export_model(model, tmp_path / "again")
+    model.save_pretrained(str(tmp_path / "saved"))
+    for folder in (again, tmp_path / "saved"):
+        assert all(
+            (folder / name).read_bytes() == (first / name).read_bytes()
+            for name in ("README.md", "LICENSE", "assets/loss.png", "assets/a.b.jpg")
+        )
+        assert not (folder / "notes.txt").exists() and not (folder / "gone.png").exists()
+    export_model(model, tmp_path / "named", files={"README.md": "mine"})
+    assert not (tmp_path / "named" / "LICENSE").exists()
+
+    for options in ({"prompts": {"query": "Another."}}, {"max_seq_length": 99}):
+        caplog.clear()
+        other = export_model(BTokSentenceTransformer(first, device="cpu", **options), tmp_path / "other")
+        assert "No training is recorded" in (other / "README.md").read_text("utf-8")
+        assert f"The README.md of {first} is not kept" in caplog.text
+
+
+def test_the_card_of_a_model_that_changed_is_not_kept(exported):
+    model = BTokSentenceTransformer(exported, device="cpu")
+    assert model.kept_card() is not None
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    assert model.kept_card() is None
 
 
 def test_a_saved_repository_truncates_nothing_by_itself(repo, tmp_path):

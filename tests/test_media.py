@@ -10,7 +10,7 @@ from support.inputs import TOLERANCE
 from support.media import image, video
 
 from btok_hf.inputs import check_input
-from btok_hf.media import array_as_rgb, as_rgb, as_uint8, frames_as_rgb, with_metadata
+from btok_hf.media import array_as_rgb, as_rgb, as_uint8, frames_as_rgb, read_image, tiff_pages, with_metadata
 
 
 def test_large_jpegs_are_decoded_at_a_reduced_size(loaded, tmp_path):
@@ -49,6 +49,19 @@ def test_a_dark_image_of_16_bits_is_scaled_as_a_bright_one(tmp_path):
         Image.fromarray(np.full((4, 4), value, np.uint16)).save(tmp_path / f"{name}.png")
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert as_rgb(picture).getpixel((0, 0)) == (round(value / 257),) * 3
+
+
+def test_reduced_copies_in_a_tiff_are_no_pages(tmp_path):
+    kinds = (0, 1, 2, 4, 0)  # a picture, its reduced copy, a page, its mask, a picture
+    images = [Image.new("L", (32, 32), 40 * index) for index in range(len(kinds))]
+    for picture, kind in zip(images, kinds):
+        picture.encoderinfo = {"tiffinfo": {254: kind}}
+    images[0].save(tmp_path / "a.tif", save_all=True, append_images=images[1:], tiffinfo={254: 0})
+    content = (tmp_path / "a.tif").read_bytes()
+    assert tiff_pages(content) == [1, 3, 5]
+    assert [read_image(tmp_path / "a.tif", page=page).getpixel((0, 0))[0] for page in (1, 3, 5)] == [0, 80, 160]
+    images[0].save(tmp_path / "a.gif", save_all=True, append_images=images[1:])
+    assert tiff_pages((tmp_path / "a.gif").read_bytes()) == tiff_pages(b"") == []
 
 
 def test_photographs_are_upright(loaded, tmp_path):

@@ -7,10 +7,10 @@ import fsspec
 import numpy as np
 import pytest
 from PIL import Image
-from support.corpus import pdf, picture
+from support.corpus import form, pdf, picture
 
 from btok_hf.corpus import rows
-from btok_hf.corpus.rows import File, Known, Reading, Row, pdf_pages, prepare
+from btok_hf.corpus.rows import File, Known, Reading, Row, pages, pdf_pages, prepare
 
 LOCAL = fsspec.filesystem("file")
 READING = Reading(max_pixels=28 * 28 * 16)
@@ -148,23 +148,36 @@ def test_a_pdf_without_pages():
     assert "no pages" in row.error or "cannot be read" in row.error
 
 
-def form(value):
-    """A PDF with a text field that was filled in."""
-    objects = [
-        "<</Type/Catalog/Pages 2 0 R/AcroForm<</Fields[4 0 R]/DA(/F 24 Tf 0 g)/NeedAppearances true"
-        "/DR<</Font<</F 5 0 R>>>>>>>>",
-        "<</Type/Pages/Kids[3 0 R]/Count 1>>",
-        "<</Type/Page/Parent 2 0 R/MediaBox[0 0 400 300]/Annots[4 0 R]/Resources<</Font<</F 5 0 R>>>>>>",
-        f"<</Type/Annot/Subtype/Widget/FT/Tx/T(name)/V({value})/DA(/F 24 Tf 0 g)/F 4/Rect[20 150 380 200]/P 3 0 R>>",
-        "<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
-    ]
-    content, places = "%PDF-1.7\n", []
-    for number, each in enumerate(objects, 1):
-        places.append(len(content))
-        content += f"{number} 0 obj\n{each}\nendobj\n"
-    table = "".join(f"{place:010d} 00000 n \n" for place in places)
-    end = f"xref\n0 6\n0000000000 65535 f \n{table}trailer<</Size 6/Root 1 0 R>>\nstartxref\n{len(content)}\n%%EOF"
-    return (content + end).encode()
+def tiff(folder, *pages, **options):
+    """A TIFF file of these images, as a row of a folder."""
+    pages[0].save(folder / "scan.tif", save_all=True, append_images=pages[1:], **options)
+    file = File(LOCAL, str(folder / "scan.tif"))
+    return prepare(Row("scan.tif", "image", {"tiff": file}, source="scan.tif"), READING)
+
+
+def test_pages_of_a_tiff(tmp_path):
+    first, second = picture(0), picture(1).resize((40, 30))
+    drawn = [prepare(page, READING) for page in pages(tiff(tmp_path, first.convert("CMYK"), second))]
+    facts = [(row.id, row.kind, row.source, row.page, row.error) for row in drawn]
+    assert facts == [(f"scan.tif#page={n}", "page", "scan.tif", n, None) for n in (1, 2)]
+    assert drawn[0].item["image"].size == first.size
+    np.testing.assert_array_equal(np.asarray(drawn[1].item["image"]), np.asarray(second))
+    assert drawn[0].content_hash != drawn[1].content_hash and drawn[1].thumbnail
+
+
+def test_a_tiff_with_one_page_is_an_image(tmp_path):
+    row = tiff(tmp_path, picture(0))
+    assert (row.id, row.kind, row.page, row.parts, row.error) == ("scan.tif", "image", None, {}, None)
+    assert row.content_hash == prepared({"image": (tmp_path / "scan.tif").read_bytes()}).content_hash
+
+
+def test_a_damaged_page_of_a_tiff_is_a_failed_row(tmp_path):
+    tiff(tmp_path, picture(0), picture(1))
+    content = (tmp_path / "scan.tif").read_bytes()
+    (tmp_path / "scan.tif").write_bytes(content[: len(content) * 3 // 4])
+    file = File(LOCAL, str(tmp_path / "scan.tif"))
+    drawn = list(pages(prepare(Row("scan.tif", "image", {"tiff": file}), READING)))
+    assert drawn[0].error is None and "cannot be decoded" in drawn[-1].error and drawn[-1].page == 2
 
 
 def test_what_was_filled_into_a_form_is_drawn():

@@ -311,10 +311,11 @@ def is_video(row: Hit, path: Path) -> bool:
 
 
 def as_picture(path: Path, page: int | None) -> Image.Image:
-    """A picture's file, or a page of a PDF."""
-    if page is None:
-        return read_image(path, max_pixels=LARGE * LARGE)
+    """A picture's file, or a page of a PDF or TIFF, as it was embedded."""
+    if page is None or path.suffix.lower() != ".pdf":
+        return read_image(path, max_pixels=LARGE * LARGE, page=page)
     with PDF, pypdfium2.PdfDocument(path) as pdf:
+        pdf.init_forms()  # as `pdf_pages` does: what was filled in is drawn
         leaf = pdf[page - 1]
         return leaf.render(scale=LARGE / max(leaf.get_size())).to_pil()
 

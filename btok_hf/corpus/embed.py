@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from btok_hf.corpus.job import Job
 from btok_hf.corpus.listing import Unit
-from btok_hf.corpus.rows import Known, Reading, Row, pdf_pages, prepare
+from btok_hf.corpus.rows import Known, Reading, Row, pages, prepare
 from btok_hf.corpus.units import Corpus, unit_schema
 from btok_hf.errors import named_source
 from btok_hf.inputs import shown
@@ -130,12 +130,12 @@ class Embedder:
         return sum(future.result().size for future in window if future.done() and future.exception() is None)
 
     def _pages(self, row: Row) -> Iterator[Row]:
-        """A row; of a PDF its pages, which are drawn here, because PDFium runs in one thread only."""
-        if "pdf" not in row.parts or row.error is not None:
+        """A row; of a PDF or TIFF its pages, which are drawn here, because PDFium runs in one thread only."""
+        if not row.parts or row.error is not None:
             yield row
             return
-        with closing(pdf_pages(row.id, row.parts["pdf"])) as pages:
-            for page in pages:
+        with closing(pages(row)) as drawn:
+            for page in drawn:
                 yield prepare(page, self.reading)
 
     def _embed_rows(self, rows: list[Row]) -> Counts:

@@ -59,7 +59,7 @@ class Hit:
         score (`float`): Cosine of query and item; for a search by words alone, its BM25 score.
         kind (`str`): `text`, `image`, `video`, `page` or `mixed`.
         source (`str`, *optional*): Path relative to the corpus's input, or address.
-        page (`int`, *optional*): Page number of a PDF, from 1.
+        page (`int`, *optional*): Page number of a PDF or TIFF, from 1.
         text (`str`, *optional*): The text of the item.
         thumbnail (`bytes`, *optional*): A JPEG.
         metadata (`dict[str, Any]`): The other columns.

@@ -23,6 +23,7 @@ KINDS = {
     **dict.fromkeys((".txt", ".md"), "text"),
     ".pdf": "page",
 }
+PAGED = {".pdf": "pdf", ".tif": "tiff", ".tiff": "tiff"}
 # Packages that a kind of file needs, with the extra that installs them.
 NEEDED = {"video": ("av", "video"), "page": ("pypdfium2", "corpus")}
 # What a file system says of a file that changes with its content. Hashes before times.
@@ -193,7 +194,7 @@ class Input:
 
 
 class FolderSource:
-    """Images, videos, texts and PDFs, a file or page a row.
+    """Images, videos, texts, PDFs and TIFFs, a file or page a row.
 
     Args:
         given (`Input`): The input.
@@ -257,10 +258,10 @@ class FolderSource:
         return units
 
     def rows(self, unit: Unit) -> Iterator[Row]:
-        """The rows of a unit, not read yet. A PDF is one row whose part is `pdf`."""
+        """The rows of a unit, not read yet. A file that may have pages is one row whose part is `pdf` or `tiff`."""
         for path in unit.files:
-            kind = KINDS[Path(path).suffix.lower()]
-            yield Row(path, kind, {"pdf" if kind == "page" else kind: self.input.file(path)}, source=path)
+            suffix = Path(path).suffix.lower()
+            yield Row(path, KINDS[suffix], {PAGED.get(suffix, KINDS[suffix]): self.input.file(path)}, source=path)
 
 
 def check_packages(kinds: Iterable[str]) -> None:

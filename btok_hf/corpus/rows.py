@@ -13,7 +13,7 @@ from PIL import Image
 
 from btok_hf.download import REMOTE, download
 from btok_hf.encoding import ROW_ERRORS
-from btok_hf.media import read_image
+from btok_hf.media import read_image, tiff_pages
 from btok_hf.video import read_video
 
 CHUNK = 2**20
@@ -57,14 +57,14 @@ class Row:
         parts (`dict[str, Any]`): What to embed, by `image`, `video`, `text`: a text, the bytes of a file, a `File`, an
             address (`https://…`, `data:…`), a decoded image, or a list of these.
         source (`str`, *optional*): Path of the original, relative to the root of the input.
-        page (`int`, *optional*): Page of a PDF, from 1.
+        page (`int`, *optional*): Page of a PDF or TIFF, from 1.
         text (`str`, *optional*): The row's own text.
         metadata (`dict[str, Any]`): Values of the columns that are taken from a table.
         error (`str`, *optional*): Why the row failed.
         content_hash (`str`, *optional*): Set by `prepare`. Rows with equal content have equal hashes.
         thumbnail (`bytes`, *optional*): Set by `prepare`: a JPEG.
         item (`dict[str, Any]`, *optional*): Set by `prepare`: the input of `encode`.
-        size (`int`): Set by `prepare`: bytes of `item`, or of the PDF, in memory.
+        size (`int`): Set by `prepare`: bytes of `item`, or of the file with pages, in memory.
         embedding (`numpy.ndarray` of shape `(dimensions,)`, *optional*): fp32, unit length.
     """
 
@@ -118,8 +118,8 @@ def prepare(row: Row, reading: Reading) -> Row:
         reading (`Reading`): How.
 
     Returns:
-        `Row`: With `item` instead of `parts`, unless it failed or is known. A PDF has its bytes in `parts`, for
-        `pdf_pages`.
+        `Row`: With `item` instead of `parts`, unless it failed or is known. A PDF, and a TIFF with several pages, has
+        its bytes in `parts`, for `pages`.
 
     Raises:
         ImportError, MemoryError: What no row is to blame for.
@@ -133,6 +133,12 @@ def prepare(row: Row, reading: Reading) -> Row:
             row.size = len(row.parts["pdf"])
             row.error = None if row.parts["pdf"] else EMPTY
             return row
+        if "tiff" in parts:
+            content = parts["tiff"].read()
+            if tiff_pages(content) not in ([], [1]):
+                row.parts, row.size = {"tiff": content}, len(content)
+                return row
+            parts = {"image": content}
         if isinstance(parts.get("text"), File):
             parts = {"text": _text(parts["text"].read())}
             row.text = parts["text"]
@@ -228,6 +234,27 @@ def _thumbnail(item: dict[str, Any], pixels: int) -> bytes | None:
     content = io.BytesIO()
     small.save(content, "JPEG", quality=JPEG_QUALITY)
     return content.getvalue()
+
+
+def pages(row: Row) -> Generator[Row, None, None]:
+    """The pages of a file that `prepare` has read, as rows that are not prepared.
+
+    Args:
+        row (`Row`): With the bytes of a PDF or TIFF in `parts`.
+
+    Returns:
+        Iterator of `Row`: As in `pdf_pages`, which one thread at a time may use. Pages of a TIFF have no text.
+    """
+    if "pdf" in row.parts:
+        yield from pdf_pages(row.id, row.parts["pdf"])
+        return
+    for number in tiff_pages(row.parts["tiff"]):
+        page = Row(f"{row.id}#page={number}", "page", source=row.id, page=number)
+        try:
+            page.parts = {"image": read_image(io.BytesIO(row.parts["tiff"]), page=number)}
+        except ROW_ERRORS as error:
+            page.error = _reason(error)
+        yield page
 
 
 def pdf_pages(path: str, content: bytes) -> Generator[Row, None, None]:

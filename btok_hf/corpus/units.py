@@ -50,7 +50,7 @@ def unit_schema(dimensions: int, metadata: Mapping[str, pa.DataType] | None = No
         pa.field("id", pa.string(), nullable=False),
         pa.field("kind", pa.string(), nullable=False),  # one of KINDS
         pa.field("source", pa.string()),  # what to open again, relative to `root` of the settings
-        pa.field("page", pa.int32()),  # of a PDF, from 1
+        pa.field("page", pa.int32()),  # of a PDF or TIFF, from 1
         pa.field("content_hash", pa.string()),
         pa.field("text", pa.string()),
         pa.field("thumbnail", pa.binary()),  # JPEG

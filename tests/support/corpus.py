@@ -37,6 +37,25 @@ def pdf(*texts):
     return content + b"xref\n0 %d\n0000000000 65535 f \n%s%s" % (size, table, tail)
 
 
+def form(value):
+    """A PDF with a text field that was filled in."""
+    objects = [
+        "<</Type/Catalog/Pages 2 0 R/AcroForm<</Fields[4 0 R]/DA(/F 24 Tf 0 g)/NeedAppearances true"
+        "/DR<</Font<</F 5 0 R>>>>>>>>",
+        "<</Type/Pages/Kids[3 0 R]/Count 1>>",
+        "<</Type/Page/Parent 2 0 R/MediaBox[0 0 400 300]/Annots[4 0 R]/Resources<</Font<</F 5 0 R>>>>>>",
+        f"<</Type/Annot/Subtype/Widget/FT/Tx/T(name)/V({value})/DA(/F 24 Tf 0 g)/F 4/Rect[20 150 380 200]/P 3 0 R>>",
+        "<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
+    ]
+    content, places = "%PDF-1.7\n", []
+    for number, each in enumerate(objects, 1):
+        places.append(len(content))
+        content += f"{number} 0 obj\n{each}\nendobj\n"
+    table = "".join(f"{place:010d} 00000 n \n" for place in places)
+    end = f"xref\n0 6\n0000000000 65535 f \n{table}trailer<</Size 6/Root 1 0 R>>\nstartxref\n{len(content)}\n%%EOF"
+    return (content + end).encode()
+
+
 def write_files(folder, texts=4, pictures=4):
     """Texts and pictures, in folders of different depth."""
     folder = Path(folder)
