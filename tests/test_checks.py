@@ -12,8 +12,8 @@ from support.training import config, text_pairs
 
 from btok_hf import BTokSentenceTransformer
 from btok_hf.media import video_input
-from btok_hf.training import CondensationTrainer
-from btok_hf.training.checks import check_columns, check_rows, check_targets, first_rows
+from btok_hf.training import CondensationLoss, CondensationTrainer
+from btok_hf.training.checks import check_columns, check_rows, check_targets, first_rows, most_negatives
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,29 @@ def test_rows_that_cannot_be_trained_on_are_named(rows, message):
         check_rows(Dataset.from_dict(rows).select([1]), "p")
     check_rows(Dataset.from_dict(rows).select([0]), "p")
     check_rows(Dataset.from_dict({"query": ["https://host/a.png"], "positive": ["not a.png"]}), "p")
+
+
+@pytest.mark.parametrize(
+    ("groups", "row"),
+    [([1.0, None, float("nan")], 2), (["a", " ", None], 1), (["a", None, "a"], None), ([1, None, 1], None)],
+)
+def test_groups_without_meaning_are_named(groups, row):
+    """Rows of one group answer each other's queries: NaN, or an empty text, would be one group of many rows."""
+    dataset = Dataset.from_dict({"query": ["a"] * 3, "positive": ["b"] * 3, "group": groups})
+    if row is None:
+        return check_rows(dataset, "p")
+    with pytest.raises(ValueError, match=rf"Row {row} of p: its group is empty or not a number.*None"):
+        check_rows(dataset, "p")
+    check_rows(dataset.select([0]), "p")
+
+
+def test_the_most_negatives_of_a_row():
+    lists = Dataset.from_dict({"query": ["a"] * 3, "positive": ["b"] * 3, "negatives": [None, ["c"] * 3, []]})
+    mixed = [[{"text": "c"}], [{"text": "c", "image": None}, "d"], None]
+    mixed = Dataset.from_dict({"negatives": mixed}, features=Features({"negatives": Json()}))
+    assert most_negatives(None) == most_negatives(lists.remove_columns("negatives")) == 1
+    assert most_negatives(lists) == most_negatives({"a": lists, "b": lists.select([0])}) == 3
+    assert most_negatives(lists.add_column("negative", ["d"] * 3)) == 4 and most_negatives(mixed) == 2
 
 
 def _with(cells, column="positive", feature=None):
@@ -130,6 +153,20 @@ def test_other_losses_are_refused_with_a_way_out(repo, tmp_path, loss):
     says = r"got MultipleNegativesRankingLoss\. .*matryoshka_dims.*SentenceTransformerTrainer"
     with pytest.raises(ValueError, match=says):
         CondensationTrainer(model=model, args=config(tmp_path), train_dataset=text_pairs(4), loss=loss)
+
+
+def test_what_would_train_something_else_is_refused(repo, tmp_path):
+    model, pairs = BTokSentenceTransformer(repo, device="cpu"), text_pairs(4)
+    loss = CondensationLoss(model, condensation_weight=2.0)
+    with pytest.raises(ValueError, match=r"condensation_weight=2\.0, but that of args is 0"):
+        CondensationTrainer(
+            model=model, args=config(tmp_path, condensation_weight=0.0), train_dataset=pairs, loss=loss
+        )
+    with pytest.raises(ValueError, match="model_init cannot be used"):
+        CondensationTrainer(args=config(tmp_path), train_dataset=pairs, model_init=lambda: model)
+    model.config.get_text_config().attention_dropout = 0.1
+    with pytest.raises(ValueError, match=r"attention_dropout in config\.json must be 0, got 0\.1"):
+        CondensationTrainer(model=model, args=config(tmp_path), train_dataset=pairs)
 
 
 def test_models_of_get_peft_model_are_refused(repo, tmp_path):

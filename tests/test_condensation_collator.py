@@ -60,8 +60,13 @@ def test_targets_are_the_other_sides_text(repo, tmp_path):
         prompts = [tokenizer.decode(row[: len(row) - len(label[label != -100])]) for row, label in zip(ids, labels)]
         assert prompts[0].startswith("<|im_start|>assistant\n")
         assert all((label[:11] == -100).all() for label in labels)
-    assert decoded["query"] == ["a positive<|im_end|>", "p<|im_end|>"]
-    assert decoded["positive"] == ["q < |im_en<|im_end|>", "with text<|im_end|>"]
+    # A text that is cut has no end, and one of exactly the most tokens has.
+    assert decoded["query"] == ["a positive", "p<|im_end|>"]
+    assert decoded["positive"] == ["q < |im_en", "with text<|im_end|>"]
+    (labels,) = collator(repo, tmp_path, max_target_length=5)[0]([{"query": "q", "positive": "exact"}])[
+        "query_target_labels"
+    ]
+    assert tokenizer.decode(labels[labels != -100]) == "exact<|im_end|>"
     collate, tokenizer = collator(repo, tmp_path, condense="positive")
     batch = collate([{"query": image(40, 40), "positive": image(30, 30), "target": "instead"}])
     assert "positive_target_ids" not in batch

@@ -18,6 +18,7 @@ def test_bad_values_are_refused(tmp_path):
         ("block_size", 0),
         ("condensation_weight", -1),
         ("condensation_steps", -1),
+        ("neftune_noise_alpha", 5.0),
     ):
         with pytest.raises(ValueError, match=f"{name} must be .*, got {value}"):
             config(tmp_path, **{name: value})

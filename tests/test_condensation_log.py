@@ -1,5 +1,7 @@
 """What a training logs."""
 
+import time
+
 import pytest
 from datasets import Dataset
 from support.media import image
@@ -54,6 +56,48 @@ def test_several_evaluation_datasets_have_the_parts_of_their_losses(repo, tmp_pa
     trainer.evaluate(parts["a"])  # of this one alone
     last = trainer.state.log_history[-1]
     assert last["eval_infonce"] == pytest.approx(a["eval_a_infonce"], abs=1e-3)
+
+
+def test_evaluation_keeps_the_weight_when_condensation_is_over(repo, tmp_path):
+    """Otherwise the loss of the best checkpoint would be one of those after the switch, whatever the model."""
+    args = config(tmp_path, max_steps=4, condensation_steps=2, logging_steps=1, eval_steps=1, eval_strategy="steps")
+    model = BTokSentenceTransformer(repo, device="cpu")
+    trainer = CondensationTrainer(model=model, args=args, train_dataset=text_pairs(8), eval_dataset=text_pairs(4))
+    assert [log["condensation_weight"] for log in logs(trainer)] == [5.0, 5.0, 0.0, 0.0]
+    evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
+    assert len(evaluations) == 4
+    for log in evaluations:
+        total = log["eval_infonce"] + 5 * log["eval_condensation"]
+        assert log["eval_loss"] == pytest.approx(total, rel=1e-3) and log["eval_condensation_weight"] == 5.0
+    args.condensation_steps = 0
+    trainer = CondensationTrainer(model=model, args=args, train_dataset=text_pairs(8), eval_dataset=text_pairs(4))
+    found = trainer.evaluate()
+    assert found["eval_loss"] == pytest.approx(trainer.loss.infonce.item(), rel=0.5) and found["eval_loss"] < 5
+
+
+def test_evaluation_and_saving_do_not_count_in_the_speed(repo, tmp_path):
+    """Of two runs of one process, so that the ratio says nothing of the machine."""
+
+    class Slow(CondensationTrainer):
+        def _save_optimizer_and_scheduler(self, *args):
+            time.sleep(self.pause)
+            super()._save_optimizer_and_scheduler(*args)
+
+        def evaluation_loop(self, *args, **kwargs):
+            time.sleep(self.pause)
+            return super().evaluation_loop(*args, **kwargs)
+
+    model, speeds = BTokSentenceTransformer(repo, device="cpu"), []
+    for pause in (0.0, 0.0, 2.0):  # the first warms up
+        args = config(
+            tmp_path / f"{len(speeds)}",
+            **{"max_steps": 4, "logging_steps": 4, "learning_rate": 0.0, "condense": "none"},
+            **{"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2},
+        )
+        trainer = Slow(model=model, args=args, train_dataset=text_pairs(8), eval_dataset=text_pairs(2))
+        trainer.pause = pause
+        speeds += [log["samples_per_second"] for log in logs(trainer)]
+    assert len(speeds) == 3 and speeds[2] > speeds[1] / 3
 
 
 def test_condensation_is_averaged_over_the_steps_that_have_it(repo, tmp_path):

@@ -23,7 +23,8 @@ def make_trainer(repo, folder, *flags, plugin=lambda: None, **kwargs):
 
     rows = text_pairs(4)
     if negatives := kwargs.pop("negatives", 0):
-        rows = rows.add_column("negatives", [["other"] * negatives] * 4)
+        # The first row has none: a batch may hold any rows.
+        rows = rows.add_column("negatives", [None, ["other"], ["other"] * negatives, []])
     model = BTokSentenceTransformer(repo, device="cpu")
     return Flagged(model=model, args=config(folder, **kwargs), train_dataset=rows)
 

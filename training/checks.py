@@ -19,8 +19,11 @@ from btok_hf.sentence_transformer import BTokSentenceTransformer
 from btok_hf.training.condensation_loss import CondensationLoss
 
 
-def check_model(model: Any, loss: Any) -> BTokSentenceTransformer:
-    """The model, if `CondensationTrainer` can train it with this loss (`None`: its own). Raises `ValueError`."""
+def check_model(model: Any, loss: Any, args: Any) -> BTokSentenceTransformer:
+    """The model, if `CondensationTrainer` can train it with this loss (`None`: its own) and with these arguments.
+
+    Raises `ValueError`.
+    """
     if not isinstance(model, BTokSentenceTransformer):
         raise ValueError(
             f"CondensationTrainer trains a BTokSentenceTransformer, got {type(model).__name__}. "
@@ -43,6 +46,18 @@ def check_model(model: Any, loss: Any) -> BTokSentenceTransformer:
             f"loss must be a CondensationLoss, got {(loss if isinstance(loss, type) else type(loss)).__name__}. Leave "
             "it out; for Matryoshka embeddings set matryoshka_dims. Other losses train with the "
             "SentenceTransformerTrainer of Sentence-Transformers."
+        )
+    if loss is not None and loss.condensation_weight and not getattr(args, "condensation_weight", True):
+        raise ValueError(
+            f"The loss has condensation_weight={loss.condensation_weight}, but that of args is 0, so that no batch "
+            "would have texts to generate. Set both to the same value."
+        )
+    dropout = getattr(backbone.config.get_text_config(), "attention_dropout", 0.0)
+    if dropout:
+        raise ValueError(
+            f"attention_dropout in config.json must be 0, got {dropout}: it has no effect on packed attention, and "
+            "GradCache could not repeat it. Load the model with model_kwargs={'attention_dropout': 0.0}, or correct "
+            "the file."
         )
     return model
 
@@ -84,13 +99,29 @@ def first_rows(parts: Dataset | dict[str, Dataset] | None) -> list[dict[str, Any
     return rows
 
 
+def most_negatives(parts: Dataset | dict[str, Dataset] | None) -> int:
+    """The most negatives of a row, at least 1: the largest side of a batch has this many times its rows."""
+    most = 1
+    for dataset in parts.values() if isinstance(parts, dict) else [parts]:
+        names = [] if dataset is None else dataset.column_names
+        columns = sum(name == "negative" or name.startswith("negative_") for name in names)
+        cells = _cells(dataset, "negatives") if dataset is not None and "negatives" in names else []
+        most = max(most, columns + max((len(cell) for cell in cells if cell), default=0))
+    return most
+
+
 def check_rows(dataset: Dataset, where: str) -> None:
-    """Raise `ValueError` for the first row with an empty query or positive, or that names a file that does not exist.
+    """Raise `ValueError` for the first row with an empty query, positive or group, or a file that does not exist.
 
     Files that lie in the dataset and frames are not read. `where` names the dataset.
     """
     if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":  # rows are made on the way
         return
+    if "group" in dataset.column_names and (row := _without_meaning(dataset.with_format("arrow")["group"])) >= 0:
+        raise ValueError(
+            f"Row {row} of {where}: its group is empty or not a number, and all such rows would be one group. Set it "
+            "to None, for a row without a group."
+        )
     there: dict[str, bool] = {}  # by path
     own = ("query", "positive", "negative", "negatives")
     # `check_columns` names those that are unknown or missing.
@@ -110,6 +141,13 @@ def check_rows(dataset: Dataset, where: str) -> None:
                     f"Row {row} of {where}: its {name} {problem}. Correct or remove the row; a text that looks like a "
                     'path is given as {"text": …}.'
                 )
+
+
+def _without_meaning(groups: pa.ChunkedArray) -> int:
+    """The first row whose group is NaN or an empty text; -1 if there is none."""
+    if pa.types.is_floating(groups.type):
+        return pc.index(pc.is_nan(groups), True).as_py()
+    return pc.index(pc.utf8_trim_whitespace(groups), "").as_py() if _holds_strings(groups.type) else -1
 
 
 def check_targets(dataset: Dataset, where: str, generated: Collection[str]) -> None:

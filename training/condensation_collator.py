@@ -25,6 +25,7 @@ class CondensationCollator(SentenceTransformerDataCollator):
     """Batches rows with `query`, `positive`, negatives and, for the side to generate, target tokens.
 
     A target is `<|im_start|>assistant\\n` (unsupervised) + text + `<|im_end|>` (supervised), as in arXiv 2604.11095.
+    A text that is cut has no end.
 
     A batch may hold the same value more than once, as label datasets do with their labels. Equal values with equal
     targets are preprocessed and encoded once. `…_rows`, int64 of shape `(batch,)`, then gives the encoded row of each
@@ -122,7 +123,8 @@ class CondensationCollator(SentenceTransformerDataCollator):
         limit = self.args.max_target_length
         # Not verbose: it would warn that texts are longer than a row of the model, before they are cut.
         whole = [self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
-        bodies = [[*body[:limit], end] for body in whole]
+        # A text that goes on does not end where it is cut.
+        bodies = [[*body, end] if len(body) <= limit else body[:limit] for body in whole]
         ids = pad_sequence([torch.tensor(prompt + body) for body in bodies], batch_first=True, padding_value=end)
         labels = pad_sequence(
             [torch.tensor([IGNORED] * len(prompt) + body) for body in bodies], batch_first=True, padding_value=IGNORED

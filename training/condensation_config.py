@@ -42,7 +42,8 @@ class CondensationConfig(SentenceTransformerTrainingArguments):
         symmetric (`bool`): Average the query → positive and positive → query losses.
         gather_across_devices (`bool`): Use the candidates of all processes as negatives.
         mask_false_negatives (`bool`): Mask in-batch false negatives: candidates with the same content or `group` as
-            the positive, and positives of an identical query.
+            the positive, positives of an identical query, negatives with the content of one of these, and the query
+            itself.
         matryoshka_dims (`list[int]`, *optional*): Matryoshka sizes, e.g. `[1536, 512]`; include the full size. InfoNCE
             is the mean over the embeddings cut to these sizes.
         dataset_weights (`dict[str, float]`, *optional*): Sampling weight of each dataset. The dataset of each block of
@@ -53,9 +54,11 @@ class CondensationConfig(SentenceTransformerTrainingArguments):
             positive's text), `query` (the reverse), `both` or `none`. One value, or a mapping from dataset name to
             value.
         condensation_weight (`float`): λ, the weight of the condensation loss. 0 switches it off.
-        condensation_steps (`int`, *optional*): Optimizer steps after which λ is 0. Default: never.
+        condensation_steps (`int`, *optional*): Optimizer steps after which λ is 0. Default: never. Evaluation keeps λ,
+            so that its losses can be compared.
         condensation_mask (`bool`): Hide the encoded side from the target. `False` is an ablation.
-        max_target_length (`int`): Maximum length of a target text in tokens; longer texts are cut at the end.
+        max_target_length (`int`): Maximum length of a target text in tokens; longer texts are cut, and then
+            have no end to learn.
     """
 
     if TYPE_CHECKING:
@@ -130,6 +133,11 @@ class CondensationConfig(SentenceTransformerTrainingArguments):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be above 0, got {value}.")
+        if self.neftune_noise_alpha:
+            raise ValueError(
+                f"neftune_noise_alpha must be left out, got {self.neftune_noise_alpha}: the two passes of GradCache "
+                "would see different noise."
+            )
         if self.condensation_weight < 0:
             raise ValueError(f"condensation_weight must be 0 or more, got {self.condensation_weight}.")
         if self.condensation_steps is not None and self.condensation_steps < 0:

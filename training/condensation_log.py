@@ -1,7 +1,8 @@
 """What a training logs: losses averaged over the steps that have them, rows and tokens a second."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -37,6 +38,21 @@ class LoggingTrainer(SentenceTransformerTrainer):
         targets = [value != IGNORED for key, value in inputs.items() if key.endswith("_target_labels")]
         self._samples += len(inputs.get("query_rows", masks[0])) * self.args.world_size
         self._tokens += sum(int(counted.sum()) for counted in masks + targets) * self.args.world_size
+
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        """Time that is no training: it does not count in the speed that is logged."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self._since is not None:
+                self._since += time.perf_counter() - begin
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in the superclass."""
+        with self._paused():
+            return super().evaluate(*args, **kwargs)
 
     def _track(self) -> None:
         infonce, condensation = cast(torch.Tensor, self.loss.infonce), self.loss.condensation  # the loss was called

@@ -6,15 +6,13 @@ uses the same passes: each embedding gets one more column, which holds the summe
 loss is linear in that column. Its cached gradient is λ / number of target tokens, whatever its value is. So the first
 pass leaves the column 0 and runs no target tokens; the second computes embedding and token losses in one forward.
 
-InfoNCE is written here because candidates are masked by content. A batch of a label dataset holds the same positive
-several times, and the copies would be negatives of their own query.
-
-The forward of one mini-batch is in `btok_hf/condensation.py`. The keys of a batch are listed in `btok_hf/features.py`.
+InfoNCE is in `infonce.py`, the forward of one mini-batch in `btok_hf/condensation.py`. The keys of a batch are listed
+in `btok_hf/features.py`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial, wraps
+from functools import wraps
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,15 +27,13 @@ from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from btok_hf.backbones import family_of
 from btok_hf.condensation import backbone_and_head
 from btok_hf.features import IGNORED, PIXEL_KEYS, TEXT_KEYS, HostFeatures, stacked
 from btok_hf.sentence_transformer import BTokSentenceTransformer
-
-SCORE_ROWS = 1024  # queries whose scores against all candidates are in memory at once
+from btok_hf.training.infonce import Side, infonce
 
 
 class CondensationLoss(CachedLossMixin, torch.nn.Module):
@@ -266,10 +262,10 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
         """InfoNCE of the embedding columns plus λ times the condensation column."""
         columns = [torch.cat(column) for column in reps]
         columns = [x if rows is None else x[rows.to(x.device)] for x, rows in zip(columns, self._rows)]
-        infonce = self._infonce([column[:, :-1] for column in columns])
-        self.infonce = infonce.detach()
+        contrast = self._infonce([column[:, :-1] for column in columns])
+        self.infonce = contrast.detach()
         condensation = torch.cat([column[:, -1] for column in columns]).sum() * self._per_token
-        loss = infonce + self.condensation_weight * condensation
+        loss = contrast + self.condensation_weight * condensation
         if with_backward:
             loss.backward()
             loss = loss.detach()
@@ -290,46 +286,13 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
         if self.gather_across_devices:
             parts = [(_gather(x, n), _gather(hashed, n)) for (x, hashed), n in zip(parts, self._sizes)]
             first = sum(self._sizes[0][: distributed.get_rank()])
-        (queries, query_ids), (positives, positive_ids), (negatives, negative_ids) = parts
-
-        own = torch.arange(first, first + rows, device=queries.device)
-        total = queries.new_zeros(())
-        for dim in self.matryoshka_dims:
-            q, p, n = (F.normalize(x[:, :dim], dim=1) for x in (queries, positives, negatives))
-            block_loss = partial(self._block_loss, q, p, n, query_ids, positive_ids, negative_ids)
-            for block in own.split(SCORE_ROWS):
-                # Recomputed in the backward pass, so that memory never holds all scores of a large batch.
-                total = total + checkpoint(block_loss, block, use_reentrant=False, preserve_rng_state=False)
-        return total / (rows * len(self.matryoshka_dims))
-
-    def _block_loss(
-        self,
-        queries: Tensor,
-        positives: Tensor,
-        negatives: Tensor,
-        query_ids: Tensor,
-        positive_ids: Tensor,
-        negative_ids: Tensor,
-        block: Tensor,
-    ) -> Tensor:
-        """Summed InfoNCE of the queries with indices `block`; false negatives are masked."""
-        masked = _any_equal(positive_ids[block], positive_ids) | _any_equal(query_ids[block], query_ids)
-        masked.scatter_(1, block[:, None], False)  # a query's own positive stays
-        to_positives = (queries[block] @ positives.T / self.temperature).masked_fill(masked, -torch.inf)
-        to_negatives = (queries[block] @ negatives.T / self.temperature).masked_fill(
-            _any_equal(positive_ids[block], negative_ids), -torch.inf
+        return infonce(
+            *(Side(*part) for part in parts),
+            torch.arange(first, first + rows, device=columns[0].device),
+            dims=self.matryoshka_dims,
+            temperature=self.temperature,
+            symmetric=self.symmetric,
         )
-        right = to_positives.gather(1, block[:, None])[:, 0]
-        normaliser = torch.cat([to_positives, to_negatives], 1).logsumexp(1)
-        if self.symmetric:
-            to_queries = (positives[block] @ queries.T / self.temperature).masked_fill(masked, -torch.inf)
-            normaliser = (normaliser + to_queries.logsumexp(1)) / 2
-        return (normaliser - right).sum()
-
-
-def _any_equal(hashes: Tensor, others: Tensor) -> Tensor:
-    """Which pairs have an equal hash in any column, shape `(len(hashes), len(others))`."""
-    return (hashes[:, None] == others).any(-1)
 
 
 def _gather_sizes(sizes: Sequence[int], device: torch.device) -> Tensor:

@@ -81,8 +81,13 @@ class CondensationTrainer(PublishingTrainer):
         peft_config: "LoraConfig | None" = None,
         **kwargs: Any,
     ) -> None:
-        model = check_model(model, kwargs.get("loss"))
+        if kwargs.get("model_init") is not None:
+            raise ValueError(
+                "model_init cannot be used, got one: adapters and the loss belong to the model that is given. Make a "
+                "trainer for each trial, with the trial's settings in its args."
+            )
         args = CondensationConfig("tmp_trainer") if args is None else args  # as in Sentence-Transformers
+        model = check_model(model, kwargs.get("loss"), args)
         if args.push_to_hub and args.hub_strategy != HubStrategy.END:
             raise ValueError(
                 f"hub_strategy must be end, got {HubStrategy(args.hub_strategy).value}: checkpoints are not complete "
@@ -111,7 +116,8 @@ class CondensationTrainer(PublishingTrainer):
         self.data_collator.args = self.args
         self.data_collator.deduplicate = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
         self._check_datasets()
-        self._weight = self.loss.condensation_weight  # of args, unless a loss was given
+        # Of args, unless a loss was given.
+        self._weight = 0.0 if self.args.condensation_steps == 0 else self.loss.condensation_weight
 
     def _check_datasets(self) -> None:
         """Collate one row of each dataset, so that a wrong column or side is found before training starts."""
@@ -220,6 +226,8 @@ class CondensationTrainer(PublishingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, Any]]:
+        if not self.model.training:  # the same at each step, so that losses can be compared
+            self.loss.condensation_weight = self._weight
         output = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self.model.training:
             self._track()
@@ -273,7 +281,8 @@ class CondensationTrainer(PublishingTrainer):
         # The Trainer would delete older checkpoints before this one has its manifest.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            super()._save_checkpoint(model, trial)
+            with self._paused():
+                super()._save_checkpoint(model, trial)
         except Exception as error:
             free = shutil.disk_usage(nearest_existing(folder)).free / 1e9
             raise RuntimeError(

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from btok_hf.training.checks import first_rows
+from btok_hf.training.checks import most_negatives
 from btok_hf.training.condensation_config import CondensationConfig
 from btok_hf.training.condensation_log import LoggingTrainer
 
@@ -39,16 +39,10 @@ def check_parallelism(trainer: LoggingTrainer, args: CondensationConfig) -> None
             "(training/accelerate/zero2.yaml)."
         )
     if trainer.is_deepspeed_enabled:
-        rows = args.per_device_train_batch_size * max(map(_negatives, [{}, *first_rows(trainer.train_dataset)]))
+        rows = args.per_device_train_batch_size * most_negatives(trainer.train_dataset)
         if trainer.loss.mini_batch_num_tokens or trainer.loss.mini_batch_size < rows:
             raise ValueError(
                 f"DeepSpeed cannot run GradCache: {rows} rows must fit one mini-batch, but mini_batch_size is "
                 f"{trainer.loss.mini_batch_size}. Set mini_batch_size={rows} and no mini_batch_num_tokens, or use "
                 f"{SHARDED} or DDP."
             )
-
-
-def _negatives(row: dict[str, Any]) -> int:
-    """Columns of negatives of a row, at least 1: the largest side of a batch has this many times its rows."""
-    columns = sum(name == "negative" or name.startswith("negative_") for name in row)
-    return max(1, len(row.get("negatives") or []) + columns)

@@ -1,0 +1,124 @@
+"""InfoNCE in which right answers are no negatives: candidates are compared by their content and group.
+
+It is written here because Sentence-Transformers' losses mask nothing. A batch of a label dataset holds the same
+positive several times, and the copies would be negatives of their own query.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+SCORE_ROWS = 1024  # queries whose scores against all candidates are in memory at once
+
+
+class Side(NamedTuple):
+    """Queries, positives or negatives of all processes.
+
+    Args:
+        embeddings (`Tensor`): Shape `(rows, hidden)`.
+        ids (`Tensor`): int64 of shape `(rows, 2)`: hashes of the content, and of the group or again of the content;
+            of shape `(rows, 0)` if nothing is masked.
+    """
+
+    embeddings: Tensor
+    ids: Tensor
+
+
+def infonce(
+    queries: Side,
+    positives: Side,
+    negatives: Side,
+    own: Tensor,
+    *,
+    dims: Sequence[int],
+    temperature: float,
+    symmetric: bool = False,
+) -> Tensor:
+    """The mean InfoNCE of queries against all positives and negatives, a scalar.
+
+    Args:
+        queries, positives, negatives (`Side`): The positive of query i is positive i.
+        own (`Tensor`): Indices of the queries that count: those of this process.
+        dims (`Sequence[int]`): The mean is also one over embeddings cut to these sizes and normalised again.
+        temperature (`float`): Temperature over cosine similarities.
+        symmetric (`bool`): Average it with the loss of positives against queries.
+    """
+    total = queries.embeddings.new_zeros(())
+    for dim in dims:
+        cut = [F.normalize(side.embeddings[:, :dim], dim=1) for side in (queries, positives, negatives)]
+
+        def block_loss(block: Tensor, cut: Sequence[Tensor] = cut) -> Tensor:
+            ids = (queries.ids, positives.ids, negatives.ids)
+            return _block_loss(*cut, *false_negatives(block, *ids), block, temperature, symmetric)
+
+        for block in own.split(SCORE_ROWS):
+            # Recomputed in the backward pass, so that memory never holds all scores of a large batch.
+            total = total + checkpoint(block_loss, block, use_reentrant=False, preserve_rng_state=False)
+    return total / (len(own) * len(dims))
+
+
+def _block_loss(
+    queries: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    of_positives: Tensor,
+    of_negatives: Tensor,
+    of_queries: Tensor,
+    block: Tensor,
+    temperature: float,
+    symmetric: bool,
+) -> Tensor:
+    """Summed InfoNCE of the queries with indices `block`, without what is masked."""
+    to_positives = (queries[block] @ positives.T / temperature).masked_fill(of_positives, -torch.inf)
+    to_negatives = (queries[block] @ negatives.T / temperature).masked_fill(of_negatives, -torch.inf)
+    right = to_positives.gather(1, block[:, None])[:, 0]
+    normaliser = torch.cat([to_positives, to_negatives], 1).logsumexp(1)
+    if symmetric:
+        to_queries = (positives[block] @ queries.T / temperature).masked_fill(of_queries, -torch.inf)
+        normaliser = (normaliser + to_queries.logsumexp(1)) / 2
+    return (normaliser - right).sum()
+
+
+def false_negatives(
+    block: Tensor, query_ids: Tensor, positive_ids: Tensor, negative_ids: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What is no negative of the rows `block`: a right answer, or the row's own query again.
+
+    Right answers of a row are the contents of its positive, of those of an equal query, and of those of its group.
+
+    Args:
+        block (`Tensor`): Indices of rows.
+        query_ids, positive_ids, negative_ids (`Tensor`): As `Side.ids`.
+
+    Returns:
+        Three masks of shape `(len(block), rows)`: of positives and negatives, which the queries of `block` are
+        compared with, and of queries, which their positives are compared with. The row's own two are in none.
+    """
+    if not positive_ids.shape[1]:
+        others = (positive_ids, negative_ids, query_ids)
+        first, second, third = (block.new_zeros(len(block), len(ids), dtype=torch.bool) for ids in others)
+        return first, second, third
+    alike = _any_equal(positive_ids[block], positive_ids) | _any_equal(query_ids[block], query_ids)
+    queries, positives, negatives = (ids[:, 0].contiguous() for ids in (query_ids, positive_ids, negative_ids))
+    # Equal contents have one place among the sorted ones. No step waits for the device.
+    places = positives.sort().values
+    answers = torch.zeros(alike.shape, device=alike.device)
+    answers.index_add_(1, torch.searchsorted(places, positives), alike.float())
+
+    def masked(contents: Tensor) -> Tensor:
+        place = torch.searchsorted(places, contents).clamp(max=len(places) - 1)
+        return ((answers[:, place] > 0) & (places[place] == contents)) | (queries[block, None] == contents)
+
+    of_positives, of_queries = masked(positives), alike | (positives[block, None] == queries)
+    for mask in (of_positives, of_queries):
+        mask.scatter_(1, block[:, None], False)
+    return of_positives, masked(negatives), of_queries
+
+
+def _any_equal(hashes: Tensor, others: Tensor) -> Tensor:
+    """Which pairs have an equal hash in any column, shape `(len(hashes), len(others))`."""
+    return (hashes[:, None] == others).any(-1)
