@@ -168,6 +168,7 @@ class CondensationTrainer(PublishingTrainer):
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """Add none: the callback of Sentence-Transformers fails on images. `export` writes the model card."""
+        self.model.model_card_data.add_tags("generated_from_trainer")  # as it does: what was loaded is no longer true
 
     def should_dataset_name_column_be_added(self, dataset: Any, args: Any, loss: Any) -> bool:
         # The collator needs the name to look up `condense`.
