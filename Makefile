@@ -7,6 +7,9 @@ SETUP := $(VENV)/.installed
 # OpenMP threads that wait must not keep cores busy that other jobs share (docs/performance.md).
 export OMP_WAIT_POLICY ?= PASSIVE
 
+# Two processes share the tests; one that has none left takes over some of the other's.
+AT_ONCE := -n 2 --dist worksteal
+
 # The oldest versions that pyproject.toml allows.
 FLOOR := torch==2.11.0 torchvision==0.26.0 transformers==5.17.0 sentence-transformers==6.2.0 \
 	peft==0.21.0 trl==1.8.0 datasets==5.2.0 accelerate==1.12.0
@@ -22,10 +25,10 @@ model: $(SETUP)
 	$(BIN)/python -m benchmarks.pretrained.model
 
 test: $(SETUP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(AT_ONCE)
 
 test-floor: .venv-floor/.installed
-	.venv-floor/bin/python -m pytest
+	.venv-floor/bin/python -m pytest $(AT_ONCE)
 
 # A quarter of an hour on two CPU cores. The tests run in $(VENV), the servers in an environment of vLLM.
 test-vllm: $(SETUP) .venv-vllm/.installed
