@@ -1,5 +1,7 @@
 """Which candidates are masked, and InfoNCE by its definition."""
 
+import random
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -54,6 +56,28 @@ def test_the_query_itself_is_no_negative():
 
 def test_rows_of_a_block_only():
     assert masks("aabc", "xyzy", "yz", block=[3, 1]) == [[[1], [0, 3]], [[0], [0]], [[1], [0, 3]]]
+
+
+def test_random_batches_by_the_definition():
+    for seed in range(30):
+        rng = random.Random(seed)
+        queries, positives, negatives = (rng.choices("abcdefghij", k=count) for count in (9, 9, 7))
+        groups = {row: rng.randrange(3) for row in range(9) if rng.random() < 0.5}
+        expected = [[], [], []]
+        for i in range(9):
+            alike = [
+                j
+                for j in range(9)
+                if i == j
+                or queries[i] == queries[j]
+                or positives[i] == positives[j]
+                or (groups.get(i, -1) == groups.get(j, -2))
+            ]
+            right = {positives[j] for j in alike} | {queries[i]}
+            expected[0].append([j for j in range(9) if j != i and positives[j] in right])
+            expected[1].append([j for j, content in enumerate(negatives) if content in right])
+            expected[2].append([j for j in range(9) if j != i and (j in alike or queries[j] == positives[i])])
+        assert masks(queries, positives, negatives, groups) == expected, seed
 
 
 def test_without_ids_nothing_is_masked():
