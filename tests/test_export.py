@@ -146,11 +146,15 @@ def test_a_model_that_is_saved_again_keeps_its_card(repo, tmp_path, caplog):
         assert f"The README.md of {first} is not kept" in caplog.text
 
 
-def test_the_card_of_a_model_that_changed_is_not_kept(exported):
+def test_the_card_of_a_model_that_changed_is_not_kept(exported, with_adapters, tmp_path):
     model = BTokSentenceTransformer(exported, device="cpu")
     assert model.kept_card() is not None
     model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
     assert model.kept_card() is None
+    with_adapters.save_pretrained(str(tmp_path / "adapters"))
+    model = BTokSentenceTransformer(tmp_path / "adapters", device="cpu")
+    model[0].model.delete_adapter("default")
+    assert model.kept_card() is None  # it tells how to load adapters
 
 
 def test_a_saved_repository_truncates_nothing_by_itself(repo, tmp_path):
