@@ -28,7 +28,7 @@ from benchmarks.pretrained.report import PAGE
 from benchmarks.pretrained.run import PRETRAINED
 from benchmarks.pretrained.tasks import tasks
 from benchmarks.tables import insert
-from benchmarks.unified.report import bootstrap, half_width, over_seeds, seeds_for
+from benchmarks.unified.report import over_queries, over_seeds, seeds_for
 
 RESULTS = PRETRAINED / "claims"
 # The arms by table, in the order in which they are run.
@@ -126,9 +126,8 @@ def table(found: dict[str, dict[int, dict]], labels: dict[str, str]) -> str:
         """Arrays of shape (seeds, queries) by task."""
         return {name: np.stack([100 / np.array(found[arm][seed]["ranks"][name]) for seed in seeds]) for name in names}
 
-    def over_queries(by_task: dict[str, np.ndarray]) -> tuple[float, dict[str, float]]:
-        draws = {name: bootstrap(values.mean(0), known[name].groups, rng) for name, values in by_task.items()}
-        return half_width(np.mean(list(draws.values()), axis=0)), {name: half_width(d) for name, d in draws.items()}
+    def widths_of(by_task: dict[str, np.ndarray]) -> tuple[float, dict[str, float]]:
+        return over_queries({name: values.mean(0) for name, values in by_task.items()}, known, rng)
 
     def means(by_task: dict[str, np.ndarray]) -> np.ndarray:
         return np.mean([values.mean(1) for values in by_task.values()], axis=0)
@@ -141,7 +140,7 @@ def table(found: dict[str, dict[int, dict]], labels: dict[str, str]) -> str:
 
     lines = [f"| task | {' | '.join(labels[arm] for arm in arms)} |", "|---" * (len(arms) + 1) + "|"]
     own = {arm: scores(arm, found[arm]) for arm in arms}
-    widths = {arm: over_queries(by_task)[1] for arm, by_task in own.items()}
+    widths = {arm: widths_of(by_task)[1] for arm, by_task in own.items()}
     for name in names:
         cells = [f"{own[arm][name].mean():.1f} ± {widths[arm][name]:.1f}" for arm in arms]
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -156,7 +155,7 @@ def table(found: dict[str, dict[int, dict]], labels: dict[str, str]) -> str:
                 continue
             ours, theirs = scores(arm, seeds), scores(other, seeds)
             gain = {name: ours[name] - theirs[name] for name in names}
-            width, by_task = over_queries(gain)
+            width, by_task = widths_of(gain)
             mean = means(gain)
             need = str(seeds_for(1, np.std(mean, ddof=1))) if len(mean) > 1 else "–"
             cells = [f"{gain[name].mean():+.1f} ± {by_task[name]:.1f}" for name in names]

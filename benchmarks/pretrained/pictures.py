@@ -16,11 +16,11 @@ import numpy as np
 
 from benchmarks.pretrained.run import PICTURE, PRETRAINED, mrr
 from benchmarks.pretrained.tasks import positions
-from benchmarks.unified.tasks import Task, chance, tasks
+from benchmarks.unified.tasks import UNSEEN, Task, chance, tasks
 from btok_hf import BTokSentenceTransformer
 
 SIZES = (56, 112, 224)  # pixels of a drawing; the first is that of benchmarks/unified
-DRAWINGS = ("name → drawing", "drawing → name", "drawing → other artist's", "name of an unseen concept → drawing")
+DRAWINGS = ("name → drawing", "drawing → name", "drawing → other artist's", UNSEEN)
 OTHERS = ("name → video", "figure → caption", "caption → figure", "title → page", "question → page")
 # The prompt of an input by what its task calls it.
 PROMPTS = {"name": "term", "caption": "caption", "title": "title", "question": "question"}

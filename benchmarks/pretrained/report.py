@@ -16,7 +16,7 @@ from benchmarks.pretrained.run import PRETRAINED
 from benchmarks.pretrained.tasks import ANCHORS, BUILT, tasks
 from benchmarks.tables import insert
 from benchmarks.unified.report import bootstrap, half_width
-from benchmarks.unified.tasks import chance
+from benchmarks.unified.tasks import chance, score
 
 PAGE = ROOT / "docs" / "pretrained.md"
 LABELS = {
@@ -52,7 +52,8 @@ def cell(values: np.ndarray | None, groups: list[str], rng: np.random.Generator,
     """The mean of a task with its interval; nothing for a task that was not scored."""
     if values is None:
         return ""
-    return f"{values.mean():{sign}.1f} ± {half_width(bootstrap(values, groups, rng)):.1f}"
+    [draws] = bootstrap({"": values}, {"": groups}, rng).values()
+    return f"{values.mean():{sign}.1f} ± {half_width(draws):.1f}"
 
 
 def table(scores: dict[str, dict[str, np.ndarray]]) -> str:
@@ -78,7 +79,7 @@ def pictures_table() -> str:
     small, this = (json.loads((PRETRAINED / f"pictures-{name}.json").read_text())["ranks"] for name in SEEING)
     lines = [f"| task | queries / candidates | chance | {' | '.join(SEEING)} | difference |", "|---" * 6 + "|"]
     for name, task in asked().items():
-        before, after = (100 / np.array(ranks[name]) for ranks in (small, this))
+        before, after = (score(task, ranks[name]) for ranks in (small, this))
         pairs = ((before, ""), (after, ""), (after - before, "+"))
         cells = [cell(values, task.groups, rng, sign) for values, sign in pairs]
         sizes = f"{len(task.queries):,} / {len(task.candidates):,}"

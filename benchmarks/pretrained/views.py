@@ -1,7 +1,7 @@
 """The training pictures of `eyes.py`: what they show, and what the vision tower makes of them.
 
 They are those of the training splits: drawings of all categories, figures of the training books with their captions,
-and single frames of training clips.
+and single frames of training clips, without those of concepts that the drawings hold out.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from benchmarks.pretrained import half
 from benchmarks.pretrained.tower import SIZES, WHOLE
-from benchmarks.unified.inputs import books, cut, emoji, square
+from benchmarks.unified.inputs import books, cut, emoji, square, training_clips
 from btok_hf import BTokSentenceTransformer
 from examples.prepare_emoji import draw
 
@@ -53,7 +53,7 @@ def pictures(seed: int = 0) -> list[Picture]:
         found.append(Picture("drawings", images, [pair for pair in texts if pair[1]], row["emoji"]))
     for row in books("figures", "train"):
         found.append(Picture("figures", [square(row["image"])], [("caption", cut(row["caption"]))], row["id"]))
-    for row in books("clips", "train"):
+    for row in training_clips():
         images = [frame.convert("RGB") for frame in (row["frames"][0], row["frames"][len(row["frames"]) // 2])]
         texts = [("term", row["name"]), ("term", ", ".join(row["keywords"][:4]))]
         found.append(Picture("clips", images, texts, row["emoji"]))

@@ -115,7 +115,7 @@ def main():
     figure.savefig(ROOT / "docs" / "results" / f"{options.size}-decoded.png", dpi=90)
 
     lines = [f"| decoded text | {' | '.join(LABELS[arm] for arm in ARMS)} |", "|---|---|---|"]
-    for kind, title in (("drawing", "unseen drawings"), ("clip", "clips of unseen emoji")):
+    for kind, title in (("drawing", "unseen drawings"), ("clip", "unseen clips")):
         inputs, _, right = zip(*found[kind])
         columns = [measures(decode(model, list(inputs)), right) for model in models.values()]
         lines += [

@@ -45,6 +45,12 @@ def books(config, split):
     return load_dataset(str(ROOT / "benchmarks" / "unified" / "data"), config, split=split)
 
 
+def training_clips():
+    """The training clips, without those of the held-out concepts of `emoji`: clips have a split of their own."""
+    held_out = set(load_dataset(str(ROOT / "data" / "emoji"), split="unseen_concepts")["emoji"])
+    return books("clips", "train").filter(lambda concept: concept not in held_out, input_columns="emoji")
+
+
 def pages(split):
     """One dict a page: module, title, text, and what asks for it."""
     questions = {}

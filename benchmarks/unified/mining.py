@@ -94,25 +94,26 @@ def report() -> str:
     """Scores by task before and after, and paired differences, in Markdown."""
     found = {arm: [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{arm}-s*.json"))] for arm in ARMS}
     start = json.loads((RESULTS / "start.json").read_text())
-    rng = np.random.default_rng(0)
+    rng, known = np.random.default_rng(0), tasks()
+    before = {name: score(task, start[name]).mean() for name, task in known.items()}
     scores = {
-        arm: {name: np.stack([score(name, part["ranks"][name]) for part in parts]) for name in tasks()}
+        arm: {name: np.stack([score(task, part["ranks"][name]) for part in parts]) for name, task in known.items()}
         for arm, parts in found.items()
     }
-    difference = {name: scores["mined"][name] - scores["in-batch"][name] for name in tasks()}
-    mean, widths = over_queries({name: part.mean(0) for name, part in difference.items()}, rng)
+    difference = {name: scores["mined"][name] - scores["in-batch"][name] for name in known}
+    mean, widths = over_queries({name: part.mean(0) for name, part in difference.items()}, known, rng)
     lines = ["| task | start | in-batch | mined | difference | over queries | over seeds |", "|---" * 7 + "|"]
 
-    def line(name, before, both, change, queries):
-        cells = [f"{before:.1f}", *(f"{value:.1f}" for value in both), f"{change.mean():+.1f}"]
+    def line(name, start, both, change, queries):
+        cells = [f"{start:.1f}", *(f"{value:.1f}" for value in both), f"{change.mean():+.1f}"]
         return f"| {name} | {' | '.join(cells)} | ± {queries:.1f} | ± {over_seeds(change):.1f} |"
 
     for name, part in difference.items():
         both = [scores[arm][name].mean() for arm in ARMS]
-        lines.append(line(name, score(name, start[name]).mean(), both, part.mean(1), widths[name]))
+        lines.append(line(name, before[name], both, part.mean(1), widths[name]))
     change = np.mean([part.mean(1) for part in difference.values()], axis=0)
-    both = [np.mean([scores[arm][name].mean() for name in tasks()]) for arm in ARMS]
-    lines.append(line("**mean**", np.mean([score(n, start[n]).mean() for n in tasks()]), both, change, mean))
+    both = [np.mean([scores[arm][name].mean() for name in known]) for arm in ARMS]
+    lines.append(line("**mean**", np.mean(list(before.values())), both, change, mean))
     minutes = {arm: np.mean([part["train_minutes"] for part in parts]) for arm, parts in found.items()}
     lines.append(f"\nMinutes of training: {', '.join(f'{arm} {value:.1f}' for arm, value in minutes.items())}.")
     return "\n".join(lines)

@@ -6,7 +6,8 @@ A task's score is its mean reciprocal rank in percent (the share of right choice
 the mean over tasks. Two intervals, both at 95 %:
 
 - Over queries: bootstrap of the seed-averaged scores over groups of queries (the names of a concept, the questions of
-  a module) within each task. It says how much the score of these models may change with other queries.
+  a module). A group is drawn for all tasks at once, since tasks ask about the same concepts and modules. It says how
+  much the score of these models may change with other queries.
 - Over seeds: Student's t of the arm's scores, or of their differences seed by seed. It says how much the score may
   change with another training run, on the same queries.
 """
@@ -16,6 +17,7 @@ import json
 
 import matplotlib
 import numpy as np
+from scipy.stats import nct
 from scipy.stats import t as student
 
 from benchmarks import ROOT
@@ -76,21 +78,28 @@ def final(result):
 def matrix(results, seeds, step=None):
     """Scores by task: arrays of shape (seeds, queries)."""
     ranks = [final(results[seed]) if step is None else results[seed]["ranks"][str(step)] for seed in seeds]
-    return {name: np.stack([score(name, part[name]) for part in ranks]) for name in tasks()}
+    return {name: np.stack([score(task, part[name]) for part in ranks]) for name, task in tasks().items()}
 
 
-def over_queries(scores, rng):
-    """Half-widths of the intervals over queries: of the mean over tasks, and by task. `scores`: (queries,) by task."""
-    draws = {name: bootstrap(values, tasks()[name].groups, rng) for name, values in scores.items()}
+def over_queries(scores, found, rng):
+    """Half-widths of the intervals over queries: of the mean over tasks, and by task.
+
+    `scores` has an array of shape (queries,) by task, `found` the tasks by name.
+    """
+    draws = bootstrap(scores, {name: found[name].groups for name in scores}, rng)
     return half_width(np.mean(list(draws.values()), axis=0)), {name: half_width(part) for name, part in draws.items()}
 
 
 def bootstrap(values, groups, rng):
-    """Means of `values` over samples of the groups, with replacement."""
-    _, index = np.unique(groups, return_inverse=True)
-    sums, counts = np.bincount(index, values), np.bincount(index)
-    picks = rng.integers(0, len(counts), (SAMPLES, len(counts)))
-    return sums[picks].sum(1) / counts[picks].sum(1)
+    """Means of `values` by task over samples of the groups, with replacement: each sample is one for all tasks."""
+    known, index = np.unique(np.concatenate([groups[name] for name in values]), return_inverse=True)
+    picks = rng.integers(0, len(known), (SAMPLES, len(known)))
+    ends = np.cumsum([len(groups[name]) for name in values])
+    draws = {}
+    for name, part in zip(values, np.split(index, ends[:-1])):
+        sums, counts = np.bincount(part, values[name], len(known)), np.bincount(part, minlength=len(known))
+        draws[name] = sums[picks].sum(1) / counts[picks].sum(1)
+    return draws
 
 
 def half_width(draws):
@@ -106,8 +115,17 @@ def over_seeds(values):
 
 
 def seeds_for(difference, spread):
-    """How many paired seeds detect a difference with power 0.8 (5 %, two-sided, normal)."""
-    return int(np.ceil((1.96 + 0.84) ** 2 * spread**2 / difference**2)) + 1
+    """How many paired seeds show a difference with power 0.8: Student's test at 5 %, two-sided, as the intervals."""
+    seeds = 2
+    # Without spread two seeds show everything. The power is NaN where scipy cannot tell it from 1, which ends this.
+    while spread and power(seeds, difference / spread) < 0.8:
+        seeds += 1
+    return seeds
+
+
+def power(seeds, effect):
+    """How often Student's interval of this many seeds lies beyond 0, for a difference of `effect` deviations."""
+    return nct.sf(student.ppf(0.975, seeds - 1), seeds - 1, effect * np.sqrt(seeds))
 
 
 def arm_table(table, results):
@@ -120,14 +138,14 @@ def arm_table(table, results):
     label |= {"btok": "λ = 0", "btok-condensation": "λ = 5"} if table == "weights" else {}
     lines = [f"| task | queries / candidates | chance | baseline | {' | '.join(label[arm] for arm in arms)} |"]
     lines.append("|---" * (len(arms) + 4) + "|")
-    widths = {arm: over_queries({n: s.mean(0) for n, s in scores[arm].items()}, rng) for arm in arms}
+    widths = {arm: over_queries({n: s.mean(0) for n, s in scores[arm].items()}, tasks(), rng) for arm in arms}
     for name, task in tasks().items():
         simple = baseline(task)
         cells = [f"{scores[arm][name].mean():.1f} ± {widths[arm][1][name]:.1f}" for arm in arms]
         pool = len(task.choices[0]) if task.choices is not None else len(task.candidates)
         lines.append(
             f"| {name} | {len(task.queries):,} / {pool:,} | {chance(task):.1f} | "
-            f"{'–' if simple is None else f'{score(name, simple).mean():.1f}'} | {' | '.join(cells)} |"
+            f"{'–' if simple is None else f'{score(task, simple).mean():.1f}'} | {' | '.join(cells)} |"
         )
     means = {arm: np.mean([part.mean(1) for part in scores[arm].values()], axis=0) for arm in arms}
     lines.append(
@@ -152,14 +170,14 @@ def arm_table(table, results):
         pairs = [(a, REFERENCE[table]) for a in arms if a != REFERENCE[table]]
     for arm, other in pairs:
         gain = means[arm] - means[other]
-        width, _ = over_queries({n: (scores[arm][n] - scores[other][n]).mean(0) for n in scores[arm]}, rng)
+        width, _ = over_queries({n: (scores[arm][n] - scores[other][n]).mean(0) for n in scores[arm]}, tasks(), rng)
         need = seeds_for(2, np.std(gain, ddof=1)) if len(gain) > 1 else "–"
         lines.append(
             f"| {label[arm]} − {label[other]} | {gain.mean():+.2f} | {over_seeds(gain):.2f} | {width:.2f} | {need} |"
         )
     minutes = {arm: np.median([results[arm][seed]["train_minutes"] for seed in seeds]) for arm in arms}
     note = ", ".join(f"{label[arm]} {minutes[arm]:.1f}" for arm in arms)
-    lines += ["", f"Seeds {', '.join(map(str, seeds))}. Minutes of training (median): {note}."]
+    lines += ["", f"Seeds {', '.join(map(str, seeds))}.", f"Minutes of training (median): {note}."]
     return "\n".join(lines) + "\n"
 
 

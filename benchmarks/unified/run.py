@@ -121,7 +121,7 @@ def card_section(ranks):
         cells = (
             f"{len(task.queries):,}",
             f"{pool:,}",
-            f"{score(name, ranks[name]).mean():.1f}",
+            f"{score(task, ranks[name]).mean():.1f}",
             f"{chance(task):.1f}",
         )
         lines.append(f"| {name} | {' | '.join(cells)} |")
