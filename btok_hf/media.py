@@ -9,13 +9,14 @@ import itertools
 import math
 import struct
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, BinaryIO, TypedDict
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 # What strings are recognised by. A `Path`, and a string that names an existing file, may have any suffix.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".avif", ".jp2")
@@ -112,7 +113,7 @@ def tiff_pages(content: bytes) -> list[int]:
     """
     pages: list[int] = []
     try:
-        with Image.open(io.BytesIO(content), formats=["TIFF"]) as image:
+        with closing(TiffImagePlugin.TiffImageFile(io.BytesIO(content))) as image:
             for index in itertools.count():
                 try:
                     image.seek(index)

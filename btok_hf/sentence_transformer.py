@@ -91,7 +91,8 @@ class BTokSentenceTransformer(PackedEncoder):
             )
             if not has_adapters(module.model):  # their card tells how to load adapters
                 card = self._file("README.md", model_name_or_path, hub_kwargs)
-                self._model_card_text = None if card is None else card.decode("utf-8", errors="replace")
+                text = None if card is None else card.decode("utf-8", errors="replace")
+                self._model_card_text = text  # type: ignore[assignment]  # declared without a type there
         self._described = {**self.prompts, **saved.get("prompts", {})}, described
         self._source = model_name_or_path, hub_kwargs
 

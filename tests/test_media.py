@@ -1,5 +1,7 @@
 """Images, frames and their metadata."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -62,6 +64,18 @@ def test_reduced_copies_in_a_tiff_are_no_pages(tmp_path):
     assert [read_image(tmp_path / "a.tif", page=page).getpixel((0, 0))[0] for page in (1, 3, 5)] == [0, 80, 160]
     images[0].save(tmp_path / "a.gif", save_all=True, append_images=images[1:])
     assert tiff_pages((tmp_path / "a.gif").read_bytes()) == tiff_pages(b"") == []
+
+
+def test_no_page_of_a_cut_tiff_is_missing(tmp_path):
+    """Wherever it is cut behind its first page: the page that cannot be read any more is named."""
+    images = [Image.new("L", (40, 40), shade) for shade in (0, 80)]
+    images[0].save(tmp_path / "a.tif", save_all=True, append_images=images[1:])
+    content = (tmp_path / "a.tif").read_bytes()
+    assert tiff_pages(content) == [1, 2]
+    for cut in range(len(content) // 2, len(content) - 20, 7):
+        assert tiff_pages(content[:cut]) == [1, 2]
+        with pytest.raises(ValueError, match="cannot be decoded"):
+            read_image(io.BytesIO(content[:cut]), page=2)
 
 
 def test_photographs_are_upright(loaded, tmp_path):

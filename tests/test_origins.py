@@ -3,6 +3,8 @@
 import base64
 import contextlib
 import io
+import struct
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -76,6 +78,36 @@ def test_formats_that_nobody_sends_are_refused(kind):
         Origins(*BOUNDS).image(data(file.getvalue()))
 
 
+def two_files_at_once(width, height):
+    """A TIFF file of 1 x 1 pixels that is also an IM file of this size, which Pillow tries before TIFF."""
+    im = b": x\nImage type: 0 1 image\nImage size (x*y): %d*%d\nFile size (no of images): 1\n\x1a" % (width, height)
+    im = im.ljust(504, b"\0") + b"\xaa" * ((width + 7) // 8 * height)
+    tags = [(256, 3, 1), (257, 3, 1), (258, 3, 8), (259, 3, 1), (262, 3, 1), (273, 4, 8), (277, 3, 1), (278, 3, 1)]
+    tags = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in [*tags, (279, 4, 1)])
+    return b"II*\0" + struct.pack("<I", 8 + len(im)) + im + struct.pack("<H", 9) + tags + bytes(4)
+
+
+def test_files_of_two_formats_cannot_hide_their_pixels():
+    content = two_files_at_once(300, 200)
+    assert Image.open(io.BytesIO(content), formats=["TIFF"]).size == (1, 1)
+    with Image.open(io.BytesIO(content)) as decoded:
+        assert decoded.size == (300, 200)
+    origins = Origins(10_000, 10**6, 60)
+    for read in (
+        lambda: origins.image(data(content, "image/tiff")),
+        lambda: origins.video(data(content, "video/jpeg")),
+    ):
+        with pytest.raises(ValueError, match=r"two files at once: TIFF of 1 x 1, and IM of 300 x 200\. Save it anew"):
+            read()
+
+
+def test_files_of_cameras_with_several_pictures_are_images():
+    """MPO, which Pillow tells from JPEG only by what is in it."""
+    file = io.BytesIO()
+    image(28, 28).save(file, "MPO", save_all=True, append_images=[image(28, 28, 1)])
+    assert Origins(*BOUNDS).image(data(file.getvalue()))[1] == 784
+
+
 def test_damaged_images_are_refused():
     """Found by `benchmarks.fuzz.requests`: at damaged AVIF files Pillow raises RuntimeError, which was status 500."""
     file = io.BytesIO()
@@ -96,6 +128,13 @@ def test_a_video_file_is_read_as_in_the_library():
         Origins(1000, 10**6, 60).video(data(content, "video/mp4"))
     with pytest.raises(ValueError, match="takes more than 0 seconds"):
         Origins(10**6, 10**6, 0).video(data(content, "video/mp4"))
+
+
+def test_a_server_without_pyav_says_what_it_reads(monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)  # its import fails, as where it is not installed
+    content = (MEDIA / "rotated.mp4").read_bytes()
+    with pytest.raises(ValueError, match=r"PyAV is missing \(pip install 'btok-hf\[video\]'\); send frames as data:"):
+        Origins(*BOUNDS).video(data(content, "video/mp4"))
 
 
 # ---------------------------------------------------------------- files

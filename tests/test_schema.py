@@ -37,6 +37,8 @@ def test_a_message_is_one_row_of_all_its_parts():
 def test_instructions_are_system_messages():
     body = {"messages": [{"role": "system", "content": "Find it."}, message("a")]}
     assert EmbeddingRequest.model_validate(body).instruction() == "Find it."
+    body["messages"][0]["role"] = "developer"  # OpenAI's newer name
+    assert EmbeddingRequest.model_validate(body).instruction() == "Find it."
     assert EmbeddingRequest.model_validate({"input": "a"}).instruction() is None
 
 

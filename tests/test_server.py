@@ -29,6 +29,7 @@ from btok_hf.serving.origins import Origins
 from btok_hf.serving.server import ServedModel, make_app
 from btok_hf.serving.verify_url import verify_url
 
+PART = {"type": "image_url"}
 FRAMES = [image(56, 56, seed) for seed in range(4)]
 
 
@@ -188,6 +189,18 @@ def test_many_clients_at_once_get_their_own_vectors(server, model):
         ({"input": ["a"] * 257}, "--max-rows"),
         ({"input": [1, 2]}, "token ids"),
         ({"input": [[1, 2]]}, "token ids"),
+        ({"input": [["a", "b"]]}, "^'input' takes a text or one list of texts, got a list of lists"),
+        ({"input": [message("a")]}, "^'input' takes texts: put chats into 'messages'"),
+        ({"input": [[message("a")]]}, "^'input' takes texts: put chats into 'messages'"),
+        ({"input": ["a", None]}, r"^input\.1: "),
+        ({"input": "a", "chat_template_kwargs": {"a": 1}}, "^chat_template_kwargs: no settings .* leave it out$"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, r"^messages\.0\.role: .*'user', got 'assistant'$"),
+        (
+            {"messages": [{"role": "user", "content": [PART | {"image_url": "a"}]}]},
+            r'^\S*0\.image_url: .*{"url": "…"}',
+        ),
+        ({"messages": [{"role": "user", "content": [PART]}]}, r"^messages\.0\.content\.0\.image_url: Field required$"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, r"^messages\.0\.content\.0: .*'audio'"),
         ({"input": ["a", "  "]}, "Input 1 .*empty"),
         ({"input": ["\ud800"]}, "lone surrogate"),
         ({"input": "a", "unknown": 1}, "Extra inputs"),
@@ -296,6 +309,15 @@ def test_media_that_fit_no_row_are_refused_before_they_are_processed(exported, m
     with TestClient(make_app(model, "tiny", Limits(), Origins(10**6, 10**6, 10))) as client:
         error = refusal(client, 400, {"messages": [message(*[tiny] * 41)]})
     assert "about 41 tokens, and a row has 20 (max_seq_length): send fewer" in error
+
+
+def test_broken_weights_are_no_mistake_of_the_client(exported):
+    model = ServedModel(str(exported), device="cpu")
+    model.transformer.model.get_input_embeddings().weight.data.fill_(float("nan"))
+    with TestClient(
+        make_app(model, "tiny", Limits(), Origins(10**6, 10**6, 10)), raise_server_exceptions=False
+    ) as client:
+        assert "its log says why" in refusal(client, 500, {"input": ["a", "b"]})
 
 
 def test_a_slow_client_is_cut_off_and_others_are_not(narrow):

@@ -1,6 +1,7 @@
 """The Space of `examples/space` starts from nothing and finds its files."""
 
 import re
+import shutil
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 import yaml
 from support import ROOT
 from support.app import page
+from support.repositories import contents
 
 from examples import search
 
@@ -28,15 +30,24 @@ def space(tmp_path_factory):
     folder = tmp_path_factory.mktemp("space")
     command = [sys.executable, "-m", "examples.space.prepare", folder / "space", "--each", "8"]
     command += ["--model", search.SMALL]
+    (folder / "space" / "model").mkdir(parents=True)
+    (folder / "space" / "model" / "model-00001-of-00002.safetensors").touch()  # of an earlier model
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     (folder / "uploads").mkdir()
     return folder
 
 
 def test_it_starts_and_finds(space):
-    with page([space / "space" / "app.py"], space / "uploads") as client:
+    written = contents(space / "space").keys()
+    assert "model/model-00001-of-00002.safetensors" not in written
+    with page([space / "space" / "app.py"], space / "uploads", HF_HOME=str(space / "cache")) as client:
         html, summary = client.predict("a definition", None, None, ["text"], "", False, 24, api_name="/search")[:2]
         assert "8 of 32 items" in summary and len(re.findall("data-id=", html)) == 8
         for kind, count in (("image", 8), ("video", 8), ("page", 8)):
             assert f"{count} of" in client.predict("x", None, None, [kind], "", False, 24, api_name="/search")[1]
-    assert (space / "space" / "LICENSES-emoji.md").is_file()
+    assert "LICENSES-emoji.md" in written
+    # The folder is what `hf upload` takes: it starts elsewhere as well.
+    assert contents(space / "space").keys() == written
+    shutil.copytree(space / "space", space / "elsewhere")
+    with page([space / "elsewhere" / "app.py"], space / "uploads", HF_HOME=str(space / "cache")) as client:
+        assert "8 of" in client.predict("x", None, None, ["page"], "", False, 24, api_name="/search")[1]

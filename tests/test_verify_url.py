@@ -9,10 +9,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 from PIL import Image
+from support.serving import served
 
-from btok_hf import BTokSentenceTransformer
+from btok_hf import BTokSentenceTransformer, export_model, golden
 from btok_hf.cli import main
-from btok_hf.serving.verify_url import request_body, verify_url
+from btok_hf.serving.verify_url import _served_model, request_body, verify_url
 
 
 class Server(ThreadingHTTPServer):
@@ -22,6 +23,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.model, self.lock, self.encodings, self.key = model, threading.Lock(), [], None
         self.change, self.most = lambda vector: vector, None
+        self.takes_input, self.before_input, self.reorder = True, "", lambda rows: rows[::-1]
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -46,6 +48,10 @@ class Handler(BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["content-length"])))
         assert self.allowed()
         assert self.path == "/v1/embeddings" and request["model"] == "served"
+        if "input" in request:
+            if not self.server.takes_input:
+                return self.answer(422, {"error": {"message": "messages only"}})
+            return self.answer_texts(request)
         item, prompt = {"image": [], "text": []}, None
         for message in request["messages"]:
             if message["role"] == "system":
@@ -61,15 +67,25 @@ class Handler(BaseHTTPRequestHandler):
                     item["image"].append(Image.open(io.BytesIO(base64.b64decode(data))))
         item = {key: value for key, value in item.items() if value}
         with self.server.lock:
-            (vector,) = self.server.model.encode([item], prompt=prompt)
-        vector = self.server.change(vector.astype("<f4"))
-        vector = vector[: request.get("dimensions", self.server.most)]
+            vectors = self.server.model.encode([item], prompt=prompt)
+        self.answer_rows(request, vectors)
+
+    def answer_texts(self, request):
+        """The rows of a list in the reverse order, with their indices."""
+        texts = request["input"] if isinstance(request["input"], list) else [request["input"]]
+        with self.server.lock:
+            vectors = self.server.model.encode([{"text": self.server.before_input + text} for text in texts])
+        self.answer_rows(request, vectors)
+
+    def answer_rows(self, request, vectors):
+        rows = []
+        for index, vector in enumerate(vectors):
+            vector = self.server.change(vector.astype("<f4"))[: request.get("dimensions", self.server.most)]
+            encoded = base64.b64encode(vector.tobytes()).decode()
+            vector = encoded if request["encoding_format"] == "base64" else vector.tolist()
+            rows.append({"index": index, "embedding": vector})
         self.server.encodings.append(request["encoding_format"])
-        if request["encoding_format"] == "base64":
-            vector = base64.b64encode(vector.tobytes()).decode()
-        else:
-            vector = vector.tolist()
-        self.answer(200, {"data": [{"embedding": vector}]})
+        self.answer(200, {"data": self.server.reorder(rows)})
 
     def log_message(self, *arguments):
         pass
@@ -94,6 +110,39 @@ def test_right_vectors_and_what_is_not_reached(exported, server, capsys):
     assert set(server.encodings) == {"float", "base64"}
 
 
+def test_texts_are_sent_as_input_too(exported, server, capsys):
+    """Servers may put `messages` through the chat template, and `input` not."""
+    assert verify_url(exported, server.url) < 1e-5
+    lines = {line[:18].strip(): line[37:].split()[0] for line in capsys.readouterr().out.splitlines() if " ok" in line}
+    assert {name for name, value in lines.items() if value != "–"} == set(golden.TEXTS)
+    server.before_input = " x"
+    with pytest.raises(RuntimeError, match=r"'short text': .*'long text': .*'other scripts': ") as error:
+        verify_url(exported, server.url)
+    assert "'prompt query'" not in str(error.value) and "'image'" not in str(error.value)
+    server.takes_input = False
+    assert verify_url(exported, server.url) < 1e-5
+    assert "texts as input: not reached: HTTP 422" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "reorder",
+    [lambda rows: rows[:1], lambda rows: [{**row, "index": 0} for row in rows], lambda rows: rows * 2],
+    ids=["one", "same", "twice"],
+)
+def test_rows_without_their_place_are_an_error(exported, server, reorder):
+    server.reorder = lambda rows: reorder(rows) if len(rows) > 1 else rows
+    with pytest.raises(RuntimeError, match=r"answers no embedding \(ValueError: rows \[.*\] for 3 inputs\)"):
+        verify_url(exported, server.url)
+
+
+def test_rows_without_a_prompt_replace_the_default_prompt(exported, tmp_path, capsys):
+    options = {"prompts": {"document": "Doc."}, "default_prompt_name": "document"}
+    repo = export_model(BTokSentenceTransformer(exported, device="cpu", **options), tmp_path / "model")
+    with served(repo) as client:
+        assert verify_url(repo, str(client.base_url)) < 1e-5
+    assert "texts as input: not compared: the repository has a default prompt" in capsys.readouterr().out
+
+
 def test_the_key_of_the_server_is_sent(exported, server, monkeypatch):
     server.key = "secret"
     monkeypatch.setenv("BTOK_API_KEY", "secret")
@@ -104,6 +153,30 @@ def test_the_key_of_the_server_is_sent(exported, server, monkeypatch):
     monkeypatch.delenv("BTOK_API_KEY")
     with pytest.raises(RuntimeError, match=r"asks for a key, and there is none in BTOK_API_KEY .*BTOK_API_KEY=…"):
         verify_url(exported, server.url)
+
+
+def test_the_key_is_not_sent_to_where_a_server_redirects(monkeypatch):
+    asked = []
+
+    class Other(Handler):
+        def do_GET(self):
+            asked.append(self.headers["authorization"])
+            if self.server is first:
+                self.send_response(302)
+                self.send_header("location", f"http://localhost:{second.server_port}/v1/models")
+                self.end_headers()
+            else:
+                self.answer(200, {"data": [{"id": "served"}]})
+
+    first, second = (ThreadingHTTPServer(("127.0.0.1", 0), Other) for _ in range(2))
+    with first, second:
+        for each in (first, second):
+            threading.Thread(target=each.serve_forever, daemon=True).start()
+        monkeypatch.setenv("BTOK_API_KEY", "secret")
+        assert _served_model(f"http://127.0.0.1:{first.server_port}") == "served"
+        for each in (first, second):
+            each.shutdown()
+    assert asked == ["Bearer secret", None]
 
 
 @pytest.mark.parametrize(

@@ -92,15 +92,41 @@ def test_what_the_cpu_kernels_of_recurrent_layers_cannot_run_is_refused(dtype, k
         vllm_plugin.BTokRecurrentConfig.check_cpu_kernels(config)
 
 
-def test_the_renderer_and_the_defaults_of_videos_are_set():
-    def config(mode, **video):
-        reading = {"video": video} if video else {}
-        return SimpleNamespace(tokenizer_mode=mode, multimodal_config=SimpleNamespace(media_io_kwargs=reading))
+def config(tokenizer, mode="auto", asked=None, positions=4096, **video):
+    """What vLLM has read and computed when it calls the plugin. It counts scaled positions twice."""
+    reading = {"video": video} if video else {}
+    return SimpleNamespace(
+        tokenizer_mode=mode,
+        multimodal_config=SimpleNamespace(media_io_kwargs=reading),
+        tokenizer=str(tokenizer),
+        tokenizer_revision=None,
+        hf_text_config=SimpleNamespace(max_position_embeddings=positions),
+        original_max_model_len=asked,
+        max_model_len=2 * positions if asked in (None, -1) else asked,
+    )
 
+
+@pytest.mark.parametrize(
+    ("saved", "asked", "expected"),
+    [(300, None, 300), (int(1e30), None, 4096), (None, None, 4096), (300, -1, 300), (300, 4096, 4096), (300, 8, 8)],
+)
+def test_rows_are_as_long_as_in_this_library(tmp_path, saved, asked, expected):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": saved} if saved else {}))
+    changed = config(tmp_path, asked=asked)
+    vllm_plugin.BTokConfig.verify_and_update_model_config(changed)
+    assert changed.max_model_len == expected
+
+
+def test_rows_beyond_the_positions_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"within its 4096 positions, got --max-model-len 4097.*Give 4096 at most"):
+        vllm_plugin.BTokConfig.verify_and_update_model_config(config(tmp_path, asked=4097))
+
+
+def test_the_renderer_and_the_defaults_of_videos_are_set(exported):
     update = vllm_plugin.BTokConfig.verify_and_update_model_config
     for given, expected in (({}, vllm_plugin.VIDEO), ({"num_frames": 8}, {**vllm_plugin.VIDEO, "num_frames": 8})):
-        changed = config("auto", **given)
+        changed = config(exported, **given)
         update(changed)
         assert changed.tokenizer_mode == "btok" and changed.multimodal_config.media_io_kwargs == {"video": expected}
     with pytest.raises(ValueError, match="got --tokenizer-mode slow"):
-        update(config("slow"))
+        update(config(exported, "slow"))

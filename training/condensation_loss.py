@@ -277,17 +277,19 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
         if all(given is not None for given in self._hashes):
             hashes = [given.to(x.device) for x, given in zip(columns, self._hashes) if given is not None]
         # All negatives form one block, which may be empty: processes may have different numbers of them.
-        parts = [
-            (columns[0], hashes[0]),
-            (columns[1], hashes[1]),
-            (torch.cat([columns[0][:0], *columns[2:]]), torch.cat([hashes[0][:0], *hashes[2:]])),
+        sides = [
+            Side(columns[0], hashes[0]),
+            Side(columns[1], hashes[1]),
+            Side(torch.cat([columns[0][:0], *columns[2:]]), torch.cat([hashes[0][:0], *hashes[2:]])),
         ]
         rows, first = len(columns[0]), 0
         if self.gather_across_devices:
-            parts = [(_gather(x, n), _gather(hashed, n)) for (x, hashed), n in zip(parts, self._sizes)]
+            sides = [Side(_gather(x, n), _gather(hashed, n)) for (x, hashed), n in zip(sides, self._sizes)]
             first = sum(self._sizes[0][: distributed.get_rank()])
         return infonce(
-            *(Side(*part) for part in parts),
+            sides[0],
+            sides[1],
+            sides[2],
             torch.arange(first, first + rows, device=columns[0].device),
             dims=self.matryoshka_dims,
             temperature=self.temperature,

@@ -52,8 +52,8 @@ def infonce(
         cut = [F.normalize(side.embeddings[:, :dim], dim=1) for side in (queries, positives, negatives)]
 
         def block_loss(block: Tensor, cut: Sequence[Tensor] = cut) -> Tensor:
-            ids = (queries.ids, positives.ids, negatives.ids)
-            return _block_loss(*cut, *false_negatives(block, *ids), block, temperature, symmetric)
+            masks = false_negatives(block, queries.ids, positives.ids, negatives.ids)
+            return _block_loss(cut, masks, block, temperature, symmetric)
 
         for block in own.split(SCORE_ROWS):
             # Recomputed in the backward pass, so that memory never holds all scores of a large batch.
@@ -62,17 +62,10 @@ def infonce(
 
 
 def _block_loss(
-    queries: Tensor,
-    positives: Tensor,
-    negatives: Tensor,
-    of_positives: Tensor,
-    of_negatives: Tensor,
-    of_queries: Tensor,
-    block: Tensor,
-    temperature: float,
-    symmetric: bool,
+    sides: Sequence[Tensor], masks: Sequence[Tensor], block: Tensor, temperature: float, symmetric: bool
 ) -> Tensor:
-    """Summed InfoNCE of the queries with indices `block`, without what is masked."""
+    """Summed InfoNCE of the queries with indices `block`, without what is masked (`false_negatives`)."""
+    (queries, positives, negatives), (of_positives, of_negatives, of_queries) = sides, masks
     to_positives = (queries[block] @ positives.T / temperature).masked_fill(of_positives, -torch.inf)
     to_negatives = (queries[block] @ negatives.T / temperature).masked_fill(of_negatives, -torch.inf)
     right = to_positives.gather(1, block[:, None])[:, 0]

@@ -75,7 +75,13 @@ class Origins:
         """
         if not url.startswith(FRAMES):
             content, left = io.BytesIO(self._content(url, "video")), self.most_pixels - taken
-            video = read_video(content, most_pixels=left, most_seconds=self.most_seconds)
+            try:
+                video = read_video(content, most_pixels=left, most_seconds=self.most_seconds)
+            except ImportError as error:
+                raise ValueError(
+                    "this server cannot read video files: PyAV is missing (pip install 'btok-hf[video]'); send frames "
+                    f"as {FRAMES}…"
+                ) from error
             return video, video["array"].size // 3
         frames, pixels = [], 0
         for frame in url.removeprefix(FRAMES).split(","):
@@ -118,12 +124,20 @@ class Origins:
         """An image that is not decoded yet."""
         try:
             image: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
+            # What `read_image` will decode: a file that is two formats at once may be small in one, and large in the
+            # other.
+            decoded = Image.open(io.BytesIO(content))
         except Image.DecompressionBombError as error:
             raise ValueError(f"an image has more than {self.most_pixels} pixels (--max-image-pixels)") from error
         except MemoryError:
             raise
         except Exception as error:  # decoders raise any type at damaged files
             raise ValueError(f"an image is not one of {', '.join(FORMATS)} in base64, or damaged") from error
+        if (image.format, image.size) != (decoded.format, decoded.size):
+            raise ValueError(
+                f"an image is two files at once: {image.format} of {image.width} x {image.height}, and "
+                f"{decoded.format} of {decoded.width} x {decoded.height}. Save it anew as one of {', '.join(FORMATS)}"
+            )
         if taken + image.width * image.height > self.most_pixels:
             raise ValueError(
                 f"the images and videos of a request have more than {self.most_pixels} pixels in all "

@@ -6,7 +6,7 @@ Text is never taken for a file or a special token. What media may be opened is i
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from btok_hf.inputs import ImageLimits, check_input, read_text
 from btok_hf.serving.origins import FRAMES, WEB, Origins
@@ -35,6 +35,13 @@ class Address(_Strict):
     url: str
     detail: Literal["auto", "low", "high"] | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_text(cls, body: Any) -> Any:
+        if isinstance(body, str):
+            raise ValueError('an address is {"url": "…"}, got a text')
+        return body
+
 
 class TextPart(_Strict):
     """A text of a message."""
@@ -57,14 +64,23 @@ class VideoPart(_Strict):
     video_url: Address
 
 
-Empty = Annotated[dict[str, Any], Field(max_length=0)] | None
+def _check_empty(settings: dict[str, Any]) -> dict[str, Any]:
+    if settings:
+        raise ValueError("no settings are taken here: leave it out")
+    return settings
+
+
+Empty = Annotated[dict[str, Any], AfterValidator(_check_empty)] | None
 Part = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
 
 
 class Message(_Strict):
-    """A system message, which is the instruction, or the user's message, which is the input."""
+    """A system message, which is the instruction, or the user's message, which is the input.
 
-    role: Literal["system", "user"]
+    `developer` is OpenAI's newer name of `system`.
+    """
+
+    role: Annotated[Literal["system", "user"], BeforeValidator(lambda role: "system" if role == "developer" else role)]
     content: str | Annotated[list[Part], Field(max_length=MOST_PARTS, fail_fast=True)]
 
     def parts(self) -> list[TextPart | ImagePart | VideoPart]:
@@ -110,13 +126,21 @@ class EmbeddingRequest(_WithoutEffect):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_token_ids(cls, body: Any) -> Any:
+    def _only_texts(cls, body: Any) -> Any:
         given = body.get("input") if isinstance(body, Mapping) else None
-        if isinstance(given, list) and any(isinstance(part, (int, list)) for part in given):
+        if not isinstance(given, list):
+            return body
+        values = (value for part in given for value in (part if isinstance(part, list) else [part]))
+        other = next((value for value in values if not isinstance(value, str)), None)
+        if isinstance(other, Mapping):
+            raise ValueError("'input' takes texts: put chats into 'messages', one a request")
+        if isinstance(other, int):
             raise ValueError(
                 "lists of token ids are not accepted in 'input': ids of another tokenizer would be other words. Send "
                 "texts (LangChain: check_embedding_ctx_length=False)"
             )
+        if any(isinstance(part, list) for part in given):
+            raise ValueError("'input' takes a text or one list of texts, got a list of lists: send their texts in one")
         return body
 
     @model_validator(mode="after")

@@ -7,7 +7,8 @@ import asyncio
 import base64
 import math
 import os
-from collections.abc import AsyncIterator, Collection, Sequence
+import reprlib
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -56,6 +57,19 @@ class ServedModel(BTokSentenceTransformer):
                 f"the images and videos of a row have about {tokens} tokens, and a row has {most} (max_seq_length): "
                 "send fewer or smaller ones"
             )
+
+    def forward(self, input: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """As in the superclass.
+
+        Raises:
+            RuntimeError: An embedding is not finite. `encode` has a ValueError for it, which clients cannot mend.
+        """
+        features = super().forward(input, **kwargs)
+        if not features["sentence_embedding"].isfinite().all():
+            raise RuntimeError(
+                "The model gives embeddings that are not finite: its weights are broken, or too large for --dtype."
+            )
+        return features
 
     def embed(self, items: list[Any], prompt: str) -> tuple[np.ndarray, np.ndarray]:
         """Embeddings of shape `(inputs, dimensions)` and tokens of each input. For one thread."""
@@ -119,11 +133,12 @@ def make_app(model: ServedModel, name: str, limits: Limits, origins: Origins, ap
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         # Of a value that may have two forms, the error of the one that was read further.
         last = max(reversed(error.errors()), key=lambda one: len(one["loc"]))
-        # The path to the value: body, then names of fields and alternatives.
-        where = ".".join(str(part) for part in last["loc"] if part != "body")
+        where = _place(last, error.body)
         message = last["msg"].removeprefix("Value error, ")
+        if last["type"] == "literal_error":
+            message += f", got {reprlib.repr(last['input'])}"
         if last["type"] == "json_invalid":
-            where, message = "", f"the body is not JSON (at character {where or 0})"
+            where, message = "", f"the body is not JSON (at character {last['loc'][-1]})"
         elif isinstance(error.body, bytes):
             where, message = "", "the body is not read as JSON: send the header Content-Type: application/json"
         return error_response(400, f"{where}: {message}" if where else message, where or None)
@@ -190,6 +205,16 @@ def make_app(model: ServedModel, name: str, limits: Limits, origins: Origins, ap
         }
 
     return app
+
+
+def _place(error: Mapping[str, Any], body: Any) -> str:
+    """The path to a wrong value: names of fields and numbers, without those that pydantic gives to alternatives."""
+    path, value = [], body
+    for part in error["loc"][1:]:
+        if (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int)):
+            value = value[part]
+            path.append(part)
+    return ".".join(map(str, path + ([error["loc"][-1]] if error["type"] == "missing" else [])))
 
 
 def instruction_of(model: BTokSentenceTransformer, body: EmbeddingRequest) -> str:

@@ -2,7 +2,7 @@
 
 Inputs are sent as chat `messages`, which vLLM, SGLang and others take: images as data URLs, a video as a data URL of
 its frames. Each input is sent alone, with numbers as the answer, and then all of them at once, in base64, which is
-what clients of OpenAI ask for.
+what clients of OpenAI ask for. Texts without instruction are sent as `input` too: servers may embed it in another way.
 """
 
 import base64
@@ -10,17 +10,21 @@ import json
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub import hf_hub_download
 
 from btok_hf.hub import check_distinct, golden_file
 from btok_hf.serving import KEY
 
-TIMEOUT = 300  # seconds for one input
+# From the part of a request that holds the inputs, and the encoding, to the embeddings, or why the server refused it.
+Embed = Callable[[dict[str, Any], str], "list[np.ndarray] | str"]
+TIMEOUT = 300  # seconds for one request
+SETTINGS = "config_sentence_transformers.json"
 
 
 def verify_url(
@@ -34,7 +38,8 @@ def verify_url(
     """Check that a running server reproduces the golden vectors of a repository. A table is printed.
 
     Inputs that the server refuses, such as videos, are listed as not reached. If the environment has `BTOK_API_KEY`,
-    it is sent as the key.
+    it is sent as the key. If the repository has a default prompt, texts are not sent as `input`, because a server may
+    put the prompt before them or not.
 
     Args:
         path_or_repo (`str` or `Path`): Folder or Hub id of the repository that is served.
@@ -58,34 +63,45 @@ def verify_url(
     check_distinct(path_or_repo, content)
     allowed = content["tolerance"] if tolerance is None else tolerance
     rows = content["inputs"]
+    whole = len(base64.b64decode(rows[0]["embedding"])) // 4
+    has_default = _has_default_prompt(path_or_repo, revision, token)
     request = {"model": _served_model(url)}
 
-    def embed(row: dict[str, Any], encoding: str) -> np.ndarray | str:
-        body = {**request, **request_body(row), "encoding_format": encoding}
-        answer, whole = _embed(url, body), len(base64.b64decode(row["embedding"])) // 4
-        if isinstance(answer, str) or len(answer) >= whole:
+    def embed(body: dict[str, Any], encoding: str) -> list[np.ndarray] | str:
+        body = {**request, **body, "encoding_format": encoding}
+        answer = _embed(url, body)
+        if isinstance(answer, str) or len(answer[0]) >= whole:
             return answer
         longer = _embed(url, {**body, "dimensions": whole})  # of a repository with truncate_dim
         return answer if isinstance(longer, str) else longer
 
-    alone = [embed(row, "float") for row in rows]
+    bodies = [request_body(row, has_default) for row in rows]
+    alone = [embed(body, "float") for body in bodies]
     with ThreadPoolExecutor(len(rows)) as pool:
-        together = list(pool.map(lambda row: embed(row, "base64"), rows))
+        together = list(pool.map(lambda body: embed(body, "base64"), bodies))
+    texts = {row["name"]: row["text"] for row in rows if row.keys() == {"name", "text", "embedding"}}
+    plain: dict[str, list[np.ndarray]] = {}
+    note = "not compared: the repository has a default prompt, which a server may put before them or not"
+    if not has_default:
+        plain, note = _embed_as_input(texts, embed)
     largest, different, unreached = 0.0, [], []
-    print(f"{'input':18}{'alone':>9}{'together':>10}")
+    print(f"{'':18}{'alone':>9}{'together':>10}{'as input':>10}")
     for row, *answers in zip(rows, alone, together):
-        refusals = [answer for answer in answers if isinstance(answer, str)]
-        if refusals:
+        if refusals := [answer for answer in answers if isinstance(answer, str)]:
             unreached.append(row["name"])
             print(f"{row['name']:18} not reached: {refusals[0]}")
             continue
         expected = np.frombuffer(base64.b64decode(row["embedding"]), "<f4")
-        pair = [_difference(expected, answer) for answer in answers]
-        fits = all(difference <= allowed for difference in pair)  # false for NaN
-        largest = max(largest, *pair)
-        print(f"{row['name']:18}{pair[0]:9.1e}{pair[1]:10.1e}  {'ok' if fits else 'DIFFERS'}")
+        vectors = [answer[0] for answer in answers if not isinstance(answer, str)] + plain.get(row["name"], [])
+        found = [_difference(expected, vector) for vector in vectors]
+        fits = all(difference <= allowed for difference in found)  # false for NaN
+        largest = max(largest, *found)
+        last = f"{np.max(found[2:]):.1e}" if found[2:] else "–"
+        print(f"{row['name']:18}{found[0]:9.1e}{found[1]:10.1e}{last:>10}  {'ok' if fits else 'DIFFERS'}")
         if not fits:
-            different.append(f"{row['name']!r}: {max(pair):.1e}")
+            different.append(f"{row['name']!r}: {np.max(found):.1e}")
+    if note:
+        print(f"texts as input: {note}")
     if len(unreached) == len(rows):
         raise RuntimeError(f"{url} answers none of the {len(rows)} golden inputs, see above.")
     if different:
@@ -100,11 +116,26 @@ def verify_url(
     return largest
 
 
-def request_body(row: Mapping[str, Any]) -> dict[str, Any]:
+def _embed_as_input(texts: Mapping[str, str], embed: Embed) -> tuple[dict[str, list[np.ndarray]], str]:
+    """The embeddings of texts that are sent as `input`, alone and in one list, by name; or none, and why not."""
+    answers = [embed({"input": text}, "float") for text in texts.values()]
+    answers.append(embed({"input": list(texts.values())}, "base64"))
+    if refusals := [answer for answer in answers if isinstance(answer, str)]:
+        return {}, f"not reached: {refusals[0]}"
+    *alone, together = [answer for answer in answers if not isinstance(answer, str)]
+    return {name: [one[0], other] for name, one, other in zip(texts, alone, together)}, ""
+
+
+def request_body(row: Mapping[str, Any], has_default: bool = False) -> dict[str, Any]:
     """The part of a request to `/v1/embeddings` that holds the input of a golden row, with PNG images in base64.
 
     A video is sent as its frames, without times. The frames of golden videos are two per second, which is what servers
     of this library take them for.
+
+    Args:
+        row (`dict`): Of a golden file.
+        has_default (`bool`): The repository has a default prompt, which an empty system message replaces: chat
+            templates render nothing for it.
     """
     if "messages" in row:
         messages = [{**message, "content": _content(message["content"])} for message in row["messages"]]
@@ -114,6 +145,8 @@ def request_body(row: Mapping[str, Any]) -> dict[str, Any]:
         messages = [{"role": "user", "content": _content(parts)}]
         if "prompt" in row:
             messages.insert(0, {"role": "system", "content": row["prompt"]})
+    if has_default and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": ""})
     return {"messages": messages}
 
 
@@ -136,6 +169,15 @@ def _content(content: Any) -> Any:
     return parts
 
 
+def _has_default_prompt(path_or_repo: str | Path, revision: str | None, token: str | None) -> bool:
+    """Whether texts without a prompt have one, by the settings of the repository."""
+    path = Path(path_or_repo, SETTINGS)
+    if not Path(path_or_repo).exists():
+        path = Path(hf_hub_download(str(path_or_repo), SETTINGS, revision=revision, token=token))
+    saved = json.loads(path.read_text("utf-8"))
+    return bool(saved["prompts"].get(saved.get("default_prompt_name")))
+
+
 def _served_model(url: str) -> str:
     """The name of the first model that the server lists."""
     try:
@@ -156,18 +198,22 @@ def _served_model(url: str) -> str:
 
 
 def _request(address: str, body: bytes | None = None) -> urllib.request.Request:
-    key = os.environ.get(KEY)
-    headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
-    return urllib.request.Request(address, body, headers)
+    request = urllib.request.Request(address, body, {"content-type": "application/json"})
+    if key := os.environ.get(KEY):  # not for the host that an answer may redirect to
+        request.add_unredirected_header("Authorization", f"Bearer {key}")
+    return request
 
 
-def _embed(url: str, body: dict[str, Any]) -> np.ndarray | str:
-    """The embedding of one input, or why the server refused it."""
+def _embed(url: str, body: dict[str, Any]) -> list[np.ndarray] | str:
+    """The embeddings of a request, in the order of its inputs, or why the server refused it."""
     request = _request(f"{url}/v1/embeddings", json.dumps(body).encode())
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-            embedding = json.load(answer)["data"][0]["embedding"]
-        return _as_vector(embedding)
+            rows = sorted(json.load(answer)["data"], key=lambda row: row["index"])
+        count = len(body["input"]) if isinstance(body.get("input"), list) else 1
+        if [row["index"] for row in rows] != list(range(count)):
+            raise ValueError(f"rows {[row['index'] for row in rows]} for {count} inputs")
+        return [_as_vector(row["embedding"]) for row in rows]
     except urllib.error.HTTPError as error:
         message = f"HTTP {error.code} {error.read().decode('utf-8', 'replace')[:200]}"
         if error.code < 500:
@@ -187,7 +233,5 @@ def _as_vector(embedding: Any) -> np.ndarray:
     return np.asarray(embedding, np.float32)
 
 
-def _difference(expected: np.ndarray, actual: np.ndarray | str) -> float:
-    if isinstance(actual, str) or expected.shape != actual.shape:
-        return float("inf")
-    return float(np.abs(expected - actual).max())
+def _difference(expected: np.ndarray, actual: np.ndarray) -> float:
+    return float(np.abs(expected - actual).max()) if expected.shape == actual.shape else float("inf")

@@ -15,7 +15,8 @@ RECURRENT = ("Qwen3_5",)
 MODE = "btok"  # what vLLM calls a tokenizer mode chooses the tokenizer and the renderer; also the video backend
 # Frames without times count as two per second in this library, and none is left out. vLLM would count one per second
 # and drop those after the 32nd. Files are read by this library.
-VIDEO = {"num_frames": -1, "fps": 2.0, "video_backend": MODE}
+FPS = 2.0
+VIDEO = {"num_frames": -1, "fps": FPS, "video_backend": MODE}
 
 
 def register() -> None:
@@ -55,7 +56,11 @@ class BTokConfig:
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Choose the renderer and the defaults of videos. Raises `ValueError` for another tokenizer mode."""
+        """Choose the renderer, the defaults of videos, and the longest row.
+
+        Raises:
+            ValueError: Another tokenizer mode, or rows that are longer than the model's positions.
+        """
         if model_config.tokenizer_mode not in ("auto", "hf", MODE):
             raise ValueError(
                 f"A model with Bottleneck Tokens needs its own tokenizer, got --tokenizer-mode "
@@ -64,6 +69,29 @@ class BTokConfig:
         model_config.tokenizer_mode = MODE
         reading = model_config.multimodal_config.media_io_kwargs
         reading["video"] = VIDEO | reading.get("video", {})
+        BTokConfig.bound_rows(model_config)
+
+    @staticmethod
+    def bound_rows(model_config: Any) -> None:
+        """Take the longest row from the tokenizer, where this library has it, unless the user gave one.
+
+        vLLM counts more positions than there are if they are scaled, and rows beyond them give NaN.
+
+        Raises:
+            ValueError: The user's is longer than the model's positions.
+        """
+        from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+        positions, given = model_config.hf_text_config.max_position_embeddings, model_config.original_max_model_len
+        if given in (None, -1):  # -1 lets vLLM choose less if memory is short
+            saved = get_tokenizer_config(model_config.tokenizer, revision=model_config.tokenizer_revision)
+            most = saved.get("model_max_length") or positions
+            model_config.max_model_len = int(min(model_config.max_model_len, most, positions))
+        elif given > positions:
+            raise ValueError(
+                f"A model with Bottleneck Tokens needs rows within its {positions} positions, got --max-model-len "
+                f"{given}: longer rows would give vectors without meaning, or NaN. Give {positions} at most."
+            )
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:

@@ -4,11 +4,18 @@ A request is refused here, before the engine sees it: an error in the engine wou
 pass for a vector in base64.
 """
 
+import io
+from dataclasses import replace
 from typing import Any
 
+from PIL import Image
 from vllm.exceptions import VLLMValidationError
+from vllm.multimodal.media import MediaWithBytes
 from vllm.renderers import ChatParams
 from vllm.renderers.hf import HfRenderer
+
+from btok_hf.media import as_rgb, frames_as_rgb, video_input
+from btok_hf.serving.vllm_plugin import FPS
 
 
 class BTokRenderer(HfRenderer):
@@ -32,6 +39,20 @@ class BTokRenderer(HfRenderer):
             and "prompt" in prompt
             and not prompt.keys() & {"prompt_token_ids", "multi_modal_data"}
         )
+
+    def _tokenize_singleton_prompt(self, prompt: Any, params: Any) -> Any:
+        return super()._tokenize_singleton_prompt(prompt, _for_media(prompt, params))
+
+    async def _tokenize_singleton_prompt_async(self, prompt: Any, params: Any) -> Any:
+        return await super()._tokenize_singleton_prompt_async(prompt, _for_media(prompt, params))
+
+    # vLLM calls it for both of the paths above, in a thread.
+    def _process_multimodal(self, prompt: Any, mm_data: Any, *args: Any, **kwargs: Any) -> Any:
+        mm_data = dict(mm_data)
+        for kind, read in (("image", _read_image), ("video", _read_video)):
+            if isinstance(items := mm_data.get(kind), (list, tuple, MediaWithBytes, Image.Image)):
+                mm_data[kind] = [read(item) for item in items] if isinstance(items, list) else read(items)
+        return super()._process_multimodal(prompt, mm_data, *args, **kwargs)
 
     def process_for_engine(self, *args: Any, **kwargs: Any) -> Any:
         """The row that goes to the engine. Raises `VLLMValidationError` if it does not end in the K tokens."""
@@ -67,10 +88,37 @@ class BTokRenderer(HfRenderer):
         placeholders = {config.image_token_id, getattr(config, "video_token_id", config.image_token_id)}
         if row["type"] == "token" and placeholders & set(ids):
             raise VLLMValidationError(
-                "The token ids have placeholders of images or videos, but none were sent. Send messages.",
+                "The token ids have placeholders of images or videos, but none were sent. Send messages to "
+                "/v1/embeddings.",
                 parameter="input",
             )
         return row
+
+
+def _for_media(prompt: Any, params: Any) -> Any:
+    """Do not cut a prompt with media yet: vLLM cuts again when they have all their tokens, and refuses to cut them."""
+    return replace(params, truncate_prompt_tokens=None) if prompt.get("multi_modal_data") else params
+
+
+def _read_image(item: Any) -> Any:
+    """An image with more than 8 bits a colour, which vLLM clips to 255, as this library reads it."""
+    sent = isinstance(item, MediaWithBytes)
+    image = Image.open(io.BytesIO(item.original_bytes)) if sent else item
+    if not isinstance(image, Image.Image) or not image.mode.startswith(("I", "F")):
+        return item
+    # The last argument tells vLLM's cache that these are not the pixels that it would read itself.
+    return MediaWithBytes(as_rgb(image), item.original_bytes, {"image_mode": "btok"}) if sent else as_rgb(image)
+
+
+def _read_video(item: Any) -> Any:
+    """A video of one frame, which is there twice in this library."""
+    video = item.media if isinstance(item, MediaWithBytes) else item
+    if not isinstance(video, tuple) or len(video[0]) != 1:
+        return item
+    frames, metadata = video[0], video[1] or {}
+    doubled = video_input(frames_as_rgb(frames), metadata.get("fps", FPS))
+    video = doubled["array"], {**metadata, **doubled["video_metadata"]}
+    return MediaWithBytes(video, item.original_bytes) if isinstance(item, MediaWithBytes) else video
 
 
 def _message(prompt: Any) -> list[Any]:

@@ -42,7 +42,9 @@ def main():
     output.mkdir(parents=True, exist_ok=True)
     for name, source in {**{name: HERE / name for name in SPACE}, **LICENSES}.items():
         shutil.copy(source, output / name)
-    shutil.copytree(arguments.model, output / "model", dirs_exist_ok=True)
+    if (output / "model").exists():  # of an earlier run, whose weights may have other names
+        shutil.rmtree(output / "model")
+    shutil.copytree(arguments.model, output / "model")
     write_files(output / "files", arguments.each)
     print(f"Wrote {output}. Show the page with: python {output}/app.py")
 

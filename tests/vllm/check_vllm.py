@@ -3,7 +3,9 @@
 import base64
 import io
 import json
+import shutil
 import subprocess
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from PIL import Image
 from support import ROOT, tiny
 from support.pictures import MEDIA
+from support.repositories import edit
 from support.vllm_server import CLOSE, PYTHON, VllmServer, environment
 
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model
@@ -186,6 +189,30 @@ def test_pooling_endpoint(served):
             assert np.abs(vector - golden.vector(name)).max() < server.close
 
 
+def content(kind, *files):
+    """A message of an image, or of a video of these frames, in base64."""
+    url = {"image": "data:image/png;base64,", "video": "data:video/jpeg;base64,"}[kind] + ",".join(files)
+    return [{"role": "user", "content": [{"type": f"{kind}_url", f"{kind}_url": {"url": url}}]}]
+
+
+def test_images_of_16_bits_and_clips_of_one_frame(served):
+    """vLLM by itself clips to 255, and takes one frame for one."""
+    repo, server = served
+    model, rng = BTokSentenceTransformer(str(repo), device="cpu"), np.random.default_rng(0)
+    wide = Image.fromarray(rng.integers(0, 2**16, (64, 96), dtype=np.uint16))
+    assert wide.mode == "I;16"
+    buffer = io.BytesIO()
+    wide.save(buffer, "png")
+    (vector,) = server.vectors(messages=content("image", base64.b64encode(buffer.getvalue()).decode()))
+    assert np.abs(vector - model.encode([wide])[0]).max() < server.close
+    if takes_video(repo):
+        frame = Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
+        expected = model.encode([{"video": [frame]}])[0]
+        for frames in ([frame], [frame, frame], [frame]):
+            (vector,) = server.vectors(messages=content("video", *map(png, frames)))
+            assert np.abs(vector - expected).max() < server.close
+
+
 @pytest.mark.parametrize("name", ["rotated.mp4", "cut.mp4", "n1.mp4"])
 def test_files_of_videos_are_read_as_in_this_library(served, name):
     repo, server = served
@@ -281,6 +308,57 @@ def test_text_that_is_cut_at_its_start_keeps_its_tokens(served):
     (expected,) = model.encode([{"text": "A text of some length."}])
     (vector,) = server.vectors(input="A text of some length.", truncate_prompt_tokens=12, truncation_side="left")
     assert np.abs(vector - expected).max() < server.close
+
+
+def test_instructions_in_other_requests(served):
+    """As docs/serving.md says it."""
+    repo, server = served
+    golden, text = Golden(repo), "A red bicycle leans against a wall."
+    user = {"role": "user", "content": text}
+    for body in (
+        {"input": text, "input_type": "query"},
+        {"input": text, "prompt_name": "query"},
+        {"messages": [{"role": "system", "content": ""}, user]},
+    ):
+        (vector,) = server.vectors(**body)
+        assert np.abs(vector - golden.vector("short text")).max() < server.close
+    status, answer = server.post("/v2/embed", texts=[text], input_type="query", embedding_types=["float"])
+    assert status == 200, answer
+    assert np.abs(answer["embeddings"]["float"][0] - golden.vector("prompt query")).max() < server.close
+
+
+def test_images_are_never_cut(served):
+    repo, server = served
+    golden = Golden(repo)
+    body = request_body(golden.rows["image and text"])
+    for side in ("left", "right"):
+        (vector,) = server.vectors(**body, truncate_prompt_tokens=-1, truncation_side=side)
+        assert np.abs(vector - golden.vector("image and text")).max() < server.close
+        assert server.post(**body, truncate_prompt_tokens=20, truncation_side=side)[0] == 400
+
+
+@pytest.mark.parametrize(
+    ("backbone", "saved", "longest"),
+    [("qwen2_5_vl", 48, 48), ("internvl", 10**30, 4096)],
+    ids=["tokenizer", "dynamic"],
+)
+def test_rows_are_as_long_as_in_this_library(export, folder, backbone, saved, longest):
+    """vLLM by itself takes the length from the positions alone, and counts those of InternVL's dynamic RoPE twice."""
+    repo = folder / f"length-{backbone}"
+    shutil.copytree(export(backbone, 4), repo)
+    edit(repo, "tokenizer_config.json", lambda config: config.update(model_max_length=saved))
+    if backbone == "internvl":
+        scaled = {"rope_type": "dynamic", "factor": 2.0}
+        edit(repo, "config.json", lambda config: config["text_config"]["rope_parameters"].update(scaled))
+    model, texts = BTokSentenceTransformer(str(repo), device="cpu"), ["far " * longest, "A text."]
+    with VllmServer(repo, folder / f"{repo.name}.log") as server:
+        with urllib.request.urlopen(f"{server.url}/v1/models") as answer:
+            assert json.load(answer)["data"][0]["max_model_len"] == longest
+        for encoding in ("float", "base64"):
+            assert server.post(input=texts[0], encoding_format=encoding)[0] == 400
+        model.max_seq_length = longest
+        vectors = server.vectors(input=texts, truncate_prompt_tokens=-1, truncation_side="left")
+        assert np.abs(vectors - model.encode([{"text": text} for text in texts])).max() < server.close
 
 
 @pytest.mark.parametrize("backbone", ["qwen2_5_vl", "qwen3_5"])
