@@ -1,6 +1,6 @@
 """What a training logs."""
 
-import time
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
@@ -75,29 +75,35 @@ def test_evaluation_keeps_the_weight_when_condensation_is_over(repo, tmp_path):
     assert found["eval_loss"] == pytest.approx(trainer.loss.infonce.item(), rel=0.5) and found["eval_loss"] < 5
 
 
-def test_evaluation_and_saving_do_not_count_in_the_speed(repo, tmp_path):
-    """Of two runs of one process, so that the ratio says nothing of the machine."""
+def test_evaluation_and_saving_do_not_count_in_the_speed(repo, tmp_path, monkeypatch):
+    """By a clock on which a step takes a second, and the others a hundred."""
+    now = 0
 
-    class Slow(CondensationTrainer):
+    class Timed(CondensationTrainer):
+        def _count(self, *args):
+            nonlocal now
+            super()._count(*args)
+            now += 1
+
         def _save_optimizer_and_scheduler(self, *args):
-            time.sleep(self.pause)
+            nonlocal now
+            now += 100
             super()._save_optimizer_and_scheduler(*args)
 
         def evaluation_loop(self, *args, **kwargs):
-            time.sleep(self.pause)
+            nonlocal now
+            now += 100
             return super().evaluation_loop(*args, **kwargs)
 
-    model, speeds = BTokSentenceTransformer(repo, device="cpu"), []
-    for pause in (0.0, 0.0, 2.0):  # the first warms up
-        args = config(
-            tmp_path / f"{len(speeds)}",
-            **{"max_steps": 4, "logging_steps": 4, "learning_rate": 0.0, "condense": "none"},
-            **{"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2},
-        )
-        trainer = Slow(model=model, args=args, train_dataset=text_pairs(8), eval_dataset=text_pairs(2))
-        trainer.pause = pause
-        speeds += [log["samples_per_second"] for log in logs(trainer)]
-    assert len(speeds) == 3 and speeds[2] > speeds[1] / 3
+    monkeypatch.setattr("btok_hf.training.condensation_log.time", SimpleNamespace(perf_counter=lambda: now))
+    args = config(
+        tmp_path,
+        **{"per_device_train_batch_size": 4, "max_steps": 4, "logging_steps": 4, "condense": "none"},
+        **{"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2},
+    )
+    model = BTokSentenceTransformer(repo, device="cpu")
+    trainer = Timed(model=model, args=args, train_dataset=text_pairs(8), eval_dataset=text_pairs(2))
+    assert [log["samples_per_second"] for log in logs(trainer)] == [4.0] and now == 404
 
 
 def test_condensation_is_averaged_over_the_steps_that_have_it(repo, tmp_path):
