@@ -256,6 +256,10 @@ def embed_batches(
     return embeddings[order.argsort().to(embeddings.device)]
 
 
+class NotFiniteError(ValueError):
+    """An embedding is not finite: the weights are to blame, and not the input."""
+
+
 class _Queued:
     """Embeddings that a GPU may still compute, of the inputs at these positions."""
 
@@ -277,7 +281,7 @@ class _Queued:
             broken = [index for index, good in zip(self.positions, self.finite.tolist()) if not good]
             self.errors = {index: _not_finite(index, self.embeddings.dtype) for index in broken}
             if not isinstance(inputs, Skipping):
-                raise ValueError(self.errors[broken[0]])
+                raise NotFiniteError(self.errors[broken[0]])
             inputs.errors |= self.errors
             self.positions = [index for index in self.positions if index not in self.errors]
             self.embeddings = self.embeddings[self.finite.to(self.embeddings.device)]

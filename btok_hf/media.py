@@ -8,7 +8,7 @@ import io
 import itertools
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from numbers import Integral, Real
 from pathlib import Path
@@ -111,19 +111,37 @@ def tiff_pages(content: bytes) -> list[int]:
     Returns:
         `list[int]`: With the number of a page that is damaged, and none behind it. Empty if it is no TIFF file.
     """
-    pages: list[int] = []
+    pages, number = [], 0
     try:
         with closing(TiffImagePlugin.TiffImageFile(io.BytesIO(content))) as image:
-            for index in itertools.count():
-                try:
-                    image.seek(index)
-                except EOFError:
-                    break
+            for number in itertools.count(1):
+                image.seek(number - 1)
                 if not image.tag_v2.get(SUBFILE_TYPE, 0) & REDUCED_OR_MASK:
-                    pages.append(index + 1)
+                    pages.append(number)
+    except EOFError:
+        pass  # there are no more
+    except MemoryError:
+        raise
     except Exception:  # decoders raise any type at damaged files; reading that page tells what it is
-        return [*pages, pages[-1] + 1] if pages else []
+        return [*pages, number] if pages else []
     return pages
+
+
+def read_pages(content: bytes) -> Iterator[tuple[int, Image.Image | ValueError]]:
+    """The pages of a TIFF file, decoded one by one (`as_rgb`), with their numbers; an error in place of a damaged one.
+
+    Args:
+        content (`bytes`): The file.
+    """
+    with Image.open(io.BytesIO(content), formats=["TIFF"]) as image:  # once: each page is found from the one before
+        for number in tiff_pages(content):
+            try:
+                image.seek(number - 1)
+                yield number, as_rgb(image)
+            except MemoryError:
+                raise
+            except Exception as error:
+                yield number, ValueError(f"The page cannot be decoded ({error}). Replace or remove the file.")
 
 
 def is_still(content: Any) -> bool:

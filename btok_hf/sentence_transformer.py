@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Pictures of the repository that a card shows or loads: in Markdown, and in its snippets.
-PICTURES = re.compile(r"(?:\]\(|\{folder\}/)([\w-][\w.-]*(?:/[\w-][\w.-]*)*\.(?:png|jpe?g|gif|webp|svg))[)\"]")
+PICTURES = re.compile(
+    r"""(?:\]\(|\{folder\}/|src=["'])([\w-][\w.-]*(?:/[\w-][\w.-]*)*\.(?:png|jpe?g|gif|webp|svg))[)"'\s]"""
+)
 
 
 class BTokSentenceTransformer(PackedEncoder):
@@ -78,7 +80,7 @@ class BTokSentenceTransformer(PackedEncoder):
             saved = BottleneckTransformer.load_config(
                 model_name_or_path, config_filename="config_sentence_transformers.json", **hub_kwargs
             )
-            described = module.max_seq_length
+            longest = module.max_seq_length
             if max_seq_length is not None:
                 module.max_seq_length = max_seq_length
             super().__init__(
@@ -93,7 +95,12 @@ class BTokSentenceTransformer(PackedEncoder):
                 card = self._file("README.md", model_name_or_path, hub_kwargs)
                 text = None if card is None else card.decode("utf-8", errors="replace")
                 self._model_card_text = text  # type: ignore[assignment]  # declared without a type there
-        self._described = {**self.prompts, **saved.get("prompts", {})}, described
+        as_saved = {name: text or "" for name, text in {**self._default_prompts, **saved.get("prompts", {})}.items()}
+        # What the card describes; `None`: images have other limits than there.
+        self._described = None
+        if not processor_kwargs:
+            options = as_saved, saved.get("default_prompt_name"), saved.get("truncate_dim"), longest
+            self._described = (*options, module.image_limits.max_pixels)
         self._source = model_name_or_path, hub_kwargs
 
     @property
@@ -200,18 +207,23 @@ class BTokSentenceTransformer(PackedEncoder):
 
         Returns:
             `dict[str, str | bytes]`, *optional*: Content by path. `None` if there is no card, or if it does not
-            describe the model any more: it was trained, has adapters, or has other prompts or another longest row.
+            describe the model any more: it was trained, has adapters, other prompts or dimensions, or reads longer,
+            shorter, larger or smaller inputs.
         """
         card = self._model_card_text
         if not card or "generated_from_trainer" in self.model_card_data.tags or has_adapters(self[0].model):
             return None
-        if self._described != (self.prompts, self.max_seq_length):
+        limits = self.max_seq_length, self.transformer.image_limits.max_pixels
+        if self._described != (self.prompts, self.default_prompt_name, self.truncate_dim, *limits):
             logger.warning(
-                f"The README.md of {self._source[0]} is not kept: it describes other prompts or another "
-                "max_seq_length. A new one is written, without results and licence. To state them, export with files."
+                f"The README.md of {self._source[0]} is not kept: it describes other prompts, truncate_dim, "
+                "max_seq_length or pixels. A new one is written, without results and licence. To state them, export "
+                "with files."
             )
             return None
         found = {name: self._file(name, *self._source) for name in ("LICENSE", *sorted(set(PICTURES.findall(card))))}
+        if gone := [name for name in found if found[name] is None and name != "LICENSE"]:
+            logger.warning(f"The README.md of {self._source[0]} shows {', '.join(gone)}, which cannot be found there.")
         return {"README.md": card, **{name: content for name, content in found.items() if content is not None}}
 
     def save(

@@ -129,6 +129,7 @@ def test_a_model_that_is_saved_again_keeps_its_card(repo, tmp_path, caplog):
     (first / "notes.txt").write_text("x")
     model = BTokSentenceTransformer(first, device="cpu")
     again = export_model(model, tmp_path / "again")
+    assert "shows gone.png, which cannot be found there" in caplog.text
     model.save_pretrained(str(tmp_path / "saved"))
     for folder in (again, tmp_path / "saved"):
         assert all(
@@ -139,7 +140,9 @@ def test_a_model_that_is_saved_again_keeps_its_card(repo, tmp_path, caplog):
     export_model(model, tmp_path / "named", files={"README.md": "mine"})
     assert not (tmp_path / "named" / "LICENSE").exists()
 
-    for options in ({"prompts": {"query": "Another."}}, {"max_seq_length": 99}):
+    changes = ({"prompts": {"query": "Another."}}, {"prompts": {"more": "One more."}}, {"max_seq_length": 99})
+    changes += ({"default_prompt_name": "query"}, {"truncate_dim": 8}, {"processor_kwargs": {"max_pixels": 3136}})
+    for options in changes:
         caplog.clear()
         other = export_model(BTokSentenceTransformer(first, device="cpu", **options), tmp_path / "other")
         assert "No training is recorded" in (other / "README.md").read_text("utf-8")

@@ -12,7 +12,16 @@ from support.inputs import TOLERANCE
 from support.media import image, video
 
 from btok_hf.inputs import check_input
-from btok_hf.media import array_as_rgb, as_rgb, as_uint8, frames_as_rgb, read_image, tiff_pages, with_metadata
+from btok_hf.media import (
+    array_as_rgb,
+    as_rgb,
+    as_uint8,
+    frames_as_rgb,
+    read_image,
+    read_pages,
+    tiff_pages,
+    with_metadata,
+)
 
 
 def test_large_jpegs_are_decoded_at_a_reduced_size(loaded, tmp_path):
@@ -76,6 +85,17 @@ def test_no_page_of_a_cut_tiff_is_missing(tmp_path):
         assert tiff_pages(content[:cut]) == [1, 2]
         with pytest.raises(ValueError, match="cannot be decoded"):
             read_image(io.BytesIO(content[:cut]), page=2)
+
+
+def test_a_mask_is_no_page_of_a_cut_tiff_either(tmp_path):
+    images = [Image.new("L", (40, 40), shade) for shade in (0, 80, 160)]
+    images[1].encoderinfo = {"tiffinfo": {254: 4}}
+    images[0].save(tmp_path / "a.tif", save_all=True, append_images=images[1:], tiffinfo={254: 0})
+    content = (tmp_path / "a.tif").read_bytes()
+    assert [number for number, _ in read_pages(content)] == [1, 3]
+    cut = [read_pages(content[:size]) for size in range(len(content) * 7 // 10, len(content) - 20, 7)]
+    for (first, one), (last, other) in cut:
+        assert (first, last) == (1, 3) and one.size == (40, 40) and "cannot be decoded" in str(other)
 
 
 def test_photographs_are_upright(loaded, tmp_path):

@@ -42,12 +42,12 @@ class LoggingTrainer(SentenceTransformerTrainer):
     @contextmanager
     def _paused(self) -> Iterator[None]:
         """Time that is no training: it does not count in the speed that is logged."""
-        begin = time.perf_counter()
+        begin, since = time.perf_counter(), self._since
         try:
             yield
         finally:
-            if self._since is not None:
-                self._since += time.perf_counter() - begin
+            if since is not None:  # from before, because evaluating several datasets pauses in a pause
+                self._since = since + time.perf_counter() - begin
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in the superclass."""

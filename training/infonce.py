@@ -47,17 +47,17 @@ def infonce(
         temperature (`float`): Temperature over cosine similarities.
         symmetric (`bool`): Average it with the loss of positives against queries.
     """
+    sides = (queries.embeddings, positives.embeddings, negatives.embeddings)
+
+    def block_loss(block: Tensor) -> Tensor:
+        masks = false_negatives(block, queries.ids, positives.ids, negatives.ids)
+        cut = ([F.normalize(side[:, :dim], dim=1) for side in sides] for dim in dims)
+        return torch.stack([_block_loss(part, masks, block, temperature, symmetric) for part in cut]).sum()
+
     total = queries.embeddings.new_zeros(())
-    for dim in dims:
-        cut = [F.normalize(side.embeddings[:, :dim], dim=1) for side in (queries, positives, negatives)]
-
-        def block_loss(block: Tensor, cut: Sequence[Tensor] = cut) -> Tensor:
-            masks = false_negatives(block, queries.ids, positives.ids, negatives.ids)
-            return _block_loss(cut, masks, block, temperature, symmetric)
-
-        for block in own.split(SCORE_ROWS):
-            # Recomputed in the backward pass, so that memory never holds all scores of a large batch.
-            total = total + checkpoint(block_loss, block, use_reentrant=False, preserve_rng_state=False)
+    for block in own.split(SCORE_ROWS):
+        # Recomputed in the backward pass, so that memory never holds all scores of a large batch.
+        total = total + checkpoint(block_loss, block, use_reentrant=False, preserve_rng_state=False)
     return total / (len(own) * len(dims))
 
 
@@ -81,7 +81,8 @@ def false_negatives(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What is no negative of the rows `block`: a right answer, or the row's own query again.
 
-    Right answers of a row are the contents of its positive, of those of an equal query, and of those of its group.
+    Right answers of a row are the contents of its positive, of those of an equal query, and of those of its group; in
+    the other direction, right queries of its positive are those of the same rows.
 
     Args:
         block (`Tensor`): Indices of rows.
@@ -97,19 +98,22 @@ def false_negatives(
         return first, second, third
     alike = _any_equal(positive_ids[block], positive_ids) | _any_equal(query_ids[block], query_ids)
     queries, positives, negatives = (ids[:, 0].contiguous() for ids in (query_ids, positive_ids, negative_ids))
-    # Equal contents have one place among the sorted ones. No step waits for the device.
-    places = positives.sort().values
-    answers = torch.zeros(alike.shape, device=alike.device)
-    answers.index_add_(1, torch.searchsorted(places, positives), alike.float())
-
-    def masked(contents: Tensor) -> Tensor:
-        place = torch.searchsorted(places, contents).clamp(max=len(places) - 1)
-        return ((answers[:, place] > 0) & (places[place] == contents)) | (queries[block, None] == contents)
-
-    of_positives, of_queries = masked(positives), alike | (positives[block, None] == queries)
+    of_positives = _held(alike, positives, positives) | (queries[block, None] == positives)
+    of_negatives = _held(alike, positives, negatives) | (queries[block, None] == negatives)
+    of_queries = _held(alike, queries, queries) | (positives[block, None] == queries)
     for mask in (of_positives, of_queries):
         mask.scatter_(1, block[:, None], False)
-    return of_positives, masked(negatives), of_queries
+    return of_positives, of_negatives, of_queries
+
+
+def _held(alike: Tensor, contents: Tensor, candidates: Tensor) -> Tensor:
+    """Which candidates are among the contents of the rows that are alike, shape `(len(alike), len(candidates))`."""
+    # Equal contents have one place among the sorted ones. No step waits for the device.
+    places = contents.sort().values
+    counts = torch.zeros(alike.shape, device=alike.device)
+    counts.index_add_(1, torch.searchsorted(places, contents), alike.float())
+    place = torch.searchsorted(places, candidates).clamp(max=len(places) - 1)
+    return (counts[:, place] > 0) & (places[place] == candidates)
 
 
 def _any_equal(hashes: Tensor, others: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from btok_hf.download import REMOTE, download
 from btok_hf.encoding import ROW_ERRORS
-from btok_hf.media import read_image, tiff_pages
+from btok_hf.media import read_image, read_pages, tiff_pages
 from btok_hf.video import read_video
 
 CHUNK = 2**20
@@ -248,12 +248,12 @@ def pages(row: Row) -> Generator[Row, None, None]:
     if "pdf" in row.parts:
         yield from pdf_pages(row.id, row.parts["pdf"])
         return
-    for number in tiff_pages(row.parts["tiff"]):
+    for number, image in read_pages(row.parts["tiff"]):
         page = Row(f"{row.id}#page={number}", "page", source=row.id, page=number)
-        try:
-            page.parts = {"image": read_image(io.BytesIO(row.parts["tiff"]), page=number)}
-        except ROW_ERRORS as error:
-            page.error = _reason(error)
+        if isinstance(image, ValueError):
+            page.error = str(image)
+        else:
+            page.parts = {"image": image}
         yield page
 
 

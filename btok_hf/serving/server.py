@@ -22,6 +22,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
 
+from btok_hf.encoding import NotFiniteError
 from btok_hf.lengths import media_tokens
 from btok_hf.sentence_transformer import BTokSentenceTransformer
 from btok_hf.serving import KEY
@@ -58,25 +59,20 @@ class ServedModel(BTokSentenceTransformer):
                 "send fewer or smaller ones"
             )
 
-    def forward(self, input: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """As in the superclass.
+    def embed(self, items: list[Any], prompt: str) -> tuple[np.ndarray, np.ndarray]:
+        """Embeddings of shape `(inputs, dimensions)` and tokens of each input. For one thread.
 
         Raises:
-            RuntimeError: An embedding is not finite. `encode` has a ValueError for it, which clients cannot mend.
+            RuntimeError: An embedding is not finite, which no client can mend.
         """
-        features = super().forward(input, **kwargs)
-        if not features["sentence_embedding"].isfinite().all():
-            raise RuntimeError(
-                "The model gives embeddings that are not finite: its weights are broken, or too large for --dtype."
-            )
-        return features
-
-    def embed(self, items: list[Any], prompt: str) -> tuple[np.ndarray, np.ndarray]:
-        """Embeddings of shape `(inputs, dimensions)` and tokens of each input. For one thread."""
         self.lengths = np.zeros(len(items), int)
         # Whole: each request says how many numbers it wants.
         whole = self.transformer.config.get_text_config().hidden_size
-        return self.encode(items, prompt=prompt, truncate_dim=whole, show_progress_bar=False), self.lengths
+        try:
+            vectors = self.encode(items, prompt=prompt, truncate_dim=whole, show_progress_bar=False)
+        except NotFiniteError as error:
+            raise RuntimeError(str(error)) from error
+        return vectors, self.lengths
 
 
 class _Metrics:
@@ -214,7 +210,8 @@ def _place(error: Mapping[str, Any], body: Any) -> str:
         if (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int)):
             value = value[part]
             path.append(part)
-    return ".".join(map(str, path + ([error["loc"][-1]] if error["type"] == "missing" else [])))
+    missing = error["loc"][1:][-1:] if error["type"] == "missing" else ()
+    return ".".join(map(str, (*path, *missing)))
 
 
 def instruction_of(model: BTokSentenceTransformer, body: EmbeddingRequest) -> str:

@@ -118,6 +118,8 @@ def verify_url(
 
 def _embed_as_input(texts: Mapping[str, str], embed: Embed) -> tuple[dict[str, list[np.ndarray]], str]:
     """The embeddings of texts that are sent as `input`, alone and in one list, by name; or none, and why not."""
+    if not texts:
+        return {}, "there is no golden text without instruction"
     answers = [embed({"input": text}, "float") for text in texts.values()]
     answers.append(embed({"input": list(texts.values())}, "base64"))
     if refusals := [answer for answer in answers if isinstance(answer, str)]:
@@ -175,7 +177,7 @@ def _has_default_prompt(path_or_repo: str | Path, revision: str | None, token: s
     if not Path(path_or_repo).exists():
         path = Path(hf_hub_download(str(path_or_repo), SETTINGS, revision=revision, token=token))
     saved = json.loads(path.read_text("utf-8"))
-    return bool(saved["prompts"].get(saved.get("default_prompt_name")))
+    return bool(saved.get("prompts", {}).get(saved.get("default_prompt_name")))
 
 
 def _served_model(url: str) -> str:

@@ -84,7 +84,8 @@ class BTokConfig:
 
         positions, given = model_config.hf_text_config.max_position_embeddings, model_config.original_max_model_len
         if given in (None, -1):  # -1 lets vLLM choose less if memory is short
-            saved = get_tokenizer_config(model_config.tokenizer, revision=model_config.tokenizer_revision)
+            source = {"revision": model_config.tokenizer_revision, "token": getattr(model_config, "hf_token", None)}
+            saved = get_tokenizer_config(model_config.tokenizer, **source)
             most = saved.get("model_max_length") or positions
             model_config.max_model_len = int(min(model_config.max_model_len, most, positions))
         elif given > positions:

@@ -39,6 +39,8 @@ def main():
     if not arguments.model.is_dir():
         parser.error(f"--model {arguments.model} is not a folder. Give the folder of an exported model.")
     output = arguments.output_dir
+    if arguments.model.resolve().is_relative_to((output / "model").resolve()):
+        parser.error(f"--model {arguments.model} is the copy in {output}, which is replaced. Name the original.")
     output.mkdir(parents=True, exist_ok=True)
     for name, source in {**{name: HERE / name for name in SPACE}, **LICENSES}.items():
         shutil.copy(source, output / name)
