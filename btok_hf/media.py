@@ -133,15 +133,17 @@ def read_pages(content: bytes) -> Iterator[tuple[int, Image.Image | ValueError]]
     Args:
         content (`bytes`): The file.
     """
-    with Image.open(io.BytesIO(content), formats=["TIFF"]) as image:  # once: each page is found from the one before
-        for number in tiff_pages(content):
-            try:
-                image.seek(number - 1)
-                yield number, as_rgb(image)
-            except MemoryError:
-                raise
-            except Exception as error:
-                yield number, ValueError(f"The page cannot be decoded ({error}). Replace or remove the file.")
+    image: Image.Image | None = None  # opened once: each page is found from the one before
+    for number in tiff_pages(content):
+        try:
+            image = image or Image.open(io.BytesIO(content), formats=["TIFF"])
+            image.seek(number - 1)
+            page: Image.Image | ValueError = as_rgb(image)
+        except MemoryError:
+            raise
+        except Exception as error:  # also of opening, which Pillow refuses if the first page is too large
+            page = ValueError(f"The page cannot be decoded ({error}). Replace or remove the file.")
+        yield number, page
 
 
 def is_still(content: Any) -> bool:

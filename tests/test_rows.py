@@ -171,6 +171,14 @@ def test_a_tiff_with_one_page_is_an_image(tmp_path):
     assert row.content_hash == prepared({"image": (tmp_path / "scan.tif").read_bytes()}).content_hash
 
 
+def test_pages_that_are_too_large_are_failed_rows(tmp_path, monkeypatch):
+    row = tiff(tmp_path, picture(0), picture(1))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    drawn = list(pages(row))
+    assert [page.page for page in drawn] == [1, 2]
+    assert all("cannot be decoded" in page.error and "decompression bomb" in page.error for page in drawn)
+
+
 def test_a_damaged_page_of_a_tiff_is_a_failed_row(tmp_path):
     tiff(tmp_path, picture(0), picture(1))
     content = (tmp_path / "scan.tif").read_bytes()
