@@ -1,7 +1,8 @@
 """InfoNCE in which right answers are no negatives: candidates are compared by their content and group.
 
-It is written here because Sentence-Transformers' losses mask nothing. A batch of a label dataset holds the same
-positive several times, and the copies would be negatives of their own query.
+It is written here because Sentence-Transformers' losses compare no contents and know no groups: they leave duplicates
+to the sampler, or ask a second model (GIST). A batch of a label dataset holds the same positive several times, and
+the copies would be negatives of their own query.
 """
 
 from collections.abc import Sequence
