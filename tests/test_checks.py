@@ -140,6 +140,16 @@ def test_columns():
     assert check_columns(["negative_1", "positive", "target", "query"]) == ["query", "positive", "negative_1"]
     with pytest.raises(ValueError, match=r"'d' has the columns .*missing \['positive'\]; unknown \['anchor'\]"):
         check_columns(["query", "anchor"], "d")
+    assert check_columns(["query", "positive", "negatives", "negative_groups"])[2:] == ["negatives"]
+    with pytest.raises(ValueError, match="negative_groups, but not negatives"):
+        check_columns(["query", "positive", "negative_groups"])
+
+
+def test_negatives_have_a_group_each():
+    rows = {"query": ["a"] * 3, "positive": ["b"] * 3, "negatives": [["c", "d"], [], ["e"]]}
+    check_rows(Dataset.from_dict({**rows, "negative_groups": [["g", None], None, ["h"]]}), "the data")
+    with pytest.raises(ValueError, match=r"Row 2 of the data: negative_groups .* its 1 negatives, got 2 groups"):
+        check_rows(Dataset.from_dict({**rows, "negative_groups": [[None, 1], [], [1, 2]]}), "the data")
 
 
 def test_streamed_datasets_are_refused():

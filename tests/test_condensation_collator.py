@@ -112,6 +112,13 @@ def test_negatives_are_a_list(repo, tmp_path, negatives):
         )
 
 
+def test_groups_of_negatives_that_do_not_fit_are_named(repo, tmp_path):
+    collate, _ = collator(repo, tmp_path)
+    row = {"query": "a", "positive": "b", "negatives": ["c", "d"]}
+    with pytest.raises(ValueError, match=r"A row: negative_groups .* its 2 negatives, got 1 groups"):
+        collate([{**row, "negative_groups": ["g"]}])
+
+
 def test_a_target_that_is_no_text_is_named(repo, tmp_path):
     collate, _ = collator(repo, tmp_path)
     with pytest.raises(ValueError, match="A row of the dataset: a target must be a text, got 3"):

@@ -118,14 +118,20 @@ def test_copies_of_the_right_answer_are_no_negatives(repo, mini_batch_size):
     rows = [
         {"query": "q0", "positive": "same", "negative": "other"},
         {"query": "q1", "positive": "same", "negative": None},
-        {"query": "q2", "positive": {"image": picture}, "group": "cats", "negatives": ["same"]},
+        {
+            "query": "q2",
+            "positive": {"image": picture},
+            "group": "cats",
+            "negatives": ["same", None, "a cat"],
+            "negative_groups": [None, "dogs", "cats"],
+        },
         {"query": {"text": "q3"}, "positive": "b", "group": "cats", "negative": "one more"},
         {"query": {"text": "q1"}, "positive": {"image": picture.copy()}, "negative": "b"},
     ]
-    rows = [{"group": None, "negative": None, "negatives": [], **row} for row in rows]
-    # positives: same, same, picture, b, picture; negatives: other, one more, b, same
-    false = torch.zeros(5, 9, dtype=torch.bool)
-    for query, candidates in {0: [1, 8], 1: [0, 2, 4, 8], 2: [3, 4, 7], 3: [2, 4, 7], 4: [0, 1, 2, 8]}.items():
+    rows = [{"group": None, "negative": None, "negatives": [], "negative_groups": None, **row} for row in rows]
+    # positives: same, same, picture, b, picture; negatives: other, one more, b, same, a cat
+    false = torch.zeros(5, 10, dtype=torch.bool)
+    for query, candidates in {0: [1, 8], 1: [0, 2, 4, 8], 2: [3, 4, 7, 9], 3: [2, 4, 7, 9], 4: [0, 1, 2, 8]}.items():
         false[query, candidates] = True
     backwards = torch.zeros(5, 5, dtype=torch.bool)  # of positives: the queries of their right rows
     for positive, queries in {0: [1, 4], 1: [0, 4], 2: [1, 3, 4], 3: [2], 4: [1, 2]}.items():

@@ -17,12 +17,12 @@ def ids(*contents, groups=()):
     return torch.tensor([[numbers[c], -groups.get(i, -numbers[c])] for i, c in enumerate(contents)]).reshape(-1, 2)
 
 
-def masks(queries, positives, negatives=(), groups=(), block=None):
+def masks(queries, positives, negatives=(), groups=(), negative_groups=(), block=None):
     found = false_negatives(
         torch.arange(len(queries)) if block is None else torch.tensor(block),
         ids(*queries),
         ids(*positives, groups=groups),
-        ids(*negatives),
+        ids(*negatives, groups=negative_groups),
     )
     return [[row.nonzero()[:, 0].tolist() for row in mask] for mask in found]
 
@@ -45,6 +45,19 @@ def test_answers_of_a_group_are_no_negatives_wherever_they_stand():
     assert of_negatives == [[1, 2], [1, 2], [0], [1]]
 
 
+def test_a_negative_of_a_group_answers_its_rows_also_if_no_row_has_its_content():
+    groups = {0: 7, 1: 8, 2: 7}
+    of_positives, of_negatives, _ = masks("abcd", "xyzu", "vwu", groups=groups, negative_groups={0: 7, 2: 8})
+    assert of_negatives == [[0], [2], [0], [2]]
+    assert of_positives == [[2], [3], [0], []]  # "u" is an answer of the second row's group
+
+
+def test_an_equal_query_has_the_groups_of_all_its_rows():
+    of_positives, of_negatives, of_queries = masks("aab", "xyz", "wv", groups={1: 7, 2: 7}, negative_groups={0: 7})
+    assert of_positives == [[1, 2], [0, 2], [1]] and of_negatives == [[0], [0], [0]]
+    assert of_queries == [[1], [0, 2], [0, 1]]
+
+
 def test_the_query_itself_is_no_negative():
     """As in pairs that are given in both directions."""
     of_positives, of_negatives, of_queries = masks("abc", "bax", "ca")
@@ -62,23 +75,20 @@ def test_random_batches_by_the_definition():
     for seed in range(30):
         rng = random.Random(seed)
         queries, positives, negatives = (rng.choices("abcdefghij", k=count) for count in (9, 9, 7))
-        groups = {row: rng.randrange(3) for row in range(9) if rng.random() < 0.5}
+        groups, others = ({row: rng.randrange(3) for row in range(n) if rng.random() < 0.4} for n in (9, 7))
+        candidates = list(zip(positives + negatives, [*map(groups.get, range(9)), *map(others.get, range(7))]))
         expected = [[], [], []]
         for i in range(9):
-            alike = [
-                j
-                for j in range(9)
-                if i == j
-                or queries[i] == queries[j]
-                or positives[i] == positives[j]
-                or (groups.get(i, -1) == groups.get(j, -2))
-            ]
-            right = {positives[j] for j in alike} | {queries[i]}
-            asking = {queries[j] for j in alike} | {positives[i]}
+            same = [j for j in range(9) if queries[j] == queries[i]]
+            asked = {groups.get(j) for j in same} - {None}
+            right = {positives[j] for j in same} | {content for content, group in candidates if group in asked}
+            right |= {queries[i]}
+            answered = [j for j in range(9) if positives[j] == positives[i] or groups.get(j, -1) == groups.get(i, -2)]
+            asking = {queries[j] for j in answered} | {positives[i], queries[i]}
             expected[0].append([j for j in range(9) if j != i and positives[j] in right])
             expected[1].append([j for j, content in enumerate(negatives) if content in right])
             expected[2].append([j for j in range(9) if j != i and queries[j] in asking])
-        assert masks(queries, positives, negatives, groups) == expected, seed
+        assert masks(queries, positives, negatives, groups, others) == expected, seed
 
 
 def test_without_ids_nothing_is_masked():

@@ -46,11 +46,11 @@ def test_texts_as_in_sentence_transformers(model, tmp_path, options, use_faiss):
 
 
 def mixed_pairs():
-    """Texts to images, with copies of a positive, groups, a query with two positives, and a candidate only."""
+    """Texts to images, with copies of a positive, groups, a query with two positives, and candidates only."""
     images = [colours(56 + 28 * i, 56) for i in range(7)]
     rows = [(f"find {word}", image, None) for word, image in zip(WORDS, images)]
     rows += [("find red", images[1], None), ("find teal", images[2].copy(), "g"), ("find navy", images[3], "g")]
-    rows += [(None, colours(56, 84), "g")]
+    rows += [(None, colours(56, 84), "g"), (None, images[5].copy(), "h")]
     features = Features({"query": Value("string"), "positive": Image(), "group": Value("string")})
     return Dataset.from_dict(dict(zip(features, map(list, zip(*rows)))), features=features)
 
@@ -74,11 +74,14 @@ def test_images_groups_and_copies_as_by_brute_force(model, tmp_path):
     pairs = mixed_pairs()
     report = mine_hard_negatives(pairs, model, tmp_path / "out.parquet", num_negatives=4)
     mined = load_pairs(str(tmp_path / "out.parquet"))
-    assert len(mined) == report.rows == len(pairs) - 1
+    assert len(mined) == report.rows == len(pairs) - 2
     assert mined["query"] == [query for query in pairs["query"] if query is not None]
     expected = list(brute_force(pairs, model, 4))
     assert [[content_hash(decode_cell(x)) for x in row["negatives"]] for row in mined] == expected
     assert len({tuple(part) for part in expected}) > 3
+    of = {content_hash(decode_cell(row["positive"])): row["group"] for row in pairs if row["group"]}
+    assert mined["negative_groups"] == [[of.get(content) for content in part] for part in expected]
+    assert any(group for part in mined["negative_groups"] for group in part)
     assert report.left_out["group"] > 0 and report.left_out["content"] > 0
     text = str(report)
     assert re.search(r"10 rows with \d+ negatives", text) and "left out by group" in text

@@ -18,6 +18,8 @@ from btok_hf.inputs import REMOTE, is_cell, is_media_path, shown, text_of
 from btok_hf.sentence_transformer import BTokSentenceTransformer
 from btok_hf.training.condensation_loss import CondensationLoss
 
+NOT_EMBEDDED = ("target", "group", "negative_groups", "dataset_name")  # columns of pairs
+
 
 def check_model(model: Any, loss: Any, args: Any) -> BTokSentenceTransformer:
     """The model, if `CondensationTrainer` can train it with this loss (`None`: its own) and with these arguments.
@@ -65,20 +67,30 @@ def check_model(model: Any, loss: Any, args: Any) -> BTokSentenceTransformer:
 def check_columns(columns: Collection[str], dataset_name: str | None = None) -> list[str]:
     """Refuse columns that training cannot use. Returns `query`, `positive` and the negatives, in this order."""
     where = "The dataset" if dataset_name is None else f"Dataset {dataset_name!r}"
-    embedded = [column for column in columns if column not in ("target", "group", "dataset_name")]
-    negatives = [name for name in embedded if name in ("negative", "negatives") or name.startswith("negative_")]
-    unknown = sorted(set(embedded) - {"query", "positive", *negatives})
-    missing = sorted({"query", "positive"} - set(embedded))
+    negatives = negative_columns(columns)
+    unknown = sorted(set(columns) - {"query", "positive", *negatives, *NOT_EMBEDDED})
+    missing = sorted({"query", "positive"} - set(columns))
     if unknown or missing:
         problems = [f"{problem} {names}" for problem, names in (("missing", missing), ("unknown", unknown)) if names]
         raise ValueError(
             f"{where} has the columns {sorted(columns)}: {'; '.join(problems)}. Training takes query, positive, "
             "negative or negative_1, negative_2, … (each a text, an image, or a dict with image, video and text), "
-            "negatives (a list of them), target (a text to generate instead of the other side's own) and group (rows "
-            "of one group answer each other's queries). "
+            "negatives (a list of them), target (a text to generate instead of the other side's own), group (rows of "
+            "one group answer each other's queries) and negative_groups (a list of the groups of negatives). "
             "Rename the columns with dataset.rename_column and drop the rest with dataset.remove_columns."
         )
+    if "negative_groups" in columns and "negatives" not in columns:
+        raise ValueError(
+            f"{where} has a column negative_groups, but not negatives, whose groups it lists. Give it negatives, or "
+            "drop it with dataset.remove_columns."
+        )
     return ["query", "positive", *negatives]
+
+
+def negative_columns(columns: Collection[str]) -> list[str]:
+    """The columns of hard negatives."""
+    embedded = (name for name in columns if name not in NOT_EMBEDDED)
+    return [name for name in embedded if name in ("negative", "negatives") or name.startswith("negative_")]
 
 
 def first_rows(parts: Dataset | dict[str, Dataset] | None) -> list[dict[str, Any]]:
@@ -104,7 +116,7 @@ def most_negatives(parts: Dataset | dict[str, Dataset] | None) -> int:
     most = 1
     for dataset in parts.values() if isinstance(parts, dict) else [parts]:
         names = [] if dataset is None else dataset.column_names
-        columns = sum(name == "negative" or name.startswith("negative_") for name in names)
+        columns = sum(name != "negatives" for name in negative_columns(names))
         cells = _cells(dataset, "negatives") if dataset is not None and "negatives" in names else []
         most = max(most, columns + max((len(cell) for cell in cells if cell), default=0))
     return most
@@ -117,15 +129,20 @@ def check_rows(dataset: Dataset, where: str) -> None:
     """
     if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":  # rows are made on the way
         return
-    if "group" in dataset.column_names and (row := _without_meaning(dataset.with_format("arrow")["group"])) >= 0:
+    arrow = dataset.with_format("arrow")
+    if "group" in dataset.column_names and (row := _without_meaning(arrow["group"])) >= 0:
         raise ValueError(
             f"Row {row} of {where}: its group is empty or not a number, and all such rows would be one group. Set it "
             "to None, for a row without a group."
         )
+    if {"negatives", "negative_groups"} <= set(dataset.column_names):
+        groups = (group for part in arrow["negative_groups"].chunks for group in part.to_pylist())
+        for row, (cells, own) in enumerate(zip(_cells(dataset, "negatives"), groups)):
+            check_negative_groups(cells, own, f"Row {row} of {where}")
     there: dict[str, bool] = {}  # by path
-    own = ("query", "positive", "negative", "negatives")
     # `check_columns` names those that are unknown or missing.
-    for name in (name for name in dataset.column_names if name in own or name.startswith("negative_")):
+    embedded = ("query", "positive", *negative_columns(dataset.column_names))
+    for name in (name for name in dataset.column_names if name in embedded):
         for row, cell in enumerate(_cells(dataset, name)):
             values = cell if isinstance(cell, list) and name == "negatives" else [cell]
             # A row needs no negative.
@@ -141,6 +158,16 @@ def check_rows(dataset: Dataset, where: str) -> None:
                     f"Row {row} of {where}: its {name} {problem}. Correct or remove the row; a text that looks like a "
                     'path is given as {"text": …}.'
                 )
+
+
+def check_negative_groups(negatives: Any, groups: Any, where: str) -> None:
+    """Refuse lists of unequal length; a row may have no groups."""
+    if groups is not None and (not isinstance(groups, list) or len(groups) != len(negatives or ())):
+        given = f"{len(groups)} groups" if isinstance(groups, list) else repr(groups)
+        raise ValueError(
+            f"{where}: negative_groups must be a list with a group or None for each of its {len(negatives or ())} "
+            f"negatives, got {given}."
+        )
 
 
 def _without_meaning(groups: pa.ChunkedArray) -> int:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from btok_hf.bottleneck import escapes
 from btok_hf.content import content_hash
 from btok_hf.features import IGNORED, PIXEL_KEYS
-from btok_hf.training.checks import check_columns, target_text
+from btok_hf.training.checks import check_columns, check_negative_groups, target_text
 from btok_hf.training.condensation_config import CONDENSE, CondensationConfig
 from btok_hf.training.data import decode_cell
 
@@ -52,7 +52,7 @@ class CondensationCollator(SentenceTransformerDataCollator):
         name = {} if dataset_name is None else {"dataset_name": dataset_name}
         # Every query is compared with every negative of the batch. So negatives of all columns form one side, and
         # rows may have different numbers of them.
-        negatives = []
+        negatives, groups = [], []
         for column in columns[2:]:
             for row in features:
                 cell = row[column] if column == "negatives" else [row[column]]
@@ -61,7 +61,13 @@ class CondensationCollator(SentenceTransformerDataCollator):
                         f"'negatives' must be a list of inputs, got {type(cell).__name__}. Name a column of single "
                         "negatives 'negative' (in CSV: negative_1, negative_2, …)."
                     )
-                negatives += [decode_cell(value) for value in cell or () if value is not None]
+                cell = list(cell or ())
+                of_row = row.get("negative_groups") if column == "negatives" else None
+                check_negative_groups(cell, of_row, "A row")
+                for value, group in zip(cell, of_row or [None] * len(cell)):
+                    if value is not None:
+                        negatives.append(decode_cell(value))
+                        groups.append(group)
         sides = {side: [decode_cell(row[side]) for row in features] for side in ("query", "positive")}
         if negatives:
             sides["negative"] = negatives
@@ -99,9 +105,10 @@ class CondensationCollator(SentenceTransformerDataCollator):
             if args.mask_false_negatives:
                 batch[f"{side}_hashes"] = torch.tensor([[value] * 2 for value in hashes])
         if args.mask_false_negatives:
-            for row, positive in zip(features, batch["positive_hashes"]):
-                if row.get("group") is not None:
-                    positive[1] = content_hash({"group": row["group"]})
+            for side, of_side in (("positive", [row.get("group") for row in features]), ("negative", groups)):
+                for hashed, group in zip(batch.get(f"{side}_hashes", ()), of_side):
+                    if group is not None:
+                        hashed[1] = content_hash({"group": group})
         return batch
 
     def maybe_warn_about_column_order(self, column_names: list[str]) -> None:

@@ -23,7 +23,7 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 from btok_hf.content import content_hash
 from btok_hf.inputs import is_cell
 from btok_hf.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from btok_hf.training.checks import check_columns, holds_json
+from btok_hf.training.checks import NOT_EMBEDDED, check_columns, holds_json
 
 MAX_PATH = 255  # characters: longer strings are texts
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
@@ -98,7 +98,7 @@ def _with_own_paths(dataset: Dataset, folder: Path) -> Dataset:
     columns = [
         name
         for name, feature in dataset.features.items()
-        if name not in ("target", "group") and not isinstance(feature, (datasets.Image, datasets.Video))
+        if name not in NOT_EMBEDDED and not isinstance(feature, (datasets.Image, datasets.Video))
     ]
     rows: Any = dataset.select_columns(columns)
     if not any(holds_json(dataset.features[name]) for name in columns):

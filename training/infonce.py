@@ -21,8 +21,8 @@ class Side(NamedTuple):
 
     Args:
         embeddings (`Tensor`): Shape `(rows, hidden)`.
-        ids (`Tensor`): int64 of shape `(rows, 2)`: hashes of the content, and of the group or again of the content;
-            of shape `(rows, 0)` if nothing is masked.
+        ids (`Tensor`): int64 of shape `(rows, 2)`: hashes of the content, and of the group or, without one, again of
+            the content; of shape `(rows, 0)` if nothing is masked. Queries have the group of their positive.
     """
 
     embeddings: Tensor
@@ -82,8 +82,9 @@ def false_negatives(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What is no negative of the rows `block`: a right answer, or the row's own query again.
 
-    Right answers of a row are the contents of its positive, of those of an equal query, and of those of its group; in
-    the other direction, right queries of its positive are those of the same rows.
+    Equal queries are one query, which may have several positives and groups. Its right answers are the contents of
+    these positives and of all candidates of these groups. In the other direction, the right queries of a positive are
+    those of all rows with its content or group.
 
     Args:
         block (`Tensor`): Indices of rows.
@@ -97,11 +98,14 @@ def false_negatives(
         others = (positive_ids, negative_ids, query_ids)
         first, second, third = (block.new_zeros(len(block), len(ids), dtype=torch.bool) for ids in others)
         return first, second, third
-    alike = _any_equal(positive_ids[block], positive_ids) | _any_equal(query_ids[block], query_ids)
-    queries, positives, negatives = (ids[:, 0].contiguous() for ids in (query_ids, positive_ids, negative_ids))
-    of_positives = _held(alike, positives, positives) | (queries[block, None] == positives)
-    of_negatives = _held(alike, positives, negatives) | (queries[block, None] == negatives)
-    of_queries = _held(alike, queries, queries) | (positives[block, None] == queries)
+    queries, groups = query_ids[:, 0].contiguous(), positive_ids[:, 1].contiguous()
+    contents, candidate_groups = torch.cat([positive_ids, negative_ids]).T.contiguous()
+    own = queries[block, None]
+    of_groups = _held(own == queries, groups, candidate_groups)  # without a group, a content is one
+    of_candidates = _held(of_groups, contents, contents) | (own == contents)
+    answered = (positive_ids[block, None] == positive_ids).any(-1)
+    of_queries = _held(answered, queries, queries) | (positive_ids[block, :1] == queries)
+    of_positives, of_negatives = of_candidates.tensor_split([len(queries)], 1)
     for mask in (of_positives, of_queries):
         mask.scatter_(1, block[:, None], False)
     return of_positives, of_negatives, of_queries
@@ -115,8 +119,3 @@ def _held(alike: Tensor, contents: Tensor, candidates: Tensor) -> Tensor:
     counts.index_add_(1, torch.searchsorted(places, contents), alike.float())
     place = torch.searchsorted(places, candidates).clamp(max=len(places) - 1)
     return (counts[:, place] > 0) & (places[place] == candidates)
-
-
-def _any_equal(hashes: Tensor, others: Tensor) -> Tensor:
-    """Which pairs have an equal hash in any column, shape `(len(hashes), len(others))`."""
-    return (hashes[:, None] == others).any(-1)

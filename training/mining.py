@@ -76,14 +76,15 @@ def mine_hard_negatives(
     faiss_batch_size: int = 1024,
     seed: int = 0,
 ) -> MiningReport:
-    """Write pairs with a column `negatives`, which training takes, as a parquet file.
+    """Write pairs with a column `negatives`, which training takes, as a parquet file; with `group` also their groups.
 
     The candidates are the distinct positives of all rows. Rows whose query is null are candidates only and are not
     written. No negative of a row has the content of its query, of a positive of the same query, or of a positive of
     the same `group`. Memory: the embeddings of all distinct queries and positives, in fp32.
 
     Args:
-        pairs (`datasets.Dataset`): As from `load_pairs`, without a column `negatives`.
+        pairs (`datasets.Dataset`): As from `load_pairs`, without a column `negatives`. A positive with several groups
+            has the first of them in `negative_groups`.
         model (`SentenceTransformer`): The model to mine with. `encode_query` and `encode_document` embed the sides.
         output (`str` or `Path`): Parquet file to write. It appears when it is complete.
         num_negatives (`int`): Most negatives of a row. A row may have fewer.
@@ -152,7 +153,7 @@ def mine_hard_negatives(
             kept = kept[:num_negatives]
             report.positive_scores += own.tolist()
             report.negative_scores += [score for score, _ in kept]
-            found.append([sides["positive"].first[candidate] for _, candidate in kept])
+            found.append([excluded.row_of(candidate) for _, candidate in kept])
     report.left_out = +report.left_out  # without zeros
     _write(pairs, Path(output), sides["query"], found, report)
     return report
@@ -247,6 +248,11 @@ class _FalseNegatives:
         """The distinct positives of a query."""
         return list(dict.fromkeys(int(self._candidates.numbers[row]) for row in self._queries.rows[query]))
 
+    def row_of(self, candidate: int) -> int:
+        """The first row with this positive that has a group, or the first of all."""
+        rows = self._candidates.rows[candidate]
+        return next((row for row in rows if self._groups[row] is not None), rows[0])
+
     def of(self, query: int) -> dict[int, str]:
         """Reason by candidate."""
         reasons: dict[int, str] = {}
@@ -280,7 +286,9 @@ def _faiss_search(corpus: np.ndarray) -> Any:
 
 def _write(pairs: Dataset, output: Path, queries: _Side, found: Sequence[list[int]], report: MiningReport) -> None:
     """Write the rows that have a query, with the positives of other rows as their negatives."""
-    features = Features({**pairs.features, "negatives": List(pairs.features["positive"])})
+    sources = {"negatives": "positive", "negative_groups": "group"}  # the columns that lists are taken from
+    sources = {name: source for name, source in sources.items() if source in pairs.column_names}
+    features = Features({**pairs.features, **{name: List(pairs.features[of]) for name, of in sources.items()}})
     schema = features.arrow_schema
     # Rows and negatives are taken from Arrow, so that media stay as they are stored.
     table = pairs.with_format("arrow")
@@ -291,11 +299,12 @@ def _write(pairs: Dataset, output: Path, queries: _Side, found: Sequence[list[in
             report.rows += len(chunk)
             report.negatives.update(map(len, negatives))
             flat = [index for part in negatives for index in part]
-            values = table.select(flat)[:]["positive"] if flat else table.select([0])[:]["positive"].slice(0, 0)
-            offsets = np.cumsum([0, *map(len, negatives)])
-            column = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), _one_array(values))
+            taken = table.select(flat)[:] if flat else table.select([0])[:].slice(0, 0)
+            offsets = pa.array(np.cumsum([0, *map(len, negatives)]), pa.int32())
             own = table.select(chunk)[:]
-            writer.write_table(own.append_column("negatives", column).cast(schema))
+            for name, source in sources.items():
+                own = own.append_column(name, pa.ListArray.from_arrays(offsets, _one_array(taken[source])))
+            writer.write_table(own.cast(schema))
 
 
 def _one_array(values: Any) -> pa.Array:
