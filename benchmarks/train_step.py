@@ -57,7 +57,8 @@ from btok_hf.condensation import (
     linear_cross_entropy,
 )
 from btok_hf.features import IGNORED
-from btok_hf.modeling.modeling_btok import bottleneck_token_ids, last_positions
+from btok_hf.modeling.inputs_btok import last_positions
+from btok_hf.modeling.modeling_btok import bottleneck_token_ids
 from btok_hf.training import CondensationConfig, CondensationLoss
 from btok_hf.training.condensation_collator import CondensationCollator
 

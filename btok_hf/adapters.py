@@ -166,9 +166,17 @@ class MergedTensors(Mapping[str, torch.Tensor]):
         lm_head (`torch.nn.Linear`, *optional*): Head of an untied model.
 
     The names are those of the stock `…ForConditionalGeneration`.
+
+    Raises:
+        ValueError: A quantized model.
     """
 
     def __init__(self, backbone: PreTrainedModel, lm_head: torch.nn.Module | None = None) -> None:
+        if getattr(backbone, "is_quantized", False):
+            raise ValueError(
+                "The model was quantized when it was loaded, so its tensors are not those of the stock layout. Save "
+                "its adapters alone, or load it without quantization_config and save that."
+            )
         self._layers = {f"model.{name}": layer for name, layer in _adapted_layers(backbone).items()}
         self._tensors = {
             f"model.{name}": tensor

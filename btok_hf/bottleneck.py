@@ -163,6 +163,11 @@ def add_bottleneck_tokens(
             f"Use num_tokens={len(present)}, or start from a base without Bottleneck Tokens."
         )
 
+    if present and not getattr(config, "btok_token_ids", None):
+        raise ValueError(
+            f"The tokenizer of {base} has Bottleneck Tokens, but its config.json has no btok_token_ids. Restore its "
+            "config.json, or use btok convert for a checkpoint of the public reproduction."
+        )
     for name, given, none in (("order", order, ORDERS[0]), ("suffix", suffix, None)):
         own = getattr(config, f"btok_{name}", none)
         if present and own != given:

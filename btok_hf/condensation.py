@@ -32,14 +32,8 @@ from transformers import PreTrainedModel
 
 from btok_hf.backbones import family_of
 from btok_hf.features import IGNORED, MEDIA_KEYS, ROW_KEYS, to_device
-from btok_hf.modeling.modeling_btok import (
-    Backbone,
-    append_bottleneck_tokens,
-    bottleneck_token_ids,
-    check_appended,
-    check_media,
-    last_positions,
-)
+from btok_hf.modeling.inputs_btok import complete_rows, last_positions
+from btok_hf.modeling.modeling_btok import Backbone, bottleneck_token_ids
 from btok_hf.packed_attention import ATTENTION, VISION_ATTENTION, PackedLayout, pack_mixers
 
 CROSS_ENTROPY_ROWS = 256  # rows of logits in memory at once: 256 x 151,936 x 4 bytes = 156 MB
@@ -282,12 +276,7 @@ def _pack(
     token_ids = bottleneck_token_ids(backbone.config)
     rows = {key: torch.as_tensor(inputs[key], device="cpu") for key in ROW_KEYS if inputs.get(key) is not None}
     media = {key: inputs[key] for key in MEDIA_KEYS if inputs.get(key) is not None}
-    check_media(backbone.config, rows["input_ids"], {**media, **rows})
-    input_ids, attention_mask, types = append_bottleneck_tokens(
-        rows["input_ids"], rows.get("attention_mask"), token_ids, rows.get("mm_token_type_ids")
-    )
-    if input_ids is not rows["input_ids"]:
-        check_appended(backbone.config, input_ids)
+    input_ids, attention_mask, types = complete_rows(backbone.config, token_ids, **{**media, **rows})
     family = family_of(backbone.config)
     positions = family.positions(backbone, input_ids, attention_mask, types, rows)
     real = attention_mask.bool()

@@ -288,7 +288,7 @@ def _write_config(output_dir: Path, config: PreTrainedConfig, processor: Process
     config.save_pretrained(output_dir)
     path = output_dir / "config.json"
     write_json(path, modeling_btok.with_auto_map(json.loads(path.read_text("utf-8"))))
-    shutil.copyfile(modeling_btok.__file__, output_dir / "modeling_btok.py")
+    modeling_btok.write_code(output_dir)
 
 
 def write_golden_vectors(output_dir: Path, model: "SentenceTransformer") -> None:

@@ -181,18 +181,11 @@ class Family:
 
         Returns:
             `torch.LongTensor` of shape `(axes, batch, length)`: Time, height and width. Padding has any.
-
-        Raises:
-            ValueError: Media without `mm_token_type_ids`.
         """
         grids = {key: features[key] for key in GRID_KEYS if features.get(key) is not None}
         if not grids:
             return (attention_mask.long().cumsum(1) - 1).clamp(min=0).expand(3, -1, -1)
-        if mm_token_type_ids is None:
-            raise ValueError(
-                "Images or video were given without mm_token_type_ids, which multimodal positions need. "
-                "Pass everything that the processor returned."
-            )
+        assert mm_token_type_ids is not None  # `check_media`
         rows = {"mm_token_type_ids": mm_token_type_ids, "attention_mask": attention_mask}
         # The backbone loops over rows in Python. If all rows have the same layout, computing one of them is enough.
         uniform = [

@@ -10,6 +10,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -39,7 +40,8 @@ NOT_PUBLISHED = [
 ]
 # Files of an earlier push that are deleted if this push has none of that name. Loaders would use the old ones.
 REPLACED = ["model*.safetensors", "model.safetensors.index.json", "adapter_*", golden.FILE_NAME]
-OF_MERGED = ["config.json", "modeling_btok.py", "generation_config.json"]  # adapters have none of them
+# Adapters have none of these.
+OF_MERGED = ["config.json", "modeling_btok.py", "inputs_btok.py", "generation_config.json"]
 RESULTS_FOLDER = ".eval_results"  # where the Hub looks for results
 MESSAGE = "Upload Bottleneck-Token model with btok-hf"
 
@@ -138,7 +140,9 @@ def _files_to_publish(path: Path, secrets: Collection[str]) -> list[str]:
         required.append("model.safetensors")
     if (path / "config.json").is_file():
         auto_map = json.loads((path / "config.json").read_text("utf-8")).get("auto_map", {})
-        required += [f"{name.split('.')[0]}.py" for name in auto_map.values()]
+        code = [f"{name.split('.')[0]}.py" for name in auto_map.values()]
+        texts = [(path / name).read_text("utf-8") for name in code if (path / name).is_file()]
+        required += code + [f"{name}.py" for text in texts for name in re.findall(r"^from \.(\w+) import", text, re.M)]
     required += ["modules.json", "config_sentence_transformers.json", "chat_template.jinja"]
     missing = [name for name in required if not (path / name).is_file()]
     if missing:

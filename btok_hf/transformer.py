@@ -23,7 +23,8 @@ from btok_hf.features import IGNORED, MEDIA_KEYS, joined, to_device
 from btok_hf.inputs import ImageLimits, Input, as_messages, check_input, shown
 from btok_hf.lengths import text_end
 from btok_hf.media import VideoMetadata
-from btok_hf.modeling.modeling_btok import LOADING, bottleneck_token_ids, last_positions, load_stock_model
+from btok_hf.modeling.inputs_btok import last_positions
+from btok_hf.modeling.modeling_btok import LOADING, bottleneck_token_ids, load_stock_model
 from btok_hf.weights import untied_head
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")

@@ -101,6 +101,15 @@ def test_unsuitable_bases_are_refused(bases, tmp_path):
         add_bottleneck_tokens(bases["qwen2_vl"], bases["qwen3_vl"])
 
 
+def test_tokens_without_their_ids_in_the_config_are_named(repo, tmp_path):
+    shutil.copytree(repo, tmp_path / "base")
+    config = json.loads(Path(repo, "config.json").read_text())
+    kept = {key: value for key, value in config.items() if not key.startswith("btok_")}
+    Path(tmp_path, "base", "config.json").write_text(json.dumps(kept))
+    with pytest.raises(ValueError, match=r"tokenizer of .*base has Bottleneck Tokens, .*Restore its config\.json"):
+        add_bottleneck_tokens(tmp_path / "base", tmp_path / "repo")
+
+
 def test_special_tokens_that_are_words_are_refused(tmp_path):
     """A text with a space in every such word would be another text."""
     base = tiny.build("qwen2_vl", tmp_path / "base")

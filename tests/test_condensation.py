@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 from btok_hf import add_bottleneck_tokens
 from btok_hf.backbones import FAMILIES, family_of
 from btok_hf.condensation import _forward, condense, dense_condensation_mask, linear_cross_entropy, reconstruct
-from btok_hf.modeling.modeling_btok import last_positions
+from btok_hf.modeling.inputs_btok import last_positions
 from btok_hf.packed_attention import PackedLayout
 
 

@@ -216,6 +216,7 @@ def test_no_token_in_errors(hub, exported, tmp_path):
         (lambda f: (f / "modules.json").unlink(), "modules.json missing"),
         (lambda f: (f / "model.safetensors").unlink(), r"model.safetensors missing.*btok_hf.export"),
         (lambda f: (f / "modeling_btok.py").unlink(), "modeling_btok.py missing"),
+        (lambda f: (f / "inputs_btok.py").unlink(), "inputs_btok.py missing"),
         (
             lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-10]),
             "model.safetensors is damaged",
@@ -294,7 +295,7 @@ def test_verify_in_fresh_processes(exported, tmp_path, capsys):
     )
 
     # The stock modules keep their own list of the tokens, and the prompts.
-    with pytest.raises(RuntimeError, match=r"AutoModel fails with ValueError: Row 0 has 3 .* must have 3") as caught:
+    with pytest.raises(RuntimeError, match=r"AutoModel fails with ValueError: Row 0 has 3 .*, but it must have 3") as caught:
         other.result()
     assert "SentenceTransformer, 'prompt query'" in str(caught.value) and "'short text'" not in str(caught.value)
     assert "Exported with torch 2.0, " in str(caught.value) and "package versions of the export" in str(caught.value)

@@ -8,6 +8,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -27,11 +28,13 @@ from transformers import (
 )
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionEmbeddings
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionEmbeddings
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import btok_hf
 from btok_hf import BTokForEmbedding, add_bottleneck_tokens
-from btok_hf.condensation import condense
-from btok_hf.modeling.modeling_btok import LOADING, load_stock_model, needed_release
+from btok_hf.modeling.modeling_btok import FILES, LOADING, load_stock_model, needed_release
 
 
 def state(path):
@@ -117,6 +120,13 @@ def test_incomplete_checkpoints_are_refused_by_name(repo, tmp_path, fault):
     for how in load.values():
         with pytest.raises((ValueError, RuntimeError), match=r"layers\.[19]\.mlp\.up_proj"):
             how()
+
+
+def test_a_config_by_its_path(repo, tmp_path):
+    model = BTokForEmbedding.from_pretrained(repo, config=repo)
+    assert model.config.btok_num_tokens == 4 and model.input_modalities == model.model.input_modalities
+    with pytest.raises(TypeError, match="positional"):
+        model.save_pretrained(tmp_path, True)  # is_main_process in stock models
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -209,34 +219,12 @@ def test_pooling_is_the_mean_of_the_last_hidden_states(repo):
     assert torch.equal(as_tuple[1], output.pooler_output)
     half = torch.nn.functional.normalize(hidden[:, -4:].mean(1)[:, :32], dim=-1)
     torch.testing.assert_close(model(**inputs, truncate_dim=32).pooler_output, half, atol=1e-6, rtol=0)
-    for wrong in (0, 65):
-        with pytest.raises(ValueError, match="truncate_dim must be between 1 and the hidden size 64"):
+    assert model(**inputs, truncate_dim=np.int64(32)).pooler_output.shape == (1, 32)
+    for wrong in (0, 65, True, 32.0):
+        with pytest.raises(
+            ValueError, match=f"truncate_dim must be a number from 1 to the hidden size 64, got {wrong}"
+        ):
             model(**inputs, truncate_dim=wrong)
-
-
-@pytest.mark.parametrize("backbone", tiny.BACKBONES)
-@pytest.mark.parametrize("side", ["left", "right", "mixed"])
-def test_bottleneck_tokens_are_appended_where_absent(repos, backbone, side):
-    """Rows with and without the tokens, padded on the left, the right, or both, embed the same."""
-    processor = AutoProcessor.from_pretrained(repos[backbone])
-    model = BTokForEmbedding.from_pretrained(repos[backbone])
-    whole = process(processor, rows("image"), "right" if side == "mixed" else side)
-    expected = model(**whole).pooler_output
-    ids, mask, types = whole["input_ids"], whole["attention_mask"].clone(), whole.get("mm_token_type_ids")
-    is_token = torch.isin(ids, torch.tensor(model.config.btok_token_ids))
-    is_token[1] = False  # the second row keeps its tokens
-    mask[is_token] = 0
-    inputs = {**whole, "attention_mask": mask}
-    if side == "mixed":  # shift every other row to the right edge
-        for tensor in (ids, mask) if types is None else (ids, mask, types):
-            for row in (0, 2):
-                shift = int((mask[row] == 0).sum()) if tensor is not mask else None
-                if shift:
-                    tensor[row] = tensor[row].roll(shift)
-        for row in (0, 2):
-            mask[row] = mask[row].roll(int((mask[row] == 0).sum()))
-        inputs.update(input_ids=ids, attention_mask=mask)  # the types were changed in place
-    torch.testing.assert_close(model(**inputs).pooler_output, expected, atol=2e-6, rtol=0)
 
 
 def test_zero_tokens_is_last_token_pooling(bases, tmp_path):
@@ -252,28 +240,6 @@ def test_zero_tokens_is_last_token_pooling(bases, tmp_path):
         ["hello", "a longer one"], convert_to_tensor=True
     )
     torch.testing.assert_close(stock, expected, atol=1e-6, rtol=0)
-
-
-def test_bad_rows_are_refused(repo):
-    model = BTokForEmbedding.from_pretrained(repo)
-    processor = AutoProcessor.from_pretrained(repo)
-    raw = processor(text=["typed <|btok_0|> literally"], return_tensors="pt")
-    with pytest.raises(ValueError, match="Row 0 has 1 Bottleneck Token"):
-        model(**raw)
-    with pytest.raises(ValueError, match=r"have 1 image placeholder token\(s\), but the given images need 0"):
-        model(**processor.tokenizer("<|vision_start|><|image_pad|><|vision_end|>", return_tensors="pt"))
-    with pytest.raises(ValueError, match="empty"):
-        model(input_ids=torch.tensor([[5, 6]]), attention_mask=torch.tensor([[0, 0]]))
-    with pytest.raises(ValueError, match="Pass input_ids instead of inputs_embeds"):
-        model(inputs_embeds=torch.zeros(1, 2, 64))
-    inputs = process(processor, rows("image"))
-    inputs["pixel_values"][3, 3] = float("nan")
-    with pytest.raises(ValueError, match="pixel_values has NaN"):
-        model(**inputs)
-    inputs = process(processor, rows("image"))
-    inputs["pixel_values"], inputs["image_grid_thw"] = inputs["pixel_values"][:16], inputs["image_grid_thw"][:1]
-    with pytest.raises(ValueError, match="but the given images need"):  # more placeholders than media
-        model(**inputs)
 
 
 def test_wrong_token_ids_in_the_config_are_refused(repo, bases, tmp_path):
@@ -332,44 +298,80 @@ def test_adapters_go_to_the_backbone(repo, tmp_path):
 
 
 def test_remote_code_is_flat_and_imports_torch_and_transformers_only():
-    source = (ROOT / "modeling" / "modeling_btok.py").read_text("utf-8")
-    imported = set(re.findall(r"^(?:from|import) (\w+)", source, flags=re.M))
-    assert imported - set(sys.stdlib_module_names) == {"torch", "transformers"}
+    assert {file.name for file in (ROOT / "modeling").glob("*.py")} == {"__init__.py", *FILES}
+    for name in FILES:
+        source = (ROOT / "modeling" / name).read_text("utf-8")
+        imported = set(re.findall(r"^(?:from|import) ([\w.]+)", source, flags=re.M))
+        others = {module for module in imported if module.partition(".")[0] not in sys.stdlib_module_names}
+        assert {module.partition(".")[0] for module in others} <= {"torch", "transformers", ""}
+        assert {module for module in others if module.startswith(".")} <= {".inputs_btok"}
+
+
+def test_an_older_transformers_is_told_what_is_needed(tmp_path):
+    """Before a name that it lacks."""
+    for name in FILES:
+        shutil.copy(ROOT / "modeling" / name, tmp_path)
+    script = (
+        "import importlib.metadata, transformers\n"
+        "importlib.metadata.version = lambda name: '4.57.1'\n"
+        "del transformers._class_to_module['PreTrainedConfig']\n"
+        "import remote.modeling_btok\n"
+    )
+    shutil.copytree(tmp_path, tmp_path / "remote")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert "transformers>=5.17 is required" in done.stderr, done.stderr
+
+
+def test_what_loading_notes_is_kept(repo, tmp_path):
+    """Saving, Trainer and PEFT ask the model whether it is quantized, and on which devices it lies."""
+
+    class Config(QuantizationConfigMixin):
+        def __init__(self, **kwargs):
+            self.quant_method = "btok-test"
+
+    class Quantizer(HfQuantizer):
+        requires_calibration = False
+        is_trainable = False
+
+        def is_serializable(self, *args, **kwargs):
+            return False
+
+    register_quantization_config("btok-test")(Config)
+    register_quantizer("btok-test")(Quantizer)
+    model = AutoModel.from_pretrained(repo, trust_remote_code=True, quantization_config=Config())
+    wrapper = btok_hf.BTokSentenceTransformer(repo, device="cpu", model_kwargs={"quantization_config": Config()})
+    for part in (model, model.model, wrapper[0].model):
+        assert part.is_quantized and part.hf_quantizer is not None and part.quantization_method == "btok-test"
+    with pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"quantized when it was loaded.*load it without quantization_config"):
+        wrapper.save_pretrained(str(tmp_path / "saved"))
+    layers = "model.language_model.layers"
+    rest = ("model.visual", "model.language_model.embed_tokens", "model.language_model.norm", "lm_head", f"{layers}.0")
+    devices = {**dict.fromkeys((*rest, "model.language_model.rotary_emb"), "cpu"), f"{layers}.1": "disk"}
+    model = AutoModel.from_pretrained(
+        repo, trust_remote_code=True, device_map=devices, offload_folder=tmp_path / "offloaded"
+    )
+    assert model.hf_device_map == devices
+
+
+def test_adapters_beside_weights_are_refused(repo, tmp_path):
+    """transformers would load them into the model, and they would be saved under names that nothing reads."""
+    shutil.copytree(repo, tmp_path / "both")
+    model = AutoModelForImageTextToText.from_pretrained(repo)
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapters")
+    for file in (tmp_path / "adapters").glob("adapter_*"):
+        shutil.copy(file, tmp_path / "both")
+    for load in (BTokForEmbedding.from_pretrained, lambda path: add_bottleneck_tokens(path, tmp_path / "out")):
+        with pytest.raises(ValueError, match=r"both holds adapters beside its weights"):
+            load(tmp_path / "both")
 
 
 def test_adapters_are_refused_where_only_their_base_would_be_loaded(with_adapters, tmp_path):
     with_adapters.save(str(tmp_path / "adapters"))
     with pytest.raises(ValueError, match=r"adapters holds adapters\. If btok-hf saved them, load"):
         AutoModel.from_pretrained(tmp_path / "adapters", trust_remote_code=True)
-
-
-def test_a_suffix_is_never_left_out(bases, tmp_path):
-    repo = add_bottleneck_tokens(bases["qwen2_vl"], tmp_path / "repo", suffix="in one word:")
-    model = AutoModel.from_pretrained(repo, trust_remote_code=True)
-    processor = AutoProcessor.from_pretrained(repo)
-    with pytest.raises(ValueError, match=r"ends without 'in one word:'.*apply_chat_template"):
-        model(**processor.tokenizer(["hello"], return_tensors="pt"))
-    row = [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]
-    assert model(**process(processor, [row])).pooler_output.shape == (1, 64)
-
-
-@pytest.mark.parametrize("backbone", tiny.BACKBONES)
-def test_the_turns_of_a_chat_are_refused(repos, backbone):
-    """Bottleneck Tokens after `assistant` would give another vector, and no other loader does it."""
-    processor, model = (
-        AutoProcessor.from_pretrained(repos[backbone]),
-        BTokForEmbedding.from_pretrained(repos[backbone]),
-    )
-    chat = [[{"role": "user", "content": [{"type": "text", "text": "hello"}]}]]
-    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    turns = processor.apply_chat_template(chat, add_generation_prompt=True, **options)
-    with pytest.raises(ValueError, match="Leave add_generation_prompt out"):
-        model(**turns)
-    with pytest.raises(ValueError, match="Leave add_generation_prompt out"):
-        condense(model.model, turns)
-    row = model(**processor.apply_chat_template(chat, **options)).pooler_output
-    alone = processor.tokenizer(["hello"], add_special_tokens=False, return_tensors="pt")  # LFM2 would begin a text
-    torch.testing.assert_close(model(**alone).pooler_output, row)
 
 
 @pytest.mark.parametrize("backbone", ["qwen2_vl", "qwen3_vl"])

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from benchmarks import ROOT
 from benchmarks.unified import base, decode, inputs, mining, report, run, tasks, training_rows
+from btok_hf.modeling import modeling_btok
 
 
 @pytest.fixture(scope="module")
@@ -230,10 +231,9 @@ def test_the_model_of_the_examples_is_what_was_exported():
     from btok_hf import verify
 
     assert verify(run.MODELS / "btok-small") < 1e-4
-    remote = (run.MODELS / "btok-small" / "modeling_btok.py").read_text("utf-8")
-    assert remote == (ROOT / "modeling" / "modeling_btok.py").read_text("utf-8"), (
-        "copy modeling/modeling_btok.py there"
-    )
+    for name in modeling_btok.FILES:
+        remote = (run.MODELS / "btok-small" / name).read_text("utf-8")
+        assert remote == (ROOT / "modeling" / name).read_text("utf-8"), f"copy modeling/{name} there"
     config = json.loads((run.MODELS / "btok-small" / "config.json").read_text("utf-8"))
     tokenizer = AutoTokenizer.from_pretrained(run.MODELS / "btok-small")
     assert config["btok_turn_token_id"] == tokenizer.convert_tokens_to_ids("<|im_start|>")

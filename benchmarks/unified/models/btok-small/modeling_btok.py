@@ -1,4 +1,4 @@
-"""Remote code of a Bottleneck-Token model: the only Python file that is published with the weights.
+"""Remote code of a Bottleneck-Token model, published with the weights. `inputs_btok.py` checks its inputs.
 
 A Bottleneck-Token (BTok) checkpoint is a stock checkpoint of a causal vision-language model, such as Qwen-VL, whose
 vocabulary has K more tokens. Every input row ends in these K tokens. The L2-normalised mean of their last hidden
@@ -11,18 +11,23 @@ Import only torch, transformers and the standard library here. The library is in
 import json
 import shutil
 import threading
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 import transformers
 from torch.nn.functional import normalize
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 from transformers.utils.versions import require_version
 
+require_version("transformers>=5.17", "Models with Bottleneck Tokens need it.")  # before names that older ones lack
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel  # noqa: E402
+
+from .inputs_btok import complete_rows, last_positions  # noqa: E402
+
+FILES = ("modeling_btok.py", "inputs_btok.py")  # what is published
 # The classes of transformers by model_type. They are imported by name when they are needed, so that a repository
 # loads with any release that has the class of its own family.
 STOCK_CLASSES = {
@@ -107,6 +112,10 @@ def load_stock_model(
     kwargs |= {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with LOADING:
         model, info = load(source, *args, **kwargs)
+    if getattr(model, "_hf_peft_config_loaded", False):  # their tensors would be saved under names that none knows
+        raise ValueError(
+            f"{source} holds adapters beside its weights (adapter_config.json). Remove them, or merge them into it."
+        )
     missing = sorted(info["missing_keys"] - (set() if needs_head else {"lm_head.weight"}))
     mismatched = sorted(str(key) for key in info["mismatched_keys"])
     unexpected = sorted(info["unexpected_keys"])
@@ -117,7 +126,16 @@ def load_stock_model(
                 f"{', …' if len(keys) > 8 else ''}. It was not loaded, because random weights would give "
                 "meaningless embeddings. Use the weights that belong to this config.json."
             )
+    _keep_notes(model, model.model)
     return model, info
+
+
+def _keep_notes(stock: PreTrainedModel, part: PreTrainedModel) -> None:
+    """Give a part of a model what loading noted of quantization and devices: Trainer, PEFT and saving read it."""
+    quantized = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
+    for name in (*quantized, "hf_device_map"):
+        if name in vars(stock):
+            setattr(part, name, vars(stock)[name])
 
 
 def bottleneck_token_ids(config: PreTrainedConfig) -> list[int]:
@@ -137,113 +155,6 @@ def bottleneck_token_ids(config: PreTrainedConfig) -> list[int]:
     return ids
 
 
-def last_positions(attention_mask: torch.Tensor, count: int) -> torch.Tensor:
-    """Columns of the last `count` real tokens of each row, for left or right padding. Shape (batch, count)."""
-    last = attention_mask.shape[1] - 1 - attention_mask.long().flip(1).argmax(1)
-    return last[:, None] - torch.arange(count - 1, -1, -1, device=attention_mask.device)
-
-
-def append_bottleneck_tokens(
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    token_ids: list[int],
-    mm_token_type_ids: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Append the Bottleneck Tokens to every row that does not end in them.
-
-    If all rows end in them, the inputs are returned unchanged. Otherwise all rows are returned right-padded.
-
-    Args:
-        input_ids (`torch.LongTensor` of shape `(batch, length)`): Token ids, padded on either side.
-        attention_mask (`torch.Tensor` of shape `(batch, length)` or `None`): 1 for real tokens. `None`: all are.
-        token_ids (`list[int]`): The K Bottleneck Token ids.
-        mm_token_type_ids (`torch.Tensor` of shape `(batch, length)`, *optional*): 0 text, 1 image, 2 video.
-
-    Returns:
-        `tuple`: `input_ids`, `attention_mask` and `mm_token_type_ids`, each of shape `(batch, new_length)`.
-        `mm_token_type_ids` is `None` if it was not given.
-
-    Raises:
-        ValueError: A row is empty, or has Bottleneck Tokens in other places than its end.
-    """
-    attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    real = attention_mask.bool()
-    if not real.any(1).all():
-        raise ValueError(f"Row {int((~real.any(1)).nonzero()[0])} of input_ids is empty: its attention_mask is all 0.")
-    count = len(token_ids)
-    tokens = torch.tensor(token_ids, device=input_ids.device)
-    tail = input_ids.gather(1, last_positions(attention_mask, count).clamp(min=0))
-    ends = (tail == tokens).all(1)
-    held = (torch.isin(input_ids, tokens) & real).sum(1)
-    wrong = held != ends * count
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"Row {row} has {int(held[row])} Bottleneck Token(s) but must have {count}, all at its end "
-            f"(ids {token_ids}). Either the text contains such a token (render it with "
-            "processor.apply_chat_template, which escapes it), or config.btok_token_ids and the chat template "
-            "disagree on K (restore both from the exported repository)."
-        )
-    if ends.all():
-        return input_ids, attention_mask, mm_token_type_ids
-
-    def append(values: torch.Tensor, tail: torch.Tensor) -> torch.Tensor:
-        rows = [torch.cat([row[keep], tail[:0] if done else tail]) for row, keep, done in zip(values, real, ends)]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-
-    # The padding id 0 is never read, because attention_mask is 0 there.
-    if mm_token_type_ids is not None:
-        mm_token_type_ids = append(mm_token_type_ids, mm_token_type_ids.new_zeros(count))
-    return append(input_ids, tokens), append(attention_mask, attention_mask.new_ones(count)), mm_token_type_ids
-
-
-def check_appended(config: PreTrainedConfig, input_ids: torch.Tensor) -> None:
-    """Raise `ValueError` for rows that the template did not make, and that Bottleneck Tokens alone do not complete."""
-    if end := getattr(config, "btok_suffix", None):
-        raise ValueError(f"A row ends without {end!r} and Bottleneck Tokens. Use processor.apply_chat_template.")
-    if (input_ids == getattr(config, "btok_turn_token_id", -1)).any():
-        raise ValueError("A row has turns of a chat, but no Bottleneck Tokens. Leave add_generation_prompt out.")
-
-
-def _grid_tokens(config: PreTrainedConfig, grids: torch.Tensor) -> int:
-    return int(grids.prod(1).sum()) // config.vision_config.spatial_merge_size**2
-
-
-def _padded_tile_tokens(config: PreTrainedConfig, mask: torch.Tensor) -> int:
-    """Tiles of one size. Rows with fewer tiles are padded with empty ones."""
-    vision = config.vision_config
-    side = vision.image_size // vision.patch_size // config.scale_factor
-    return int(mask.flatten(2).any(2).sum()) * side**2
-
-
-# By model_type: the feature that says how many placeholders the images need, and their number by it.
-# Default: grids, of images and of videos.
-IMAGE_TOKENS: dict[str, tuple[str, Callable[[Any, torch.Tensor], int]]] = {
-    "internvl": ("pixel_values", lambda config, tiles: len(tiles) * config.image_seq_length),
-    "idefics3": ("pixel_attention_mask", _padded_tile_tokens),
-    "smolvlm": ("pixel_attention_mask", _padded_tile_tokens),
-    "lfm2_vl": ("spatial_shapes", lambda config, tiles: int(tiles.prod(1).sum()) // config.downsample_factor**2),
-}
-
-
-def check_media(config: PreTrainedConfig, input_ids: torch.Tensor, features: Mapping[str, Any]) -> None:
-    """Raise `ValueError` if the media do not match their placeholder tokens, or if pixels are not finite."""
-    counted = [("image", "pixel_values", *IMAGE_TOKENS.get(config.model_type, ("image_grid_thw", _grid_tokens)))]
-    if config.model_type not in IMAGE_TOKENS:
-        counted.append(("video", "pixel_values_videos", "video_grid_thw", _grid_tokens))
-    for kind, pixel_key, key, count in counted:
-        placeholders = int((input_ids == getattr(config, f"{kind}_token_id")).sum())
-        given = 0 if features.get(key) is None else count(config, features[key])
-        if placeholders != given:
-            raise ValueError(
-                f"input_ids have {placeholders} {kind} placeholder token(s), but the given {kind}s need {given}. "
-                f"Process texts and {kind}s together, and pass everything that the processor returns."
-            )
-        pixels = features.get(pixel_key)
-        if pixels is not None and not torch.isfinite(pixels).all():
-            raise ValueError(f"{pixel_key} has NaN or infinite values. Check the {kind} given to the processor.")
-
-
 class BTokForEmbedding(PreTrainedModel):
     """A stock backbone that returns one embedding per row, pooled from the K Bottleneck Tokens.
 
@@ -253,7 +164,6 @@ class BTokForEmbedding(PreTrainedModel):
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    input_modalities = ("text", "image", "video")  # type: ignore[assignment]  # a tuple in stock models too
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     _auto_class = "AutoModel"
 
@@ -261,14 +171,17 @@ class BTokForEmbedding(PreTrainedModel):
         super().__init__(config)
         bottleneck_token_ids(config)
         self.model = stock_class(config)(config).model if backbone is None else backbone
-        self._no_split_modules = self.model._no_split_modules
+        self._no_split_modules, self.input_modalities = self.model._no_split_modules, self.model.input_modalities
         self.post_init()
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | Path, *args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
-        """Load from a local folder or Hub id. Arguments are those of `PreTrainedModel.from_pretrained`.
+        """Load from a local folder or Hub id.
+
+        Arguments are those of `PreTrainedModel.from_pretrained`. Attributes of the configuration, such as
+        `output_hidden_states`, are not among them.
 
         The stock class loads the weights, because transformers converts older checkpoint layouts only for its own
         classes. In a custom class some tensors would stay randomly initialised.
@@ -288,22 +201,23 @@ class BTokForEmbedding(PreTrainedModel):
                 "by btok export; else load their base with AutoModel, then PeftModel.from_pretrained(model, adapters)."
             )
         config = kwargs.pop("config", None)
-        if config is None:
+        if not isinstance(config, PreTrainedConfig):
             hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
             given = {key: kwargs[key] for key in hub if key in kwargs}
-            config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **given)
+            config = AutoConfig.from_pretrained(config or pretrained_model_name_or_path, **given)
         bottleneck_token_ids(config)
         with LOADING:
             stock, info = load_stock_model(pretrained_model_name_or_path, config, *args, needs_head=False, **kwargs)
             model = cls(stock.config, stock.model).eval()
+            _keep_notes(stock, model)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any
+        self, save_directory: str | Path, *, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """Write the stock weights and configuration, this file, and the `auto_map` that refers to it.
+        """Write the stock weights and configuration, this code, and the `auto_map` that refers to it.
 
-        Arguments are those of `PreTrainedModel.save_pretrained`. To upload, call `push_to_hub`.
+        Arguments are those of `PreTrainedModel.save_pretrained`, by name. To upload, call `push_to_hub`.
         """
         if push_to_hub:
             raise ValueError("save_pretrained(push_to_hub=True) is not supported: call model.push_to_hub(repo_id).")
@@ -315,7 +229,7 @@ class BTokForEmbedding(PreTrainedModel):
         path = Path(save_directory, "config.json")
         if path.exists():  # absent if the backbone has adapters, which alone are saved
             path.write_text(json.dumps(with_auto_map(json.loads(path.read_text("utf-8"))), indent=2) + "\n", "utf-8")
-        shutil.copyfile(__file__, Path(save_directory, "modeling_btok.py"))
+        write_code(save_directory)
 
     def add_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refused with `ValueError`, as `load_adapter` is: saved weights would have names that no loader knows."""
@@ -344,7 +258,7 @@ class BTokForEmbedding(PreTrainedModel):
                 appended to rows of text and media alone, unless the model has a suffix before them.
             attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): 1 for real tokens.
             mm_token_type_ids (`torch.Tensor` of shape `(batch, length)`, *optional*): 0 text, 1 image, 2 video; with
-                media, if the processor returns it.
+                media, if the processor returns it, as those of Qwen-VL do.
             truncate_dim (`int`, *optional*): Leading dimensions to keep before normalisation (Matryoshka embeddings).
             return_dict (`bool`, *optional*): `False` returns a tuple.
             kwargs: Pixels, grids and other arguments of the backbone.
@@ -353,21 +267,21 @@ class BTokForEmbedding(PreTrainedModel):
             [`BTokOutput`] or `tuple`
 
         Raises:
-            ValueError: No `input_ids`, misplaced Bottleneck Tokens, none after a suffix or a chat's turns, media that
-                do not match their placeholders, pixels that are not finite, or a `truncate_dim` that is not in 1 …
-                hidden size.
+            ValueError: No `input_ids`, `past_key_values`, a `truncate_dim` that is not in 1 … hidden size, or rows and
+                media that `complete_rows` refuses.
         """
         if input_ids is None:
             raise ValueError("BTokForEmbedding finds tokens by their ids. Pass input_ids instead of inputs_embeds.")
-        hidden_size = self.config.get_text_config().hidden_size
-        if truncate_dim is not None and not 1 <= truncate_dim <= hidden_size:
-            raise ValueError(f"truncate_dim must be between 1 and the hidden size {hidden_size}, got {truncate_dim}.")
+        if kwargs.get("past_key_values") is not None:
+            raise ValueError("BTokForEmbedding embeds whole rows. Pass them without past_key_values.")
+        size = self.config.get_text_config().hidden_size
+        whole = isinstance(truncate_dim, Integral) and not isinstance(truncate_dim, bool)
+        if truncate_dim is not None and not (whole and 1 <= truncate_dim <= size):
+            raise ValueError(f"truncate_dim must be a number from 1 to the hidden size {size}, got {truncate_dim!r}.")
         token_ids = bottleneck_token_ids(self.config)
-        check_media(self.config, input_ids, kwargs)
-        rows = append_bottleneck_tokens(input_ids, attention_mask, token_ids, mm_token_type_ids)
-        if rows[0] is not input_ids:
-            check_appended(self.config, input_ids)
-        input_ids, attention_mask, mm_token_type_ids = rows
+        input_ids, attention_mask, mm_token_type_ids = complete_rows(
+            self.config, token_ids, input_ids, attention_mask, mm_token_type_ids, **kwargs
+        )
         if mm_token_type_ids is not None:
             kwargs["mm_token_type_ids"] = mm_token_type_ids
         kwargs.setdefault("use_cache", False)
@@ -388,6 +302,12 @@ class _NoConfigClass:
 
 
 BTokForEmbedding.config_class = _NoConfigClass()  # type: ignore[assignment]  # hides the superclass's attribute
+
+
+def write_code(folder: str | Path) -> None:
+    """Copy the remote code into a repository."""
+    for name in FILES:
+        shutil.copyfile(Path(__file__).with_name(name), Path(folder, name))
 
 
 def with_auto_map(config: dict[str, Any]) -> dict[str, Any]:
