@@ -252,6 +252,7 @@ def _check_head(head: Tensor | None) -> Tensor:
     return head
 
 
+@torch.compiler.disable  # host work on NumPy arrays, whose guards fail
 def _pack(
     backbone: Backbone,
     inputs: Mapping[str, Any],

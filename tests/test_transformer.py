@@ -77,3 +77,13 @@ def test_one_token_too_many_is_refused_with_media(repos, backbone):
     model.max_seq_length = length - 1
     with pytest.raises(ValueError, match="media are never truncated"):
         model.preprocess([item])
+
+
+def test_a_compiled_model_embeds_the_same(repo):
+    """`compile` is that of `torch.nn.Module`. What packs rows works on NumPy arrays and is not traced."""
+    model = BTokSentenceTransformer(repo, device="cpu")
+    items = ["a text", image(56, 84), {"image": image(84, 56), "text": "both"}]
+    expected = model.encode(items)
+    model.compile(backend="eager")
+    np.testing.assert_allclose(model.encode(items), expected, atol=TOLERANCE)
+    np.testing.assert_allclose(model.encode(items[:1]), expected[:1], atol=TOLERANCE)
