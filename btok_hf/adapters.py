@@ -168,7 +168,7 @@ class MergedTensors(Mapping[str, torch.Tensor]):
     The names are those of the stock `…ForConditionalGeneration`.
 
     Raises:
-        ValueError: A quantized model.
+        ValueError: A model that is quantized, or partly not in memory.
     """
 
     def __init__(self, backbone: PreTrainedModel, lm_head: torch.nn.Module | None = None) -> None:
@@ -177,11 +177,15 @@ class MergedTensors(Mapping[str, torch.Tensor]):
                 "The model was quantized when it was loaded, so its tensors are not those of the stock layout. Save "
                 "its adapters alone, or load it without quantization_config and save that."
             )
+        state = backbone.state_dict()
+        if offloaded := [name for name, tensor in state.items() if tensor.is_meta]:
+            raise ValueError(
+                f"{len(offloaded)} tensors are offloaded and not in the model, the first of them {offloaded[0]}. To save "
+                "it, load it without device_map."
+            )
         self._layers = {f"model.{name}": layer for name, layer in _adapted_layers(backbone).items()}
         self._tensors = {
-            f"model.{name}": tensor
-            for name, tensor in backbone.state_dict().items()
-            if self._owner(f"model.{name}") is None
+            f"model.{name}": tensor for name, tensor in state.items() if self._owner(f"model.{name}") is None
         }
         for name, layer in self._layers.items():
             self._tensors |= {f"{name}.{key}": tensor for key, tensor in _plain_layer(layer).state_dict().items()}

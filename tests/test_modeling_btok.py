@@ -353,6 +353,12 @@ def test_what_loading_notes_is_kept(repo, tmp_path):
         repo, trust_remote_code=True, device_map=devices, offload_folder=tmp_path / "offloaded"
     )
     assert model.hf_device_map == devices
+    options = {"device_map": devices, "offload_folder": tmp_path / "offloaded too"}
+    wrapper = btok_hf.BTokSentenceTransformer(repo, device="cpu", model_kwargs=options)
+    expected = btok_hf.BTokSentenceTransformer(repo, device="cpu").encode("hello")
+    torch.testing.assert_close(wrapper.encode("hello"), expected, atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match=r"\d+ tensors are offloaded .* layers\.1\..*Load it without device_map"):
+        wrapper.save_pretrained(str(tmp_path / "saved"))
 
 
 def test_adapters_beside_weights_are_refused(repo, tmp_path):
