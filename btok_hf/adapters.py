@@ -180,8 +180,8 @@ class MergedTensors(Mapping[str, torch.Tensor]):
         state = backbone.state_dict()
         if offloaded := [name for name, tensor in state.items() if tensor.is_meta]:
             raise ValueError(
-                f"{len(offloaded)} tensors are offloaded and not in the model, the first of them {offloaded[0]}. To save "
-                "it, load it without device_map."
+                f"{len(offloaded)} tensors of the model are offloaded, the first {offloaded[0]}. To save it, load it "
+                "without device_map."
             )
         self._layers = {f"model.{name}": layer for name, layer in _adapted_layers(backbone).items()}
         self._tensors = {
