@@ -261,7 +261,7 @@ def write_repository(
             _write_config(
                 output_dir,
                 config,
-                processor,
+                processor.tokenizer,
                 tensors.empty(f"model.{family_of(config).language}.embed_tokens.weight").dtype,
             )
             if generation_config is not None:
@@ -280,13 +280,12 @@ def write_repository(
     return output_dir
 
 
-def _write_config(output_dir: Path, config: PreTrainedConfig, processor: ProcessorMixin, dtype: torch.dtype) -> None:
+def _write_config(output_dir: Path, config: PreTrainedConfig, tokenizer: Any, dtype: torch.dtype) -> None:
     """Write `config.json` of the full model, and the remote code that it names."""
-    config = copy.deepcopy(config)
-    config.dtype = dtype
-    config.btok_turn_token_id = processor.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    config, path = copy.deepcopy(config), output_dir / "config.json"
+    config.dtype, config.btok_pad_token_id = dtype, tokenizer.pad_token_id
+    config.btok_turn_token_id = tokenizer.convert_tokens_to_ids("<|im_start|>")
     config.save_pretrained(output_dir)
-    path = output_dir / "config.json"
     write_json(path, modeling_btok.with_auto_map(json.loads(path.read_text("utf-8"))))
     modeling_btok.write_code(output_dir)
 

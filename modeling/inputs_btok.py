@@ -1,7 +1,7 @@
 """What a batch must be before the backbone sees it; published with the weights, beside `modeling_btok.py`.
 
-Rows that do not end in Bottleneck Tokens get them. Whatever would give another embedding without an error is refused:
-media that do not match their placeholders, padding without a mask, tokens in other places.
+Rows that do not end in Bottleneck Tokens get them. What is known to give another embedding without an error is
+refused: media that do not match their placeholders, padding without a mask, tokens in other places.
 """
 
 from collections.abc import Callable, Mapping
@@ -65,9 +65,14 @@ def complete_rows(
             "with processor.apply_chat_template, which escapes it), or config.btok_token_ids and the chat template "
             "disagree on K (restore both from the exported repository)."
         )
+    if not ends.all():
+        check_appended(config, input_ids, features)
+    if config.model_type == "lfm2_vl" and ((input_ids == config.get_text_config().bos_token_id) & real).any():
+        raise ValueError(
+            "A row has a token that the tokenizer alone puts before it. Use the processor, which does not."
+        )
     if ends.all():
         return input_ids, attention_mask, mm_token_type_ids
-    check_appended(config, input_ids, features)
 
     def append(values: torch.Tensor, tail: torch.Tensor) -> torch.Tensor:
         rows = [torch.cat([row[keep], tail[:0] if done else tail]) for row, keep, done in zip(values, real, ends)]
@@ -89,14 +94,14 @@ def check_shapes(
     """Raise `ValueError` for anything but rows of one length, and for padding that no mask marks."""
     if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or not input_ids.numel():
         got = f"shape {tuple(input_ids.shape)}" if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
-        raise ValueError(f"input_ids must be a tensor of shape (batch, length) neither of them 0, got {got}.")
+        raise ValueError(f"input_ids must be a tensor of shape (batch, length), neither of them 0, got {got}.")
     for name, values in (("attention_mask", attention_mask), ("mm_token_type_ids", mm_token_type_ids)):
         if values is not None and getattr(values, "shape", None) != input_ids.shape:
             raise ValueError(
                 f"{name} must have the shape of input_ids, {tuple(input_ids.shape)}, got "
                 f"{tuple(getattr(values, 'shape', ()))}. Pass both as the processor returns them."
             )
-    pad: Any = getattr(config.get_text_config(), "pad_token_id", None)
+    pad: Any = getattr(config, "btok_pad_token_id", getattr(config.get_text_config(), "pad_token_id", None))
     if attention_mask is None and pad not in (None, *token_ids) and input_ids[:, [0, -1]].eq(pad).any():
         raise ValueError(
             f"A row begins or ends with the padding token {pad}, but attention_mask is missing. Pass the processor's."
@@ -111,10 +116,6 @@ def check_appended(config: PreTrainedConfig, input_ids: torch.Tensor, features: 
         raise ValueError(f"A row ends without {end!r} and Bottleneck Tokens. Use processor.apply_chat_template.")
     if (input_ids == getattr(config, "btok_turn_token_id", -1)).any():
         raise ValueError("A row has turns of a chat, but no Bottleneck Tokens. Leave add_generation_prompt out.")
-    if config.model_type == "lfm2_vl" and (input_ids == config.get_text_config().bos_token_id).any():
-        raise ValueError(
-            "A row begins with a token that the tokenizer alone puts there. Use the processor, which does not."
-        )
 
 
 def _grid_tokens(config: PreTrainedConfig, grids: torch.Tensor) -> int:
@@ -159,12 +160,11 @@ def check_media(config: PreTrainedConfig, input_ids: torch.Tensor, features: Map
         if pixels is not None and not torch.isfinite(pixels).all():
             raise ValueError(f"{pixel_key} has NaN or infinite values. Check the {kind} given to the processor.")
     grids = [key for *_, key, _ in counted if key.endswith("grid_thw") and features.get(key) is not None]
-    needed = ["mm_token_type_ids"] if grids else []
+    needed = dict.fromkeys(["mm_token_type_ids"] if grids else [], " and ".join(grids))
     if config.model_type == "qwen2_5_vl" and "video_grid_thw" in grids:
-        needed.append("second_per_grid_ts")
-    for name in needed:
+        needed["second_per_grid_ts"] = "video_grid_thw"
+    if config.model_type == "lfm2_vl" and features.get("pixel_values") is not None:
+        needed["pixel_attention_mask"] = "pixel_values"
+    for name, present in needed.items():
         if features.get(name) is None:
-            raise ValueError(
-                f"{' and '.join(grids)} was given without {name}, which the positions of its tokens depend on. Pass "
-                "everything that the processor returns."
-            )
+            raise ValueError(f"{present} was given without {name}. Pass everything that the processor returns.")

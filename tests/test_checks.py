@@ -145,6 +145,12 @@ def test_columns():
         check_columns(["query", "positive", "negative_groups"])
 
 
+def test_negatives_with_groups_are_a_list():
+    rows = {"query": ["a"], "positive": ["b"], "negatives": ["c"], "negative_groups": [["g"]]}
+    with pytest.raises(ValueError, match="Row 0 of the data: 'negatives' must be a list of inputs, got str"):
+        check_rows(Dataset.from_dict(rows), "the data")
+
+
 def test_negatives_have_a_group_each():
     rows = {"query": ["a"] * 3, "positive": ["b"] * 3, "negatives": [["c", "d"], [], ["e"]]}
     check_rows(Dataset.from_dict({**rows, "negative_groups": [["g", None], None, ["h"]]}), "the data")

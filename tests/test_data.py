@@ -1,11 +1,13 @@
 """Pair files, their cells, and the evaluator over them."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
+from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from support.media import image
 from support.training import collator
 
@@ -109,6 +111,94 @@ def test_rows_of_one_group_answer_each_other(tmp_path):
     }
 
 
+class Vectors:
+    """A model of given vectors. `similarity` counts how many scores it made at once."""
+
+    similarity_fn_name = "cosine"
+    model_card_data = SimpleNamespace(set_evaluation_metrics=lambda *_, **__: None)
+
+    def __init__(self, vector):
+        self.vector, self.sizes = vector, []
+
+    def encode_query(self, inputs, **_):
+        return torch.tensor(np.array([self.vector(item) for item in inputs]))
+
+    encode_document = encode_query
+
+    def similarity(self, queries, candidates):
+        scores = queries @ candidates.T
+        self.sizes.append(scores.numel())
+        return scores
+
+
+def test_a_query_is_not_ranked_against_itself():
+    """Pairs in both directions: every text is a query and a candidate. Half of them are most similar to themselves."""
+    texts = [f"{number} {side}" for number in range(30) for side in "ab"]
+    pairs = {text: f"{text.split()[0]} {'b' if text.endswith('a') else 'a'}" for text in texts}
+    rows = Dataset.from_dict({"query": list(pairs), "positive": list(pairs.values())})
+
+    def vector(text):
+        number, side = text.split()
+        return np.eye(30)[int(number)] + 0.01 * (side == "a")
+
+    found = retrieval_evaluator(rows)(Vectors(vector))
+    assert found == {**found, **dict.fromkeys(["pairs_cosine_accuracy@1", "pairs_cosine_mrr@60"], 1.0)}
+    assert found["pairs_cosine_ndcg@10"] == found["pairs_cosine_map@100"] == 1.0
+    # An input that is its own answer is found.
+    found = retrieval_evaluator(Dataset.from_dict({"query": texts[::2], "positive": texts[::2]}))(Vectors(vector))
+    assert found["pairs_cosine_accuracy@1"] == 1.0
+
+
+def test_metrics_are_those_of_the_base_class_in_little_memory(monkeypatch):
+    """Also with several answers and ties, and if the scores are made in parts."""
+    rng = np.random.default_rng(0)
+    known = {}
+
+    def vector(text):  # of small integers: many candidates are equally similar
+        return known.setdefault(text, rng.integers(-1, 2, 4)).astype(np.float32)
+
+    rows = [(f"q{rng.integers(150)}", f"p{rng.integers(300)}") for _ in range(400)]
+    rows = Dataset.from_dict(dict(zip(("query", "positive"), map(list, zip(*rows)))))
+    evaluator = retrieval_evaluator(rows)
+    base = InformationRetrievalEvaluator(
+        dict(zip(evaluator.queries_ids, evaluator.queries)),
+        dict(zip(evaluator.corpus_ids, evaluator.corpus)),
+        evaluator.relevant_docs,
+        name="pairs",
+        **{f"{name}_at_k": getattr(evaluator, f"{name}_at_k") for name in ("accuracy", "mrr", "ndcg", "map")},
+        precision_recall_at_k=evaluator.precision_recall_at_k,
+    )
+    model = Vectors(vector)
+    expected = base(model)
+    assert evaluator(model) == expected and len(expected) == 9
+    assert evaluator.description == base.description and evaluator.primary_metric == base.primary_metric
+    assert 0.02 < expected[f"pairs_cosine_mrr@{len(evaluator.corpus)}"] < 0.5
+    model.sizes.clear()
+    monkeypatch.setattr("btok_hf.training.data.SCORES_AT_ONCE", 1000)
+    assert evaluator(model) == expected and len(model.sizes) > 20 and max(model.sizes) <= 1000
+    listed = []
+    monkeypatch.setattr(evaluator, "compute_metrics", lambda hits: listed.extend(hits) or base.compute_metrics(hits))
+    evaluator(model)
+    assert {len(hits) for hits in listed} == {100}  # and not all candidates
+
+
+def test_pairs_that_cannot_be_evaluated(tmp_path):
+    def evaluator(*rows, name="pairs.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return retrieval_evaluator(str(tmp_path / name))
+
+    good = {"query": "a", "positive": "b"}
+    assert len(evaluator(good, {"query": None, "positive": "c"}).corpus) == 2
+    with pytest.raises(ValueError, match=r"Row 1 of .*pairs\.jsonl: its positive is empty"):
+        evaluator(good, {"query": "c", "positive": None})
+    with pytest.raises(ValueError, match=r"Row 2 of .*: its query names 'gone\.png', a file that does not exist"):
+        evaluator(good, good, {"query": "gone.png", "positive": "b"})
+    with pytest.raises(ValueError, match="no row with a query: there is nothing to evaluate"):
+        evaluator({"query": None, "positive": "c"})
+    with pytest.raises(ValueError, match="Row 0 of the pairs: its positive is empty"):
+        retrieval_evaluator(Dataset.from_list([{"query": "a", "positive": " "}]))
+
+
 def test_a_file_of_a_video_in_a_dict_stays_one(tmp_path):
     stored = {"bytes": b"a video", "path": None}
     assert decode_cell({"video": stored, "text": "x", "image": None}) == {"video": stored, "text": "x"}
@@ -203,6 +293,8 @@ def test_videos_in_columns_are_videos_again():
     "name, content",
     [
         ("latin.csv", "query,positive\nä,b\n".encode("latin-1")),
+        ("latin.jsonl", '{"query": "ä", "positive": "b"}\n'.encode("latin-1")),
+        ("dates.jsonl", '{"query": "2026-11-26", "positive": "ä"}\n'.encode("latin-1")),
         ("empty.csv", b"query,positive\n"),
         ("large.jsonl", b'{"query": 1e400000, "positive": ' + b"9" * 5000 + b"}"),
         ("cut.json", b'[{"query": "a", "pos'),

@@ -197,12 +197,16 @@ def test_what_no_row_is_to_blame_for_ends_the_run(folder, tmp_path, repo, monkey
     assert read(tmp_path / "out") == {}
 
 
-def test_names_and_texts_that_parquet_cannot_hold(tmp_path, repo):
+def test_names_that_parquet_cannot_hold_are_failed_rows(tmp_path, repo):
+    """A row with another name could never say where its file is."""
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / "a\udcff.txt").write_text("a text")  # a name whose bytes are no UTF-8
-    embed(folder, tmp_path / "out", repo)
-    assert list(read(tmp_path / "out")) == ["a\\udcff.txt"]
+    (folder / "b.txt").write_text("a text")
+    errors = embed(folder, tmp_path / "out", repo)
+    assert errors == {"a\\udcff.txt": "the name of the file is not UTF-8; rename it"}
+    found = read(tmp_path / "out")
+    assert found["a\\udcff.txt"]["embedding"] is None and found["b.txt"]["embedding"]
 
 
 def test_memory_of_results_is_bounded_and_keeps_the_last(repo):

@@ -4,10 +4,13 @@ import json
 import os
 import re
 import shutil
+from importlib.metadata import version
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from sentence_transformers import SentenceTransformer
 from support.evaluation import LETTERS, by_hand, counted, refuse
 from support.media import image, video
@@ -15,7 +18,6 @@ from support.mmeb_tree import frames, looks, picture, write_dataset
 from tokenizers.normalizers import Lowercase
 
 from btok_hf import BTokSentenceTransformer
-from btok_hf.evaluation import embeddings
 from btok_hf.evaluation.embeddings import EmbeddingStore, Encoder, fingerprint, task_inputs
 from btok_hf.evaluation.loading import load_task
 from btok_hf.evaluation.mmeb import evaluate
@@ -117,8 +119,30 @@ def test_fingerprints_tell_models_apart(repo, repos, model, monkeypatch, tmp_pat
     add(changed)
     changed.config.text_config.rms_norm_eps *= 2
     add(changed)
-    monkeypatch.setattr(embeddings, "versions", lambda: {"torch": "0"})
-    add(changed)
+    adapted = BTokSentenceTransformer(repo, device="cpu")
+    adapted.add_adapter(LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj"]))
+    add(adapted)
+    layers = [layer for layer in adapted.modules() if isinstance(layer, LoraLayer)]
+    for layer in layers:
+        layer.scale_layer(8)
+    add(adapted)
+    adapted.transformer.model.disable_adapters()
+    add(adapted)
+    adapted.transformer.model.enable_adapters()
+    for layer in layers:
+        layer.merge()  # of random weights and zeros: the weights stay the same
+    add(adapted)
+    for package in ("btok-hf", "pillow", "torch"):  # images are decoded by the first two
+        with monkeypatch.context() as patch:
+            for module in ("btok_hf.evaluation.embeddings", "btok_hf.golden"):
+                patch.setattr(f"{module}.version", _other(package))
+            add(model)
+    assert fingerprint(model) in known
+
+
+def _other(package):
+    """`version` with another release of a package."""
+    return lambda name: "0" if name == package else version(name)
 
 
 def test_no_model_gets_the_embeddings_of_another(mmeb_root, tmp_path, model, repo):

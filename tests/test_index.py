@@ -53,7 +53,7 @@ def test_hits_are_the_nearest_rows_with_their_columns(built):
     assert np.allclose([hit.score for hit in hits], np.sort(VECTORS @ VECTORS[7])[::-1][:5], atol=1e-6)
     first = hits[0]
     assert (first.kind, first.text, first.source, first.page, first.thumbnail) == ("text", TEXTS[7], None, None, None)
-    assert first.metadata == {"label": "l1"}
+    assert first.metadata == {"label": "l1"} and first.content_hash == "hash 7"
     assert built.settings["model"] == "org/btok-2b" and built.exact and built.lossless and built.count() == 300
 
 
@@ -61,16 +61,18 @@ def test_a_filter_holds_for_every_hit(built):
     hits = built.search(VECTORS[7], k=20, where="label = 'l2' AND id != 'a8'")
     assert [hit.id for hit in hits] == nearest(VECTORS[7], 20, lambda number: number % 3 == 2 and number != 8)
     assert len(built.search(VECTORS[7], where="label = 'l2' -- a comment")) == 10
+    assert len(built.search(VECTORS[7], where="label = 'l2';")) == 10
     assert built.search(VECTORS[7], where="label = 'none'") == [] and built.count("label = 'l2'") == 100
 
 
 @pytest.mark.parametrize(
-    "where", ["labl = 'l2'", "label = ", "1", "", "label = (SELECT 1)", "label = 'l2'; id = 'a8'"]
+    "where", ["labl = 'l2'", "label = ", "1", "", "label = (SELECT 1)", "label = 'l2'; id = 'a8'", "1=1) OR (1=1"]
 )
 def test_a_filter_that_is_none_is_named_with_the_columns(built, where):
     with pytest.raises(ValueError, match=r"^The filter .* columns id, kind, source, page, .* label") as error:
         built.search(VECTORS[7], where=where)
     assert repr(where) in str(error.value) and "\n" not in str(error.value)
+    assert not any(internal in str(error.value) for internal in ("SELECT 1 FROM", ".rs:", "Valid fields"))
 
 
 def test_words_alone_and_both_rankings_fused(built):
@@ -82,6 +84,17 @@ def test_words_alone_and_both_rankings_fused(built):
     assert len(hits) == 3 and {far, "a7"} <= set(hits)
     assert hits[far] == pytest.approx(VECTORS[int(far[1:])] @ VECTORS[7], abs=1e-6)  # cosines also here
     assert {hit.metadata["label"] for hit in built.search(VECTORS[7], "tiger", where="label = 'l1'")} == {"l1"}
+
+
+def test_fused_hits_do_not_change_with_their_number(tmp_path):
+    """A row in the middle of both rankings may be the best of both."""
+    texts = [f"word{number % 40} " + "tiger " * (number % 7) for number in range(300)]
+    index = Index.build(write(tmp_path, rows(text=texts)), tmp_path / "db")[0]
+    for number in range(10):
+        asked = VECTORS[number], f"word{number + 9} tiger"
+        deep = [hit.id for hit in index.search(*asked, k=70)]
+        for k in (1, 2, 3, 10, 24):
+            assert [hit.id for hit in index.search(*asked, k=k)] == deep[:k]
 
 
 @pytest.mark.parametrize(
@@ -200,6 +213,16 @@ def test_a_rare_condition_finds_as_many_as_there_are(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------- bringing up to date
+
+
+def test_a_database_knows_when_it_was_written(tmp_path):
+    before = time.time()
+    index = Index.build(write(tmp_path, rows(range(20))), tmp_path / "db")[0]
+    between = time.time()
+    assert before - 1 < index.written < between + 1
+    time.sleep(1)
+    Index.build(write(tmp_path, rows(range(30))), tmp_path / "db")
+    assert Index.open(tmp_path / "db").written > between
 
 
 def state(index):

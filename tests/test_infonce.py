@@ -77,17 +77,17 @@ def test_random_batches_by_the_definition():
         queries, positives, negatives = (rng.choices("abcdefghij", k=count) for count in (9, 9, 7))
         groups, others = ({row: rng.randrange(3) for row in range(n) if rng.random() < 0.4} for n in (9, 7))
         candidates = list(zip(positives + negatives, [*map(groups.get, range(9)), *map(others.get, range(7))]))
-        expected = [[], [], []]
+        right = []
         for i in range(9):
             same = [j for j in range(9) if queries[j] == queries[i]]
             asked = {groups.get(j) for j in same} - {None}
-            right = {positives[j] for j in same} | {content for content, group in candidates if group in asked}
-            right |= {queries[i]}
-            answered = [j for j in range(9) if positives[j] == positives[i] or groups.get(j, -1) == groups.get(i, -2)]
-            asking = {queries[j] for j in answered} | {positives[i], queries[i]}
-            expected[0].append([j for j in range(9) if j != i and positives[j] in right])
-            expected[1].append([j for j, content in enumerate(negatives) if content in right])
-            expected[2].append([j for j in range(9) if j != i and queries[j] in asking])
+            right.append({positives[j] for j in same} | {content for content, group in candidates if group in asked})
+            right[i] |= {queries[i]}
+        expected = [
+            [[j for j in range(9) if j != i and positives[j] in right[i]] for i in range(9)],
+            [[j for j, content in enumerate(negatives) if content in right[i]] for i in range(9)],
+            [[j for j in range(9) if j != i and positives[i] in right[j]] for i in range(9)],
+        ]
         assert masks(queries, positives, negatives, groups, others) == expected, seed
 
 

@@ -81,7 +81,8 @@ def test_many_queries_are_each_one_by_itself():
     for row in range(50):
         assert metrics(rankings[row], graded[row]) == {name: values[row] for name, values in together.items()}
     means = score(rankings, graded)
-    assert list(means) == [*together, "num_pred", "num_data"] and means["num_pred"] == means["num_data"] == 50
+    assert list(means) == [*together, "num_pred", "num_data", "num_candidates"]
+    assert means["num_pred"] == means["num_data"] == 50 and means["num_candidates"] == len(LETTERS)
     assert means["f1@5"] == pytest.approx(together["f1@5"].mean())
 
 

@@ -13,7 +13,7 @@ from support.training import config
 
 from btok_hf import cli
 from btok_hf.content import content_hash
-from btok_hf.training import CondensationTrainer
+from btok_hf.training import CondensationTrainer, mining
 from btok_hf.training.data import decode_cell, load_pairs
 from btok_hf.training.mining import mine_hard_negatives
 
@@ -68,6 +68,15 @@ def brute_force(pairs, model, count):
         same |= {h for h, other in zip(known, rows) if other["group"] in groups}
         order = np.argsort(-(vectors @ model.encode_query([row["query"]])[0]), kind="stable")
         yield list(dict.fromkeys(known[i] for i in order if known[i] not in same))[:count]
+
+
+def test_groups_that_are_all_null(model, tmp_path):
+    """Arrow gives such a column no type."""
+    pairs = Dataset.from_dict(
+        {"query": WORDS, "positive": [f"a {word}" for word in WORDS], "group": [None] * len(WORDS)}
+    )
+    mine_hard_negatives(pairs, model, tmp_path / "out.parquet")
+    assert load_pairs(str(tmp_path / "out.parquet")).column_names == ["query", "positive", "group", "negatives"]
 
 
 def test_images_groups_and_copies_as_by_brute_force(model, tmp_path):
@@ -135,13 +144,123 @@ def test_options_are_checked_before_anything_is_read(model, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             mine_hard_negatives(pairs, None, out, **options)
-    with pytest.raises(ValueError, match="already have a column 'negatives'"):
-        mine_hard_negatives(pairs.add_column("negatives", [["a"]] * len(pairs)), None, out)
+    for mined in (["negatives"], ["negative_groups"], ["negatives", "negative_groups"]):
+        again = pairs
+        for column in mined:
+            again = again.add_column(column, [["a"]] * len(pairs))
+        with pytest.raises(ValueError, match=f"already have {' and '.join(mined)}.*remove_columns.*{mined[-1]}"):
+            mine_hard_negatives(again, None, out)
+    for bounds, message in (
+        ({"relative_margin": 95}, "a fraction, 0 or more and below 1, got 95"),
+        ({"relative_margin": -0.5}, "a fraction, 0 or more and below 1, got -0.5"),
+        ({"absolute_margin": -1.0}, "absolute_margin must be 0 or more, got -1.0"),
+        ({"absolute_margin": float("nan")}, "absolute_margin must be 0 or more, got nan"),
+        ({"max_score": 95}, "between -1 and 1 and the lower first, got None and 95"),
+        ({"min_score": -2}, "between -1 and 1 and the lower first, got -2 and None"),
+        ({"min_score": 0.9, "max_score": 0.1}, "the lower first, got 0.9 and 0.1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mine_hard_negatives(pairs, None, out, **bounds)
     with pytest.raises(ValueError, match="no row with a query"):
         mine_hard_negatives(
             Dataset.from_dict({"query": [None], "positive": ["a"]}, features=pairs.features), model, out
         )
     assert not out.exists()
+
+
+class Random:
+    """A model of random vectors, which counts its inputs."""
+
+    def __init__(self, spoil=None):
+        self.rng, self.spoil, self.inputs = np.random.default_rng(0), spoil, []
+
+    def encode_query(self, inputs, **_):
+        vectors = self.rng.normal(size=(len(inputs), 8)).astype(np.float32)
+        for vector, item in zip(vectors, inputs):
+            if item == self.spoil:
+                vector[3] = np.nan
+        self.inputs += inputs
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    encode_document = encode_query
+
+
+def test_rows_are_checked_before_any_is_embedded(tmp_path):
+    rows = [{"query": f"find {i}", "positive": f"thing {i}", "group": None} for i in range(30)]
+    for row, changes, message in (
+        (29, {"positive": "photos/gone.png"}, r"its positive names 'photos/gone\.png', a file that does not exist"),
+        (29, {"query": "gone.png"}, r"its query names 'gone\.png'"),
+        (20, {"positive": " "}, "its positive is empty"),
+        (20, {"positive": None}, "its positive is empty"),
+        (20, {"query": ""}, "its query is empty"),
+        (7, {"group": ""}, "its group is empty"),
+    ):
+        pairs = Dataset.from_list([*rows[:row], {**rows[row], **changes}, *rows[row + 1 :]])
+        model = Random()
+        with pytest.raises(ValueError, match=f"Row {row} of the pairs: {message}"):
+            mine_hard_negatives(pairs, model, tmp_path / "out.parquet")
+        assert not model.inputs and not (tmp_path / "out.parquet").exists()
+
+
+def test_a_row_that_cannot_be_embedded_is_named_by_its_number(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(mining, "MEDIA_ROWS", 2)
+    monkeypatch.setattr(mining, "ROWS", 2)
+    image(40, 40).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    good, bad = str(tmp_path / "good.png"), str(tmp_path / "bad.png")
+    # The picture of rows 0 to 4 is one input, and the bad one the second of a later call.
+    rows = [{"query": f"find {i}", "positive": cell} for i, cell in enumerate([good] * 5 + ["a", "b", bad])]
+    with pytest.raises(ValueError, match=r"^Row 7 of the pairs, its positive .*bad\.png.*is not an image"):
+        mine_hard_negatives(Dataset.from_list(rows), model, tmp_path / "out.parquet")
+
+
+def test_vectors_that_cannot_be_ranked_are_refused(tmp_path):
+    """NaN would be everybody's nearest candidate."""
+    with pytest.raises(ValueError, match="The embedding of row 5 holds NaN"):
+        mine_hard_negatives(text_pairs(), Random("a grey thing"), tmp_path / "out.parquet")
+
+
+def test_negatives_are_written_in_parts_that_arrow_can_hold(tmp_path, monkeypatch):
+    """An array of Arrow holds 2 GiB, which 1,024 rows with large pictures exceed."""
+    pairs = mixed_pairs()
+    mine_hard_negatives(pairs, Random(), tmp_path / "one.parquet", num_negatives=4)
+    sizes, combine = [], mining._one_array
+    monkeypatch.setattr(mining, "BYTES", 2000)
+    monkeypatch.setattr(mining, "_one_array", lambda values: sizes.append(values.nbytes) or combine(values))
+    report = mine_hard_negatives(pairs, Random(), tmp_path / "parts.parquet", num_negatives=4)
+    one, parts = (load_pairs(str(tmp_path / f"{name}.parquet")) for name in ("one", "parts"))
+    assert parts.to_list() == one.to_list() and report.rows == len(parts) == sum(report.negatives.values())
+    row = max(sum(len(cell["bytes"]) for cell in cells) for cells in negatives_as_stored(one))
+    assert max(sizes) < 2000 + row < sum(sizes) / 2
+
+
+def negatives_as_stored(pairs):
+    return pairs.with_format("arrow")["negatives"].to_pylist()
+
+
+def test_a_run_without_any_negative_is_told(tmp_path, caplog):
+    report = mine_hard_negatives(text_pairs(), Random(), tmp_path / "out.parquet", max_score=-1)
+    assert report.negatives == {0: 12} and "No row got a negative. Raise range_max" in caplog.text
+    caplog.clear()
+    mine_hard_negatives(text_pairs(), Random(), tmp_path / "out.parquet")
+    assert not caplog.text
+
+
+def test_the_output_is_checked_before_anything_is_loaded(tmp_path):
+    pairs = tmp_path / "pairs.parquet"
+    text_pairs().to_parquet(pairs)
+    before = pairs.read_bytes()
+    (tmp_path / "link.parquet").symlink_to(pairs)
+    for output, message in (
+        (pairs, "is the file of the pairs, which mining leaves"),
+        (tmp_path / "link.parquet", "is the file of the pairs"),
+        (tmp_path / "out.jsonl", "written as parquet"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            cli.main(["mine", str(pairs), str(output), "--model", "no/model"])
+    with pytest.raises(SystemExit, match="written as parquet"):
+        cli.main(["mine", str(tmp_path / "none.parquet"), str(tmp_path / "out.jsonl"), "--model", "no/model"])
+    assert pairs.read_bytes() == before
 
 
 def test_command(repo, tmp_path, capsys):

@@ -3,11 +3,14 @@
 import json
 import os
 import re
+import shutil
 import signal
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from sentence_transformers import SentenceTransformer
 from support.evaluation import OTHERS, SAMPLE, by_hand, counted, refuse
@@ -29,7 +32,7 @@ def test_all_78_datasets(mmeb_root, tmp_path, capsys):
     for name, task in TASKS.items():
         folder = tmp_path / "out" / task.modality
         saved = json.loads((folder / f"{name}_score.json").read_text())
-        assert saved == scores[name] and len(saved) == 26
+        assert saved == scores[name] and len(saved) == 27
         queries, candidates = load_task(name, mmeb_root)[4:6]
         assert saved["num_data"] == len(queries)
         lines = [json.loads(line) for line in (folder / f"{name}_pred.jsonl").read_text("utf-8").splitlines()]
@@ -59,6 +62,10 @@ def test_all_78_datasets(mmeb_root, tmp_path, capsys):
     assert evaluate(refuse, "/nowhere", tmp_path / "out", name="org/looks")[0] == scores
     (tmp_path / "out" / "video" / "MSVD_score.json").unlink()
     assert evaluate(refuse, mmeb_root, tmp_path / "out", name="org/looks")[0] == scores
+    shutil.rmtree(tmp_path / "out" / "embeddings")  # to save space
+    evaluate(refuse, mmeb_root, tmp_path / "out", name="org/looks")
+    board = json.loads((tmp_path / "out" / "leaderboard" / "looks.json").read_text())
+    assert board["metadata"]["embedding_dimension"] == 300
 
 
 @pytest.mark.parametrize("kind", ["wrapper", "stock"])
@@ -181,12 +188,48 @@ def test_two_processes_share_the_work(tmp_path, uninterrupted):
     assert re.search(reason, found[Path("report.md")].decode())
 
 
+def test_clips_that_were_not_unpacked_are_reported(tmp_path, capsys):
+    """Candidates are the folders that exist: without the wrong ones, every model finds the right one."""
+    for name in ("QVHighlight", "Charades-STA"):
+        write_dataset(tmp_path, name)
+    for folder in tmp_path.glob("video-tasks/frames/*/QVHighlight/*/negative_clip_*"):
+        shutil.rmtree(folder)
+    scores, errors = evaluate(looks, tmp_path, tmp_path / "out", modalities=["video"], name="looks")
+    assert scores["QVHighlight"]["hit@1"] == 1.0 and "QVHighlight" not in errors
+    text = capsys.readouterr().out
+    counts = "3 queries instead of 1,083, 1 candidates per query instead of 10"
+    assert f"QVHighlight: hit@1 100.0 ({counts})\n" in text and f"- QVHighlight: {counts}\n" in text
+    assert "- Charades-STA: 3 queries instead of 727\n" in text
+
+
 def test_default_prompt_of_the_model(mmeb_root, tmp_path, repo):
     model = BTokSentenceTransformer(repo, device="cpu", default_prompt_name="query")
     scores, _ = evaluate(model, mmeb_root, tmp_path, datasets=["OK-VQA"])
     expected = by_hand(lambda items: model.encode(items, prompt="Find it."), load_task("OK-VQA", mmeb_root))
     assert scores["OK-VQA"] == pytest.approx(expected[0])
     assert json.loads((tmp_path / "run.json").read_text())["prompt"] == "Find it."
+
+
+def test_how_a_model_was_run_is_recorded(mmeb_root, tmp_path, repo, caplog):
+    options = {"model_kwargs": {"dtype": torch.bfloat16}, "processor_kwargs": {"max_pixels": 28 * 28 * 8}}
+    model = BTokSentenceTransformer(repo, device="cpu", truncate_dim=16, max_seq_length=512, **options)
+    assert model.prompts["query"]
+    evaluate(model, mmeb_root, tmp_path, datasets=["OK-VQA"])
+    run = json.loads((tmp_path / "run.json").read_text())
+    settings = {"dtype": "bfloat16", "max_pixels": 6272, "max_seq_length": 512, "truncate_dim": 16}
+    assert run == {**run, **settings, "revision": None, "prompt": None, "embedding_dimension": 16}
+    assert run["versions"] == {**run["versions"], "btok-hf": version("btok-hf"), "torch": version("torch")}
+    line = "Run with dtype bfloat16, max_pixels 6272, max_seq_length 512, truncate_dim 16, embedding_dimension 16, "
+    assert f"\n{line}btok-hf " in (tmp_path / "report.md").read_text("utf-8")
+    assert "The model's prompts for query are not used" in caplog.text
+    # The same folder goes on, and an embedding folder that was deleted loses nothing.
+    shutil.rmtree(tmp_path / "embeddings")
+    caplog.clear()
+    evaluate(model, mmeb_root, tmp_path, datasets=["OK-VQA"])
+    assert json.loads((tmp_path / "run.json").read_text()) == run
+    evaluate(model, mmeb_root, tmp_path / "prompted", datasets=["OK-VQA"], prompt="Find it.", limit=1)
+    assert caplog.text.count("are not used") == 1
+    assert "prompt 'Find it.'" in (tmp_path / "prompted" / "report.md").read_text("utf-8")
 
 
 def test_another_prompt(mmeb_root, tmp_path, repo):

@@ -1,5 +1,7 @@
 """The model in mteb: metadata, a local task, videos, and mteb's mock tasks."""
 
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import mteb
@@ -10,8 +12,10 @@ from datasets import Dataset
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.cache import ResultCache
 from mteb.mocks import ALL_MOCK_TASK_TEST_GRID
 from support.media import image, video
+from support.repositories import add_noise, edit
 
 from btok_hf import BTokSentenceTransformer
 from btok_hf.evaluation.mteb import _Model, mteb_meta
@@ -26,50 +30,106 @@ def in_mteb(repos):
     return wrapper, forward
 
 
-def test_metadata_for_mteb(repos, bases, monkeypatch):
+def test_metadata_for_mteb(repos, bases, tmp_path):
     meta = mteb_meta(repos["qwen3_vl"])
     assert meta.modalities == ["text", "image", "video"] and meta.name == repos["qwen3_vl"]
     assert meta.embed_dim == 64 and meta.use_instructions and meta.similarity_fn_name == "cosine"
     with pytest.raises(ValueError, match="has no Bottleneck Tokens"):
         mteb_meta(bases["qwen3_vl"])
-    asked = {}
-    monkeypatch.setattr("btok_hf.evaluation.mteb._Model", lambda name, **options: asked.update(options, name=name))
+    copy = shutil.copytree(repos["qwen3_vl"], tmp_path / "copy")
+    saved = {"truncate_dim": 16, "similarity_fn_name": "euclidean"}
+    edit(copy, "config_sentence_transformers.json", lambda config: config.update(saved))
+    meta, model = mteb_meta(copy), BTokSentenceTransformer(copy, device="cpu")
+    assert meta.embed_dim == model.get_embedding_dimension() == 16
+    assert meta.similarity_fn_name == model.similarity_fn_name == "euclidean"
+
+
+def test_arguments_of_load_model_reach_the_model(repos):
+    """mteb labels results with them."""
+    meta = mteb_meta(repos["qwen3_vl"])
+    meta.embed_dim = [64, 16]
+    options = {"model_kwargs": {"dtype": "bfloat16"}, "processor_kwargs": {"max_pixels": 28 * 28 * 8}}
+    wrapper = meta.load_model(device="cpu", embed_dim=16, num_frames=4, model_prompts={"query": "Q"}, **options)
+    model = wrapper.model
+    assert wrapper.num_frames == 4 and model.prompts["query"] == "Q"
+    assert model.encode(["a"]).shape == (1, 16) and wrapper.mteb_model_meta.embed_dim == 16
+    assert model.dtype == torch.bfloat16 and model.transformer.image_limits.max_pixels == 28 * 28 * 8
+    assert meta.load_model(device="cpu", truncate_dim=32).model.encode(["a"]).shape == (1, 32)
+    with pytest.raises(TypeError, match="nonsense"):
+        meta.load_model(device="cpu", nonsense=1)
+
+
+def test_results_are_kept_by_the_content_of_a_folder(repo, tmp_path, monkeypatch):
+    """mteb caches results by name and revision. A training writes other weights to the same folder."""
+    encoded = []
+    encode = _Model.encode
     monkeypatch.setattr(
-        "btok_hf.evaluation.mteb.SentenceTransformerEncoderWrapper", lambda *_, **__: SimpleNamespace()
+        _Model, "encode", lambda self, inputs, *a, **k: encoded.extend(inputs) or encode(self, inputs, *a, **k)
     )
-    meta = mteb_meta(repos["qwen3_vl"], revision="v1")
-    assert meta.revision == "v1" and meta.load_model(device="cpu").mteb_model_meta.revision == "v1"
-    assert asked == {"name": repos["qwen3_vl"], "revision": "v1", "device": "cpu"}
+    texts = [f"text {row}" for row in range(6)]
+    task = local_task({"text": texts}, {"text": texts[::-1]}, {f"q{row}": {f"d{row}": 1} for row in range(6)})
+    folder, cache = Path(shutil.copytree(repo, tmp_path / "final")), ResultCache(tmp_path / "cache")
+
+    def score(cache):
+        result = mteb.evaluate(mteb_meta(folder), [task()], cache=cache, show_progress_bar=False)
+        return result.task_results[0].scores["test"][0]["ndcg_at_10"]
+
+    first, revision = score(cache), mteb_meta(folder).revision
+    assert encoded
+    encoded.clear()
+    (folder / "README.md").write_text("another card")
+    assert score(cache) == first and not encoded
+    add_noise(folder, 0.5)
+    again = score(cache)
+    assert encoded and again == score(None) != first
+    assert mteb_meta(folder).revision != revision == mteb_meta(repo).revision  # the same files in another folder
+
+
+def test_results_of_a_repository_on_the_hub_belong_to_a_commit(hub, repo, tmp_path):
+    hub.run("-m", "btok_hf", "push", repo, "org/mteb", "--revision", "v1", home=tmp_path)
+    code = (
+        "from btok_hf.evaluation import mteb_meta; meta = mteb_meta('org/mteb', 'v1'); print(meta.revision)\n"
+        "assert meta.load_model(device='cpu').encode is not None and meta.reference.endswith('/org/mteb')"
+    )
+    commit = hub.repositories["org/mteb"].resolve("v1")
+    assert hub.run("-c", code, home=tmp_path).stdout.split()[-1] == commit
+
+
+def local_task(queries, corpus, gold, category="t2t", modalities=("text",)):
+    """A task from columns of queries and of a corpus, and the grades of `d…` for each `q…`."""
+    queries, corpus = (
+        Dataset.from_dict({"id": [f"{letter}{row}" for row in range(len(next(iter(columns.values()))))], **columns})
+        for letter, columns in (("q", queries), ("d", corpus))
+    )
+
+    class Local(AbsTaskRetrieval):
+        metadata = TaskMetadata(
+            name="Local",
+            type="Retrieval" if category == "t2t" else "Any2AnyRetrieval",
+            description="A task in memory.",
+            dataset={"path": "local", "revision": "1"},
+            eval_langs=["eng-Latn"],
+            main_score="ndcg_at_1",
+            modalities=list(modalities),
+            category=category,
+        )
+
+        def load_data(self, **kwargs):
+            split = RetrievalSplitData(queries=queries, corpus=corpus, relevant_docs=gold, top_ranked=None)
+            self.dataset = {"default": {"test": split}}
+            self.data_loaded = True
+
+    return Local
 
 
 def test_mteb_evaluates_a_local_task_with_its_images(in_mteb):
     wrapper, forward = in_mteb
     texts, images = [f"text {row}" for row in range(6)], [image(60, 60 + 20 * row, row) for row in range(6)]
     similarity = wrapper.model.encode_query(texts) @ wrapper.model.encode_document([{"image": x} for x in images]).T
-    best = similarity.argmax(1)
-
-    class Pages(AbsTaskRetrieval):
-        metadata = TaskMetadata(
-            name="Pages",
-            type="Any2AnyRetrieval",
-            description="Pages that the model finds best itself.",
-            dataset={"path": "local", "revision": "1"},
-            eval_langs=["eng-Latn"],
-            main_score="ndcg_at_1",
-            modalities=["text", "image"],
-            category="t2i",
-        )
-
-        def load_data(self, **kwargs):
-            queries = Dataset.from_dict({"id": [f"q{row}" for row in range(6)], "text": texts})
-            corpus = Dataset.from_dict({"id": [f"d{row}" for row in range(6)], "image": images})
-            gold = {f"q{row}": {f"d{best[row]}": 1} for row in range(6)}
-            split = RetrievalSplitData(queries=queries, corpus=corpus, relevant_docs=gold, top_ranked=None)
-            self.dataset = {"default": {"test": split}}
-            self.data_loaded = True
-
+    gold = {f"q{row}": {f"d{best}": 1} for row, best in enumerate(similarity.argmax(1))}
+    task = local_task({"text": texts}, {"image": images}, gold, "t2i", ("text", "image"))
     forward.clear()
-    result = mteb.evaluate(wrapper, [Pages()], cache=None, show_progress_bar=False)
+    result = mteb.evaluate(wrapper, [task()], cache=None, show_progress_bar=False)
     (scores,) = result.task_results[0].scores["test"]
     assert scores["main_score"] == 1.0
     assert sum(len(batch["image_grid_thw"]) for batch in forward if "image_grid_thw" in batch) == len(images)

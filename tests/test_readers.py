@@ -200,7 +200,7 @@ def test_mvbench_is_twenty_files(tmp_path):
         load_task("MVBench", tmp_path)
 
 
-def test_classes_of_videos(tmp_path):
+def test_classes_of_videos(tmp_path, caplog):
     for name in ("K700", "Breakfast", "HMDB51", "UCF101", "SmthSmthV2"):
         write_dataset(tmp_path, name, count=1)
     assert asked(load_task("K700", tmp_path)) == ["<video> Recognize the category of the video content."]
@@ -222,8 +222,10 @@ def test_classes_of_videos(tmp_path):
     assert " ".join(sorted(breakfast.candidates)) == meals
     assert len(load_task("K700", tmp_path).candidates) == 700 and len(load_task("UCF101", tmp_path).candidates) == 101
     # A class that is not in the list is a candidate too, as in the original.
+    assert "labels.json" not in caplog.text
     json_rows(tmp_path, "hmdb51.jsonl", [{"video_id": "v_0", "pos_text": "new class"}])
     assert len(load_task("HMDB51", tmp_path).candidates) == 52
+    assert "HMDB51: its rows have 1 classes that labels.json lacks (['new class'])" in caplog.text
 
 
 def test_the_first_thousand_rows_of_smthsmthv2(tmp_path):

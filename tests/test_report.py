@@ -48,6 +48,11 @@ def test_numbers_of_queries_are_those_of_the_published_scores():
     (entry,) = yaml.safe_load(report.eval_results(scores, task_id="overall"))
     assert entry["notes"].endswith("; NExTQA has 8,565 queries instead of 8,564; MSVD has 669 queries instead of 670")
     assert report.picture(scores, name="a") != picture
+    scores["QVHighlight"]["num_candidates"] = 10.0
+    assert "QVHighlight" not in report.other_counts(scores)
+    scores["QVHighlight"]["num_candidates"] = 9.75
+    text = report.markdown(scores, name="a")
+    assert "- QVHighlight: 9.75 candidates per query instead of 10\n" in text
     # In a limited run all datasets have fewer queries, which the top of the report says.
     assert "instead of" not in report.markdown(scores, name="a", limit=669)
 

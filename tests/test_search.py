@@ -12,6 +12,7 @@ from support import ROOT
 from support.units import rows_of, write_units
 
 from btok_hf import BTokSentenceTransformer
+from btok_hf.commands.corpus import run_search
 from btok_hf.corpus.index import Index
 from btok_hf.corpus.job import identify
 from btok_hf.corpus.search import Searcher
@@ -146,3 +147,10 @@ def test_queries_are_read_as_the_corpus_was(folder, tmp_path):
     model = Searcher(path, device="cpu").model
     assert model.max_seq_length == 40 and model.transformer.image_limits.max_pixels == 28 * 28 * 2
     assert str(model.transformer.model.dtype) == "torch.float64"
+
+
+def test_the_command_explains_the_order_by_words(folder, capsys):
+    given = {"image": None, "video": None, "k": 2, "where": None, "sheet": None, "html": None, "model": None}
+    for hybrid, json_, says in ((True, False, True), (False, False, False), (True, True, False)):
+        run_search("tea", str(folder / "db"), hybrid=hybrid, json=json_, device="cpu", **given)
+        assert ("ordered by words and meaning" in capsys.readouterr().err) == says

@@ -122,10 +122,11 @@ def most_negatives(parts: Dataset | dict[str, Dataset] | None) -> int:
     return most
 
 
-def check_rows(dataset: Dataset, where: str) -> None:
+def check_rows(dataset: Dataset, where: str, required: Collection[str] = ("query", "positive")) -> None:
     """Raise `ValueError` for the first row with an empty query, positive or group, or a file that does not exist.
 
-    Files that lie in the dataset and frames are not read. `where` names the dataset.
+    Files that lie in the dataset and frames are not read. `where` names the dataset; cells of columns that are not
+    `required` may be null.
     """
     if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":  # rows are made on the way
         return
@@ -145,8 +146,7 @@ def check_rows(dataset: Dataset, where: str) -> None:
     for name in (name for name in dataset.column_names if name in embedded):
         for row, cell in enumerate(_cells(dataset, name)):
             values = cell if isinstance(cell, list) and name == "negatives" else [cell]
-            # A row needs no negative.
-            values = values if name in ("query", "positive") else [value for value in values if value is not None]
+            values = values if name in required else [value for value in values if value is not None]
             problem = "is empty" if any(map(_is_empty, values)) else None
             for path in _paths(values):
                 if path not in there:
@@ -162,6 +162,8 @@ def check_rows(dataset: Dataset, where: str) -> None:
 
 def check_negative_groups(negatives: Any, groups: Any, where: str) -> None:
     """Refuse lists of unequal length; a row may have no groups."""
+    if negatives is not None and not isinstance(negatives, list):
+        raise ValueError(f"{where}: 'negatives' must be a list of inputs, got {type(negatives).__name__}.")
     if groups is not None and (not isinstance(groups, list) or len(groups) != len(negatives or ())):
         given = f"{len(groups)} groups" if isinstance(groups, list) else repr(groups)
         raise ValueError(
@@ -174,7 +176,9 @@ def _without_meaning(groups: pa.ChunkedArray) -> int:
     """The first row whose group is NaN or an empty text; -1 if there is none."""
     if pa.types.is_floating(groups.type):
         return pc.index(pc.is_nan(groups), True).as_py()
-    return pc.index(pc.utf8_trim_whitespace(groups), "").as_py() if _holds_strings(groups.type) else -1
+    if pa.types.is_nested(groups.type) or not _holds_strings(groups.type):
+        return -1
+    return pc.index(pc.utf8_trim_whitespace(groups), "").as_py()
 
 
 def check_targets(dataset: Dataset, where: str, generated: Collection[str]) -> None:

@@ -8,12 +8,14 @@ import csv
 import glob
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 import datasets
 import numpy as np
+import torch
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 from datasets.fingerprint import Hasher
@@ -21,11 +23,13 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
 from btok_hf.content import content_hash
+from btok_hf.evaluation.metrics import ranking_keys
 from btok_hf.inputs import is_cell
 from btok_hf.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from btok_hf.training.checks import NOT_EMBEDDED, check_columns, holds_json
+from btok_hf.training.checks import NOT_EMBEDDED, check_columns, check_rows, holds_json
 
 MAX_PATH = 255  # characters: longer strings are texts
+SCORES_AT_ONCE = 2**23  # cosines of queries and candidates, in an evaluation
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
@@ -51,26 +55,34 @@ def load_pairs(source: str) -> Dataset:
             )
         if Path(source).stat().st_size == 0:
             raise ValueError(f"Pair file {source!r} is empty.")
-        try:
-            dataset = load_dataset(
-                FORMATS[suffix], data_files=glob.escape(str(source)), split="train", **_options(source)
-            )
-        except (DatasetsError, ValueError, OSError, csv.Error) as error:
-            raise ValueError(
-                f"Pair file {source!r} cannot be read ({error.__cause__ or error}). Correct it."
-            ) from error
-        plain = _without_dates(dataset.features)
-        if (
-            plain != dataset.features and FORMATS[suffix] == "json"
-        ):  # the JSON reader takes texts such as 2026-11-26 for dates
-            options = {"path": str(Path(source).resolve()), "modified": Path(source).stat().st_mtime_ns}
-            dataset = cast(Dataset, Dataset.from_generator(_json_rows, features=plain, gen_kwargs=options))
-    elif Path(source).exists():
+        with _named_file(source):
+            dataset = _read_file(source, FORMATS[suffix])
+        check_columns(dataset.column_names, source)
+        with _named_file(source):
+            return _with_own_paths(dataset, Path(source).resolve().parent)
+    if Path(source).exists():
         raise ValueError(f"Pair file {source!r} has an unknown format. Use one of {', '.join(FORMATS)}.")
-    else:
-        dataset = load_dataset(source, split="train")
+    dataset = load_dataset(source, split="train")
     check_columns(dataset.column_names, source)
-    return _with_own_paths(dataset, Path(source).resolve().parent) if suffix in FORMATS else dataset
+    return dataset
+
+
+@contextmanager
+def _named_file(source: str) -> Iterator[None]:
+    try:
+        yield
+    except (DatasetsError, ValueError, OSError, csv.Error) as error:
+        raise ValueError(f"Pair file {source!r} cannot be read ({error.__cause__ or error}). Correct it.") from error
+
+
+def _read_file(source: str, kind: str) -> Dataset:
+    dataset = load_dataset(kind, data_files=glob.escape(str(source)), split="train", **_options(source))
+    plain = _without_dates(dataset.features)
+    if plain == dataset.features or kind != "json":
+        return dataset
+    # The JSON reader takes texts such as 2026-11-26 for dates.
+    options = {"path": str(Path(source).resolve()), "modified": Path(source).stat().st_mtime_ns}
+    return cast(Dataset, Dataset.from_generator(_json_rows, features=plain, gen_kwargs=options))
 
 
 def _without_dates(feature: Any) -> Any:
@@ -163,7 +175,8 @@ def retrieval_evaluator(
     """An `InformationRetrievalEvaluator` over a pair file: every distinct query against every distinct positive.
 
     Equal queries are one query with several right answers. The positives of a `group` are right answers of each of its
-    queries. Equal positives (images: equal pixels or files) are one candidate.
+    queries. Equal positives (images: equal pixels or files) are one candidate. A query that is a candidate too, as in
+    pairs of both directions, is not ranked against itself.
 
     Args:
         source (`str` or `Dataset`): As in `load_pairs`, or its result. The positive of a row whose `query` is null is
@@ -174,6 +187,10 @@ def retrieval_evaluator(
     Returns:
         `InformationRetrievalEvaluator`: With accuracy, precision and recall at 1 and 10, nDCG@10, MAP@100, and MRR
         over all candidates.
+
+    Raises:
+        FileNotFoundError, ValueError: As in `load_pairs`; a row without a positive or with a file that does not exist;
+            or no query.
     """
     queries: dict[str, Any] = {}
     corpus: dict[str, Any] = {}
@@ -181,6 +198,7 @@ def retrieval_evaluator(
     answers: dict[str, dict[int, set[str]]] = {}  # sets that grow with later rows, each once
     dataset = load_pairs(source) if isinstance(source, str) else source
     check_columns(dataset.column_names)
+    check_rows(dataset, "the pairs" if isinstance(source, Dataset) else source, required=("positive",))
     for row in cast(Any, dataset):
         query, positive = decode_cell(row["query"]), decode_cell(row["positive"])
         candidate = str(content_hash(positive))
@@ -192,7 +210,9 @@ def retrieval_evaluator(
             asked = str(content_hash(query))
             queries.setdefault(asked, query)
             answers.setdefault(asked, {})[id(right)] = right
-    return InformationRetrievalEvaluator(
+    if not queries:
+        raise ValueError("The pairs have no row with a query: there is nothing to evaluate. Give them queries.")
+    return PairEvaluator(
         queries,
         corpus,
         {asked: _union(list(parts.values())) for asked, parts in answers.items()},
@@ -210,6 +230,48 @@ def retrieval_evaluator(
 def _union(sets: list[set[str]]) -> set[str]:
     """One set is not copied: the queries of a large group share theirs."""
     return sets[0] if len(sets) == 1 else set().union(*sets)
+
+
+class PairEvaluator(InformationRetrievalEvaluator):
+    """Ranks no query against itself, and takes MRR from the scores, for which the base class lists every candidate.
+
+    Ids are hashes of contents, so a query and a candidate with the same id are the same input.
+    """
+
+    description = "Information Retrieval"
+
+    def compute_all_metrics(
+        self, model: Any, corpus_model: Any = None, corpus_embeddings: Any = None, output_path: str | None = None
+    ) -> dict[str, Any]:
+        """Metrics by the name of the similarity. Of equally similar candidates, the first by its id ranks first."""
+        queries: Any = self.embed_inputs(model, self.queries, encode_fn_name="query")
+        if corpus_embeddings is None:
+            corpus_embeddings = self.embed_inputs(corpus_model or model, self.corpus, encode_fn_name="document")
+        order = sorted(range(len(self.corpus)), key=self.corpus_ids.__getitem__)
+        places = {self.corpus_ids[index]: place for place, index in enumerate(order)}
+        depth = min(max(self.map_at_k), len(order))
+        size = max(1, SCORES_AT_ONCE // len(order))
+        found = {}
+        for name, similarity in (self.score_functions or {}).items():
+            hits: list[object] = []
+            ranks: list[int] = []
+            for start in range(0, len(queries), size):
+                scores = similarity(queries[start : start + size], corpus_embeddings).float().cpu()[:, order]
+                block = self.queries_ids[start : start + size]
+                for row, asked in enumerate(block):
+                    if asked in places and asked not in self.relevant_docs[asked]:
+                        scores[row, places[asked]] = -torch.inf  # the query itself
+                keys = ranking_keys(scores)
+                for asked, own, row, top in zip(block, keys, scores, keys.topk(depth).indices):
+                    best = own[[places[answer] for answer in self.relevant_docs[asked]]].max()
+                    ranks.append(1 + int((own > best).sum()))
+                    listed = zip(top.tolist(), row[top].tolist())
+                    hits.append([{"corpus_id": self.corpus_ids[order[at]], "score": score} for at, score in listed])
+            found[name] = self.compute_metrics(hits)
+            found[name]["mrr@k"] = {
+                k: sum(1 / rank for rank in ranks if rank <= k) / len(ranks) for k in self.mrr_at_k
+            }
+        return found
 
 
 def metric_names(evaluator: InformationRetrievalEvaluator, model: SentenceTransformer) -> list[str]:

@@ -22,7 +22,7 @@ class Side(NamedTuple):
     Args:
         embeddings (`Tensor`): Shape `(rows, hidden)`.
         ids (`Tensor`): int64 of shape `(rows, 2)`: hashes of the content, and of the group or, without one, again of
-            the content; of shape `(rows, 0)` if nothing is masked. Queries have the group of their positive.
+            the content; of shape `(rows, 0)` if nothing is masked. The group of a query is that of its positive.
     """
 
     embeddings: Tensor
@@ -84,7 +84,7 @@ def false_negatives(
 
     Equal queries are one query, which may have several positives and groups. Its right answers are the contents of
     these positives and of all candidates of these groups. In the other direction, the right queries of a positive are
-    those of all rows with its content or group.
+    those that it is a right answer of.
 
     Args:
         block (`Tensor`): Indices of rows.
@@ -103,8 +103,8 @@ def false_negatives(
     own = queries[block, None]
     of_groups = _held(own == queries, groups, candidate_groups)  # without a group, a content is one
     of_candidates = _held(of_groups, contents, contents) | (own == contents)
-    answered = (positive_ids[block, None] == positive_ids).any(-1)
-    of_queries = _held(answered, queries, queries) | (positive_ids[block, :1] == queries)
+    answer = positive_ids[block, :1]
+    of_queries = _held(_held(answer == contents, candidate_groups, groups), queries, queries) | (answer == queries)
     of_positives, of_negatives = of_candidates.tensor_split([len(queries)], 1)
     for mask in (of_positives, of_queries):
         mask.scatter_(1, block[:, None], False)

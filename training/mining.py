@@ -5,9 +5,11 @@ underneath, because it compares inputs as strings and knows no groups. Here an i
 side can be anything that training takes, and what training would mask as a false negative is never mined.
 """
 
+import logging
 import random
+import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,16 +18,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from datasets import Dataset, Features, List
+from datasets import Dataset, Features, List, Value
 from sentence_transformers import SentenceTransformer
 from tqdm import tqdm, trange
 
 from btok_hf.content import content_hash
+from btok_hf.evaluation.metrics import check_embeddings
 from btok_hf.files import check_writable, replacing
+from btok_hf.training.checks import check_rows
 from btok_hf.training.data import decode_cell
 
 ROWS = 1024  # that are written at a time, and texts that are embedded at a time
 MEDIA_ROWS = 64  # inputs with media that are decoded at a time
+BYTES = 2**28  # of negatives that are written at a time
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -80,7 +87,8 @@ def mine_hard_negatives(
 
     The candidates are the distinct positives of all rows. Rows whose query is null are candidates only and are not
     written. No negative of a row has the content of its query, of a positive of the same query, or of a positive of
-    the same `group`. Memory: the embeddings of all distinct queries and positives, in fp32.
+    the same `group`. Memory: the embeddings of all distinct queries and positives in fp32, and the cosines of
+    `faiss_batch_size` queries with all of them (without faiss).
 
     Args:
         pairs (`datasets.Dataset`): As from `load_pairs`, without a column `negatives`. A positive with several groups
@@ -106,20 +114,20 @@ def mine_hard_negatives(
         `MiningReport`
 
     Raises:
-        ValueError: Options that do not fit, a column `negatives`, or no pair.
+        ValueError: Options that do not fit, a column `negatives`, no pair, or a row that cannot be embedded; the
+            message names it.
         ImportError: `use_faiss` without faiss.
     """
     bounded = (max_score, min_score, absolute_margin, relative_margin) != (None,) * 4
     if range_max is None:
         range_max = range_min + num_negatives * (10 if bounded else 1)
-    _check_options(pairs, Path(output), num_negatives, range_min, range_max, sampling_strategy, use_faiss)
-    check_writable(Path(output).parent)
+    check_output(output)
+    _check_options(pairs, num_negatives, range_min, range_max, sampling_strategy, use_faiss)
+    _check_bounds(max_score, min_score, absolute_margin, relative_margin)
+    check_rows(pairs, "the pairs", required=("positive",))  # embedding takes hours
     sides = {name: _Side(pairs, name) for name in ("query", "positive")}
     if not sides["query"].rows:
         raise ValueError("The pairs have no row with a query. Give them queries, or another file.")
-    without = np.flatnonzero((sides["query"].numbers >= 0) & (sides["positive"].numbers < 0))
-    if len(without):
-        raise ValueError(f"Row {without[0]} has a query and no positive. Remove it or fill it.")
     queries = sides["query"].embed(model.encode_query, batch_size)
     corpus = sides["positive"].embed(model.encode_document, batch_size)
     report, rng = MiningReport(), random.Random(seed)
@@ -156,12 +164,22 @@ def mine_hard_negatives(
             found.append([excluded.row_of(candidate) for _, candidate in kept])
     report.left_out = +report.left_out  # without zeros
     _write(pairs, Path(output), sides["query"], found, report)
+    if not any(report.negatives):
+        logger.warning("No row got a negative. Raise range_max, or loosen the margins and bounds.")
     return report
+
+
+def check_output(output: str | Path) -> None:
+    """Raise `ValueError` or `OSError` if mined pairs cannot be written to this file."""
+    if Path(output).suffix != ".parquet":
+        raise ValueError(
+            f"Mined pairs are written as parquet, got {str(output)!r}. Name a file that ends in .parquet."
+        )
+    check_writable(Path(output).parent)
 
 
 def _check_options(
     pairs: Dataset,
-    output: Path,
     num_negatives: int,
     range_min: int,
     range_max: int,
@@ -177,21 +195,34 @@ def _check_options(
             f"{num_negatives} negatives do not fit between range_min={range_min} and range_max={range_max}. Lower "
             "num_negatives or range_min, or raise range_max."
         )
-    if output.suffix != ".parquet":
-        raise ValueError(
-            f"Mined pairs are written as parquet, got {str(output)!r}. Name a file that ends in .parquet."
-        )
     if sampling_strategy not in ("top", "random"):
         raise ValueError(f"sampling_strategy must be 'top' or 'random', got {sampling_strategy!r}.")
-    if "negatives" in pairs.column_names:
+    if mined := [column for column in ("negatives", "negative_groups") if column in pairs.column_names]:
         raise ValueError(
-            "The pairs already have a column 'negatives'. Remove it: dataset.remove_columns('negatives')."
+            f"The pairs already have {' and '.join(mined)}. Remove what was mined: dataset.remove_columns({mined})."
         )
     if use_faiss:
         try:
             import faiss  # noqa: F401
         except ImportError as error:
             raise ImportError("use_faiss needs faiss: pip install faiss-cpu. Or leave use_faiss out.") from error
+
+
+def _check_bounds(
+    max_score: float | None, min_score: float | None, absolute_margin: float | None, relative_margin: float | None
+) -> None:
+    """Cosines are between -1 and 1, and margins are distances below a positive."""
+    if not -1 <= (-1 if min_score is None else min_score) <= (1 if max_score is None else max_score) <= 1:
+        raise ValueError(
+            f"min_score and max_score are cosines, between -1 and 1 and the lower first, got {min_score} and "
+            f"{max_score}. Correct them."
+        )
+    if absolute_margin is not None and not absolute_margin >= 0:
+        raise ValueError(f"absolute_margin must be 0 or more, got {absolute_margin}. Use a distance between cosines.")
+    if relative_margin is not None and not 0 <= relative_margin < 1:
+        raise ValueError(
+            f"relative_margin is a fraction, 0 or more and below 1, got {relative_margin}. 0.05 means 5 percent."
+        )
 
 
 class _Side:
@@ -228,8 +259,16 @@ class _Side:
         for start in tqdm(range(0, len(self.first), size), desc=f"Embedding {self.column}"):
             rows = self.first[start : start + size]
             inputs = [decode_cell(self.pairs[row][self.column]) for row in rows]
-            parts.append(encode(inputs, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False))
-        return np.concatenate(parts).astype(np.float32)
+            try:
+                vectors = encode(inputs, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False)
+                parts.append(check_embeddings(vectors, [f"row {row}" for row in rows]))
+            except ValueError as error:
+                found = re.match(r"Input (\d+)", str(error))  # counted by `encode`
+                if found is None:
+                    raise
+                row, rest = rows[int(found[1])], str(error)[found.end() :]
+                raise ValueError(f"Row {row} of the pairs, its {self.column}{rest}") from error
+        return np.concatenate(parts)
 
 
 class _FalseNegatives:
@@ -287,21 +326,27 @@ def _faiss_search(corpus: np.ndarray) -> Any:
 def _write(pairs: Dataset, output: Path, queries: _Side, found: Sequence[list[int]], report: MiningReport) -> None:
     """Write the rows that have a query, with the positives of other rows as their negatives."""
     sources = {"negatives": "positive", "negative_groups": "group"}  # the columns that lists are taken from
-    sources = {name: source for name, source in sources.items() if source in pairs.column_names}
+    # A column of nulls alone has no type that Arrow could make lists of.
+    sources = {name: of for name, of in sources.items() if pairs.features.get(of) not in (None, Value("null"))}
     features = Features({**pairs.features, **{name: List(pairs.features[of]) for name, of in sources.items()}})
     schema = features.arrow_schema
     # Rows and negatives are taken from Arrow, so that media stay as they are stored.
     table = pairs.with_format("arrow")
     rows = [row for row in range(len(pairs)) if queries.numbers[row] >= 0]
     with replacing(output) as file, pq.ParquetWriter(file, schema) as writer:
-        for chunk in _chunks(rows):
-            negatives = [found[queries.numbers[row]] for row in chunk]
-            report.rows += len(chunk)
-            report.negatives.update(map(len, negatives))
-            flat = [index for part in negatives for index in part]
+        parts = [rows[start : start + ROWS] for start in range(0, len(rows), ROWS)][::-1]
+        while parts:
+            part = parts.pop()
+            negatives = [found[queries.numbers[row]] for row in part]
+            flat = [index for each in negatives for index in each]
             taken = table.select(flat)[:] if flat else table.select([0])[:].slice(0, 0)
+            if taken.nbytes > BYTES and len(part) > 1:  # an array of Arrow holds 2 GiB
+                parts += [part[len(part) // 2 :], part[: len(part) // 2]]
+                continue
+            report.rows += len(part)
+            report.negatives.update(map(len, negatives))
             offsets = pa.array(np.cumsum([0, *map(len, negatives)]), pa.int32())
-            own = table.select(chunk)[:]
+            own = table.select(part)[:]
             for name, source in sources.items():
                 own = own.append_column(name, pa.ListArray.from_arrays(offsets, _one_array(taken[source])))
             writer.write_table(own.cast(schema))
@@ -309,7 +354,3 @@ def _write(pairs: Dataset, output: Path, queries: _Side, found: Sequence[list[in
 
 def _one_array(values: Any) -> pa.Array:
     return values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
-
-
-def _chunks(rows: list[int]) -> Iterator[list[int]]:
-    return (rows[start : start + ROWS] for start in range(0, len(rows), ROWS))

@@ -60,7 +60,10 @@ def run(arm: str, seed: int, folder: Path) -> None:
         return
     sets = {name: load_pairs(str(folder / "mined" / f"{name}.parquet")) for name in ROWS}
     if arm == "in-batch":
-        sets = {name: part.remove_columns("negatives") for name, part in sets.items()}
+        sets = {
+            name: part.remove_columns([column for column in part.column_names if column.startswith("negative")])
+            for name, part in sets.items()
+        }
     model = BTokSentenceTransformer(START)
     args = arguments_for(
         folder / "runs" / f"{arm}-s{seed}",

@@ -206,6 +206,8 @@ def run_search(
         text, None if image is None else Path(image), None if video is None else Path(video), k, where, hybrid
     )
     print(results.as_json(hits) if json else results.as_lines(hits))
+    if hybrid and not json:
+        print("ordered by words and meaning; the scores are of the meaning alone", file=sys.stderr)
     if sheet and not hits:
         print(f"{sheet} is not written: there is nothing to show", file=sys.stderr)
     elif sheet:

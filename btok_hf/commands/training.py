@@ -58,12 +58,15 @@ def mine_command(commands: Any) -> None:
 
 def run_mine(pairs: str, output: str, model: str, revision: str | None, **options: Any) -> None:
     with needing("btok mine", "train"):
-        from btok_hf.files import check_writable
         from btok_hf.sentence_transformer import BTokSentenceTransformer
         from btok_hf.training.data import load_pairs
-        from btok_hf.training.mining import mine_hard_negatives
+        from btok_hf.training.mining import check_output, mine_hard_negatives
 
-    check_writable(Path(output).parent)
+    check_output(output)
+    if Path(pairs).exists() and Path(output).exists() and Path(output).samefile(pairs):
+        raise ValueError(
+            f"{output} is the file of the pairs, which mining leaves as it is. Name another file to write."
+        )
     dataset = load_pairs(pairs)
     with named_source(model):
         loaded = BTokSentenceTransformer(model, revision=revision)

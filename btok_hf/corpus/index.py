@@ -11,7 +11,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +28,7 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError(f"The index needs the package {error.name}: pip install 'btok-hf[corpus]'.") from error
 
+from btok_hf.corpus.conditions import named_condition, whole
 from btok_hf.corpus.stream import Changes, Held, RowStream, check_same_corpus, database_settings, wanted_ids
 from btok_hf.corpus.units import read_units
 from btok_hf.corpus.vectors import Precision, bits, check_dimensions, cut, load
@@ -42,6 +43,9 @@ COLUMNS = ("id", "kind", "source", "page", "content_hash", "text", "thumbnail", 
 EXACT_NUMBERS = 16_000_000
 # Of k hits, this many times k candidates are compared by their stored vectors.
 REFINE = 10
+# Of a ranking by meaning and one by words, at least so many rows are fused. A row far down in one may be the best of
+# both, and hits should not change with their number.
+FUSED = 1000
 # Parts of the index that a search looks into.
 PROBES = 40
 # Old versions of the table are removed after this time. A search that takes longer could miss its files.
@@ -63,6 +67,7 @@ class Hit:
         text (`str`, *optional*): The text of the item.
         thumbnail (`bytes`, *optional*): A JPEG.
         metadata (`dict[str, Any]`): The other columns.
+        content_hash (`str`, *optional*): Equal for equal content (`btok_hf.corpus.rows.hash_contents`).
     """
 
     id: str
@@ -73,6 +78,7 @@ class Hit:
     text: str | None
     thumbnail: bytes | None
     metadata: dict[str, Any] = field(default_factory=dict)
+    content_hash: str | None = None
 
 
 class Index:
@@ -202,8 +208,13 @@ class Index:
 
     def count(self, where: str | None = None) -> int:
         """The number of rows, or of those for which an SQL condition holds."""
-        with _bad_condition(where, self._table.schema):
-            return self._table.count_rows(None if where is None else _whole(where))
+        with self._named(where):
+            return self._table.count_rows(None if where is None else whole(where))
+
+    @property
+    def written(self) -> float:
+        """When rows were last written or brought into order, in seconds since 1970."""
+        return max(version["timestamp"].timestamp() for version in self._table.list_versions())
 
     @property
     def columns(self) -> list[str]:
@@ -286,23 +297,32 @@ class Index:
             else:
                 query = self._table.search(query_type="hybrid", vector_column_name="vector")
                 query = query.vector(asked).text(_words(text))
-            query = query.distance_type("hamming" if binary else "cosine").limit(k * REFINE if binary else k)
+            candidates = k * REFINE if binary else k
+            query = query.distance_type("hamming" if binary else "cosine")
+            query = query.limit(candidates if text is None else max(k * REFINE, FUSED))
             if exact:
                 query = query.bypass_vector_index()
             else:  # without an index these do nothing
                 # With a condition that few rows fulfil, more partitions are searched, until there are enough of them.
                 query = query.minimum_nprobes(PROBES).maximum_nprobes(0)
-                query = query if binary else query.refine_factor(REFINE)
-        with _bad_condition(where, self._table.schema):
-            found = (query.where(_whole(where)) if where is not None else query).to_arrow()
+                query = query if binary else query.refine_factor(REFINE if text is None else 1)
+        with self._named(where):
+            found = (query.where(whole(where)) if where is not None else query).to_arrow()
         if vector is None:
             return _hits(found, found.column("_score").to_pylist())
+        if text is not None:
+            found = found.slice(0, k)
         column = cast(pa.Array, found.column("vector").combine_chunks())
         scores = load(column, self.settings["dimensions"], self.settings["precision"]) @ vector
         if text is None:  # candidates by bits are ordered anew
             order = np.argsort(-scores, kind="stable")[:k]
             found, scores = found.take(order), scores[order]
-        return _hits(found, scores.tolist())[:k]
+        return _hits(found, scores.tolist())
+
+    def _named(self, where: str | None) -> AbstractContextManager[None]:
+        return named_condition(
+            where, [name for name in self._table.schema.names if name not in ("vector", "row_hash")]
+        )
 
     def _as_query(self, vector: Any) -> np.ndarray:
         vector, full = np.asarray(vector, np.float32), self.settings["embedding_dimensions"]
@@ -321,7 +341,7 @@ def _words(text: Any) -> MatchQuery:
 
 def _hits(found: pa.Table, scores: Sequence[float]) -> list[Hit]:
     names = [name for name in found.column_names if name not in COLUMNS and not name.startswith("_")]
-    shown = ("id", "kind", "source", "page", "text", "thumbnail")
+    shown = ("id", "kind", "source", "page", "text", "thumbnail", "content_hash")
     rows = found.select([*shown, *names]).to_pylist()
     return [
         Hit(**{name: row[name] for name in shown}, score=score, metadata={name: row[name] for name in names})
@@ -360,24 +380,3 @@ def _find_table(path: str) -> Any:
     if SETTINGS not in (table.schema.metadata or {}):
         raise ValueError(f"{path} holds a table {TABLE!r} that btok index did not write. Name another database.")
     return table
-
-
-def _whole(where: str) -> str:
-    """A condition that is read to its end: behind `;` LanceDB would leave out the rest without a word."""
-    return f"({where}\n)"
-
-
-@contextmanager
-def _bad_condition(where: str | None, schema: pa.Schema) -> Iterator[None]:
-    """Errors of an SQL condition name it and the columns. Other errors stay as they are."""
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:
-        if where is None:
-            raise
-        reason = " ".join(str(error).split()).removeprefix("Invalid input, ").partition(". Valid fields")[0]
-        names = ", ".join(name for name in schema.names if name not in ("vector", "row_hash"))
-        raise ValueError(
-            f"The filter {where!r} cannot be used: {reason.rstrip('.')}. It is an SQL condition on the columns "
-            f"{names}, e.g. kind = 'image'."
-        ) from error

@@ -261,7 +261,19 @@ class FolderSource:
         """The rows of a unit, not read yet. A file that may have pages is one row whose part is `pdf` or `tiff`."""
         for path in unit.files:
             suffix = Path(path).suffix.lower()
+            if not _is_utf8(path):  # its row could not say where the file is
+                yield Row(path, KINDS[suffix], error="the name of the file is not UTF-8; rename it")
+                continue
             yield Row(path, KINDS[suffix], {PAGED.get(suffix, KINDS[suffix]): self.input.file(path)}, source=path)
+
+
+def _is_utf8(path: str) -> bool:
+    """Whether a path can be stored as text. Python has other bytes of a name as half characters."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_packages(kinds: Iterable[str]) -> None:

@@ -36,8 +36,9 @@ def as_lines(hits: Sequence[Hit]) -> str:
 
 
 def as_json(hits: Sequence[Hit]) -> str:
-    """A JSON list of the hits without their thumbnails. Values that JSON does not know are texts, and NaN is null."""
-    rows = [{name: value for name, value in vars(hit).items() if name != "thumbnail"} for hit in hits]
+    """A JSON list of the hits without thumbnails and hashes. Values that JSON does not know are texts; NaN is null."""
+    hidden = ("thumbnail", "content_hash")
+    rows = [{name: value for name, value in vars(hit).items() if name not in hidden} for hit in hits]
     return json.dumps(_of_json(rows), ensure_ascii=False, indent=2, default=str)
 
 

@@ -143,7 +143,7 @@ def prepare(row: Row, reading: Reading) -> Row:
             parts = {"text": _text(parts["text"].read())}
             row.text = parts["text"]
         contents = {key: [_open(key, part) for part in _as_list(value)] for key, value in parts.items()}
-        row.content_hash = _hash(contents)
+        row.content_hash = hash_contents(contents)
         if known := reading.known(row.content_hash):
             row.embedding, row.thumbnail = known
             return row
@@ -186,8 +186,15 @@ def _open(key: str, part: Any) -> Any:
     raise ValueError(f"'{key}' must be the content or the path of a file, got {type(part).__name__}")
 
 
-def _hash(contents: dict[str, list[Any]]) -> str:
-    """A hash of the kinds, order and bytes of the parts: 128 bits, so that rows do not share one by chance."""
+def hash_contents(contents: dict[str, list[Any]]) -> str:
+    """A hash of the kinds, order and bytes of parts: 128 bits, so that rows do not share one by chance.
+
+    Args:
+        contents (`dict[str, list]`): By `image`, `video` and `text`: texts, bytes, files or decoded images.
+
+    Returns:
+        `str`
+    """
     digest = blake2b(digest_size=16)
     for key, parts in contents.items():
         for part in parts:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from hashlib import blake2b
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,8 +50,9 @@ class KeyedInput(NamedTuple):
 def fingerprint(model: SentenceTransformer, prompt: str | None = None) -> str:
     """A hash of everything that embeddings depend on, apart from the input.
 
-    It covers weights, modules, configuration, tokenizer, chat template, pixel settings, prompt, and the versions of
-    torch, torchvision, transformers and sentence-transformers. Hashing takes about a second per gigabyte.
+    It covers weights, modules, adapters, configuration, tokenizer, chat template, pixel settings, prompt, and the
+    versions of btok-hf, pillow, torch, torchvision, transformers and sentence-transformers. Hashing takes about a
+    second per gigabyte.
 
     Args:
         model (`SentenceTransformer`): The model.
@@ -69,7 +71,8 @@ def fingerprint(model: SentenceTransformer, prompt: str | None = None) -> str:
     config = getattr(model, "config", None)
     options = config.to_dict() if config is not None else {}
     settings: dict[str, Any] = {
-        "versions": versions(),
+        "versions": installed(),
+        "adapters": _adapters(model),
         "modules": [(type(module).__module__, type(module).__qualname__, _options(module)) for module in model],
         "config": {k: v for k, v in options.items() if k not in ("_name_or_path", "transformers_version")},
         "max_seq_length": model.max_seq_length,
@@ -90,9 +93,29 @@ def fingerprint(model: SentenceTransformer, prompt: str | None = None) -> str:
     return digest.hexdigest()
 
 
+def installed() -> dict[str, str]:
+    """Versions of the packages that embeddings depend on, with those that read images and videos."""
+    return {**{name: version(name) for name in ("btok-hf", "pillow")}, **versions()}
+
+
 def _options(module: torch.nn.Module) -> Any:
     read = getattr(module, "get_config_dict", None)
     return None if read is None else read()
+
+
+def _adapters(model: torch.nn.Module) -> list[tuple[Any, ...]]:
+    """What adapters do to each layer, apart from their weights: how much they count, and which of them are in use."""
+    return [
+        (
+            name,
+            layer.active_adapters,
+            layer.disable_adapters,
+            getattr(layer, "scaling", None),
+            getattr(layer, "merged_adapters", None),
+        )
+        for name, layer in model.named_modules()
+        if isinstance(getattr(layer, "disable_adapters", None), bool)  # of PEFT's layers; models have such a method
+    ]
 
 
 def hash_of(*parts: Any) -> str:

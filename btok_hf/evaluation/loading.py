@@ -124,6 +124,11 @@ def _load_rows(info: TaskInfo, root: Path, limit: int | None) -> tuple[list[Quer
         # Interned to save memory: a name may be a candidate of a thousand queries.
         local = list(dict.fromkeys(map(sys.intern, names))) if info.scope == "local" else None
         queries.append(Query(str(index), item, local, dict.fromkeys(right, 1.0)))
+    if info.layout == "video_classification" and (unknown := sorted(set(pool) - set(_labels()[info.name]))):
+        logger.warning(
+            f"{info.name}: its rows have {len(unknown)} classes that labels.json lacks ({reprlib.repr(unknown)}). "
+            "They are candidates too, as in the original evaluation, but scores of other data are not comparable."
+        )
     return _without_blanks(info, queries, pool)
 
 

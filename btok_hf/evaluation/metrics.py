@@ -73,7 +73,7 @@ def rank(queries: np.ndarray, blocks: Iterable[np.ndarray], depth: int) -> np.nd
     for block in blocks:
         candidates = _unit(block)
         for index, part in enumerate(parts):
-            keys = torch.cat([best[index], _keys((part @ candidates.T).float(), start)], 1)
+            keys = torch.cat([best[index], ranking_keys((part @ candidates.T).float(), start)], 1)
             best[index] = keys.topk(min(depth, keys.shape[1]), dim=1).values
         start += len(block)
     return (LOW_BITS - (torch.cat(best) & LOW_BITS)).numpy()
@@ -83,10 +83,16 @@ def _unit(vectors: np.ndarray) -> torch.Tensor:
     return torch.nn.functional.normalize(torch.as_tensor(np.asarray(vectors, np.float64)), dim=1, eps=0)
 
 
-def _keys(scores: torch.Tensor, start: int) -> torch.Tensor:
-    """Distinct integers in the order of the scores.
+def ranking_keys(scores: torch.Tensor, start: int = 0) -> torch.Tensor:
+    """Distinct integers in the order of the scores; of equal ones, that of the earlier candidate is larger.
 
-    The high 32 bits are those of the score, the low 32 count the position backwards, so that earlier ones win ties.
+    Args:
+        scores (`torch.Tensor` of shape `(queries, candidates)`): fp32.
+        start (`int`): Position of the first candidate.
+
+    Returns:
+        `torch.Tensor` of shape `(queries, candidates)`: int64. The high 32 bits are those of the score, the low 32
+        count the position backwards.
     """
     bits = (scores + 0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
@@ -162,7 +168,8 @@ def score(rankings: Sequence[Sequence[str]], relevance: Sequence[Mapping[str, fl
         rankings, relevance: As in `query_metrics`.
 
     Returns:
-        `dict[str, float]`: 24 metrics by `metric@k`; `num_pred` and `num_data`, the number of queries.
+        `dict[str, float]`: 24 metrics by `metric@k`; `num_pred` and `num_data`, the number of queries;
+        `num_candidates`, the mean number of names in a ranking.
 
     Raises:
         ValueError: As in `query_metrics`, or no queries.
@@ -170,4 +177,5 @@ def score(rankings: Sequence[Sequence[str]], relevance: Sequence[Mapping[str, fl
     if not len(rankings):
         raise ValueError("There are no queries to score.")
     means = {name: float(values.mean()) for name, values in query_metrics(rankings, relevance).items()}
-    return {**means, "num_pred": len(rankings), "num_data": len(relevance)}
+    ranked = sum(map(len, rankings)) / len(rankings)
+    return {**means, "num_pred": len(rankings), "num_data": len(relevance), "num_candidates": ranked}

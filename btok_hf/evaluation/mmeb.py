@@ -11,6 +11,7 @@ The command line is `btok mmeb`. Encoding is in `embeddings.py`, metrics in `met
 """
 
 import json
+import logging
 import re
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sized
@@ -26,12 +27,14 @@ from tqdm import tqdm
 from transformers.utils import cached_file
 
 from btok_hf.evaluation import report
-from btok_hf.evaluation.embeddings import EmbeddingStore, Encoder, fingerprint, hash_of, task_inputs
+from btok_hf.evaluation.embeddings import EmbeddingStore, Encoder, fingerprint, hash_of, installed, task_inputs
 from btok_hf.evaluation.loading import load_task
 from btok_hf.evaluation.metrics import rank, score
 from btok_hf.evaluation.tasks import TASKS, Task
 from btok_hf.files import replacing
 from btok_hf.sentence_transformer import BTokSentenceTransformer
+
+logger = logging.getLogger(__name__)
 
 # Rankings of at most 2,000 candidates are written in full, longer ones only down to rank 100. Metrics look at 10, and
 # full rankings of 100,000 pages for thousands of queries take gigabytes.
@@ -66,7 +69,7 @@ def evaluate(
         model (`SentenceTransformer` or `Callable`): Anything with Sentence-Transformers' `encode`, or a function from
             a list of inputs (dicts of `text`, `image`, `video`, decoded) to an array of shape `(inputs, dimension)`.
         root (`str` or `Path`): Folder of the benchmark, as for `load_task`.
-        output_dir (`str` or `Path`): For `{modality}/{dataset}_score.json` and `_pred.jsonl`, `report.md`,
+        output_dir (`str` or `Path`): For `{modality}/{dataset}_score.json` and `_pred.jsonl`, `run.json`, `report.md`,
             `report.png`, `leaderboard/{name}.json` and `.eval_results/mmeb-v2.yaml`. A line of `_pred.jsonl` holds the
             names of a query's candidates, best first (only 100 if it has more than 2,000), the relevant names and
             their grades. The folder belongs to one model and `limit`; its report covers earlier runs too.
@@ -112,7 +115,15 @@ def evaluate(
             prompt = encoder_model.prompts.get(encoder_model.default_prompt_name)
         key = fingerprint(encoder_model, prompt)
     if state.is_main_process:
-        _claim(output_dir / "run.json", {"model": name, "fingerprint": key, "prompt": prompt, "limit": limit})
+        settings = {} if encoder_model is None else _settings(encoder_model)
+        identity = {"model": name, "fingerprint": key, "prompt": prompt, "limit": limit}
+        _claim(output_dir / "run.json", identity, settings)
+        unused = [] if encoder_model is None else [n for n in ("query", "document") if encoder_model.prompts.get(n)]
+        if unused and prompt is None:
+            logger.warning(
+                f"The model's prompts for {' and '.join(unused)} are not used: the texts of MMEB-V2 have instructions "
+                "of their own. To put one before every input, pass prompt."
+            )
     state.wait_for_everyone()
     store = EmbeddingStore(Path(cache_dir or output_dir / "embeddings") / key)
     encoder = Encoder(model, prompt, batch_tokens, store, state)
@@ -153,7 +164,8 @@ def evaluate(
                 result += f" ({counts[dataset]})"
             tqdm.write(f"[{number}/{len(names)}] {result}")
     if state.is_main_process:
-        known = {"model_name": name.rsplit("/", 1)[-1], "embedding_dimension": store.dimension}
+        dimension = _remembered(output_dir / "run.json", "embedding_dimension", store.dimension)
+        known = {"model_name": name.rsplit("/", 1)[-1], "embedding_dimension": dimension}
         known |= {} if encoder_model is None else _metadata(encoder_model)
         _report(output_dir, errors, known | dict(metadata or {}), limit, eval_task)
     return scores, errors
@@ -184,8 +196,9 @@ def chosen(datasets: Collection[str] | None, modalities: Collection[str] | None)
     return chosen
 
 
-def _claim(path: Path, run: Mapping[str, Any]) -> None:
-    """Record which model and settings an output folder belongs to. Refuse a folder of another run."""
+def _claim(path: Path, run: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Record which model an output folder belongs to, with its settings. Refuse a folder of another `run`."""
+    before = {}
     if path.is_file():
         before = json.loads(path.read_text("utf-8"))
         differing = [f"{key} {before.get(key)!r} (now {run[key]!r})" for key in run if before.get(key) != run[key]]
@@ -194,8 +207,32 @@ def _claim(path: Path, run: Mapping[str, Any]) -> None:
                 f"{path.parent} holds results of another run: {', '.join(differing)}. The fingerprint covers "
                 "weights, settings and library versions. Name another output folder."
             )
+    _write_json(path, {**before, **run, **settings})
+
+
+def _remembered(path: Path, name: str, value: Any) -> Any:
+    """The value, which is recorded with the run; `None`: that of an earlier run."""
+    run = json.loads(path.read_text("utf-8"))
+    if value is not None and run.get(name) != value:
+        _write_json(path, {**run, name: value})
+    return run.get(name) if value is None else value
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     with replacing(path) as file:
-        file.write(json.dumps(run, indent=2).encode())
+        file.write(json.dumps(content, indent=2).encode())
+
+
+def _settings(model: SentenceTransformer) -> dict[str, Any]:
+    """What a reader of the scores needs to repeat them, apart from the weights."""
+    return {
+        "revision": getattr(model.config, "_commit_hash", None),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "max_pixels": getattr(getattr(model[0], "image_limits", None), "max_pixels", None),
+        "max_seq_length": model.max_seq_length,
+        "truncate_dim": model.truncate_dim,
+        "versions": installed(),
+    }
 
 
 def _explain(dataset: str, error: Exception) -> str:
@@ -279,7 +316,10 @@ def _report(
     name = metadata["model_name"]
     files = {dataset: output_dir / task.modality / f"{dataset}_score.json" for dataset, task in TASKS.items()}
     scores = {dataset: json.loads(file.read_text("utf-8")) for dataset, file in files.items() if file.is_file()}
-    text = report.markdown(scores, name=name, errors=errors, limit=limit)
+    run = json.loads((output_dir / "run.json").read_text("utf-8"))
+    packages = run.pop("versions", {})
+    settings = {key: value for key, value in run.items() if key not in ("model", "fingerprint", "limit")} | packages
+    text = report.markdown(scores, name=name, errors=errors, limit=limit, settings=settings)
     with replacing(output_dir / "report.md") as file:
         file.write(text.encode())
     print(f"\n{text}")

@@ -4,6 +4,7 @@ mteb encodes only the modalities that a model's metadata lists. `mteb_meta` list
 evaluated through mteb: see `mmeb.py`.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,23 @@ from mteb.models import ModelMeta, SentenceTransformerEncoderWrapper
 from mteb.models.model_meta import ScoringFunction
 from transformers import AutoConfig
 from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from btok_hf.backbones import family_of
 from btok_hf.sentence_transformer import BTokSentenceTransformer
 
 # Frames of a video, as in MMEB-V2. The default of mteb is two per second, however long a video is.
 NUM_FRAMES = 8
+# Files of a repository that embeddings may depend on.
+MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 
 
 def mteb_meta(repo: Path | str, revision: str | None = None) -> ModelMeta:
     """Metadata with which mteb loads and evaluates a repository: `mteb.evaluate(mteb_meta(repo), tasks)`.
 
     mteb requires torchcodec for models that take videos (`pip install 'mteb[image,video]'`), and FFmpeg's libraries to
-    decode one.
+    decode one. It keeps results by name and revision. So the revision is the commit on the Hub, or a hash of the
+    weights and configuration in a folder (about a second per gigabyte).
 
     Args:
         repo (`str` or `Path`): Folder or Hub id of a repository with Bottleneck Tokens.
@@ -48,13 +53,13 @@ def mteb_meta(repo: Path | str, revision: str | None = None) -> ModelMeta:
         {
             "loader": _load,
             "name": str(repo),
-            "revision": revision,
-            "embed_dim": config.get_text_config().hidden_size,
+            "revision": _hash(Path(repo)) if Path(repo).is_dir() else extract_commit_hash(path, None),
+            "embed_dim": saved.get("truncate_dim") or config.get_text_config().hidden_size,
             "max_tokens": config.get_text_config().max_position_embeddings,
             "open_weights": True,
             "framework": ["Sentence Transformers", "PyTorch", "safetensors"],
-            "reference": None if Path(repo).exists() else f"https://huggingface.co/{repo}",
-            "similarity_fn_name": ScoringFunction.COSINE,
+            "reference": None if Path(repo).is_dir() else f"https://huggingface.co/{repo}",
+            "similarity_fn_name": ScoringFunction(saved.get("similarity_fn_name") or "cosine"),
             "use_instructions": any(saved["prompts"].values()),
             "adapted_from": getattr(config, "btok_base_model", None),
             "modalities": ["text", "image", *(["video"] if family_of(config).video else [])],
@@ -62,11 +67,38 @@ def mteb_meta(repo: Path | str, revision: str | None = None) -> ModelMeta:
     )
 
 
+def _hash(folder: Path) -> str:
+    """A hash of the files that embeddings depend on. Other weights in the same folder are another revision."""
+    digest = hashlib.blake2b(digest_size=20)
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in MODEL_FILES):
+        with open(path, "rb") as file:
+            content = hashlib.file_digest(file, hashlib.blake2b).hexdigest()
+        digest.update(f"{path.relative_to(folder)} {content}\n".encode())
+    return digest.hexdigest()
+
+
 def _load(
-    name: str, revision: str | None = None, device: str | None = None, **kwargs: Any
+    name: str,
+    revision: str | None = None,
+    device: str | None = None,
+    *,
+    embed_dim: int | None = None,
+    truncate_dim: int | None = None,
+    model_kwargs: dict[str, Any] | None = None,
+    processor_kwargs: dict[str, Any] | None = None,
+    model_prompts: dict[str, str] | None = None,
+    num_frames: int = NUM_FRAMES,
 ) -> SentenceTransformerEncoderWrapper:
-    model = _Model(name, revision=revision, device=device)
-    return SentenceTransformerEncoderWrapper(model, **{"num_frames": NUM_FRAMES, **kwargs})
+    """Called by `ModelMeta.load_model` with its arguments, which mteb keeps with the results."""
+    model = _Model(
+        name,
+        revision=None if Path(name).is_dir() else revision,
+        device=device,
+        truncate_dim=embed_dim or truncate_dim,
+        model_kwargs=model_kwargs,
+        processor_kwargs=processor_kwargs,
+    )
+    return SentenceTransformerEncoderWrapper(model, model_prompts=model_prompts, num_frames=num_frames)
 
 
 class _Model(BTokSentenceTransformer):

@@ -84,7 +84,9 @@ def summarise(scores: Scores) -> Summary:
 
 
 def other_counts(scores: Scores) -> dict[str, str]:
-    """Datasets whose number of queries differs from that of the published scores. Their scores are not comparable.
+    """Datasets whose number of queries or candidates differs from that of the published scores.
+
+    Their scores are not comparable.
 
     Args:
         scores (`dict[str, dict[str, float]]`): By dataset.
@@ -92,14 +94,28 @@ def other_counts(scores: Scores) -> dict[str, str]:
     Returns:
         `dict[str, str]`: By dataset, e.g. `3 queries instead of 670`.
     """
-    return {
-        name: f"{scores[name]['num_data']:,} queries instead of {task.queries:,}"
-        for name, task in TASKS.items()
-        if name in scores and scores[name]["num_data"] != task.queries
-    }
+    found = {}
+    for name, task in TASKS.items():
+        of = scores.get(name, {})
+        pairs = {"queries": ("num_data", task.queries), "candidates per query": ("num_candidates", task.candidates)}
+        texts = [
+            f"{of[key]:,g} {what} instead of {published:,}"
+            for what, (key, published) in pairs.items()
+            if published is not None and key in of and of[key] != published
+        ]
+        if texts:
+            found[name] = ", ".join(texts)
+    return found
 
 
-def markdown(scores: Scores, *, name: str, errors: Mapping[str, str] | None = None, limit: int | None = None) -> str:
+def markdown(
+    scores: Scores,
+    *,
+    name: str,
+    errors: Mapping[str, str] | None = None,
+    limit: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> str:
     """The report as Markdown. Tables are aligned, so that they are readable as plain text.
 
     Args:
@@ -107,6 +123,7 @@ def markdown(scores: Scores, *, name: str, errors: Mapping[str, str] | None = No
         name (`str`): Name of the model.
         errors (`dict[str, str]`, *optional*): By dataset, why it has no score. Each text begins with the dataset.
         limit (`int`, *optional*): Number of queries per dataset, if they were limited.
+        settings (`dict[str, Any]`, *optional*): How the model was run. Those that are `None` are left out.
 
     Returns:
         `str`: The text.
@@ -124,9 +141,12 @@ def markdown(scores: Scores, *, name: str, errors: Mapping[str, str] | None = No
         for n, task in TASKS.items()
         if n in scores
     ]
+    known = {key: value for key, value in (settings or {}).items() if value is not None}
     parts = [f"# MMEB-V2: {name}"]
     if limit is not None:
         parts.append(f"Only the first {limit} queries of each dataset: not comparable with anything published.")
+    if given := [f"{key} {value!r}" if key == "prompt" else f"{key} {value}" for key, value in known.items()]:
+        parts.append(f"Run with {', '.join(given)}.")
     parts.append(_table(["group", "metric", "datasets", "score"], rows))
     if scores:
         parts.append(_table(["dataset", "meta-task", "metric", "queries", "score"], details))
@@ -246,7 +266,9 @@ def picture(scores: Scores, *, name: str) -> bytes:
     figure.suptitle("MMEB-V2: hit@1, for pages linear nDCG@5")
     notes = ["* published, on the pages before their correction (data v2.0.0)"]
     if count := len(other_counts(scores)):
-        notes.append(f"{name}: {count} datasets have another number of queries than the published scores are of")
+        notes.append(
+            f"{name}: {count} datasets have other numbers of queries or candidates than the published scores are of"
+        )
     figure.supxlabel("\n".join(notes), fontsize=8)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)

@@ -43,6 +43,8 @@ class TaskInfo(NamedTuple):
         num_frames (`int`, *optional*): Frames of a video; `None`: all that are stored.
         rows (`int`, *optional*): If set, only this many rows, from the first, belong to the dataset.
         queries (`int`): Number of queries behind the published scores (VLM2Vec's score files, data v2.0.1).
+        candidates (`int`, *optional*): Number of candidates of each query behind them, where files may lack some
+            without an error: clips are the folders that were unpacked.
     """
 
     name: str
@@ -64,6 +66,7 @@ class TaskInfo(NamedTuple):
     num_frames: int | None
     rows: int | None
     queries: int
+    candidates: int | None
 
 
 class TaskInput(TypedDict, total=False):
@@ -119,7 +122,9 @@ class Task(NamedTuple):
 def _table() -> Iterator[TaskInfo]:
     with open(Path(__file__).with_name("tasks.csv"), newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            numbers = {key: int(row[key]) if row[key] else None for key in ("num_frames", "rows", "queries")}
+            numbers = {
+                key: int(row[key]) if row[key] else None for key in ("num_frames", "rows", "queries", "candidates")
+            }
             fields: dict[str, Any] = {**row, **numbers}
             yield TaskInfo(**fields)
 

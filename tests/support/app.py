@@ -13,9 +13,9 @@ from gradio_client import Client
 
 @contextmanager
 def page(command, folder, **environment):
-    """Start a page with a command (without the interpreter) on a free port, and give a client of it.
+    """Start a page with a command (without the interpreter) on a free port, and give a client with its `process`.
 
-    The page keeps its uploads in `folder`.
+    The page keeps its uploads in `folder`, and what it prints in `folder / "log"`.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -30,7 +30,9 @@ def page(command, folder, **environment):
     try:
         url = f"http://127.0.0.1:{port}"
         _wait_for(url, process, folder / "log")
-        yield Client(url, verbose=False, analytics_enabled=False, download_files=False)
+        client = Client(url, verbose=False, analytics_enabled=False, download_files=False)
+        client.process = process
+        yield client
     finally:
         process.kill()
         process.wait()

@@ -1,0 +1,69 @@
+"""SQL conditions that people write: read to their end, joined with others, and quoted as they are if they are none."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+# Of a condition, what may hold brackets that are none: texts, names and comments.
+QUOTED = re.compile(r"'(?:[^']|'')*'|\"[^\"]*\"|`[^`]*`|--[^\n]*|/\*.*?\*/", re.DOTALL)
+
+
+def whole(where: str) -> str:
+    """A condition in brackets, to be read to its end: behind `;` LanceDB would leave out the rest without a word.
+
+    Args:
+        where (`str`): The condition. It may end with `;` or a comment.
+
+    Returns:
+        `str`
+
+    Raises:
+        ValueError: Its brackets do not match. It could end the brackets around it, and mean something else.
+    """
+    depth = 0
+    for bracket in re.findall(r"[()]", QUOTED.sub("", where)):
+        depth += 1 if bracket == "(" else -1
+        if depth < 0:
+            break
+    if depth:
+        raise ValueError("its brackets do not match")
+    return f"({where.rstrip().removesuffix(';')}\n)"
+
+
+def condition(kinds: Sequence[str], where: str | None) -> str | None:
+    """The kinds and the user's own condition as one, or `None` if there are neither.
+
+    Raises:
+        ValueError: As `whole`.
+    """
+    parts = [f"kind IN ({', '.join(map(repr, kinds))})"] if kinds else []
+    if where and where.strip():
+        parts.append(whole(where))
+    return " AND ".join(parts) or None
+
+
+@contextmanager
+def named_condition(where: str | None, columns: Sequence[str]) -> Iterator[None]:
+    """Errors of an SQL condition name it and the columns. Without a condition they stay as they are.
+
+    Raises:
+        ValueError: For each `RuntimeError` and `ValueError` within.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if where is None:
+            raise
+        raise ValueError(
+            f"The filter {where!r} cannot be used: {_reason(str(error))}. It is an SQL condition on the columns "
+            f"{', '.join(columns)}, e.g. kind = 'image'."
+        ) from error
+
+
+def _reason(message: str) -> str:
+    """What an error of LanceDB says of a condition, without its own statement around it and places in its source."""
+    line = " ".join(message.split())
+    if parsing := re.search(r"\(sql parser error: (.*)\)$", line):
+        return parsing[1]
+    line = re.sub(r"^.*Invalid user input: |^(Invalid input, |lance error: )+", "", line)
+    return re.sub(r"(, /\S+\.rs:\d+|\. Valid fields ).*$", "", line).rstrip(".")

@@ -1,0 +1,55 @@
+"""SQL conditions of people: brackets, ends, kinds, and what errors say of them."""
+
+import pytest
+
+from btok_hf.corpus.conditions import condition, named_condition, whole
+
+
+def test_conditions_are_joined_and_end_with_their_brackets():
+    assert condition(["text", "page"], " page > 1 ") == "kind IN ('text', 'page') AND ( page > 1\n)"
+    assert condition([], " ") is condition([], None) is None and condition(["text"], "") == "kind IN ('text')"
+    assert whole("a = 1; ") == "(a = 1\n)" and whole("a = 1 -- (") == "(a = 1 -- (\n)"
+
+
+@pytest.mark.parametrize(
+    "where", ["kind = 'text') OR (kind = 'video'", ")(", "(((", "a IN (1", "a = 1)", "'(' = ')')"]
+)
+def test_brackets_that_do_not_match_are_refused(where):
+    with pytest.raises(ValueError, match="brackets do not match"):
+        condition(["text"], where)
+
+
+@pytest.mark.parametrize("where", ["a = '('", "a = 'it''s ('", '"a(" = 1', "`a)` = 1", "a = 1 /* ( */", "((a) = (1))"])
+def test_brackets_in_texts_names_and_comments_are_none(where):
+    assert where in whole(where)
+
+
+@pytest.mark.parametrize(
+    "message, reason",
+    [
+        (
+            "Error parsing statement: SELECT 1 FROM t WHERE (a = ( b) ) (sql parser error: Expected: x)",
+            "Expected: x",
+        ),
+        (
+            "Invalid input, Error resolving filter expression (page = 'x' ): Invalid user input: could not convert "
+            "'x', /root/.cargo/registry/src/lance-13.0.0/src/logical_expr.rs:23:88",
+            "could not convert 'x'",
+        ),
+        ("lance error: Divide by zero error, /root/x/read.rs:1639:33", "Divide by zero error"),
+        (
+            "Invalid input, Schema error: No field named b. Valid fields are a, _rowid.",
+            "Schema error: No field named b",
+        ),
+        ("its brackets do not match", "its brackets do not match"),
+    ],
+)
+def test_errors_quote_what_was_written_and_no_internals(message, reason):
+    with pytest.raises(ValueError) as error, named_condition("a = (\nb)", ["a", "b"]):
+        raise RuntimeError(message)
+    assert str(error.value) == (
+        f"The filter 'a = (\\nb)' cannot be used: {reason}. It is an SQL condition on the columns a, b, e.g. "
+        "kind = 'image'."
+    )
+    with pytest.raises(RuntimeError, match=r"^disk$"), named_condition(None, ["a"]):
+        raise RuntimeError("disk")

@@ -1,0 +1,53 @@
+"""What the page refuses on its way in: addresses, and other sites in the browsers of its users."""
+
+import pytest
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+from starlette.testclient import TestClient
+
+from btok_hf.corpus.guard import POLICY, OwnOnly
+
+
+@pytest.fixture(scope="module")
+def client():
+    routes = [Route("/{path:path}", lambda request: PlainTextResponse("served"), methods=["GET", "POST", "OPTIONS"])]
+    return TestClient(Starlette(routes=routes, middleware=[Middleware(OwnOnly)]), base_url="http://192.168.1.5:7860")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},  # no browser, or a link to the page
+        {"origin": "http://192.168.1.5:7860"},
+        {"origin": "https://search.example.org", "host": "search.example.org"},
+        {"origin": "https://search.example.org", "x-forwarded-host": "search.example.org"},
+        {"origin": "https://search.example.org", "sec-fetch-site": "same-origin"},
+    ],
+)
+def test_the_page_itself_is_answered(client, headers):
+    answer = client.post("/gradio_api/call/search", headers=headers)
+    assert answer.text == "served" and answer.headers["content-security-policy"] == POLICY
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"origin": "http://evil.example"},
+        {"origin": "http://evil.example", "sec-fetch-site": "cross-site"},
+        {"origin": "http://192.168.1.5:8000", "sec-fetch-site": "same-site"},
+        {"origin": "null"},
+    ],
+)
+def test_other_sites_are_refused(client, headers):
+    for method in ("POST", "GET", "OPTIONS"):
+        answer = client.request(method, "/gradio_api/call/search", headers=headers)
+        assert answer.status_code == 403 and "other sites" in answer.text
+        assert "access-control-allow-origin" not in answer.headers
+
+
+def test_addresses_are_refused(client):
+    for path in ("file=https://example.org/a.png", "file/http://127.0.0.1:1", "proxy=https://x.hf.space/"):
+        assert client.get(f"/gradio_api/{path}").status_code == 403
+    assert client.get("/gradio_api/file=/tmp/a.png").text == "served"
