@@ -59,10 +59,11 @@ def complete_rows(
     wrong = held != ends * count
     if wrong.any():
         row = int(wrong.nonzero()[0])
+        elsewhere = ", not all at its end," if held[row] == count else ""
         raise ValueError(
-            f"Row {row} has {int(held[row])} Bottleneck Token(s){'' if ends[row] else ', not all at its end'}, but it "
-            f"must have {count}, all at its end (ids {token_ids}). Either the text contains such a token (render it "
-            "with processor.apply_chat_template, which escapes it), or config.btok_token_ids and the chat template "
+            f"Row {row} has {int(held[row])} Bottleneck Token(s){elsewhere} but must have {count}, all at its end "
+            f"(ids {token_ids}). Either the text contains such a token (render it with "
+            "processor.apply_chat_template, which escapes it), or config.btok_token_ids and the chat template "
             "disagree on K (restore both from the exported repository)."
         )
     if not ends.all():

@@ -160,9 +160,10 @@ def test_training_in_two_processes_equals_one_whole_and_resumed(repo, tmp_path):
     whole, resumed = json.loads((tmp_path / "losses.json").read_text())
     assert whole == pytest.approx(losses(one), rel=1e-5) and resumed == pytest.approx(whole, rel=1e-6)
     for name, tensor in torch.load(tmp_path / "weights.pt").items():
-        # A key's bias does not change attention. Its gradient is rounding noise, which AdamW enlarges.
+        # A key's bias does not change attention. Its gradient is rounding noise, which AdamW enlarges; on some CPUs
+        # also that of single other weights. With a wrong gradient, steps would differ by the learning rate, 1e-3.
         if not name.endswith("k_proj.bias"):
-            torch.testing.assert_close(tensor, one.model.state_dict()[name], atol=2e-5, rtol=0, msg=name)
+            torch.testing.assert_close(tensor, one.model.state_dict()[name], atol=1e-4, rtol=0, msg=name)
     assert all(incomplete_reason(path) is None for path in checkpoints(tmp_path / "resumed" / "out"))
     assert "| pairs | training | 12 rows |" in (tmp_path / "exported" / "README.md").read_text()
 

@@ -295,9 +295,7 @@ def test_verify_in_fresh_processes(exported, tmp_path, capsys):
     )
 
     # The stock modules keep their own list of the tokens, and the prompts.
-    with pytest.raises(
-        RuntimeError, match=r"AutoModel fails with ValueError: Row 0 has 3 .* it must have 3"
-    ) as caught:
+    with pytest.raises(RuntimeError, match=r"AutoModel fails with ValueError: Row 0 has 3 .* must have 3") as caught:
         other.result()
     assert "SentenceTransformer, 'prompt query'" in str(caught.value) and "'short text'" not in str(caught.value)
     assert "Exported with torch 2.0, " in str(caught.value) and "package versions of the export" in str(caught.value)

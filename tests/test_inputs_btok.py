@@ -46,8 +46,11 @@ def test_bad_rows_are_refused(repo):
     model = BTokForEmbedding.from_pretrained(repo)
     processor = AutoProcessor.from_pretrained(repo)
     raw = processor(text=["typed <|btok_0|> literally"], return_tensors="pt")
-    with pytest.raises(ValueError, match="Row 0 has 1 Bottleneck Token"):
+    with pytest.raises(ValueError, match=r"Row 0 has 1 Bottleneck Token\(s\) but must have 4, all at its end"):
         model(**raw)
+    moved = text_inputs(repo, ["hello"])["input_ids"].roll(1, 1)
+    with pytest.raises(ValueError, match=r"has 4 Bottleneck Token\(s\), not all at its end, but must have 4"):
+        model(input_ids=moved)
     with pytest.raises(ValueError, match=r"have 1 image placeholder token\(s\), but the given images need 0"):
         model(**processor.tokenizer("<|vision_start|><|image_pad|><|vision_end|>", return_tensors="pt"))
     with pytest.raises(ValueError, match="empty"):

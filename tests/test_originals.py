@@ -66,7 +66,7 @@ def test_a_page_is_compared_by_the_time_of_its_file(tmp_path):
     path.write_bytes(pdf("a"))
     for kind in ("page", "mixed"):
         assert originals.change(index_of(tmp_path, time.time() + 60), row(kind, "a.pdf"), path) is None
-        assert "newer than the database" in originals.change(
+        assert "modified after the database last changed" in originals.change(
             index_of(tmp_path, time.time() - 60), row(kind, "a.pdf"), path
         )
     assert originals.change(index_of(tmp_path), row("text", "a.txt"), path) is None  # its text is in the database

@@ -7,6 +7,7 @@ Columns and rows are checked in `checks.py`. Several datasets in one run are in 
 import csv
 import glob
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -27,6 +28,8 @@ from btok_hf.evaluation.metrics import ranking_keys
 from btok_hf.inputs import is_cell
 from btok_hf.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from btok_hf.training.checks import NOT_EMBEDDED, check_columns, check_rows, holds_json
+
+logger = logging.getLogger(__name__)
 
 MAX_PATH = 255  # characters: longer strings are texts
 SCORES_AT_ONCE = 2**23  # cosines of queries and candidates, in an evaluation
@@ -271,6 +274,8 @@ class PairEvaluator(InformationRetrievalEvaluator):
             found[name]["mrr@k"] = {
                 k: sum(1 / rank for rank in ranks if rank <= k) / len(ranks) for k in self.mrr_at_k
             }
+            logger.info(f"{len(queries):,} queries, {len(order):,} candidates, {name}:")
+            self.output_scores(found[name])
         return found
 
 

@@ -12,7 +12,7 @@ def whole(where: str) -> str:
     """A condition in brackets, to be read to its end: behind `;` LanceDB would leave out the rest without a word.
 
     Args:
-        where (`str`): The condition. It may end with `;` or a comment.
+        where (`str`): The condition. It may end with one `;`, or with a comment.
 
     Returns:
         `str`

@@ -1,7 +1,6 @@
 """What the page of `btok app` refuses on its way in, whatever Gradio would do, and what it tells browsers."""
 
 import re
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
@@ -47,6 +46,6 @@ def reason(path: str, headers: Headers) -> str | None:
     # A browser names the site whose script sends a request. Of https and of this machine it also says whether that is
     # the page itself, which holds behind proxies that change Host.
     origin, own = headers.get("origin"), (headers.get("host"), headers.get("x-forwarded-host"))
-    if origin is None or headers.get("sec-fetch-site") == "same-origin" or urlsplit(origin).netloc in own:
+    if origin is None or headers.get("sec-fetch-site") == "same-origin" or origin.partition("://")[2] in own:
         return None
     return "other sites may not use this page; a proxy must pass the header Host on as it is"

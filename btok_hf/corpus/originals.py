@@ -35,7 +35,7 @@ def change(index: Index, row: Hit, path: Path) -> str | None:
     """In words, why a row's file may not be what was found.
 
     A picture or clip is compared by its hash. A page or one part of a row has none of its own: there, the file's time
-    is compared with the last run of `btok index`.
+    is compared with the last change of the database.
 
     Raises:
         OSError: The file cannot be read.
@@ -44,7 +44,7 @@ def change(index: Index, row: Hit, path: Path) -> str | None:
         if hash_contents({row.kind: [File(LocalFileSystem(), str(path))]}) != row.content_hash:
             return "The file has changed since it was indexed, so this is not what was found."
     elif row.kind != "text" and os.path.getmtime(path) > index.written:
-        return "The file is newer than the database, so this may not be what was found."
+        return "The file was modified after the database last changed, so this may not be what was found."
     return None
 
 

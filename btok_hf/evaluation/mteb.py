@@ -69,8 +69,12 @@ def mteb_meta(repo: Path | str, revision: str | None = None) -> ModelMeta:
 
 def _hash(folder: Path) -> str:
     """A hash of the files that embeddings depend on. Other weights in the same folder are another revision."""
+    # Others may lie in it: checkpoints of the training, results.
+    modules = folder / "modules.json"
+    named = json.loads(modules.read_text("utf-8")) if modules.is_file() else []
+    files = {path for part in ("", *(module["path"] for module in named)) for path in (folder / part).glob("*")}
     digest = hashlib.blake2b(digest_size=20)
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in MODEL_FILES):
+    for path in sorted(path for path in files if path.suffix in MODEL_FILES and path.is_file()):
         with open(path, "rb") as file:
             content = hashlib.file_digest(file, hashlib.blake2b).hexdigest()
         digest.update(f"{path.relative_to(folder)} {content}\n".encode())
