@@ -139,7 +139,7 @@ def check_rows(dataset: Dataset, where: str, required: Collection[str] = ("query
     if {"negatives", "negative_groups"} <= set(dataset.column_names):
         groups = (group for part in arrow["negative_groups"].chunks for group in part.to_pylist())
         for row, (cells, own) in enumerate(zip(_cells(dataset, "negatives"), groups)):
-            check_negative_groups(cells, own, f"Row {row} of {where}")
+            check_negatives(cells, own, f"Row {row} of {where}")
     there: dict[str, bool] = {}  # by path
     # `check_columns` names those that are unknown or missing.
     embedded = ("query", "positive", *negative_columns(dataset.column_names))
@@ -160,10 +160,13 @@ def check_rows(dataset: Dataset, where: str, required: Collection[str] = ("query
                 )
 
 
-def check_negative_groups(negatives: Any, groups: Any, where: str) -> None:
-    """Refuse lists of unequal length; a row may have no groups."""
-    if negatives is not None and not isinstance(negatives, list):
-        raise ValueError(f"{where}: 'negatives' must be a list of inputs, got {type(negatives).__name__}.")
+def check_negatives(negatives: Any, groups: Any, where: str) -> None:
+    """Refuse negatives that are no list, and another number of groups than of negatives. A row may have neither."""
+    if negatives is not None and not isinstance(negatives, (list, tuple)):
+        raise ValueError(
+            f"{where}: 'negatives' must be a list of inputs, got {type(negatives).__name__}. Name a column of single "
+            "negatives 'negative' (in CSV: negative_1, negative_2, …)."
+        )
     if groups is not None and (not isinstance(groups, list) or len(groups) != len(negatives or ())):
         given = f"{len(groups)} groups" if isinstance(groups, list) else repr(groups)
         raise ValueError(

@@ -5,6 +5,7 @@ What the keys of a batch hold is listed in `btok_hf/features.py`; what a cell ma
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from btok_hf.bottleneck import escapes
 from btok_hf.content import content_hash
 from btok_hf.features import IGNORED, PIXEL_KEYS
-from btok_hf.training.checks import check_columns, check_negative_groups, target_text
+from btok_hf.training.checks import check_columns, check_negatives, target_text
 from btok_hf.training.condensation_config import CONDENSE, CondensationConfig
 from btok_hf.training.data import decode_cell
 
@@ -55,16 +56,11 @@ class CondensationCollator(SentenceTransformerDataCollator):
         negatives, groups = [], []
         for column in columns[2:]:
             for row in features:
-                cell = row[column] if column == "negatives" else [row[column]]
-                if cell is not None and not isinstance(cell, (list, tuple)):
-                    raise ValueError(
-                        f"'negatives' must be a list of inputs, got {type(cell).__name__}. Name a column of single "
-                        "negatives 'negative' (in CSV: negative_1, negative_2, …)."
-                    )
-                cell = list(cell or ())
-                of_row = row.get("negative_groups") if column == "negatives" else None
-                check_negative_groups(cell, of_row, "A row")
-                for value, group in zip(cell, of_row or [None] * len(cell)):
+                cell, of_row = [row[column]], None
+                if column == "negatives":
+                    cell, of_row = row[column], row.get("negative_groups")
+                    check_negatives(cell, of_row, "A row")
+                for value, group in zip(cell or (), of_row or repeat(None)):
                     if value is not None:
                         negatives.append(decode_cell(value))
                         groups.append(group)
