@@ -97,6 +97,29 @@ def test_fused_hits_do_not_change_with_their_number(tmp_path):
             assert [hit.id for hit in index.search(*asked, k=k)] == deep[:k]
 
 
+def test_fused_hits_are_complete_while_another_process_moves_rows(tmp_path, monkeypatch):
+    """Between ranking and reading, rows get other addresses."""
+    index = Index.build(write(tmp_path, rows()), tmp_path / "db")[0]
+    gone = index.search(VECTORS[7], "word12 tiger", k=5)[-1].id
+    rank, other, runs = index._run, Index.open(index.path), []
+
+    def rank_and_move(query, where, limit):
+        found = rank(query, where, limit)
+        runs.append(len(found))
+        if len(runs) == 2:
+            other.delete([gone])
+            other._table.optimize()
+            time.sleep(1.1)  # readers look for new rows once a second
+        return found
+
+    monkeypatch.setattr(index, "_run", rank_and_move)
+    hits = index.search(VECTORS[7], "word12 tiger", k=5)
+    assert len(runs) == 4  # ranked again
+    assert len(hits) == 5 and gone not in [hit.id for hit in hits]
+    assert hits == other.search(VECTORS[7], "word12 tiger", k=5)
+    assert index.search(VECTORS[7], "tiger", where="label = 'none'") == []
+
+
 @pytest.mark.parametrize(
     "text", ["\"' OR (", "* AND NOT", "'; DROP TABLE items; --", "猫" * 5000, "\x00", "<|btok_0|>"]
 )

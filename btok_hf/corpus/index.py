@@ -10,7 +10,8 @@
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -46,6 +47,8 @@ REFINE = 10
 # Of a ranking by meaning and one by words, at least so many rows are fused. A row far down in one may be the best of
 # both, and hits should not change with their number.
 FUSED = 1000
+# Reciprocal rank fusion gives 1 / (RRF + place); 60 in its paper (Cormack, Clarke, Büttcher 2009).
+RRF = 60
 # Parts of the index that a search looks into.
 PROBES = 40
 # Old versions of the table are removed after this time. A search that takes longer could miss its files.
@@ -287,37 +290,57 @@ class Index:
         if k < 1:
             raise ValueError(f"k is the number of hits and must be 1 or more, got {k}.")
         if vector is None:
-            query = self._table.search(_words(text), query_type="fts").limit(k)
-        else:
-            vector = self._as_query(vector)
-            binary = self.settings["precision"] == "binary"
-            asked: Any = bits(vector) if binary else vector
-            if text is None:
-                query = self._table.search(asked, vector_column_name="vector")
-            else:
-                query = self._table.search(query_type="hybrid", vector_column_name="vector")
-                query = query.vector(asked).text(_words(text))
-            candidates = k * REFINE if binary else k
-            query = query.distance_type("hamming" if binary else "cosine")
-            query = query.limit(candidates if text is None else max(k * REFINE, FUSED))
-            if exact:
-                query = query.bypass_vector_index()
-            else:  # without an index these do nothing
-                # With a condition that few rows fulfil, more partitions are searched, until there are enough of them.
-                query = query.minimum_nprobes(PROBES).maximum_nprobes(0)
-                query = query if binary else query.refine_factor(REFINE if text is None else 1)
-        with self._named(where):
-            found = (query.where(whole(where)) if where is not None else query).to_arrow()
-        if vector is None:
+            found = self._run(self._by_words(text), where, k)
             return _hits(found, found.column("_score").to_pylist())
-        if text is not None:
-            found = found.slice(0, k)
+        vector = self._as_query(vector)
+        if text is None:
+            binary = self.settings["precision"] == "binary"
+            found = self._run(self._by_meaning(vector, REFINE, exact), where, k * REFINE if binary else k)
+        else:
+            found = self._fuse(lambda: (self._by_meaning(vector, 1, exact), self._by_words(text)), where, k)
         column = cast(pa.Array, found.column("vector").combine_chunks())
         scores = load(column, self.settings["dimensions"], self.settings["precision"]) @ vector
         if text is None:  # candidates by bits are ordered anew
             order = np.argsort(-scores, kind="stable")[:k]
             found, scores = found.take(order), scores[order]
         return _hits(found, scores.tolist())
+
+    def _by_words(self, text: Any) -> Any:
+        # A string in quotation marks would be a phrase, and there is no index of phrases.
+        any_word = MatchQuery(text, "text")  # type: ignore[call-arg]  # the others have defaults
+        return self._table.search(any_word, query_type="fts")
+
+    def _by_meaning(self, vector: np.ndarray, refine: int, exact: bool) -> Any:
+        binary = self.settings["precision"] == "binary"
+        query = self._table.search(bits(vector) if binary else vector, vector_column_name="vector")
+        query = query.distance_type("hamming" if binary else "cosine")
+        if exact:
+            return query.bypass_vector_index()
+        # Without an index these do nothing. If few rows fulfil a condition, more partitions are searched for them.
+        query = query.minimum_nprobes(PROBES).maximum_nprobes(0)
+        return query if binary else query.refine_factor(refine)
+
+    def _run(self, query: Any, where: str | None, limit: int) -> pa.Table:
+        with self._named(where):
+            return (query if where is None else query.where(whole(where))).limit(limit).to_arrow()
+
+    def _fuse(self, rankings: Callable[[], Iterable[Any]], where: str | None, k: int) -> pa.Table:
+        """The first `k` rows of rankings fused by reciprocal ranks. Rows are read when it is known which ones."""
+        while True:
+            points: dict[str, float] = defaultdict(float)
+            rows: dict[str, int] = {}
+            for query, score in zip(rankings(), ("_distance", "_score")):
+                ranked = self._run(query.select(["id", score]).with_row_id(True), where, max(k * REFINE, FUSED))
+                keys = ranked.column("id").to_pylist()
+                rows |= zip(keys, ranked.column("_rowid").to_pylist())
+                for place, key in enumerate(keys, 1):
+                    points[key] += 1 / (RRF + place)
+            first = sorted(points, key=lambda key: -points[key])[:k]
+            found = self._table.take_row_ids([rows[key] for key in first]).to_arrow()
+            places = {key: place for place, key in enumerate(found.column("id").to_pylist())}
+            # Another process may have moved or deleted rows since they were ranked.
+            if places.keys() == set(first):
+                return found.take(np.array([places[key] for key in first], np.int64))
 
     def _named(self, where: str | None) -> AbstractContextManager[None]:
         return named_condition(
@@ -332,11 +355,6 @@ class Index:
                 f"{self.settings['model']}."
             )
         return cut(vector, self.settings["dimensions"])
-
-
-def _words(text: Any) -> MatchQuery:
-    """Any of the words of a text. A string in quotation marks would be a phrase, and there is no index of phrases."""
-    return MatchQuery(text, "text")  # type: ignore[call-arg]  # the others have defaults
 
 
 def _hits(found: pa.Table, scores: Sequence[float]) -> list[Hit]:
