@@ -27,7 +27,7 @@ from btok_hf.training.checkpoints import checkpoints, incomplete_reason
 from btok_hf.training.condensation_collator import CondensationCollator
 from btok_hf.training.data import metric_names, retrieval_evaluator
 from btok_hf.training.mixture import load_mixture
-from btok_hf.training.sampler import MixtureBatchSampler
+from btok_hf.training.sampler import MixtureBatchSampler, check_full_batches
 
 
 def test_batches_stay_on_the_host(repo, tmp_path, monkeypatch):
@@ -157,7 +157,8 @@ def test_training_in_two_processes_equals_one_whole_and_resumed(repo, tmp_path):
     one = checkpointed_trainer(repo, tmp_path / "one")
     one.train()
     run_script("two_trainers.py", repo, tmp_path, launcher=TORCHRUN, check=True)
-    whole, resumed = json.loads((tmp_path / "losses.json").read_text())
+    whole, resumed, mixed, mixed_resumed = json.loads((tmp_path / "losses.json").read_text())
+    assert len(mixed) == 6 and mixed_resumed == pytest.approx(mixed, rel=1e-6)
     assert whole == pytest.approx(losses(one), rel=1e-5) and resumed == pytest.approx(whole, rel=1e-6)
     for name, tensor in torch.load(tmp_path / "weights.pt").items():
         # A key's bias does not change attention. Its gradient is rounding noise, which AdamW enlarges; on some CPUs
@@ -166,6 +167,16 @@ def test_training_in_two_processes_equals_one_whole_and_resumed(repo, tmp_path):
             torch.testing.assert_close(tensor, one.model.state_dict()[name], atol=1e-4, rtol=0, msg=name)
     assert all(incomplete_reason(path) is None for path in checkpoints(tmp_path / "resumed" / "out"))
     assert "| pairs | training | 12 rows |" in (tmp_path / "exported" / "README.md").read_text()
+
+
+def test_datasets_that_would_give_no_full_batch_are_refused(repo, tmp_path):
+    pairs = {"first": text_pairs(), "second": text_pairs(3)}
+    with pytest.raises(ValueError, match=r"'second' has 3 rows, fewer than a batch of 4, .* lower per_device"):
+        checkpointed_trainer(repo, tmp_path, pairs=pairs, dataloader_drop_last=True)
+    checkpointed_trainer(repo, tmp_path, pairs=pairs)
+    check_full_batches({"pairs": 8}, 4, 2)
+    with pytest.raises(ValueError, match=r"7 rows make 1 full batches of 4, fewer than the 2 processes"):
+        check_full_batches({"pairs": 7}, 4, 2)
 
 
 def test_training_starts_where_the_output_folder_is_gone(repo, tmp_path):

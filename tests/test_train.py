@@ -1,9 +1,12 @@
 """The training script and `btok train`: recipes, flags, a run from base to export, a push."""
 
 import json
+import os
 import runpy
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -15,12 +18,14 @@ from support import ROOT
 from support.media import image
 from support.publishing import LOAD, head, served
 from support.repositories import TEXTS, contents
-from support.training import config
+from support.training import config, text_pairs
+from transformers import TrainerCallback
 from trl import TrlParser, get_peft_config
 
 from btok_hf import BTokSentenceTransformer, cli
 from btok_hf.hub_card.card import CardArguments
 from btok_hf.training import CondensationConfig, CondensationTrainer
+from btok_hf.training.checkpoints import checkpoint_to_resume
 from btok_hf.training.data import metric_names, retrieval_evaluator
 from btok_hf.training.mixture import read_mixture
 from btok_hf.training.sources import SOURCES
@@ -267,6 +272,26 @@ def test_metrics_are_known_before_anything_is_evaluated(repo, tmp_path):
     args.metric_for_best_model = "nonsense"
     with pytest.raises(ValueError, match=r"must be one of pairs_cosine_accuracy@1, .*got 'nonsense'"):
         choose_best_metric(args, names)
+
+
+def test_a_run_that_is_stopped_exports_nothing(repo, tmp_path):
+    """A scheduler sends SIGTERM before it takes the machine away."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)  # transformers waits three seconds before it writes the checkpoint
+
+    text_pairs().to_parquet(tmp_path / "pairs.parquet")
+    out = tmp_path / "out"
+    flags = {"model_name_or_path": repo, "train_files": tmp_path / "pairs.parquet", "output_dir": out, "max_steps": 20}
+    flags |= {"enable_jit_checkpoint": "true", "report_to": "none", "use_cpu": "true", "save_strategy": "no"}
+    job = set_up([word for name, value in flags.items() for word in (f"--{name}", str(value))])
+    job.trainer.add_callback(Stop())
+    with pytest.raises(RuntimeError, match=r"step \d+ of 20, so nothing is exported. Go on .*--resume_from"):
+        job.run()
+    assert checkpoint_to_resume(True, str(out)) and not (out / "README.md").exists()
 
 
 @pytest.mark.parametrize("content", ["3: 4\n", "null: 1\n"])

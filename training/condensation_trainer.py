@@ -5,6 +5,7 @@ handled in `checkpoints.py`.
 """
 
 import shutil
+from collections.abc import Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -40,7 +41,7 @@ from btok_hf.training.condensation_loss import CondensationLoss
 from btok_hf.training.parallel import check_parallelism
 from btok_hf.training.prompts import training_prompts
 from btok_hf.training.publishing import PublishingTrainer
-from btok_hf.training.sampler import MixtureBatchSampler, check_mixture
+from btok_hf.training.sampler import MixtureBatchSampler, check_full_batches, check_mixture
 
 if TYPE_CHECKING:  # slow to import, or imported where it is used
     from peft import LoraConfig
@@ -132,13 +133,22 @@ class CondensationTrainer(PublishingTrainer):
                 # The row's own columns: a transform may change those of the dataset.
                 check_columns(row, row.get("dataset_name"))
                 self.data_collator([row])
-        if isinstance(self.train_dataset, dict) and self.args.dataset_weights:
-            rows = {name: len(dataset) for name, dataset in self.train_dataset.items()}
+        parts = self.train_dataset if isinstance(self.train_dataset, dict) else {"train_dataset": self.train_dataset}
+        rows = {name: len(cast(Sized, dataset)) for name, dataset in parts.items() if dataset is not None}
+        if not self.args.dataset_weights:
+            if rows and self.args.dataloader_drop_last:  # Sentence-Transformers sets it for several processes
+                check_full_batches(rows, self.args.train_batch_size, self.args.world_size)
+        elif rows:
             check_mixture(rows, self._weights(), self.args.train_batch_size, self._num_batches(), self.args.block_size)
 
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
         loader.device = None  # a batch stays on the host
+        # Among several processes, accelerate shares out the batches of a sampler, and does not tell it the epoch. A
+        # resumed run would go on in the order of the first epoch.
+        shared = getattr(loader.batch_sampler, "batch_sampler", None)
+        if hasattr(shared, "set_epoch"):
+            loader.batch_sampler.set_epoch = shared.set_epoch  # type: ignore[union-attr]
         return loader
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:

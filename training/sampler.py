@@ -42,6 +42,29 @@ def check_mixture(
             )
 
 
+def check_full_batches(rows: Mapping[str, int], batch_size: int, processes: int) -> None:
+    """Raise `ValueError` if incomplete batches are dropped, and a dataset or a process would have none then.
+
+    Args:
+        rows (`dict[str, int]`): Rows of each dataset, by name.
+        batch_size (`int`): Rows of a process's batch.
+        processes (`int`): How many of them train.
+    """
+    for name, count in rows.items():
+        if count < batch_size:
+            raise ValueError(
+                f"Dataset {name!r} has {count} rows, fewer than a batch of {batch_size}, and incomplete batches are "
+                "dropped (dataloader_drop_last, always so with several processes): none would be trained on. Give it "
+                "more rows, leave it out, or lower per_device_train_batch_size."
+            )
+    batches = sum(count // batch_size for count in rows.values())
+    if batches < processes:
+        raise ValueError(
+            f"The {sum(rows.values())} rows make {batches} full batches of {batch_size}, fewer than the {processes} "
+            "processes: nothing would be trained. Give more rows, or lower per_device_train_batch_size."
+        )
+
+
 class MixtureBatchSampler(MultiDatasetDefaultBatchSampler):
     """Draws a dataset by its weight for each block of batches, as in arXiv 2604.11095. No dataset ends.
 

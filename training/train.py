@@ -210,10 +210,18 @@ class TrainingJob:
     to_push: bool
 
     def run(self) -> None:
-        """Evaluate, train, evaluate again, export, push."""
+        """Evaluate, train, evaluate again, export, push.
+
+        Raises:
+            RuntimeError: With `enable_jit_checkpoint`, the training was stopped before its last step, as by SIGTERM.
+                An unfinished model is neither exported nor pushed.
+        """
         trainer, args = self.trainer, self.trainer.args
         before = trainer.evaluate_retrieval()
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        done, planned = trainer.state.global_step, trainer.state.max_steps
+        if args.enable_jit_checkpoint and done < planned:
+            raise RuntimeError(f"Training stopped at step {done} of {planned}, so nothing is exported{RESUME}.")
         after = trainer.evaluate_retrieval()
 
         measured = {"evaluator": trainer.evaluator, "eval_source": self.eval_source, "before": before, "after": after}
@@ -287,7 +295,7 @@ class PushEverySave(TrainerCallback):
     def _push(self) -> None:
         try:
             logger.warning(f"Pushed to {self.trainer.push_export()}")
-        except RuntimeError as error:  # training continues; the final push raises its error
+        except Exception as error:  # training continues; the final push raises its error
             logger.warning(str(error))
 
     def on_train_end(

@@ -63,7 +63,7 @@ def text_pairs(count=12):
     return Dataset.from_dict({"query": [f"find {w}" for w in words], "positive": [f"{w} thing" for w in words]})
 
 
-def checkpointed_trainer(repo, folder, lora=None, evaluator=None, **kwargs):
+def checkpointed_trainer(repo, folder, lora=None, evaluator=None, pairs=None, **kwargs):
     """A trainer of 6 steps in 2 epochs with a checkpoint every 2."""
     args = {"per_device_train_batch_size": 4, "max_steps": 6, "learning_rate": 1e-3, "logging_steps": 1}
     # It would shrink weights that have zero gradients, and not those that have none.
@@ -72,7 +72,7 @@ def checkpointed_trainer(repo, folder, lora=None, evaluator=None, **kwargs):
     return CondensationTrainer(
         model=BTokSentenceTransformer(repo, device="cpu"),
         args=config(Path(folder), **args),
-        train_dataset=text_pairs(),
+        train_dataset=text_pairs() if pairs is None else pairs,
         evaluator=evaluator,
         peft_config=LoraConfig(r=4, lora_dropout=0.0, use_dora=lora == "dora") if lora else None,
     )
