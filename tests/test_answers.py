@@ -158,6 +158,21 @@ def test_a_file_that_changed_is_called_so(folder, answers):
     assert source and "changed since it was indexed, so this is not what was found" in html
 
 
+def test_tokens_are_decoded_with_the_instructions_that_they_were_made_with(answers, monkeypatch):
+    used, decode = [], answers.searcher.reconstruct
+    monkeypatch.setattr(
+        answers.searcher, "reconstruct", lambda item, prompt: used.append(prompt) or decode(item, prompt)
+    )
+    for name, text in (("query", "Q"), ("document", "D")):
+        monkeypatch.setitem(answers.searcher.model.prompts, name, text)
+    answers.why("crab.png", {"text": "a crab"})
+    answers.why("crab.png", {"id": "energy.txt"})
+    monkeypatch.setitem(answers.index.settings, "prompt", "of btok embed")
+    answers.why("crab.png", {"text": "a crab"})
+    answers.why("crab.png", {"id": "energy.txt"})
+    assert used == ["Q", "D", "D", "D", "Q", "of btok embed", "of btok embed", "of btok embed"]
+
+
 # ---------------------------------------------------------------- errors
 
 

@@ -1,5 +1,6 @@
 """Pair files, their cells, and the evaluator over them."""
 
+import csv
 import json
 from types import SimpleNamespace
 
@@ -80,6 +81,16 @@ def test_commas_in_csv_files_are_found_by_line(tmp_path):
     path.write_text(f'query,positive\n"a, b",{long}\nonly\n')
     rows = list(load_pairs(str(path)))
     assert rows == [{"query": "a, b", "positive": long}, {"query": "only", "positive": None}]
+
+
+def test_csv_files_leave_the_limit_of_the_process(tmp_path):
+    (tmp_path / "pairs.csv").write_text("query,positive\na,b\n")
+    before = csv.field_size_limit(1000)
+    try:
+        load_pairs(str(tmp_path / "pairs.csv"))
+        assert csv.field_size_limit() == 1000
+    finally:
+        csv.field_size_limit(before)
 
 
 def test_datasets_in_memory_are_evaluated_like_files(tmp_path):

@@ -117,6 +117,8 @@ def test_fingerprints_tell_models_apart(repo, repos, model, monkeypatch, tmp_pat
         add(changed)
     changed[0].tokenizer.backend_tokenizer.normalizer = Lowercase()
     add(changed)
+    changed[0].tokenizer.truncation_side = "right"
+    add(changed)
     changed.config.text_config.rms_norm_eps *= 2
     add(changed)
     adapted = BTokSentenceTransformer(repo, device="cpu")

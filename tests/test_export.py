@@ -49,6 +49,12 @@ def test_an_earlier_export_in_other_files_leaves_no_weights_behind(repo, tmp_pat
         np.testing.assert_allclose(again, expected, atol=2e-6)
 
 
+def test_a_model_saved_over_an_export_has_no_golden_vectors_of_other_weights(repo, copied):
+    assert (copied / "golden.json").exists()
+    BTokSentenceTransformer(repo, device="cpu").save_pretrained(str(copied))
+    assert not (copied / "golden.json").exists()
+
+
 def test_a_repository_names_the_release_that_it_needs(repos, tmp_path):
     model = BTokSentenceTransformer(repos["idefics3"], device="cpu")
     for size, specifier in ((7, ">=5.17,<6"), (5, ">=5.21,<6")):  # 4 and 5 patches a side

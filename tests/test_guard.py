@@ -5,7 +5,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
-from starlette.testclient import TestClient
+from starlette.testclient import TestClient, WebSocketDenialResponse
 
 from btok_hf.corpus.guard import POLICY, OwnOnly
 
@@ -51,3 +51,10 @@ def test_addresses_are_refused(client):
     for path in ("file=https://example.org/a.png", "file/http://127.0.0.1:1", "proxy=https://x.hf.space/"):
         assert client.get(f"/gradio_api/{path}").status_code == 403
     assert client.get("/gradio_api/file=/tmp/a.png").text == "served"
+
+
+def test_other_sites_open_no_websocket(client):
+    headers = {"origin": "http://evil.example"}
+    with pytest.raises(WebSocketDenialResponse) as refused, client.websocket_connect("/queue", headers=headers):
+        pass
+    assert refused.value.status_code == 403

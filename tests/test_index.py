@@ -231,8 +231,11 @@ def test_a_rare_condition_finds_as_many_as_there_are(tmp_path, monkeypatch):
     for vector in VECTORS[:10]:
         assert {hit.id for hit in index.search(vector, where=where)} == {f"a{number}" for number in rare}
         assert len(index.search(vector, "tiger", k=4, where=where)) == 4
-    found = [[hit.id for hit in index.search(vector, k=4)] for vector in VECTORS[:10]]
-    assert found != [nearest(vector, 4) for vector in VECTORS[:10]]  # of the nearest part alone, without a condition
+    found, exact = (
+        [[hit.id for hit in index.search(vector, k=4, exact=exact)] for vector in VECTORS[:10]]
+        for exact in (False, True)
+    )
+    assert found != exact == [nearest(vector, 4) for vector in VECTORS[:10]]  # without it of the nearest part alone
 
 
 # ---------------------------------------------------------------- bringing up to date
@@ -443,3 +446,22 @@ def test_only_databases_of_btok_index_are_opened(tmp_path):
         Index.open(tmp_path)
     with pytest.raises(FileNotFoundError, match="holds no corpus"):
         Index.build(tmp_path / "nothing", tmp_path / "db")
+
+
+def test_many_ids_are_deleted_in_several_statements(tmp_path):
+    index = Index.build(write(tmp_path, rows(range(20))), tmp_path / "db")[0]
+    assert index.delete([*(f"x{number}" for number in range(999)), "a7", "a8"]) == 2 and index.count() == 18
+
+
+def test_an_index_is_trained_again_if_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "EXACT_NUMBERS", 100)
+    out, path = write(tmp_path, rows()), tmp_path / "db"
+
+    def files(**options):
+        index = Index.build(out, path, **options)[0]
+        assert not index.exact
+        return {folder.name for folder in (path / "items.lance" / "_indices").iterdir()}
+
+    first = files()
+    assert files() == first
+    assert files(rebuild=True) - first

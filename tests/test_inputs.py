@@ -248,6 +248,7 @@ WRONG = [
     ({"text": "\udcff"}, ValueError, "lone surrogate"),
     ([{"role": "user", "content": "half \ud800"}], ValueError, "lone surrogate"),
     ([{"role": "user", "content": [{"type": "text", "text": "\t"}]}], ValueError, "An input is empty"),
+    ([{"role": "system", "content": "Find it."}, {"role": "user", "content": " "}], ValueError, "An input is empty"),
     (
         [{"role": "user", "content": [{"type": "image", "image": np.zeros((8, 8, 3), np.uint8)}]}],
         ValueError,
@@ -462,4 +463,13 @@ def test_frames_are_known_by_their_content(both, tmp_path):
     content = io.BytesIO()
     image(56, 56).save(content, "GIF", save_all=True, append_images=[image(56, 56, 1)], duration=100)
     gif = {"bytes": content.getvalue(), "path": None}
-    assert len(both[0].transformer.preprocess([{"video": [gif, gif]}])["video_grid_thw"]) == 2
+    (tmp_path / "a.gif").write_bytes(content.getvalue())
+    for clips in ([gif, gif], [tmp_path / "a.gif", str(tmp_path / "a.gif")]):
+        assert len(both[0].transformer.preprocess([{"video": clips}])["video_grid_thw"]) == 2
+
+
+def test_the_longest_shape_that_qwen_takes_is_embedded(both):
+    longest = PILImage.new("RGB", (28 * 200, 28))
+    assert both[0].encode([longest]).shape == (1, 64)
+    with pytest.raises(ValueError, match="more than 200 times as long"):
+        both[0].encode([PILImage.new("RGB", (28 * 200 + 1, 28))])

@@ -220,6 +220,30 @@ def test_vectors_that_cannot_be_ranked_are_refused(tmp_path):
         mine_hard_negatives(text_pairs(), Random("a grey thing"), tmp_path / "out.parquet")
 
 
+class Angles:
+    """A model of texts that are angles, in degrees."""
+
+    def encode_query(self, inputs, **_):
+        return np.array([[np.cos(np.radians(float(a))), np.sin(np.radians(float(a)))] for a in inputs], np.float32)
+
+    encode_document = encode_query
+
+
+@pytest.mark.parametrize(
+    ("positives", "others", "margin", "mined"),
+    [
+        (["10", "60"], ["30", "70"], {"absolute_margin": 0.1}, ["70"]),
+        (["10", "60"], ["30", "63", "70"], {"relative_margin": 0.2}, ["70"]),
+        (["100"], ["101", "110"], {"relative_margin": 0.5}, ["110"]),  # a negative cosine
+    ],
+)
+def test_negatives_lie_a_margin_below_the_farthest_positive(tmp_path, positives, others, margin, mined):
+    rows = [{"query": "0", "positive": each} for each in positives]
+    pairs = Dataset.from_list([*rows, *({"query": None, "positive": each} for each in others)])
+    mine_hard_negatives(pairs, Angles(), tmp_path / "out.parquet", **margin)
+    assert load_pairs(str(tmp_path / "out.parquet"))["negatives"] == [mined] * len(positives)
+
+
 def test_negatives_are_written_in_parts_that_arrow_can_hold(tmp_path, monkeypatch):
     """An array of Arrow holds 2 GiB, which 1,024 rows with large pictures exceed."""
     pairs = mixed_pairs()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.inputs import process, rows
 from torch.nn import functional as F
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from btok_hf.condensation import condense
 from btok_hf.packed_attention import PackedLayout, pack_mixers
@@ -40,6 +40,17 @@ def test_ordinary_calls_are_unchanged_after_condense(either):
     assert model.config.get_text_config()._attn_implementation == "btok_packed"
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(after[real], before[real], atol=0, rtol=0)
+
+
+def test_sliding_windows_are_refused(repo):
+    """Packed attention would leave them out without a word."""
+    config = AutoConfig.from_pretrained(repo)
+    config.text_config.sliding_window, layers = 4, config.text_config.num_hidden_layers
+    config.text_config.layer_types = ["sliding_attention"] * layers
+    model = AutoModel.from_pretrained(repo, config=config)
+    inputs = process(AutoProcessor.from_pretrained(repo), rows("text"))
+    with pytest.raises(ValueError, match=r"sliding windows: set config\.use_sliding_window=False"):
+        condense(model, inputs)
 
 
 # Query length and key length of segments; a packed row has its segments in any order.

@@ -106,12 +106,12 @@ def test_golden_vectors_over_http(server, exported, special, as_given, capsys):
 def test_a_model_that_cuts_its_vectors(as_given, tmp_path):
     """`truncate_dim` of the repository is the default, and no bound."""
     shutil.copytree(as_given, tmp_path / "cut")
-    edit(tmp_path / "cut", "config_sentence_transformers.json", lambda saved: saved.update(truncate_dim=16))
+    edit(tmp_path / "cut", "config_sentence_transformers.json", lambda saved: saved.update(truncate_dim=8))
     (full,) = BTokSentenceTransformer(as_given, device="cpu").encode([{"text": "a"}])
     model = ServedModel(tmp_path / "cut", device="cpu")
     app = make_app(model, "m", Limits(), Origins(10**6, 10**6, 60))
     with TestClient(app) as client:
-        for given, size in (({}, 16), ({"dimensions": 16}, 16), ({"dimensions": 64}, 64), ({"dimensions": None}, 16)):
+        for given, size in (({}, 8), ({"dimensions": 8}, 8), ({"dimensions": 64}, 64), ({"dimensions": None}, 8)):
             (vector,) = embed(client, input="a", **given)
             assert np.abs(vector - full[:size] / np.linalg.norm(full[:size])).max() < TOLERANCE
 

@@ -143,6 +143,13 @@ def test_rows_without_a_prompt_replace_the_default_prompt(exported, tmp_path, ca
     assert "texts as input: not compared: the repository has a default prompt" in capsys.readouterr().out
 
 
+def test_the_prompts_of_a_revision_are_read(hub, exported, server, tmp_path):
+    """The main branch has no such file."""
+    hub.run("-m", "btok_hf", "push", exported, "org/served", "--revision", "v1", home=tmp_path)
+    done = hub.run("-m", "btok_hf", "verify", "org/served", "--revision", "v1", "--url", server.url, home=tmp_path)
+    assert "verified: largest difference" in done.stdout
+
+
 def test_the_key_of_the_server_is_sent(exported, server, monkeypatch):
     server.key = "secret"
     monkeypatch.setenv("BTOK_API_KEY", "secret")

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from support.repositories import edit
 from transformers import AutoModelForImageTextToText
 
 from btok_hf import BTokForEmbedding
@@ -115,6 +116,18 @@ def test_rows_are_as_long_as_in_this_library(tmp_path, saved, asked, expected):
     changed = config(tmp_path, asked=asked)
     vllm_plugin.BTokConfig.verify_and_update_model_config(changed)
     assert changed.max_model_len == expected
+
+
+def test_rows_are_as_long_as_at_the_revision_that_is_served(hub, copied, tmp_path):
+    edit(copied, "tokenizer_config.json", lambda saved: saved.update(model_max_length=300))
+    hub.run("-m", "btok_hf", "push", copied, "org/short", "--revision", "v1", home=tmp_path)
+    code = (
+        "from types import SimpleNamespace as Space; from btok_hf.serving.vllm_plugin import BTokConfig\n"
+        "served = Space(tokenizer='org/short', tokenizer_revision='v1', original_max_model_len=None)\n"
+        "served.hf_text_config, served.max_model_len = Space(max_position_embeddings=4096), 4096\n"
+        "BTokConfig.bound_rows(served); print(served.max_model_len)"
+    )
+    assert hub.run("-c", code, home=tmp_path).stdout.split()[-1] == "300"
 
 
 def test_rows_beyond_the_positions_are_refused(tmp_path):
