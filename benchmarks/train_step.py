@@ -48,12 +48,12 @@ from benchmarks.bench import (
     summary,
     texts,
 )
+from benchmarks.dense_mask import dense_condensation_mask
 from btok_hf import BTokSentenceTransformer
 from btok_hf.condensation import (
     Condensed,
     backbone_and_head,
     condense,
-    dense_condensation_mask,
     linear_cross_entropy,
 )
 from btok_hf.features import IGNORED

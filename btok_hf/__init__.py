@@ -11,11 +11,12 @@ if TYPE_CHECKING:  # editors and type checkers do not run `__getattr__`
     from btok_hf.condensation import condense
     from btok_hf.convert import convert_checkpoint
     from btok_hf.export import export_adapters, export_model
-    from btok_hf.hub import push, verify
+    from btok_hf.hub import push
     from btok_hf.media import read_image
     from btok_hf.modeling import BTokForEmbedding, BTokOutput
     from btok_hf.sentence_transformer import BTokSentenceTransformer
     from btok_hf.transformer import BottleneckTransformer
+    from btok_hf.verification import verify
     from btok_hf.video import read_video
 
 _LAZY_IMPORTS = {
@@ -31,7 +32,7 @@ _LAZY_IMPORTS = {
     "push": "btok_hf.hub",
     "read_image": "btok_hf.media",
     "read_video": "btok_hf.video",
-    "verify": "btok_hf.hub",
+    "verify": "btok_hf.verification",
 }
 __all__ = [  # a literal list, which editors can read
     "BTokForEmbedding",

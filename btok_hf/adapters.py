@@ -61,8 +61,7 @@ def load_adapters(backbone: PreTrainedModel, path: str, prefix: str = "", **hub_
     Raises:
         ValueError: The tensors of the checkpoint and of the model do not match.
     """
-    from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
-    from peft.utils.save_and_load import load_peft_weights
+    from peft import PeftConfig, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
     saved = load_peft_weights(path, device="cpu", **hub_kwargs)
     saved = {name.removeprefix(f"base_model.model.{prefix}"): tensor for name, tensor in saved.items()}
@@ -220,7 +219,7 @@ def _adapted_layers(backbone: PreTrainedModel) -> dict[str, torch.nn.Module]:
     if not has_adapters(backbone):
         return {}
     from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
+    from peft.utils import AuxiliaryTrainingWrapper
 
     found: dict[str, torch.nn.Module] = {}
     for name, module in backbone.named_modules():  # parents first
@@ -233,7 +232,7 @@ def _adapted_layers(backbone: PreTrainedModel) -> dict[str, torch.nn.Module]:
 
 def _plain_layer(layer: Any) -> torch.nn.Module:
     """The layer that PEFT replaced, as it was before training."""
-    from peft.utils.other import ModulesToSaveWrapper
+    from peft.utils import ModulesToSaveWrapper
 
     if isinstance(layer, ModulesToSaveWrapper):
         return layer.original_module
@@ -242,7 +241,7 @@ def _plain_layer(layer: Any) -> torch.nn.Module:
 
 def _merged_layer(layer: Any) -> torch.nn.Module:
     """A copy of a layer on the CPU, merged with its adapter."""
-    from peft.utils.other import ModulesToSaveWrapper
+    from peft.utils import ModulesToSaveWrapper
 
     if isinstance(layer, ModulesToSaveWrapper):  # a trained copy of the layer: nothing to merge
         return layer.modules_to_save[layer.active_adapters[0]]

@@ -1,17 +1,18 @@
-"""Checks of what is passed when a model is loaded, and errors that tell a wrong argument from a damaged file."""
+"""Check the arguments of loading and encoding, and name the model in errors of reading it."""
 
 import contextlib
 import numbers
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 HUB = ("revision", "token", "cache_folder", "local_files_only", "subfolder")
-# Names that Sentence-Transformers or transformers have for them.
+# Names of the same arguments in Sentence-Transformers and transformers.
 OTHER_NAMES = {"tokenizer_kwargs": "processor_kwargs", "cache_dir": "cache_folder", "use_auth_token": "token"}
 
 
 def check_loading(prompts: Any, hub_kwargs: Mapping[str, Any]) -> None:
-    """Raise `TypeError` for prompts that are no mapping of texts, or for arguments that loading does not have."""
+    """Raise `TypeError` if prompts are not a mapping of texts, or if there is no argument of a name."""
     if prompts is not None and not (
         isinstance(prompts, Mapping) and all(isinstance(text, str) for pair in prompts.items() for text in pair)
     ):
@@ -23,7 +24,7 @@ def check_loading(prompts: Any, hub_kwargs: Mapping[str, Any]) -> None:
 
 
 def check_prompt(prompt: Any) -> None:
-    """Raise `ValueError` for a prompt that is no text."""
+    """Raise `ValueError` if a prompt is not a text."""
     if prompt is not None and not isinstance(prompt, str):
         raise ValueError(f"prompt must be a text, got {prompt!r}. One of the model's prompts goes by prompt_name.")
 
@@ -39,7 +40,7 @@ def check_row_length(value: Any, least: int) -> None:
 
 @contextlib.contextmanager
 def named_damage(model_name_or_path: str) -> Iterator[None]:
-    """JSON, Jinja and tokenizers raise types of their own at damaged files, and do not name the model."""
+    """Name the model in errors of damaged files: JSON, Jinja and tokenizers raise errors of many types without it."""
     try:
         yield
     except Exception as error:
@@ -50,4 +51,18 @@ def named_damage(model_name_or_path: str) -> Iterator[None]:
         raise ValueError(
             f"{model_name_or_path!r} cannot be loaded ({type(error).__name__}: {error}). A file of it is damaged "
             "or was edited. Export or download it again."
+        ) from error
+
+
+@contextlib.contextmanager
+def named_source(source: str) -> Iterator[None]:
+    """Add the name of a model to an error of reading it, which transformers leaves out."""
+    try:
+        yield
+    except OSError as error:
+        if Path(source).exists() or source in str(error):
+            raise
+        raise OSError(
+            f"{source} is neither a local folder nor a readable Hub repository ({error}). Check the name and, for a "
+            "private one, your login (`hf auth login`, HF_TOKEN)."
         ) from error

@@ -41,7 +41,7 @@ class Tiled(Family):
         return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[None]
 
     def masks(self, config: PreTrainedConfig) -> Any:
-        # It would find the packed rows by their positions, and build a mask of length x length.
+        # Without this, the language model would detect packed rows from their positions and build a dense mask.
         return dict.fromkeys(config.get_text_config().layer_types)
 
 
@@ -75,6 +75,17 @@ class InternVL(Tiled):
         # Beside the tiles, there is a view of the whole image.
         tokens = {tiles: (tiles + (tiles > 1)) * cast(Any, processor).image_seq_length for tiles in shown}
         return ImageCosts("max_patches", tokens, part.size["height"], None)
+
+    def image_tokens(self, processor: ProcessorMixin, size: tuple[int, int] | None) -> int:
+        part = processor.image_processor
+        if size is None:
+            tiles = part.max_patches + 1  # with a view of the whole image
+        else:
+            tiles = part.get_number_of_image_patches(*size[::-1], {"crop_to_patches": True})
+        return tiles * cast(Any, processor).image_seq_length
+
+    def frame_tokens(self, processor: ProcessorMixin, size: tuple[int, int] | None) -> int:
+        return 2 * cast(Any, processor).image_seq_length
 
     def golden_sides(self, processor: ProcessorMixin) -> tuple[int, int | None]:
         return processor.image_processor.size["height"], None
@@ -134,6 +145,12 @@ class SmolVLM(Tiled):
         }
         return ImageCosts("size", tokens, tile, None)
 
+    def image_tokens(self, processor: ProcessorMixin, size: tuple[int, int] | None) -> int:
+        # The tiles of a square image, and a view of the whole; for an image of any size, as all are resized.
+        part = processor.image_processor
+        side = math.ceil(part.size["longest_edge"] / part.max_image_size["longest_edge"])
+        return (side**2 + 1) * cast(Any, processor).image_seq_len
+
     def golden_sides(self, processor: ProcessorMixin) -> tuple[int, int | None]:
         return 224, None  # every image is resized
 
@@ -145,7 +162,7 @@ class SmolVLM(Tiled):
         return {key: value[real][:, None] for key, value in media.items()} if real.any() else {}
 
     def masks(self, config: PreTrainedConfig) -> Any:
-        # Llama takes no dict of them. A mask with four axes is taken as it is, and packed attention reads none.
+        # Llama accepts no dict of masks. A mask with four axes is passed on as it is, and packed attention ignores it.
         return torch.empty(1, 1, 1, 1)
 
 
@@ -167,7 +184,7 @@ class LFM2VL(Tiled):
     def check(self, config: PreTrainedConfig) -> None:
         super().check(config)
         if config.get_text_config().conv_bias:
-            # Stock layers zero what they get for padding, but the biases of the projection make it visible again.
+            # Stock layers set the inputs of padding to zero, but with a bias the projection makes it non-zero again.
             raise ValueError(
                 f"{self.name} is supported without biases of the convolutions, got conv_bias=True in config.json: "
                 "padding on the left would change the embedding of a row. Start from another checkpoint of it."
@@ -215,6 +232,15 @@ class LFM2VL(Tiled):
         # Beside the tiles, there may be a view of the whole image.
         tokens = {tiles: tiles * part.tile_size**2 // unit + part.use_thumbnail * most for tiles in shown}
         return ImageCosts("max_tiles", tokens, part.tile_size, least * unit)
+
+    def image_tokens(self, processor: ProcessorMixin, size: tuple[int, int] | None) -> int:
+        part = processor.image_processor
+        pixels, unit, most = math.inf if size is None else math.prod(size), _unit(part), part.max_image_tokens
+        if part.do_image_splitting and pixels > most * unit * part.max_pixels_tolerance:
+            layout = (part.min_tiles, part.max_tiles, part.tile_size)
+            tiles = part.max_tiles if size is None else part._get_grid_layout(*size[::-1], *layout)[-1]
+            return tiles * part.tile_size**2 // unit + part.use_thumbnail * most  # the largest view of the whole
+        return int(min(max(pixels / unit, part.min_image_tokens), most))
 
     def golden_sides(self, processor: ProcessorMixin) -> tuple[int, int | None]:
         part = processor.image_processor
@@ -279,3 +305,20 @@ def family_of(config: PreTrainedConfig) -> Family:
     family = FAMILIES[config.model_type]
     family.check(config)
     return family
+
+
+# The families by the class of their processor. The families with the structure of Qwen-VL count tokens alike.
+PROCESSORS = {
+    "Qwen2VLProcessor": FAMILIES["qwen2_vl"],
+    "Qwen2_5_VLProcessor": FAMILIES["qwen2_5_vl"],
+    "Qwen3VLProcessor": FAMILIES["qwen3_vl"],
+    "InternVLProcessor": FAMILIES["internvl"],
+    "Idefics3Processor": FAMILIES["idefics3"],
+    "SmolVLMProcessor": FAMILIES["smolvlm"],
+    "Lfm2VlProcessor": FAMILIES["lfm2_vl"],
+}
+
+
+def family_of_processor(processor: ProcessorMixin | None) -> Family | None:
+    """The family that a processor belongs to; `None` for those of other models."""
+    return PROCESSORS.get(type(processor).__name__)

@@ -36,7 +36,7 @@ def bottleneck_token(index: int) -> str:
 
 
 def escapes(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
-    """What a text may not hold, and what it holds instead: a special token is broken up after its first character."""
+    """Replacements in texts that break up special tokens: a space is put after the first character of each."""
     special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     others = [token for token in special if not token.startswith("<|")]
     return [(token, f"{token[0]} {token[1:]}") for token in ("<|", *others)]

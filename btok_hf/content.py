@@ -1,4 +1,4 @@
-"""Whether two inputs are the same: hashes of their content, for what must not be a negative and is encoded once."""
+"""Hashes of inputs by content: equal inputs are no negatives of each other, and need to be encoded only once."""
 
 import hashlib
 import os
@@ -10,17 +10,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from btok_hf.inputs import is_cell
+from btok_hf.input_kinds import is_cell
 
 
 def content_hash(value: Any) -> int:
-    """A stable 63-bit hash of the content of an input: of words, of pixels, or of the bytes of a file.
+    """A stable 63-bit hash of the content of an input: of its text, its pixels, or the bytes of its file.
 
-    Copies of a file have equal hashes under any name, and a decoded image has not that of its file.
+    Copies of a file have the same hash whatever their names are. A decoded image has another hash than its file.
 
     Args:
-        value: A text, image, array, bytes, file path, file as `datasets` stores it, or a dict or list of them. A dict
-            of one text, image or video has the hash of its value. The order of keys does not count.
+        value: A text, image, array, bytes, file path, file as `datasets` stores it, or a dict or list of these. A dict
+            with a single text, image or video has the hash of that value. The order of keys does not matter.
 
     Returns:
         `int`: At least 0.
@@ -34,7 +34,7 @@ def content_hash(value: Any) -> int:
             state = os.stat(part)
             part = ("file", _file_digest(os.path.abspath(part), state.st_size, state.st_mtime_ns))
         elif isinstance(part, Image.Image):
-            # The bytes of a palette image are indices of colours. The same bytes with another palette differ.
+            # The bytes of a palette image are indices into its palette, so they alone do not say what it shows.
             part = part.convert("RGBA") if part.mode in ("P", "PA") else part
             part = (part.mode, part.size, part.tobytes())
         elif isinstance(part, (np.ndarray, torch.Tensor)):
@@ -61,6 +61,6 @@ def content_hash(value: Any) -> int:
 
 @lru_cache(maxsize=2**20)
 def _file_digest(path: str, size: int, modified: int) -> str:
-    """The hash of a file of this size and time of change: training asks for it in every epoch."""
+    """The hash of a file's bytes. Training asks in every epoch, so a file is read again only if it has changed."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()

@@ -14,15 +14,16 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, ProcessorMixin
-from transformers.utils.hub import cached_file, extract_commit_hash
-from transformers.utils.peft_utils import find_adapter_config_file
+from transformers.utils import cached_file, find_adapter_config_file
+from transformers.utils.hub import extract_commit_hash
 
 from btok_hf.adapters import check_exportable, find_base, load_adapters
 from btok_hf.backbones import family_of
 from btok_hf.bottleneck import ORDERS, bottleneck_token, check_base, cut_on_the_left, embedding_chat_template, escapes
-from btok_hf.export import write_golden_vectors, write_repository
+from btok_hf.export import write_repository
 from btok_hf.family import Family
 from btok_hf.files import check_writable
+from btok_hf.golden_writer import write_golden_vectors
 from btok_hf.hub_card.card import CardArguments, apache_license, render_card
 from btok_hf.hub_names import is_hub_id
 from btok_hf.modeling.modeling_btok import StockModel, load_stock_model, stock_class

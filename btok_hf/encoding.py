@@ -1,4 +1,4 @@
-"""The loop of `encode`: inputs are put into batches by their tokens, prepared, embedded, and put back in order."""
+"""The loop of `encode`: put inputs into batches by their number of tokens, embed the batches, restore the order."""
 
 import inspect
 import logging
@@ -16,16 +16,19 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
-from btok_hf.inputs import ImageLimits, check_input, is_message
+from btok_hf.compat import require_methods
+from btok_hf.input_kinds import is_message
+from btok_hf.inputs import ImageLimits, check_input
 from btok_hf.lengths import estimate_tokens
 from btok_hf.modeling.modeling_btok import bottleneck_token_ids
 
+require_methods(SentenceTransformer, "_inference")
 logger = logging.getLogger(__name__)
 
 # Tokens per row of `encode`'s batch_size. The default of 32 rows is 2,048 tokens on a CPU, where larger batches exceed
 # the caches, and 16,384 tokens on other devices.
 CPU_ROW_TOKENS, ROW_TOKENS = 64, 512
-# What makes one input unreadable, and no other.
+# Errors of a single input. Other errors end the whole call.
 ROW_ERRORS = (ValueError, OSError)
 
 Item = TypeVar("Item")
@@ -118,7 +121,7 @@ class PackedEncoder(SentenceTransformer):
 
     # The superclass narrows the type.
     def is_singular_input(self, inputs: Any) -> bool:  # type: ignore[override]
-        """Whether this is one input. A list of chat messages is one; with other inputs among them it is none."""
+        """Whether this is a single input. A list of chat messages is; a list that mixes them with others is not."""
         if isinstance(inputs, list) and any(map(is_message, inputs)) and not all(map(is_message, inputs)):
             return False
         return super().is_singular_input(inputs)
@@ -243,7 +246,7 @@ def embed_batches(
             if not batch:
                 continue
             queued.append(_Queued(batch, embed(features), save_to_cpu))
-            # A batch is read when the next one is queued, so that a GPU has something to do.
+            # Read the batch before this one: a GPU is already computing this one.
             for last in queued[-2:-1]:
                 last.read(inputs)
     if not queued:
@@ -257,7 +260,7 @@ def embed_batches(
 
 
 class NotFiniteError(ValueError):
-    """An embedding is not finite: the weights are to blame, and not the input."""
+    """An embedding is not finite. The cause is the weights, and not the input."""
 
 
 class _Queued:
@@ -297,7 +300,7 @@ def _not_finite(index: int, dtype: torch.dtype) -> str:
 
 
 def _fitting(inputs: Skipping, rows: dict[int, Any], preprocess: Callable[[list[Any], list[int]], Any]) -> Batch:
-    """The features of those checked rows that the model takes; the reasons for the others are noted."""
+    """The features of the checked rows that can be processed. The reasons why others cannot are noted in `inputs`."""
     if not rows:
         return [], {}
     positions = list(rows)
@@ -312,7 +315,7 @@ def _fitting(inputs: Skipping, rows: dict[int, Any], preprocess: Callable[[list[
             reason = str(error)
         inputs.errors[positions[0]] = reason
         return [], {}
-    # Halves: one bad row in a batch of n costs log2(n) further attempts for the others, not n.
+    # Bisection: one bad row among n costs about log2(n) further attempts instead of n.
     middle = len(rows) // 2
     for half in (positions[:middle], positions[middle:]):
         kept, _ = _fitting(inputs, {index: rows[index] for index in half}, preprocess)

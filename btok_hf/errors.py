@@ -4,7 +4,6 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 # What this library raises on purpose. Their text says what is wrong without the type's name.
 EXPECTED = (ImportError, OSError, RuntimeError, ValueError)
@@ -46,17 +45,3 @@ def take_debug(words: Sequence[str]) -> tuple[list[str], bool]:
         debug |= bare
         rest += [] if bare else [word]
     return rest, debug
-
-
-@contextmanager
-def named_source(source: str) -> Iterator[None]:
-    """Add the name of a model to an error of reading it, which transformers leaves out."""
-    try:
-        yield
-    except OSError as error:
-        if Path(source).exists() or source in str(error):
-            raise
-        raise OSError(
-            f"{source} is neither a local folder nor a readable Hub repository ({error}). Check the name and, for a "
-            "private one, your login (`hf auth login`, HF_TOKEN)."
-        ) from error

@@ -1,7 +1,8 @@
 """Write a Hub repository: weights, remote code, processor, Sentence-Transformers files, model card, golden vectors.
 
-All repositories are written here. Golden vectors come last, so that an export without them is incomplete. The card is
-in `hub_card/`, the golden vectors are in `btok_hf/golden.py`, and the upload is in `btok_hf/hub.py`.
+All repositories are written here. Golden vectors come last, so that an export without them is incomplete. They are
+computed in `btok_hf/golden_writer.py`. The files of Sentence-Transformers are in `btok_hf/stock_pipeline.py`, the card
+is in `hub_card/`, and the upload is in `btok_hf/hub.py`.
 """
 
 import copy
@@ -12,26 +13,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
-import transformers
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin
-from transformers.utils import logging
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from btok_hf import golden
 from btok_hf.adapters import MergedTensors, adapter_config, has_adapters
 from btok_hf.backbones import family_of
-from btok_hf.condensation import condense
+from btok_hf.encoding import PackedEncoder
 from btok_hf.files import check_writable, explain_full_disk, write_files, write_json
+from btok_hf.golden_writer import write_golden_vectors
 from btok_hf.hub_card.card import ADAPTER_RELEASE, render_card
 from btok_hf.hub_names import is_hub_id
 from btok_hf.modeling import modeling_btok
-from btok_hf.weights import MAX_SHARD_SIZE, compute_in_fp32, names_on_disk, plan_shards, write_weights
+from btok_hf.stock_pipeline import modules, write_pipeline
+from btok_hf.weights import MAX_SHARD_SIZE, names_on_disk, plan_shards, write_weights
 
 if TYPE_CHECKING:  # BTokSentenceTransformer imports this module
     from sentence_transformers import SentenceTransformer
-
-logger = logging.get_logger(__name__)
 
 # Why a repository needs a release of transformers. Sentence-Transformers checks it before it loads the weights.
 REASON = "older releases miss parts of the processors, positions or loading of weights that the embeddings rely on"
@@ -44,12 +42,6 @@ NO_DORA = {
     }
 }
 MODULES, DRAFTS = "modules.json", ".weights-"
-STOCK_MODULES = (
-    ("", "sentence_transformers.base.modules.transformer.Transformer"),
-    ("1_WordWeights", "sentence_transformers.sentence_transformer.modules.word_weights.WordWeights"),
-    ("2_Pooling", "sentence_transformers.sentence_transformer.modules.pooling.Pooling"),
-    ("3_Normalize", "sentence_transformers.base.modules.normalize.Normalize"),
-)
 
 
 def export_model(
@@ -163,7 +155,7 @@ def export_adapters(
 
 def _own_module(model: "SentenceTransformer") -> Any:
     """The module of a `BTokSentenceTransformer`; `ValueError` for other models."""
-    if not hasattr(model, "kept_card"):
+    if not isinstance(model, PackedEncoder):  # which BTokSentenceTransformer is
         raise ValueError(f"An export needs a btok_hf.BTokSentenceTransformer, got {type(model).__name__}: load it so.")
     return model[0]
 
@@ -251,8 +243,8 @@ def write_repository(
                 write_weights(Path(folder), lambda name: tensors[in_memory[name]], plan)
                 # Written last: without it the folder is no repository, so nobody publishes half an export.
                 (output_dir / MODULES).unlink(missing_ok=True)
-                # Golden vectors belong to other weights. Loaders could prefer old weights in another number of files,
-                # or old adapters.
+                # Golden vectors belong to the old weights, too. Loaders could prefer old weights in another number
+                # of files, or old adapters.
                 for path in (*output_dir.glob("model*.safetensors*"), *output_dir.glob("adapter_*")):
                     path.unlink()
                 (output_dir / golden.FILE_NAME).unlink(missing_ok=True)
@@ -266,17 +258,14 @@ def write_repository(
             )
             if generation_config is not None:
                 generation_config.save_pretrained(output_dir)
-        # What the last call set. Saved, it would override the max_seq_length of whoever loads the repository.
+        # Every call sets truncation and padding in the tokenizer. If they were saved, they would override the
+        # max_seq_length of a model that is loaded from the repository.
         processor.tokenizer.backend_tokenizer.no_truncation()
         processor.tokenizer.backend_tokenizer.no_padding()
         processor.save_pretrained(output_dir)
-        _write_sentence_transformers_files(output_dir, config, model, prompts, requirements)
+        write_pipeline(output_dir, config, model, prompts, requirements)
         write_files(output_dir, files)
-        modules = [
-            {"idx": index, "name": str(index), "path": path, "type": type_name}
-            for index, (path, type_name) in enumerate(STOCK_MODULES)
-        ]
-        write_json(output_dir / MODULES, modules)
+        write_json(output_dir / MODULES, modules())
     return output_dir
 
 
@@ -288,112 +277,3 @@ def _write_config(output_dir: Path, config: PreTrainedConfig, tokenizer: Any, dt
     config.save_pretrained(output_dir)
     write_json(path, modeling_btok.with_auto_map(json.loads(path.read_text("utf-8"))))
     modeling_btok.write_code(output_dir)
-
-
-def write_golden_vectors(output_dir: Path, model: "SentenceTransformer") -> None:
-    """Write the golden vectors of the weights in `output_dir`. `btok_hf.verify` compares loaders with them.
-
-    They are computed in fp32 on the CPU, for any precision and device of the model. The weights stay on disk and are
-    converted layer by layer.
-    """
-    config = AutoConfig.from_pretrained(output_dir)
-    backbone = modeling_btok.load_stock_model(output_dir, config, needs_head=False, dtype="auto")[0].model.eval()
-    compute_in_fp32(backbone)
-    module: Any = model[0]
-    family = family_of(config)
-    image, frame = family.golden_sides(module.processor)
-    order = getattr(config, "btok_order", "media_first")
-    inputs = golden.golden_inputs(model.prompts, frame, order, image, takes_video=family.video is not None)
-    embeddings: dict[str, np.ndarray] = {}
-    # Golden inputs are never truncated: their vectors do not depend on the model's max_seq_length.
-    limit, model.max_seq_length = model.max_seq_length, golden.longest(config)
-    try:
-        for name in [name for name, row in inputs.items() if not _fits(module, *row, model)]:
-            logger.warning(f"The golden input {name!r} is left out: it is longer than the model's longest row.")
-            del inputs[name]
-        for prompt_name in dict.fromkeys(name for _, name in inputs.values()):
-            # One batch for each prompt, because every batch reads all weights.
-            chosen = {name: item for name, (item, other) in inputs.items() if other == prompt_name}
-            features = module.preprocess(
-                [item.get("messages", item) for item in chosen.values()],
-                prompt=None if prompt_name is None else model.prompts[prompt_name],
-            )
-            with torch.no_grad():
-                on_cpu = {key: value.cpu() if torch.is_tensor(value) else value for key, value in features.items()}
-                vectors = condense(backbone, on_cpu).embeddings
-            embeddings |= zip(chosen, vectors.numpy())
-    finally:
-        model.max_seq_length = limit
-    ordered = np.stack([embeddings[name] for name in inputs])
-    with explain_full_disk(output_dir):
-        closest = golden.write_golden(output_dir / golden.FILE_NAME, inputs, model.prompts, ordered)
-    if not closest > golden.DISTINCT * golden.TOLERANCE:
-        logger.warning(
-            f"The model gives nearly the same vector for different inputs (largest difference {closest:.1e}): it is "
-            f"collapsed or untrained. {output_dir} was written, but btok verify will refuse its golden vectors."
-        )
-
-
-def _fits(module: Any, item: Mapping[str, Any], prompt_name: str | None, model: "SentenceTransformer") -> bool:
-    """Whether a golden input is shorter than the longest row, so that no loader would truncate it."""
-    prompt = None if prompt_name is None else model.prompts[prompt_name]
-    try:
-        return (
-            module.preprocess([item.get("messages", item)], prompt=prompt)["input_ids"].shape[1] < model.max_seq_length
-        )
-    except ValueError:  # media are never truncated
-        return False
-
-
-def _write_sentence_transformers_files(
-    output_dir: Path,
-    config: PreTrainedConfig,
-    model: "SentenceTransformer | None",
-    prompts: Mapping[str, str | None] | None,
-    requirements: Mapping[str, Any],
-) -> None:
-    """Write a pipeline of stock modules. Word weights of 1 for Bottleneck Tokens and 0 for all other tokens make the
-    mean pooling average the Bottleneck Tokens."""
-    text_config = config.get_text_config()
-    forward = {"method": "forward", "method_output_name": "last_hidden_state"}
-    modalities = ("text", "image", *(["video"] if family_of(config).video else []), "message")
-    write_json(
-        output_dir / "sentence_bert_config.json",
-        {
-            "transformer_task": "feature-extraction",
-            "modality_config": {
-                name: {**forward, "format": "structured"} if name == "message" else forward for name in modalities
-            },
-            "module_output_name": "token_embeddings",
-            "unpad_inputs": False,
-        },
-    )
-    write_json(
-        output_dir / "config_sentence_transformers.json",
-        {
-            "model_type": "SentenceTransformer",
-            "__version__": {"transformers": transformers.__version__, "pytorch": torch.__version__},
-            "prompts": model.prompts if model is not None else _with_defaults(prompts or {}),
-            "default_prompt_name": None if model is None else model.default_prompt_name,
-            "similarity_fn_name": "cosine" if model is None else model.similarity_fn_name,
-            "truncate_dim": None if model is None else model.truncate_dim,
-            "requirements": requirements,
-        },
-    )
-    # One character per vocabulary entry: "B" for a Bottleneck Token, "." for any other.
-    vocabulary = ["."] * text_config.vocab_size
-    for token_id in modeling_btok.bottleneck_token_ids(config):
-        vocabulary[token_id] = "B"
-    module_configs = (
-        {"vocab": "".join(vocabulary), "word_weights": {"B": 1.0}, "unknown_word_weight": 0.0},
-        {"embedding_dimension": text_config.hidden_size, "pooling_mode": "mean", "include_prompt": True},
-        {"module_input_name": "sentence_embedding"},
-    )
-    for (folder, _), module_config in zip(STOCK_MODULES[1:], module_configs):
-        (output_dir / folder).mkdir(exist_ok=True)
-        write_json(output_dir / folder / "config.json", module_config)
-
-
-def _with_defaults(prompts: Mapping[str, str | None]) -> dict[str, str | None]:
-    """Prompts with those that `encode_query` and `encode_document` look for first."""
-    return {"query": "", "document": prompts.get("passage", prompts.get("corpus", "")), **prompts}

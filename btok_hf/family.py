@@ -1,8 +1,9 @@
-"""What differs between families of backbones, as families with the structure of Qwen-VL have it.
+"""The interface of a family of backbones: what differs between families. The defaults are those of Qwen-VL.
 
 The families themselves are in `btok_hf/backbones.py`.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ class ImageCosts(NamedTuple):
         tokens (`dict`): By value of the setting (a number or Python source), the tokens of the largest image. The
             processor's own is first, smaller ones follow.
         unit (`int`): Pixels per token or, if images are cut into tiles, the side of a tile in pixels.
-        smallest (`int`, *optional*): Pixels that smaller images are enlarged to.
+        smallest (`int`, *optional*): Number of pixels that smaller images are enlarged to.
     """
 
     setting: str
@@ -87,7 +88,7 @@ class Family:
         return rf".*{self.language}.*\.({'|'.join(self.adapted)})"
 
     def check(self, config: PreTrainedConfig) -> None:
-        """Raise `ValueError` for a backbone of the family that was not checked."""
+        """Raise `ValueError` for a variant of the family that this library has not been tested with."""
         text_model = config.get_text_config().model_type
         if self.text_models and text_model not in self.text_models:
             raise ValueError(
@@ -136,9 +137,25 @@ class Family:
         part = processor.image_processor
         unit = (part.patch_size * part.merge_size) ** 2
         least, most = part.size["shortest_edge"], part.size["longest_edge"] // unit
-        # Of one size, an image has the same tokens, which need not be a whole number of units.
+        # If all images are resized to the same number of pixels, that need not be a whole number of tokens.
         shown = [most // divisor for divisor in (1, 2, 4) if most // divisor * unit >= least] or [max(most, 1)]
         return ImageCosts("max_pixels", {tokens * unit: tokens for tokens in shown}, unit, least)
+
+    def image_tokens(self, processor: ProcessorMixin, size: tuple[int, int] | None) -> int:
+        """About how many tokens an image becomes.
+
+        Args:
+            processor (`ProcessorMixin`): A processor of the family.
+            size (`tuple[int, int]`, *optional*): Width and height in pixels. Default: those of the largest image.
+        """
+        return _resized_tokens(processor.image_processor, size)
+
+    def frame_tokens(self, processor: ProcessorMixin, size: tuple[int, int] | None) -> int:
+        """About how many tokens two frames of a video become; 0 if the family takes no video, which is refused later.
+
+        Arguments are those of `image_tokens`.
+        """
+        return _resized_tokens(processor.video_processor, size) if self.video else 0
 
     def golden_sides(self, processor: ProcessorMixin) -> tuple[int, int | None]:
         """Sides in pixels of a golden image, which is not resized, and of a frame of the long golden video.
@@ -199,3 +216,10 @@ class Family:
             positions: Tensor = backbone.get_rope_index(input_ids[:1], **first)[0]
             return positions.expand(-1, len(input_ids), -1)
         return backbone.get_rope_index(input_ids, **rows, **grids)[0]
+
+
+def _resized_tokens(part: Any, size: tuple[int, int] | None) -> int:
+    """Tokens of an image that is resized to a number of pixels within the bounds of its processor."""
+    pixels = math.inf if size is None else math.prod(size)
+    least, most = part.size["shortest_edge"], part.size["longest_edge"]
+    return int(min(max(pixels, least), most) // (part.patch_size * part.merge_size) ** 2)

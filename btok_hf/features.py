@@ -17,7 +17,7 @@ PIXEL_KEYS = ("pixel_values", "pixel_values_videos")
 MEDIA_KEYS = (*PIXEL_KEYS, "pixel_attention_mask", "spatial_shapes", "image_grid_thw", "video_grid_thw")
 GRID_KEYS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
 ROW_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", *GRID_KEYS)
-# What the features of texts hold when a batch is embedded.
+# The features of a batch of texts alone. A batch with media has others too.
 TEXT_KEYS = {"input_ids", "attention_mask", "mm_token_type_ids", "target_ids", "target_labels", "copies", "modality"}
 IGNORED = -100  # label of an unsupervised token, as in transformers
 
@@ -32,7 +32,7 @@ class BatchFeatures(TypedDict, total=False):
     |---|---|---|---|
     | `target_ids` | int64 `(rows, 1, target_length)` | `CondensationCollator` | `BottleneckTransformer.forward` |
     | `target_labels` | the same | `CondensationCollator` | loss, `BottleneckTransformer.forward` |
-    | `hashes` | int64 `(batch, 2)`: content, group | `CondensationCollator` | `CondensationLoss` |
+    | `hashes` | int64 `(batch, 2)`: content (of a query: with its prompt), group | `CondensationCollator` | `CondensationLoss` |
     | `rows` | int64 `(batch,)`: index of the encoded row | `CondensationCollator` | `CondensationLoss` |
     | `copies` | int64 `(rows,)`: batch rows per encoded row | `CondensationLoss.forward` | its `embed_minibatch` |
     | `cu_seq_lens_q` | int64 `(rows + 1,)`: token bounds | `CondensationLoss.forward` | GradCache's mini-batches |
@@ -62,7 +62,7 @@ def joined(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
         tokenizer (`PreTrainedTokenizerBase`): Pads them.
 
     Returns:
-        `dict[str, Any]`: Token ids and their masks padded, and other tensors behind each other.
+        `dict[str, Any]`: Token ids and their masks are padded, and other tensors are concatenated.
     """
     batch: dict[str, Any] = {}
     for row in rows:

@@ -5,7 +5,9 @@ import json
 import os
 import re
 import shutil
+import socket
 import tempfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,9 +83,15 @@ def write_json(path: Path, content: Any) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A binary file to write. It replaces `path` atomically at the end of the context, unless there is an error."""
+    """A binary file to write. It replaces `path` atomically at the end of the context, unless there is an error.
+
+    Until then, the content is in a hidden file `.NAME.CRC.HOST.PID.tmp` beside it. A killed process leaves it behind.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # one per process, because runs may share a cache
+    # One per process: runs on several machines may write the same file of a shared file system. Names are cut, because
+    # file systems take 255 bytes.
+    host, crc = socket.gethostname()[:50], zlib.crc32(path.name.encode("utf-8", "surrogateescape"))
+    draft = path.with_name(f".{path.name[:20]}.{crc:08x}.{host}.{os.getpid()}.tmp")
     try:
         with open(draft, "wb") as file:
             yield file

@@ -225,7 +225,7 @@ def check(source: str, golden: str, revision: str | None, device: str) -> dict[s
             encode = load(source, revision, device)
             alone = np.concatenate([encode([row]) for row in rows])
             results[name] = {
-                row["name"]: [_difference(row["embedding"], actual) for actual in pair]
+                row["name"]: [difference(row["embedding"], actual) for actual in pair]
                 for row, *pair in zip(rows, alone, encode(rows))
             }
         except Exception as error:  # any error of a loader is its result
@@ -235,7 +235,8 @@ def check(source: str, golden: str, revision: str | None, device: str) -> dict[s
     return results
 
 
-def _difference(expected: np.ndarray, actual: np.ndarray) -> float:
+def difference(expected: np.ndarray, actual: np.ndarray) -> float:
+    """The largest difference of a component of two embeddings; infinite if they differ in shape."""
     return float(np.abs(expected - actual).max()) if expected.shape == actual.shape else float("inf")
 
 

@@ -1,7 +1,8 @@
 """Inputs to embed: texts, images, videos, dicts of them, and chat messages. Here they are read and checked.
 
-`encode`, training, evaluation and model cards use these functions, so that a value means the same everywhere. Reading
-files is in `btok_hf/media.py` and `btok_hf/video.py`, comparing contents in `btok_hf/content.py`.
+`encode`, training, evaluation and model cards use these functions, so that a value means the same everywhere. The kind
+of an input is told in `btok_hf/input_kinds.py`. Files are read in `btok_hf/media.py` and `btok_hf/video.py`, and
+contents are compared in `btok_hf/content.py`.
 """
 
 import io
@@ -11,16 +12,23 @@ import sys
 from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
-import numpy as np
-import torch
 from PIL import Image
 
 from btok_hf.download import REMOTE, download
+from btok_hf.input_kinds import (
+    INPUT_KEYS,
+    Array,
+    Input,
+    as_list,
+    is_cell,
+    is_frame,
+    is_messages,
+    names_media,
+    suffix_of,
+)
 from btok_hf.media import (
     FRAMES,
-    IMAGE_SUFFIXES,
     MAX_RATIO,
     VIDEO_SUFFIXES,
     VideoInput,
@@ -35,18 +43,12 @@ from btok_hf.media import (
 )
 from btok_hf.video import read_video
 
-# What `encode` accepts: a text, a file path, an image, frames, an input dict, one chat message or a list of them.
-Input = str | Path | Image.Image | np.ndarray | torch.Tensor | Mapping[str, Any] | Sequence[Mapping[str, Any]]
-
-# Keys of an input dict.
-INPUT_KEYS = ("image", "video", "text")
 # Where the parts of a chat message may have their content, as in transformers.
 PART_KEYS = {"text": ("text",), "image": ("image", "url", "path", "base64"), "video": ("video", "url", "path")}
-Array = FRAMES[1:]
 
 
 class _Short(reprlib.Repr):
-    """Arrays by type and shape: their values fill a line and say little, and take long to print."""
+    """Shows arrays by type and shape: their values would say little, and take long to print."""
 
     def repr1(self, x: Any, level: int) -> str:
         if isinstance(x, Array):
@@ -107,7 +109,7 @@ def _as_dict(item: Any) -> Mapping[str, Any]:
         if "array" in item:
             return {"video": item}
         if is_cell(item):
-            of_video = _suffix(str(item["path"])) in VIDEO_SUFFIXES and not is_still(item["bytes"])
+            of_video = suffix_of(str(item["path"])) in VIDEO_SUFFIXES and not is_still(item["bytes"])
             return {"video" if of_video else "image": item}
         return item
     if isinstance(item, FRAMES):
@@ -134,7 +136,7 @@ def _kind_of(text: str) -> str:
             f'{text!r} does not exist. If it is a text, give it as {{"text": …}}; relative paths start at the '
             "current folder, in pair files at the folder of the file"
         )
-    return "video" if text.startswith("data:video/") or _suffix(text) in VIDEO_SUFFIXES else "image"
+    return "video" if text.startswith("data:video/") or suffix_of(text) in VIDEO_SUFFIXES else "image"
 
 
 def _read_dict(item: Mapping[str, Any], limits: ImageLimits) -> dict[str, Any]:
@@ -150,7 +152,7 @@ def _read_dict(item: Mapping[str, Any], limits: ImageLimits) -> dict[str, Any]:
 
 
 def _read_part(key: str, value: Any, limits: ImageLimits) -> Any:
-    """The value of one key of an input dict: one part, or a list of them."""
+    """Read the value of one key of an input dict: one part, or a list of them."""
     if value is None:
         raise ValueError(f"'{key}' is None; leave the key out or set it to a value")
     if isinstance(value, (list, tuple)) and not (key == "video" and value and all(map(is_frame, value))):
@@ -171,7 +173,7 @@ def read_text(text: Any) -> str:
     """A text that has a form in UTF-8.
 
     Raises:
-        ValueError: It is none, or has half a character.
+        ValueError: It is not a string, or has a lone surrogate, which UTF-8 cannot encode.
     """
     if not isinstance(text, str):
         raise ValueError(f"'text' must be a string or a list of strings, got {type(text).__name__}")
@@ -179,8 +181,8 @@ def read_text(text: Any) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"the text has half a character at position {error.start} (a lone surrogate). Repair it, e.g. with "
-            "text.encode('utf-8', 'replace').decode()"
+            f"the text has a lone surrogate at position {error.start}, which UTF-8 cannot encode. Repair it, e.g. "
+            "with text.encode('utf-8', 'replace').decode()"
         ) from error
     return text
 
@@ -226,7 +228,7 @@ def _read_video(video: Any, limits: ImageLimits) -> VideoInput:
         video = video_input(frames, 2.0) if metadata is None or single else with_metadata(frames, metadata)
     elif isinstance(video, (list, tuple, *Array)):
         if isinstance(video, (list, tuple)):
-            whole = limits._replace(max_pixels=sys.maxsize)  # a JPEG that is decoded smaller would fit no PNG
+            whole = limits._replace(max_pixels=sys.maxsize)  # all in full size: only a JPEG would be decoded smaller
             video = [
                 frame if isinstance(frame, FRAMES) or not is_frame(frame) else _read_image(frame, whole)
                 for frame in video
@@ -241,7 +243,7 @@ def _read_video(video: Any, limits: ImageLimits) -> VideoInput:
 
 
 def _check_size(width: int, height: int, limits: ImageLimits) -> None:
-    """Refuse what the processor would enlarge without a word, or refuse without a name."""
+    """Refuse images that the processor would silently enlarge, or refuse without saying which image it is."""
     if min(width, height) < limits.patch_size:
         raise ValueError(
             f"image of {width} x {height} pixels is smaller than one patch of {limits.patch_size} pixels; enlarge it "
@@ -294,7 +296,7 @@ def _read_message_part(part: Mapping[str, Any], limits: ImageLimits) -> dict[str
 
 
 def _refuse_others(given: Mapping[str, Any], name: str, known: Sequence[str]) -> None:
-    """Nothing that a user gives goes unread. `datasets` fills missing keys with `None`."""
+    """Raise `ValueError` for keys that would be ignored. Empty values may stand there: `datasets` fills in `None`."""
     filled = (
         key for key, value in given.items() if not (value is None or (isinstance(value, Sized) and not len(value)))
     )
@@ -316,7 +318,7 @@ def as_messages(checked: Any) -> tuple[list[dict[str, Any]], list[VideoMetadata]
         apart; and the metadata of the videos, in order.
     """
     if isinstance(checked, Mapping):
-        parts = [(key, part) for key, value in checked.items() for part in _as_list(value)]
+        parts = [(key, part) for key, value in checked.items() for part in as_list(value)]
         checked = [{"role": "user", "content": [{"type": key, key: part} for key, part in parts]}]
     metadata, messages = [], []
     for message in checked:
@@ -328,73 +330,3 @@ def as_messages(checked: Any) -> tuple[list[dict[str, Any]], list[VideoMetadata]
             content.append(part)
         messages.append({**message, "content": content})
     return messages, metadata
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def is_cell(value: Mapping[str, Any]) -> bool:
-    """Whether this is an image or video as `datasets` stores it."""
-    return set(value) == {"bytes", "path"}
-
-
-def is_frame(value: Any) -> bool:
-    """Whether a part of a list under `video` is a frame, and not a video: an image, or the file of a still one."""
-    if isinstance(value, Mapping) and is_cell(value):
-        if value["bytes"] is not None:
-            return is_still(value["bytes"])
-        value = str(value["path"])
-    if isinstance(value, (str, Path)):
-        suffix = _suffix(str(value))
-        return str(value).startswith("data:image/") or (suffix in IMAGE_SUFFIXES and suffix != ".gif")
-    return isinstance(value, Image.Image) or (isinstance(value, Array) and value.ndim < 4)
-
-
-def _suffix(text: str) -> str:
-    """The suffix of a path or address in lower case, without its query."""
-    try:
-        return Path(urlsplit(text).path if text.startswith(REMOTE) else text).suffix.lower()
-    except ValueError:  # a text that begins like an address and is none
-        return ""
-
-
-def is_messages(value: Any) -> bool:
-    """Whether an input is a chat message (a dict with a role) or a list of chat messages."""
-    return is_message(value[0] if isinstance(value, (list, tuple)) and value else value)
-
-
-def is_message(value: Any) -> bool:
-    """Whether this is a chat message: a dict with a role."""
-    return isinstance(value, Mapping) and "role" in value
-
-
-def text_of(value: Any, is_text: bool = False) -> str | None:
-    """The text of an input: a string itself, or the text in an input dict or in chat messages. `None` without text.
-
-    `is_text`: strings name no files.
-    """
-    if isinstance(value, str):
-        return None if not is_text and names_media(value) else value.strip() or None
-    if isinstance(value, dict):
-        return text_of(value.get("content", value.get("text")), is_text=True)
-    if isinstance(value, (list, tuple)):
-        texts = [
-            text_of(part, is_text)
-            for part in value
-            if not isinstance(part, dict) or part.get("type", "text") == "text"
-        ]
-        return " ".join(text for text in texts if text) or None
-    return None
-
-
-def names_media(text: str) -> bool:
-    """Whether a string that stands alone is read as a file: one that exists, or looks like an image or video."""
-    if text.startswith("data:"):
-        return text.startswith(("data:image/", "data:video/"))
-    return is_media_path(text) or (not text.startswith(REMOTE) and os.path.isfile(text))
-
-
-def is_media_path(text: str) -> bool:
-    """Whether a text looks like an image or video file: no spaces, and a known suffix."""
-    return not any(map(str.isspace, text)) and _suffix(text) in IMAGE_SUFFIXES + VIDEO_SUFFIXES

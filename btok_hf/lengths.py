@@ -1,4 +1,4 @@
-"""How many tokens inputs have, before they are read; and the end of a text that is too long to be tokenized whole."""
+"""Estimate the number of tokens of inputs without decoding them, and shorten texts that are far too long."""
 
 import io
 import math
@@ -10,30 +10,31 @@ from typing import Any, cast
 from PIL import Image
 from transformers import ProcessorMixin
 
-from btok_hf.inputs import INPUT_KEYS, is_cell, is_frame, names_media
+from btok_hf.backbones import family_of_processor
+from btok_hf.input_kinds import INPUT_KEYS, is_cell, is_frame, names_media
 from btok_hf.media import VIDEO_FRAMES, VIDEO_SUFFIXES
 
-# Lists within lists of an input: messages, parts, video, frames. Deeper ones are refused when they are read.
+# Deepest nesting in an input: messages, parts, video, frames. What is deeper counts as 0 tokens and is refused later.
 DEPTH = 8
-# Characters of a text's end that are tried for each token that is needed; English has four or five a token.
+# Characters per token that the first attempt of `text_end` keeps. English text has four or five.
 CHARACTERS = 8
-# A space between the end of a word and a letter. The tokenizers of all families split texts there first of all.
+# A space between a word and a letter. The tokenizers of all families split texts there before they merge characters.
 BETWEEN_WORDS = re.compile(r"(?<=\S) (?=[^\W\d_])")
 
 
 def text_end(text: str, count: int, tokenize: Callable[[str], Sized]) -> str:
     """The end of a text with at least `count` tokens, cut between words; the text itself, if it is not much longer.
 
-    Rows keep their last tokens, so this gives the tokens of the whole text. Tokenizing that takes a second or two for
-    each megabyte, and 160 to 280 times its bytes (docs/experiments.md, 2026-11-28).
+    A row keeps its last tokens, so the end of the text gives the same row as the whole text. Tokenizing a whole text
+    takes one to two seconds per megabyte, and memory of 160 to 280 times its size (docs/experiments.md, 2026-11-28).
 
     Args:
         text (`str`): The text.
-        count (`int`): Tokens that are needed at least.
+        count (`int`): Least number of tokens.
         tokenize (`Callable`): Function from a text to its tokens.
 
     Returns:
-        `str`: Also the whole text, if it is nowhere divided by spaces.
+        `str`: The whole text, if no space divides it.
     """
     size = CHARACTERS * count
     while size < len(text):
@@ -77,20 +78,20 @@ def _estimate(
     depth: int,
     key: str | None = None,
 ) -> int:
-    """`key`: what the item is, if it stands under `text`, `image` or `video`."""
+    """`key`: the key of the dict that the item is the value of: `text`, `image`, `video` or none of them."""
     if isinstance(item, str) and (key == "text" or (key is None and not names_media(item))):
         return len(tokenize(item)) if tokenize else len(item.encode("utf-8", "replace")) // 3
     if isinstance(item, (str, Path, io.BytesIO)) or (isinstance(item, Mapping) and is_cell(item)):
         return _file_tokens(item, processor, key)
     if isinstance(item, Image.Image):
-        return _pixel_tokens(item.size, processor)
+        return _image_tokens(item.size, processor)
     if hasattr(item, "ndim"):  # an array: three axes for an image, four for a video
         if item.ndim < 2 or 0 in item.shape:
             return 0  # refused where it is read
         *_, height, width = item.shape[:-1] if item.shape[-1] in (1, 3, 4) else (1, *item.shape)
         if item.ndim < 4:
-            return _pixel_tokens((width, height), processor)
-        return -(-item.shape[0] // 2) * _pixel_tokens((width, height), processor, "video_processor")
+            return _image_tokens((width, height), processor)
+        return -(-item.shape[0] // 2) * _frame_tokens((width, height), processor)
     if not isinstance(item, (list, tuple, Mapping)) or not depth:
         return 0
     parts: Any = [(key, part) for part in item]
@@ -111,44 +112,27 @@ def _file_tokens(item: Any, processor: ProcessorMixin | None, key: str | None) -
         file = io.BytesIO(item["bytes"]) if isinstance(item["bytes"], bytes) else str(item["path"])
     named = Path(file).suffix.lower() if isinstance(file, (str, Path)) else ""
     if key != "image" and (named in VIDEO_SUFFIXES or (key == "video" and not is_frame(item))):
-        return VIDEO_FRAMES // 2 * _pixel_tokens(None, processor, "video_processor")
+        return VIDEO_FRAMES // 2 * _frame_tokens(None, processor)
     try:
         with Image.open(file) as image:
-            return _pixel_tokens(image.size, processor)
+            return _image_tokens(image.size, processor)
     except Exception:  # decoders raise any type; the error belongs to where the image is read
-        return _pixel_tokens(None, processor)  # remote, or not an image
+        return _image_tokens(None, processor)  # remote, or not an image
 
 
-def _pixel_tokens(
-    size: tuple[int, int] | None, processor: ProcessorMixin | None, kind: str = "image_processor"
-) -> int:
-    """Tokens of an image, or of two video frames, of this width and height after the processor's resizing.
+def _image_tokens(size: tuple[int, int] | None, processor: ProcessorMixin | None) -> int:
+    """Tokens of an image of this width and height; without a size, those of the largest one."""
+    family = family_of_processor(processor)
+    return _default_tokens(size) if family is None else family.image_tokens(cast(Any, processor), size)
 
-    Without a size, those of the largest image.
-    """
-    part: Any = getattr(processor, kind, None)
-    if kind == "image_processor" and hasattr(part, "max_image_size"):
-        # Tiles of one size and a view of the whole, for an image of any size.
-        tiles = math.ceil(part.size["longest_edge"] / part.max_image_size["longest_edge"]) ** 2 + 1
-        return tiles * cast(Any, processor).image_seq_len
-    if hasattr(getattr(processor, "image_processor", None), "max_patches"):  # tiles; a frame is one
-        tiles = 2
-        if kind == "image_processor":
-            # Beside the tiles of a large image, there is a view of the whole.
-            whole = part.max_patches + 1
-            tiles = whole if size is None else part.get_number_of_image_patches(*size[::-1], {"crop_to_patches": True})
-        return tiles * cast(Any, processor).image_seq_length
+
+def _frame_tokens(size: tuple[int, int] | None, processor: ProcessorMixin | None) -> int:
+    """Tokens of two frames of a video, which Qwen-VL merges."""
+    family = family_of_processor(processor)
+    return _default_tokens(size) if family is None else family.frame_tokens(cast(Any, processor), size)
+
+
+def _default_tokens(size: tuple[int, int] | None) -> int:
+    """Tokens of an image with the default settings of Qwen2-VL."""
     pixels = math.inf if size is None else math.prod(size)
-    if hasattr(part, "max_image_tokens"):
-        unit, most = (part.encoder_patch_size * part.downsample_factor) ** 2, part.max_image_tokens
-        if part.do_image_splitting and pixels > most * unit * part.max_pixels_tolerance:
-            # Beside the tiles, there may be a view of the whole.
-            layout = (part.min_tiles, part.max_tiles, part.tile_size)
-            tiles = part.max_tiles if size is None else part._get_grid_layout(*size[::-1], *layout)[-1]
-            return tiles * part.tile_size**2 // unit + part.use_thumbnail * most
-        return int(min(max(pixels / unit, part.min_image_tokens), most))
-    least, most, side = 56**2, 28**2 * 1280, 28
-    if hasattr(part, "merge_size"):
-        least, most = part.size["shortest_edge"], part.size["longest_edge"]
-        side = part.patch_size * part.merge_size
-    return int(min(max(pixels, least), most) // side**2)
+    return int(min(max(pixels, 56**2), 28**2 * 1280) // 28**2)

@@ -1,4 +1,4 @@
-"""Images and frames: what comes out is upright, on white, with 8 bits per colour. Errors name the file.
+"""Read images and frames as RGB: upright, transparency on white, 8 bits per channel. Errors name the file.
 
 Files of videos are read in `btok_hf/video.py`. What counts as an input, and checks of its parts, are in
 `btok_hf/inputs.py`.
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
-# What strings are recognised by. A `Path`, and a string that names an existing file, may have any suffix.
+# Suffixes by which a string is taken for a file. A `Path`, and the name of an existing file, may have any suffix.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".avif", ".jp2")
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".avi", ".mov", ".wmv", ".flv", ".mkv", ".webm")
 VIDEO_FRAMES = 8

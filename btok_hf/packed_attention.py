@@ -76,8 +76,8 @@ class PackedLayout:
 
         Args:
             query (`torch.Tensor` of shape `(length, heads, head_dim)`): Projections of the packed row.
-            key, value (`torch.Tensor` of shape `(length, key_heads, head_dim)`): The same. As many consecutive heads
-                of the queries share a head of the keys as there are for each.
+            key, value (`torch.Tensor` of shape `(length, key_heads, head_dim)`): The same. `heads / key_heads`
+                consecutive heads of the queries share a head of the keys.
             scale (`float` or `None`): As in `torch.nn.functional.scaled_dot_product_attention`.
 
         Returns:
@@ -185,7 +185,7 @@ class _Groups:
 
 
 class _Sequences(NamedTuple):
-    """The keys of all segments behind each other, as kernels for sequences of many lengths take them."""
+    """The keys of all segments, concatenated, as kernels for sequences of many lengths take them."""
 
     keys: Tensor  # (keys,): places in the packed row
     plain: bool  # the keys are the packed row

@@ -5,8 +5,6 @@ vectors. Its one module is in `btok_hf/transformer.py`, `encode` in `btok_hf/enc
 `btok_hf/export.py`.
 """
 
-import logging
-import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -14,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from huggingface_hub.utils import validate_repo_id
-from sentence_transformers.util import load_file_path
 
 from btok_hf.adapters import add_adapters, has_adapters
 from btok_hf.arguments import check_loading, named_damage
@@ -22,18 +19,13 @@ from btok_hf.condensation import reconstruct
 from btok_hf.encoding import PackedEncoder
 from btok_hf.export import export_model, write_repository
 from btok_hf.hub import MESSAGE, push
-from btok_hf.inputs import Input, shown
+from btok_hf.hub_card.kept import Described, LoadedCard
+from btok_hf.input_kinds import Input
+from btok_hf.inputs import shown
 from btok_hf.transformer import BottleneckTransformer
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
-logger = logging.getLogger(__name__)
-
-# Pictures of the repository that a card shows or loads: in Markdown, and in its snippets.
-PICTURES = re.compile(
-    r"""(?:\]\(|\{folder\}/|src=["'])([\w-][\w.-]*(?:/[\w-][\w.-]*)*\.(?:png|jpe?g|gif|webp|svg))[)"'\s]"""
-)
 
 
 class BTokSentenceTransformer(PackedEncoder):
@@ -91,17 +83,18 @@ class BTokSentenceTransformer(PackedEncoder):
                 similarity_fn_name=similarity_fn_name or saved.get("similarity_fn_name"),
                 truncate_dim=truncate_dim or saved.get("truncate_dim"),
             )
-            if not has_adapters(module.model):  # their card tells how to load adapters
-                card = self._file("README.md", model_name_or_path, hub_kwargs)
-                text = None if card is None else card.decode("utf-8", errors="replace")
-                self._model_card_text = text  # type: ignore[assignment]  # declared without a type there
-        as_saved = {name: text or "" for name, text in {**self._default_prompts, **saved.get("prompts", {})}.items()}
-        # What the card describes; `None`: images have other limits than there.
-        self._described = None
-        if not processor_kwargs:
-            options = as_saved, saved.get("default_prompt_name"), saved.get("truncate_dim"), longest
-            self._described = (*options, module.image_limits.max_pixels)
-        self._source = model_name_or_path, hub_kwargs
+        # What the card describes. With other options of the processor, images may have other limits than there.
+        described = Described(
+            {name: text or "" for name, text in {**self._default_prompts, **saved.get("prompts", {})}.items()},
+            saved.get("default_prompt_name"),
+            saved.get("truncate_dim"),
+            longest,
+            module.image_limits.max_pixels,
+        )
+        self._loaded_card: LoadedCard | None = None
+        if not has_adapters(module.model):  # their card tells how to load adapters
+            self._loaded_card = LoadedCard(model_name_or_path, hub_kwargs, None if processor_kwargs else described)
+            self._model_card_text = self._loaded_card.text  # type: ignore[assignment]  # declared without a type there
 
     @property
     def transformer(self) -> BottleneckTransformer:
@@ -194,12 +187,6 @@ class BTokSentenceTransformer(PackedEncoder):
             if not failed:
                 shutil.rmtree(folder.parent)
 
-    @staticmethod
-    def _file(name: str, source: str, hub_kwargs: Mapping[str, Any]) -> bytes | None:
-        """A file of the repository that the model was loaded from; `None` if it has none."""
-        path = load_file_path(source, name, **hub_kwargs)
-        return None if path is None else Path(path).read_bytes()
-
     def kept_card(self) -> dict[str, str | bytes] | None:
         """The card that the model was loaded with, its licence and its pictures, to be saved with it again.
 
@@ -210,21 +197,11 @@ class BTokSentenceTransformer(PackedEncoder):
             describe the model any more: it was trained, has adapters, other prompts or dimensions, or reads longer,
             shorter, larger or smaller inputs.
         """
-        card = self._model_card_text
-        if not card or "generated_from_trainer" in self.model_card_data.tags or has_adapters(self[0].model):
+        trained = not self._model_card_text or "generated_from_trainer" in self.model_card_data.tags
+        if self._loaded_card is None or trained or has_adapters(self.transformer.model):
             return None
         limits = self.max_seq_length, self.transformer.image_limits.max_pixels
-        if self._described != (self.prompts, self.default_prompt_name, self.truncate_dim, *limits):
-            logger.warning(
-                f"The README.md of {self._source[0]} is not kept: it describes other prompts, truncate_dim, "
-                "max_seq_length or pixels. A new one is written, without results and licence. To state them, export "
-                "with files."
-            )
-            return None
-        found = {name: self._file(name, *self._source) for name in ("LICENSE", *sorted(set(PICTURES.findall(card))))}
-        if gone := [name for name in found if found[name] is None and name != "LICENSE"]:
-            logger.warning(f"The README.md of {self._source[0]} shows {', '.join(gone)}, which cannot be found there.")
-        return {"README.md": card, **{name: content for name, content in found.items() if content is not None}}
+        return self._loaded_card.files(Described(self.prompts, self.default_prompt_name, self.truncate_dim, *limits))
 
     def save(
         self,

@@ -12,21 +12,24 @@ from typing import Any
 import torch
 from sentence_transformers.base.modules import Transformer
 from torch import Tensor, distributed
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils.peft_utils import find_adapter_config_file
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
 
 from btok_hf.adapters import find_base, load_adapters
 from btok_hf.arguments import check_prompt, check_row_length
 from btok_hf.backbones import family_of
+from btok_hf.compat import require_methods
 from btok_hf.condensation import condense
 from btok_hf.features import IGNORED, MEDIA_KEYS, joined, to_device
-from btok_hf.inputs import ImageLimits, Input, as_messages, check_input, shown
+from btok_hf.input_kinds import Input
+from btok_hf.inputs import ImageLimits, as_messages, check_input, shown
 from btok_hf.lengths import text_end
 from btok_hf.media import VideoMetadata
 from btok_hf.modeling.inputs_btok import last_positions
 from btok_hf.modeling.modeling_btok import LOADING, bottleneck_token_ids, load_stock_model
 from btok_hf.weights import untied_head
 
+require_methods(Transformer, "_load_config", "_load_model")
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
 
 
@@ -91,18 +94,21 @@ class BottleneckTransformer(Transformer):
         return backbone
 
     @property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        assert self.tokenizer is not None  # the processors of all families have one
+        return self.tokenizer
+
+    @property
     def max_seq_length(self) -> int:
         """The longest row in tokens, with all that it ends in."""
-        assert self.tokenizer is not None  # every Qwen-VL processor has one
-        return self.tokenizer.model_max_length
+        return self._tokenizer.model_max_length
 
     @max_seq_length.setter
     def max_seq_length(self, value: int) -> None:
-        assert self.tokenizer is not None
         suffix = getattr(self.config, "btok_suffix", None)
-        words = self.tokenizer.encode(f" {suffix}", add_special_tokens=False) if suffix else []
+        words = self._tokenizer.encode(f" {suffix}", add_special_tokens=False) if suffix else []
         check_row_length(value, len(words) + len(bottleneck_token_ids(self.config)) + 1)
-        self.tokenizer.model_max_length = int(value)
+        self._tokenizer.model_max_length = int(value)
 
     @property
     def vision_tower(self) -> torch.nn.Module:
@@ -122,8 +128,7 @@ class BottleneckTransformer(Transformer):
                 "copy modules.json, the folders it names, and all *sentence*.json from there."
             )
         row = self.processor.apply_chat_template([{"role": "user", "content": "text"}], tokenize=False)
-        assert self.tokenizer is not None  # every Qwen-VL processor has one
-        tail = self.tokenizer(row, add_special_tokens=False)["input_ids"]
+        tail = self._tokenizer(row, add_special_tokens=False)["input_ids"]
         token_ids = bottleneck_token_ids(self.config)
         if tail[-len(token_ids) :] != token_ids or len(set(tail[: -len(token_ids)]) & set(token_ids)):
             raise ValueError(
@@ -165,8 +170,7 @@ class BottleneckTransformer(Transformer):
         try:
             features = self._process([self._as_row(item) for item in checked], prompt and self._end(prompt), kwargs)
             ids = features.get("input_ids", torch.empty(0))
-            assert self.tokenizer is not None  # checked when the model was loaded
-            before, after = map(self.tokenizer.convert_tokens_to_ids, family.media_bounds)
+            before, after = map(self._tokenizer.convert_tokens_to_ids, family.media_bounds)
             if (ids == before).sum() != (ids == after).sum():
                 # The processor misses only placeholders, and not the token before the first.
                 raise ValueError(family.cut_error)
@@ -208,9 +212,8 @@ class BottleneckTransformer(Transformer):
         """The end of a text that fills a row."""
         if not self.max_seq_length:
             return text
-        assert self.tokenizer is not None  # checked when the model was loaded
         # Not verbose: it would warn that the text is too long.
-        tokenize = partial(self.tokenizer.encode, add_special_tokens=False, verbose=False)
+        tokenize = partial(self._tokenizer.encode, add_special_tokens=False, verbose=False)
         return text_end(text, self.max_seq_length, tokenize)
 
     def _process(
@@ -224,8 +227,7 @@ class BottleneckTransformer(Transformer):
         lengths = sorted({video["total_num_frames"] for video in metadata})
         if len(lengths) > 1 and family_of(self.config).equal_videos:
             if len(rows) > 1:
-                assert self.tokenizer is not None  # checked when the model was loaded
-                return joined([self._process([row], prompt, options) for row in rows], self.tokenizer)
+                return joined([self._process([row], prompt, options) for row in rows], self._tokenizer)
             raise ValueError(
                 f"its videos have {' and '.join(map(str, lengths))} frames, but this backbone takes videos of equally "
                 "many frames in one input; sample as many of each (btok_hf.read_video), or give them as inputs of "
@@ -239,7 +241,21 @@ class BottleneckTransformer(Transformer):
         return super().preprocess(conversations, prompt=prompt, **options)
 
     def forward(self, features: Mapping[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Embed a mini-batch and, if it has targets, predict them. The features stay on the host."""
+        """Embed a mini-batch and, if it has targets, predict them.
+
+        Args:
+            features (`dict[str, Any]`): From `preprocess`, on the CPU. With `target_ids` and `target_labels` of shape
+                `(batch, 1, target_length)`, targets are predicted (`BatchFeatures` lists all keys).
+            kwargs: Ignored; Sentence-Transformers passes arguments of other modules.
+
+        Returns:
+            `dict[str, Any]`: The features with `sentence_embedding` (fp32, L2-normalised, shape `(batch, hidden)`)
+            and, with targets, `condensation_loss` (sum over each row's supervised tokens in nats, shape `(batch,)`).
+
+        Raises:
+            ValueError: As in `btok_hf.condense`: targets of another shape or for a model without a head, or media that
+                do not match their placeholders.
+        """
         target_ids, labels = features.get("target_ids"), features.get("target_labels")
         condensed = condense(
             self.model,

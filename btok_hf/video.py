@@ -83,7 +83,7 @@ def read_video(
         raise ValueError(f"{name} has no frames or no frame rate. Replace or remove it.")
     if len(frames) < len(wanted):
         raise ValueError(
-            f"{name} has a hole: {total} frames are announced, but only {len(frames)} of the {len(wanted)} asked for "
+            f"{name} is damaged: {total} frames are announced, but only {len(frames)} of the {len(wanted)} asked for "
             "can be decoded. Encode it again, or remove it."
         )
     return video_input(frames_as_rgb(frames), fps * len(frames) / total)
@@ -96,9 +96,8 @@ def _check_pixels(sized: Any, count: int, most: float) -> None:
 
 def _pixels(frame: Any, stream: Any) -> np.ndarray:
     """A frame of shape `(height, width, 3)` with square pixels, on white where it is transparent."""
-    ratio = float(
-        stream.sample_aspect_ratio or 1
-    )  # of a pixel's width to its height; wide ones make a frame less high
+    # The ratio of a pixel's width to its height. The longer side of a pixel is shortened, so that no frame grows.
+    ratio = float(stream.sample_aspect_ratio or 1)
     size = {"width": max(1, round(frame.width * min(ratio, 1))), "height": max(1, round(frame.height / max(ratio, 1)))}
     kind = "rgba" if any(component.is_alpha for component in frame.format.components) else "rgb24"
     # Without a size, pixels are converted exactly as they are.

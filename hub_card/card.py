@@ -150,7 +150,6 @@ def render_card(
     training: Mapping[str, Any] | None = None,
     data: Sequence[Mapping[str, Any]] = (),
     evaluation: Mapping[str, Any] | None = None,
-    ablation: Mapping[str, Mapping[str, float]] | None = None,
     of_adapters: bool = False,
     adapter_base: str | None = None,
 ) -> str:
@@ -164,7 +163,7 @@ def render_card(
         repo_id (`str`, *optional*): Hub id for the snippets. Default: a placeholder.
         examples (`dict`, *optional*): Inputs and outputs of the snippets, from `measured_examples`. Default: fixed
             texts without similarities.
-        training, data, evaluation, ablation (*optional*): Facts of a run, from `training_run.card_files`.
+        training, data, evaluation (*optional*): Facts of a run, from `training_run.card_files`.
         of_adapters (`bool`): Whether the repository holds only adapters.
         adapter_base (`str`, *optional*): Hub id of the repository that they were trained on.
 
@@ -179,7 +178,6 @@ def render_card(
         "training": training,
         "data": data,
         "evaluation": evaluation,
-        "ablation": ablation,
         "arguments": arguments,
         "base": base,
         "base_revision": None if of_adapters else getattr(config, "btok_base_revision", None),
@@ -196,8 +194,7 @@ def render_card(
         "takes_video": family_of(config).video is not None,
         "prompts": {name: text for name, text in prompts.items() if text},
         "install": " ".join(f'"{requirement}"' for requirement in _snippet_requirements(of_adapters)),
-        "repository": json.dumps(repo_id or PLACEHOLDER),
-        "on_hub": repo_id is not None,
+        "repository": json.dumps(PLACEHOLDER),
         "has_images": any(images for images, _ in shown["queries"] + shown["documents"]),
         "queries": [_as_input(*row) for row in shown["queries"]],
         "documents": [_as_input(*row) for row in shown["documents"]],
@@ -214,7 +211,8 @@ def render_card(
     template = environment.from_string(files(__package__).joinpath("card.md.jinja").read_text("utf-8"))
     relation = "adapter" if of_adapters else "finetune"
     header = _metadata(config, arguments, base, base and relation, data, evaluation)
-    return f"---\n{header.to_yaml()}\n---\n\n{template.render(facts)}"
+    card = f"---\n{header.to_yaml()}\n---\n\n{template.render(facts)}"
+    return card if repo_id is None else for_hub(card, repo_id)
 
 
 def _metadata(

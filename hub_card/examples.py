@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 from btok_hf.hub_card.card import EXAMPLES, Example
-from btok_hf.inputs import REMOTE, is_media_path
-from btok_hf.media import IMAGE_SUFFIXES, read_image
+from btok_hf.input_kinds import is_media_path
+from btok_hf.inputs import REMOTE
+from btok_hf.media import IMAGE_SUFFIXES, as_rgb, read_image
 
 if TYPE_CHECKING:
     from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
@@ -61,12 +62,12 @@ def measured_examples(
 
 def _choose(evaluator: "InformationRetrievalEvaluator") -> dict[str, list[Parts]] | None:
     """The first two queries, an answer to each, and another candidate. `None` if no query can be shown."""
-    corpus = dict(zip(evaluator.corpus_ids, evaluator.corpus))
+    places = {document: place for place, document in enumerate(evaluator.corpus_ids)}
     queries: list[Parts] = []
     documents: dict[str, Parts] = {}
     for query_id, query in zip(evaluator.queries_ids, map(_parts, evaluator.queries)):
         answer = min(evaluator.relevant_docs[query_id])
-        document = _parts(corpus[answer])
+        document = _parts(evaluator.corpus[places[answer]])
         if query and document and answer not in documents:
             queries.append(query)
             documents[answer] = document
@@ -74,9 +75,8 @@ def _choose(evaluator: "InformationRetrievalEvaluator") -> dict[str, list[Parts]
             break
     if not queries:
         return None
-    others = (
-        parts for document, parts in zip(corpus, map(_parts, corpus.values())) if parts and document not in documents
-    )
+    candidates = zip(places, map(_parts, evaluator.corpus))  # one by one: each image is decoded for it
+    others = (parts for document, parts in candidates if parts and document not in documents)
     return {"queries": queries, "documents": [*documents.values(), *islice(others, 1)]}
 
 
@@ -106,7 +106,7 @@ def _shown(images: Sequence[Any], text: str | None, files: MutableMapping[str, A
     """An input with paths instead of images. The images are added to `files`."""
     paths: list[str] = []
     for image in images:
-        image = (image if isinstance(image, Image.Image) else read_image(image)).convert("RGB")
+        image = as_rgb(image) if isinstance(image, Image.Image) else read_image(image)
         if min(image.size) * EXAMPLE_PIXELS > 64 * max(image.size):  # a reduced thin image could be below one patch
             image.thumbnail((EXAMPLE_PIXELS, EXAMPLE_PIXELS))
         paths.append(f"assets/example_{sum(path.startswith('assets/example_') for path in files) + 1}.png")

@@ -53,7 +53,6 @@ def card_files(
     eval_source: str | None = None,
     before: Mapping[str, float] | None = None,
     after: Mapping[str, float] | None = None,
-    ablation: Mapping[str, Mapping[str, float]] | None = None,
     command: list[str] | None = None,
 ) -> dict[str, str | bytes]:
     """The files that describe a trained model: card, licence, figures and results.
@@ -68,8 +67,6 @@ def card_files(
         eval_source (`str`, *optional*): File or Hub id of the evaluation data.
         before, after (`dict[str, float]`, *optional*): Metrics of the evaluator before and after training. Required
             with an `evaluator`.
-        ablation (`dict[str, dict[str, float]]`, *optional*): Metrics of the evaluator for other models, by a name such
-            as `last-token pooling (K = 0)`.
         command (`list[str]`, *optional*): Arguments of the process, `sys.argv`. Tokens are removed, and the home
             directory is replaced by `$HOME`.
 
@@ -79,14 +76,14 @@ def card_files(
         `assets/loss.png`, if losses were logged; `assets/example_<n>.png`, the images of the snippets.
 
     Raises:
-        ValueError: Metrics without an evaluator or an evaluator without metrics, an ablation that lacks metrics,
-            licences of unknown datasets, or an `eval_task` for data that is not on the Hub.
+        ValueError: Metrics without an evaluator or an evaluator without metrics, licences of unknown datasets, or an
+            `eval_task` for data that is not on the Hub.
     """
     # A BTokSentenceTransformer and a CondensationConfig: naming them here would import what imports this module.
     model: Any = trainer.model
     args: Any = trainer.args
     arguments = arguments or CardArguments()
-    _check_metrics(evaluator, before, after, ablation)
+    _check_metrics(evaluator, before, after)
     data = _data(trainer.train_dataset, sources or {}, evaluator, eval_source, arguments)
     files: dict[str, str | bytes] = {}
     examples = measured_examples(model, evaluator, files)
@@ -99,12 +96,10 @@ def card_files(
         files[f".eval_results/{Path(eval_source).name}.yaml"] = results
     if arguments.model_license == "apache-2.0":
         files["LICENSE"] = apache_license()
-    evaluation, compared = None, {}
+    evaluation = None
     if evaluator is not None:
         assert before is not None and after is not None  # checked above
         evaluation = _evaluation(evaluator, eval_source, before, after)
-        for name, metrics in (ablation or {}).items():
-            compared[name] = {_metric(evaluator, key): value for key, value in metrics.items()}
     files["README.md"] = render_card(
         model.transformer.config,
         model.processor,
@@ -121,7 +116,6 @@ def card_files(
         },
         data=data,
         evaluation=evaluation,
-        ablation=compared,
     )
     return files
 
@@ -130,18 +124,11 @@ def _check_metrics(
     evaluator: "InformationRetrievalEvaluator | None",
     before: Mapping[str, float] | None,
     after: Mapping[str, float] | None,
-    ablation: Mapping[str, Mapping[str, float]] | None,
 ) -> None:
     given = {"evaluator": evaluator, "before": before, "after": after}
     present = [name for name, value in given.items() if value is not None]
     if 0 < len(present) < len(given):
         raise ValueError(f"evaluator, before and after are needed together, got {present}. Pass all three or none.")
-    for name, metrics in (ablation or {}).items():
-        if after is None or set(after) - set(metrics):
-            raise ValueError(
-                f"The ablation {name!r} must have the metrics {sorted(after or [])}, got {sorted(metrics)}. Evaluate "
-                "both models with the same evaluator."
-            )
 
 
 def _data(

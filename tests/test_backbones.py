@@ -18,7 +18,7 @@ from transformers import (
 from transformers.models.qwen2 import modeling_qwen2
 
 from btok_hf import BTokForEmbedding, BTokSentenceTransformer, add_bottleneck_tokens
-from btok_hf.backbones import FAMILIES, family_of
+from btok_hf.backbones import FAMILIES, family_of, family_of_processor
 from btok_hf.condensation import condense
 from btok_hf.modeling.modeling_btok import STOCK_CLASSES
 from btok_hf.training import CondensationLoss
@@ -28,6 +28,20 @@ ROOT = Path(__file__).parents[1]
 
 def test_every_stock_class_has_a_family_and_a_tiny_model():
     assert list(FAMILIES) == list(STOCK_CLASSES) == list(tiny.BACKBONES)
+
+
+@pytest.mark.parametrize("backbone", tiny.BACKBONES)
+def test_a_family_is_known_by_its_processor(repos, backbone):
+    """Estimates of lengths have the processor alone."""
+    processor, family = AutoProcessor.from_pretrained(repos[backbone]), FAMILIES[backbone]
+    found = family_of_processor(processor)
+    assert type(found) is type(family)
+    assert found.image_tokens(processor, (56, 112)) == family.image_tokens(processor, (56, 112)) > 0
+    assert bool(found.frame_tokens(processor, (56, 56))) == bool(family.video)
+
+
+def test_processors_of_other_models_have_no_family():
+    assert family_of_processor(None) is None and family_of_processor(object()) is None
 
 
 def test_a_bound_of_pixels_counts_tiles(bases, repos, tmp_path):

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from btok_hf.serving.batching import Batcher, QueueFull, Room
+from btok_hf.serving.batching import Batcher, Budget, QueueFull
 
 
 class Model:
@@ -71,32 +71,34 @@ def test_cancelled_rows_cost_nothing(model, batcher):
     assert kept.result(10).embedding[0] == 3 and model.batches[-1] == ("", [3])
 
 
-def test_room_is_bounded_and_given_back():
-    room = Room(8, "rows (--queue-rows)")
-    with room.hold(5):
-        with pytest.raises(QueueFull, match=r"the queue of 8 rows \(--queue-rows\) is full"), room.hold(4):
+def test_a_budget_is_bounded_and_released():
+    budget = Budget(8, "rows (--queue-rows)")
+    with budget.reserve(5):
+        with pytest.raises(QueueFull, match=r"the queue of 8 rows \(--queue-rows\) is full"), budget.reserve(4):
             pass
-        with room.hold(3):
-            assert room.held == 8
-    assert room.held == 0
-    with pytest.raises(KeyError), room.hold(8):
+        with budget.reserve(3):
+            assert budget.held == 8
+    assert budget.held == 0
+    with pytest.raises(KeyError), budget.reserve(8):
         raise KeyError
-    with room.hold(8):
+    with budget.reserve(8):
         pass
 
 
-def test_a_request_takes_more_room_until_it_is_over():
-    room = Room(8, "pixels")
-    with room.hold() as take:
-        take(5)
+def test_a_request_reserves_more_until_it_has_ended():
+    budget = Budget(8, "pixels")
+    with budget.reserve() as add:
+        add(5)
         with pytest.raises(QueueFull, match="the queue of 8 pixels is full"):
-            take(4)
-        take(3)
-        assert room.held == 8
-    assert room.held == 0
-    with pytest.raises(QueueFull, match="over"):  # a thread that still reads for it
-        take(1)
-    assert room.held == 0
+            add(4)
+        add(3)
+        assert budget.held == 8
+        add(-2)
+        assert budget.held == 6
+    assert budget.held == 0
+    with pytest.raises(QueueFull, match="ended"):  # a thread that still reads for it
+        add(1)
+    assert budget.held == 0
 
 
 def test_a_model_that_loses_rows_is_an_error_and_not_a_wait():

@@ -74,7 +74,6 @@ def test_snippets_print_what_the_card_says(trained, monkeypatch):
         cell = metric.removeprefix("pairs | of `run`_").replace("_", r"\_")
         row = f"| {cell} | {trained.facts['before'][metric]:.4f} | {value:.4f} |"
         assert row in section(card, "Results")
-        assert f"| {cell} | {value:.4f} | {trained.facts['before'][metric]:.4f} |" in section(card, "Ablation")
 
 
 def test_bad_statements_are_refused(trained):
@@ -87,8 +86,6 @@ def test_bad_statements_are_refused(trained):
         card_files(trained.trainer, CardArguments(data_licenses={"picures": "mit"}), **trained.facts)
     with pytest.raises(ValueError, match="are needed together"):
         card_files(trained.trainer, **{**trained.facts, "before": None})
-    with pytest.raises(ValueError, match=r"The ablation 'x' must have the metrics .*got \['mrr'\]"):
-        card_files(trained.trainer, **{**trained.facts, "ablation": {"x": {"mrr": 1.0}}})
 
 
 def test_statements_are_flags_and_keys_of_the_yaml(tmp_path):
@@ -142,7 +139,11 @@ def test_on_the_hub_snippets_name_the_repository(model, images):
     examples = {"queries": [(images, "a")], "documents": [([], "b"), ([], "c")]}
     card = render_card(model.config, model[0].processor, model.prompts, examples=examples)
     pushed = for_hub(card, "org/model")
-    assert PLACEHOLDER in card and pushed == render_card(
+    assert PLACEHOLDER in card and PLACEHOLDER not in pushed
+    assert pushed == render_card(
         model.config, model[0].processor, model.prompts, examples=examples, repo_id="org/model"
     )
+    code = "".join(blocks(pushed, "python"))
+    assert code.count('folder = snapshot_download("org/model")') == (2 if images else 0)
+    assert code.count("from huggingface_hub import snapshot_download\n") == (2 if images else 0)
     assert for_hub(pushed, "org/other") == pushed

@@ -21,7 +21,7 @@ def test_examples_of_every_kind(trained, tmp_path, monkeypatch):
     queries = {
         "q1": {"video": video()},
         "q2": "https://example.org/cat.png",
-        "q3": {"image": [image(30, 30), image(40, 60)], "text": ["two", "x" * 500]},
+        "q3": {"image": [PILImage.new("RGBA", (30, 30), "#f000"), image(40, 60)], "text": ["two", "x" * 500]},
         "q4": "with the same answer",
         "q5": "photo.png",
     }
@@ -41,6 +41,7 @@ def test_examples_of_every_kind(trained, tmp_path, monkeypatch):
     assert examples["documents"] == [([], ("t " * 60)[:120]), ([paths[3]], None), ([], "only\ntext")]
     assert list(files) == paths and examples["similarities"]["source"] == "evaluation"
     assert PILImage.open(io.BytesIO(files[paths[3]])).size == (900, 20)  # reduced, it would be thinner than a patch
+    assert PILImage.open(io.BytesIO(files[paths[0]])).getpixel((0, 0)) == (255, 255, 255)  # transparent, on white
     model = trained.trainer.model
     card = render_card(model.config, model.processor, model.prompts, repo_id=REPO_ID, examples=examples)
     assert_well_formed(card)

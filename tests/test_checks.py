@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from datasets import Dataset, Features, Image, Json, List, Value
+from datasets import Dataset, DatasetDict, Features, Image, Json, List, Value
 from peft import LoraConfig, get_peft_model
 from sentence_transformers import SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
@@ -13,7 +13,15 @@ from support.training import config, text_pairs
 from btok_hf import BTokSentenceTransformer
 from btok_hf.media import video_input
 from btok_hf.training import CondensationLoss, CondensationTrainer
-from btok_hf.training.checks import check_columns, check_rows, check_targets, first_rows, most_negatives
+from btok_hf.training.checks import (
+    check_columns,
+    check_rows,
+    check_targets,
+    checked_datasets,
+    first_rows,
+    group_hash,
+    most_negatives,
+)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +134,34 @@ def test_a_row_needs_no_negative_but_one_with_content():
         check_rows(_with([None, None], column), "p")  # as JSON lines have it; Arrow has a type for it
         with pytest.raises(ValueError, match=f"Row 1 of p: its {column} is empty"):
             check_rows(_with([full, empty], column), "p")
+
+
+def test_lists_are_inputs_of_no_column_but_negatives():
+    with pytest.raises(ValueError, match=r"Row 1 of p: its negative is a list.*lists of hard negatives is called neg"):
+        check_rows(_with([None, ["b", "c"]], "negative"), "p")
+    check_rows(_with([["b", "c"], None], "negatives"), "p")
+    check_rows(_with([None, _chat("https://host/b.png")], "negative"), "p")
+
+
+def test_files_of_no_bytes_are_empty():
+    whole, none = ({"bytes": content, "path": "a.png"} for content in (b"x", b""))
+    for feature in (Image(), {"image": [Image()], "text": Value("string")}):
+        cells = [cell if isinstance(feature, Image) else {"image": [cell], "text": "x"} for cell in (whole, none)]
+        with pytest.raises(ValueError, match=r"Row 1 of p: its positive (is empty|holds a file of 0 bytes)\. Correct"):
+            check_rows(_with(cells, "positive", feature), "p")
+
+
+def test_splits_to_evaluate_on_are_not_trained_on():
+    splits = DatasetDict({"train": text_pairs(2), "test": text_pairs(2)})
+    with pytest.raises(ValueError, match=r"train_dataset has the splits train, test, and each would .*\['train'\]"):
+        checked_datasets("train_dataset", splits, None)
+    assert list(checked_datasets("eval_dataset", splits, None)) == ["train", "test"]
+    assert list(checked_datasets("train_dataset", dict(splits), None)) == ["train", "test"]
+
+
+def test_groups_are_equal_in_all_formats():
+    assert group_hash(1) == group_hash(1.0) == group_hash("1") != group_hash(1.5)
+    assert group_hash("a") != group_hash("b")
 
 
 def test_rows_made_on_the_way_are_not_checked():

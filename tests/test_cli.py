@@ -16,9 +16,10 @@ from support.units import random_vectors, rows_of, write_units
 
 from btok_hf import BTokSentenceTransformer, cli
 from btok_hf.commands import repositories
-from btok_hf.corpus.job import Options, identify
+from btok_hf.corpus.job import Options
 from btok_hf.corpus.tables import Columns
 from btok_hf.evaluation import mmeb
+from btok_hf.model_info import identify
 from btok_hf.serving.gate import Limits
 
 COMMANDS = (

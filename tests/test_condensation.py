@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
+from benchmarks.dense_mask import dense_condensation_mask
 from btok_hf import add_bottleneck_tokens
 from btok_hf.backbones import FAMILIES, family_of
-from btok_hf.condensation import _forward, condense, dense_condensation_mask, linear_cross_entropy, reconstruct
+from btok_hf.condensation import _forward, condense, linear_cross_entropy, reconstruct
 from btok_hf.modeling.inputs_btok import last_positions
 from btok_hf.packed_attention import PackedLayout
 

@@ -115,8 +115,54 @@ def test_negatives_are_a_list(repo, tmp_path, negatives):
 def test_groups_of_negatives_that_do_not_fit_are_named(repo, tmp_path):
     collate, _ = collator(repo, tmp_path)
     row = {"query": "a", "positive": "b", "negatives": ["c", "d"]}
-    with pytest.raises(ValueError, match=r"A row: negative_groups .* its 2 negatives, got 1 groups"):
+    with pytest.raises(ValueError, match=r"A row of the dataset: negative_groups .* its 2 negatives, got 1 groups"):
         collate([{**row, "negative_groups": ["g"]}])
+
+
+def test_an_input_that_cannot_be_embedded_is_named(repo, tmp_path):
+    """With the number that `NumberedRows` gives its row; equal inputs before it are encoded once."""
+    collate, _ = collator(repo, tmp_path, condense="none")
+    broken = {"bytes": b"no picture", "path": None}
+    rows = [{"query": "a", "positive": "b", "negatives": ["c"], "dataset_name": "d", "row": row} for row in (5, 8, 3)]
+    rows[2]["positive"] = {"image": broken}
+    with pytest.raises(
+        ValueError, match=r"^Row 3 of 'd', its positive \{'image': .*not an image that Pillow can read"
+    ):
+        collate(rows)
+    rows[2] |= {"positive": "b", "negatives": ["c", broken]}
+    with pytest.raises(ValueError, match=r"^Row 3 of 'd', its negatives {'bytes': b'no picture'"):
+        collate(rows)
+    rows[0]["query"], rows[2]["negatives"] = "", []
+    del rows[0]["row"], rows[0]["dataset_name"]
+    with pytest.raises(ValueError, match=r"^A row of the dataset, its query '': An input is empty"):
+        collate(rows[:1])
+
+
+def test_stored_images_are_decoded_as_by_encode(repo, tmp_path):
+    """A large JPEG too, which `encode` decodes at a part of its size."""
+    path = tmp_path / "a.jpg"
+    image(900, 700).save(path)
+    collate, _ = collator(repo, tmp_path, condense="none")
+    rows = [{"query": cell, "positive": "b"} for cell in (str(path), {"bytes": path.read_bytes(), "path": None})]
+    batch = collate(rows)
+    assert "query_rows" not in batch and len(batch["query_image_grid_thw"]) == 2  # another kind of value
+    first, second = batch["query_pixel_values"].chunk(2)
+    assert torch.equal(first, second)
+    assert batch["query_hashes"][0].tolist() == batch["query_hashes"][1].tolist()
+
+
+def test_groups_are_equal_in_all_formats(repo, tmp_path):
+    collate, _ = collator(repo, tmp_path)
+    rows = [{"query": "a", "positive": p, "group": group} for p, group in (("b", 1), ("c", 1.0), ("d", "1"))]
+    assert len(set(collate(rows)["positive_hashes"][:, 1].tolist())) == 1
+
+
+def test_a_query_with_another_prompt_is_another_query(repo, tmp_path):
+    collate, _ = collator(repo, tmp_path, condense="none")
+    collate.prompts = {"a": {"query": "Find it."}, "b": {"query": "Find another."}}
+    found = [collate([{"query": "x", "positive": "y", "dataset_name": name}])["query_hashes"][0] for name in "aab"]
+    (content, query), (_, again), (same, other) = (hashes.tolist() for hashes in found)
+    assert content == same and query == again != other
 
 
 def test_a_target_that_is_no_text_is_named(repo, tmp_path):

@@ -295,8 +295,11 @@ def test_matryoshka_dimensions_are_trained_through_gradcache(repo, mini_batch_si
     loss(batch_features(model, condense="none")).backward()
     torch.testing.assert_close(loss.infonce, value.detach(), atol=1e-4, rtol=1e-5)
     assert_same_gradients(named_gradients(model), expected)
-    with pytest.raises(ValueError, match=r"between 1 and the embedding's 64 dimensions, got \[128\]"):
-        CondensationLoss(model, matryoshka_dims=[128])
+    for wrong in ([128], [64, 0], [32, 16], [64, 16, 16]):
+        with pytest.raises(
+            ValueError, match=rf"largest of them the .* 64 dimensions, got \[{wrong[0]}.*\[64, 32, 16\]"
+        ):
+            CondensationLoss(model, matryoshka_dims=wrong)
 
 
 @pytest.fixture(scope="module")

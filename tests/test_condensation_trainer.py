@@ -199,7 +199,7 @@ def test_a_full_disk_stops_with_a_way_on(repo, tmp_path, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1e6))
-    with pytest.raises(ValueError, match=r"needs about 0.0 GB, but '.*out' has 0.0 GB free. Free space"):
+    with pytest.raises(ValueError, match=r"out' has 0.00 GB free, .*: 3 checkpoints of .* GB\. Free space"):
         checkpointed_trainer(repo, tmp_path).train()
 
 
@@ -332,6 +332,47 @@ def test_bad_datasets_are_refused_before_training(repo, tmp_path):
         CondensationTrainer(
             model=model, args=config(tmp_path), train_dataset=good, peft_config=LoraConfig(lora_dropout=0.1)
         )
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_row_that_cannot_be_decoded_is_named(repo, tmp_path, workers):
+    """And a second trainer checks the rows of the datasets that the first one got."""
+    features = Features({"query": Value("string"), "positive": {"image": Image(), "text": Value("string")}})
+    pictures = [{"image": image(56, 56, i), "text": "x"} for i in range(4)]
+    rows = Dataset.from_dict({"query": list("abcd"), "positive": pictures}, features=features)
+    cells = rows.to_list()
+    cells[2]["positive"]["image"]["bytes"] = b"damaged"
+    parts = {"good": rows, "bad": Dataset.from_list(cells, features=features)}
+    args = {"per_device_train_batch_size": 2, "max_steps": 8, "dataloader_num_workers": workers}
+
+    def trainer(**datasets):
+        model = BTokSentenceTransformer(repo, device="cpu")
+        return CondensationTrainer(model=model, args=config(tmp_path, **args), train_dataset=datasets)
+
+    with pytest.raises(
+        ValueError, match=r"Row 2 of 'bad', its positive \{'image': .*not an image that Pillow can read"
+    ):
+        trainer(**parts).train()
+    assert all(part.features == features and part.format["type"] is None for part in parts.values())
+    assert not hasattr(parts["good"][0]["positive"]["image"], "keys")  # decoded, as it was
+    cells[3]["query"] = ""
+    parts["bad"] = Dataset.from_list(cells, features=features)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="Row 3 of bad: its query is empty"):
+            trainer(**parts)
+
+
+@pytest.mark.parametrize("sampler", ["batch_sampler", "no_duplicates"])
+def test_the_order_of_several_datasets_follows_the_data_seed(repo, tmp_path, sampler):
+    def order(**seeds):
+        rows = text_pairs().add_column("group", list(range(12)))
+        args = config(tmp_path, per_device_train_batch_size=2, batch_sampler=sampler, max_steps=1, **seeds)
+        model = BTokSentenceTransformer(repo, device="cpu")
+        trainer = CondensationTrainer(model=model, args=args, train_dataset={"a": rows, "b": rows})
+        return list(trainer.get_train_dataloader().batch_sampler)
+
+    assert order(data_seed=1) == order(data_seed=1, seed=5) != order(data_seed=2)
+    assert order(seed=5) != order(seed=6) and order(seed=1) == order(data_seed=1)
 
 
 def test_rows_without_a_group_are_refused(repo, tmp_path):

@@ -1,10 +1,13 @@
 """Pair files, their cells, and the evaluator over them."""
 
 import csv
+import io
 import json
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
@@ -13,8 +16,9 @@ from support.media import image
 from support.training import collator
 
 from btok_hf import BTokSentenceTransformer
-from btok_hf.media import frames_as_rgb, video_input
-from btok_hf.training.data import decode_cell, load_pairs, retrieval_evaluator
+from btok_hf.media import video_input
+from btok_hf.training.cells import as_input
+from btok_hf.training.data import load_pairs, retrieval_evaluator
 
 
 def test_dicts_are_what_they_were_before_arrow(repo, tmp_path):
@@ -29,21 +33,85 @@ def test_dicts_are_what_they_were_before_arrow(repo, tmp_path):
     assert set(dataset[2]["query"]["image"][0]) == {"bytes", "path"}
     collate, _ = collator(repo, tmp_path)
     actual, expected = collate(list(dataset)), collate(pairs)
-    tensors = {key for key, value in expected.items() if torch.is_tensor(value)}
+    # The hashes are those of files here, and those of pixels there.
+    tensors = {key for key, value in expected.items() if torch.is_tensor(value) and not key.endswith("hashes")}
     assert actual.keys() == expected.keys() and all(torch.equal(actual[key], expected[key]) for key in tensors)
     dataset.to_parquet(tmp_path / "pairs.parquet")
     evaluator = retrieval_evaluator(str(tmp_path / "pairs.parquet"))
     assert evaluator(BTokSentenceTransformer(repo, device="cpu"))["pairs_cosine_accuracy@10"] == 1.0
 
 
-def test_images_in_dicts_are_told_apart_by_their_pixels(tmp_path):
-    """Images are compared by pixels, not by the object or the file name."""
+def test_images_in_dicts_are_told_apart_by_their_content(tmp_path):
+    """Images are compared by their files, not by the object or the file name."""
     cells = [{"image": image(40, 40, i % 10), "text": "a"} for i in range(30)]
     features = Features({"query": Value("string"), "positive": {"image": Image(), "text": Value("string")}})
     pairs = {"query": [f"q{i}" for i in range(30)], "positive": cells}
     Dataset.from_dict(pairs, features=features).to_parquet(tmp_path / "pairs.parquet")
     evaluator = retrieval_evaluator(str(tmp_path / "pairs.parquet"))
     assert (len(evaluator.queries), len(evaluator.corpus)) == (30, 10)
+
+
+def test_images_to_evaluate_on_are_decoded_in_parts(tmp_path, repo, monkeypatch):
+    """In memory they are files: decoded, they would take many times the space in every process."""
+    features = Features({"query": Value("string"), "positive": Image()})
+    pairs = {"query": [f"q{i}" for i in range(5)], "positive": [image(56, 84, i) for i in range(5)]}
+    pairs = Dataset.from_dict(pairs, features=features)
+    evaluator, model = retrieval_evaluator(pairs), BTokSentenceTransformer(repo, device="cpu")
+    whole = evaluator(model)
+    assert all(set(cell) == {"bytes", "path"} for cell in list.__iter__(evaluator.corpus))
+    assert [picture.tobytes() for picture in evaluator.corpus] == [image(56, 84, i).tobytes() for i in range(5)]
+    given, encode = [], model.encode_document
+    monkeypatch.setattr(
+        model, "encode_document", lambda part, **options: given.append(part) or encode(part, **options)
+    )
+    monkeypatch.setattr("btok_hf.training.data.MEDIA_ROWS", 2)
+    assert evaluator(model) == pytest.approx(whole)
+    assert [[type(value).__name__ for value in part] for part in given] == [["Image"] * 2, ["Image"] * 2, ["Image"]]
+
+
+def test_images_beside_a_path_keep_their_bytes(tmp_path, own_cache):
+    """`datasets` would decode a JPEG in a dict and encode it again, with loss."""
+    content = io.BytesIO()
+    image(40, 40).save(content, "JPEG", quality=30)
+    image(40, 40, 7).save(tmp_path / "a.png")
+    feature = {"image": Image(), "text": Value("string")}
+    features = Features({"query": feature, "positive": Image()})
+    stored = {"bytes": content.getvalue(), "path": "a.png"}
+    rows = [{"query": {"image": stored, "text": "x"}, "positive": {"bytes": None, "path": "a.png"}}]
+    pq.write_table(pa.Table.from_pylist(rows, features.arrow_schema), tmp_path / "pairs.parquet")
+    pairs = load_pairs(str(tmp_path / "pairs.parquet"))
+    assert pairs.features == features
+    (row,) = pairs.data.to_pylist()
+    assert row["query"]["image"]["bytes"] == content.getvalue()
+    assert row["positive"] == {"bytes": None, "path": str(tmp_path / "a.png")}
+    assert pairs[0]["positive"].size == (40, 40)
+
+
+def test_a_dataset_has_configurations_splits_and_columns(tmp_path, own_cache):
+    for name, split, word in (("en", "train", "a"), ("en", "validation", "b"), ("de", "train", "c")):
+        (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
+        rows = {"anchor": [word] * 4, "answer": ["x"] * 4, "id": [1] * 4}
+        Dataset.from_dict(rows).to_parquet(tmp_path / "data" / name / f"{split}.parquet")
+    card = "configs:\n- {config_name: en, data_dir: en}\n- {config_name: de, data_dir: de}\n"
+    (tmp_path / "data" / "README.md").write_text(f"---\n{card}---\n")
+    folder, columns = str(tmp_path / "data"), {"query": "anchor", "positive": "answer"}
+    assert load_pairs(folder, name="de", columns=columns)[0] == {"query": "c", "positive": "x"}
+    part = load_pairs(folder, name="en", split="validation[:50%]", columns=columns)
+    assert part["query"][:] == ["b", "b"]
+    with pytest.raises(ValueError, match=r"Config name is missing.*\n?.*'(en|de)'"):
+        load_pairs(folder, columns=columns)
+    with pytest.raises(ValueError, match=r"has no columns \['question'\], which columns names. It has \['anchor'"):
+        load_pairs(folder, name="en", columns={"query": "question", "positive": "answer"})
+    with pytest.raises(ValueError, match="names a column twice"):
+        load_pairs(folder, name="en", columns={"query": "answer", "positive": "answer"})
+    with pytest.raises(ValueError, match=r"must map columns of pairs to its own, got \['query'\]"):
+        load_pairs(folder, name="en", columns=["query"])
+    with pytest.raises(ValueError, match="has no revision, got 'main'"):
+        load_pairs(folder, name="en", revision="main")
+    (tmp_path / "pairs.csv").write_text("a,b\nx,y\n")
+    assert load_pairs(str(tmp_path / "pairs.csv"), columns={"query": "b", "positive": "a"})[0]["query"] == "y"
+    with pytest.raises(ValueError, match=r"pairs\.csv' has no split: only datasets have"):
+        load_pairs(str(tmp_path / "pairs.csv"), split="test")
 
 
 def test_pair_files(tmp_path, repo):
@@ -210,11 +278,6 @@ def test_pairs_that_cannot_be_evaluated(tmp_path):
         retrieval_evaluator(Dataset.from_list([{"query": "a", "positive": " "}]))
 
 
-def test_a_file_of_a_video_in_a_dict_stays_one(tmp_path):
-    stored = {"bytes": b"a video", "path": None}
-    assert decode_cell({"video": stored, "text": "x", "image": None}) == {"video": stored, "text": "x"}
-
-
 def test_a_file_is_read_once_and_again_when_its_pictures_come(tmp_path, own_cache):
     """`datasets` caches what is made of a file, by the function and not by the pictures beside it."""
     path = tmp_path / "pairs.jsonl"
@@ -269,7 +332,7 @@ def test_relative_paths_start_at_the_pair_file(repo, tmp_path, monkeypatch, suff
     assert pairs["target"] == ["images/a.png"] * 3  # a text
     if suffix != "csv":
         expected = {"image": [str(folder / "images" / "a.png")], "text": "images/a.png"}
-        assert decode_cell(pairs[0]["negatives"]) == [None, expected]
+        assert as_input(pairs[0]["negatives"]) == [None, expected]
     if suffix == "jsonl":  # a space in a name, messages, and dicts of different keys
         image(56, 56).save(folder / "images" / "my cat.PNG")
         part = {"type": "image", "image": "images/a.png"}
@@ -278,7 +341,7 @@ def test_relative_paths_start_at_the_pair_file(repo, tmp_path, monkeypatch, suff
             lines = [json.dumps({"query": "q", "positive": cell}) + "\n" for cell in chosen]
             (folder / f"{name}.jsonl").write_text("".join(lines))
         assert load_pairs("../data/0.jsonl")["positive"] == [str(folder / "images" / "my cat.PNG")]
-        mixed = decode_cell(load_pairs("../data/mixed.jsonl")[1]["positive"])
+        mixed = as_input(load_pairs("../data/mixed.jsonl")[1]["positive"])
         assert mixed == {"image": str(folder / "images" / "a.png")}
         content = load_pairs("../data/3.jsonl")[0]["positive"][0]["content"]
         assert content[0]["image"] == str(folder / "images" / "a.png")
@@ -294,10 +357,10 @@ def test_videos_in_columns_are_videos_again():
     stored = Dataset.from_list(
         [{"positive": {"video": video, "text": "t"}}, {"positive": {"video": None, "text": "u"}}]
     )
-    cell = decode_cell(stored[0]["positive"])
+    cell = as_input(stored[0]["positive"])
     assert cell["video"]["array"].dtype == np.uint8 and np.array_equal(cell["video"]["array"], video["array"])
     assert cell["video"]["video_metadata"] == video["video_metadata"]
-    assert decode_cell(stored[1]["positive"]) == {"text": "u"}
+    assert as_input(stored[1]["positive"]) == {"text": "u"}
 
 
 @pytest.mark.parametrize(
@@ -319,25 +382,6 @@ def test_damaged_pair_files_are_named(tmp_path, own_cache, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"^Pair file '.*{name}' cannot be read"):
         load_pairs(str(tmp_path / name))
-
-
-def test_frames_of_floats_are_scaled_like_those_of_encode():
-    frames = np.random.default_rng(0).random((2, 8, 8, 3)).astype(np.float32)
-    cell = Dataset.from_list([{"query": {"video": {"array": frames.tolist()}}}])[0]["query"]
-    decoded = decode_cell(cell)["video"]["array"]
-    np.testing.assert_array_equal(frames_as_rgb(decoded), frames_as_rgb(frames))
-    whole = decode_cell({"array": frames_as_rgb(frames).tolist(), "video_metadata": None})
-    assert whole.keys() == {"array"} and whole["array"].dtype == np.uint8
-
-
-def test_cells_that_cannot_be_decoded_are_left_to_the_check_of_inputs(repo):
-    damaged, clip = {"bytes": b"no picture", "path": None}, {"bytes": b"no clip", "path": "a.mp4"}
-    assert decode_cell({"image": [damaged], "text": "x", "video": []}) == {"image": [damaged], "text": "x"}
-    assert decode_cell({"video": [clip, clip]}) == {"video": [clip, clip]}
-    model = BTokSentenceTransformer(repo, device="cpu")
-    for cell, kind in ((damaged, "The image is not an image"), (clip, "The video cannot be decoded")):
-        with pytest.raises(ValueError, match=f"Input 1 .*{kind}"):
-            model.encode(["a", decode_cell(cell)])
 
 
 def test_groups_are_words(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """Downloads: bounds of size and time, and errors that name the address."""
 
+import contextlib
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +15,9 @@ from btok_hf import BTokSentenceTransformer, download
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
+        if self.path == "/head.png":
+            self.drip(b"HTTP/1.1 200 OK\r\n")
+            return
         self.send_response(200)
         if self.path.startswith("/clip.mp4"):
             content = (MEDIA / "upright.mp4").read_bytes()
@@ -23,14 +28,17 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "1000")
             self.end_headers()
             self.wfile.write(b"x" * 10)
-        else:  # it never ends
+        else:
             self.end_headers()
-            try:
-                while True:
-                    self.wfile.write(b"x" * (1000 if self.path == "/endless.png" else 1))
-                    time.sleep(0 if self.path == "/endless.png" else 0.05)
-            except OSError:
-                pass
+            self.drip(b"", *((1000, 0) if self.path == "/endless.png" else ()))
+
+    def drip(self, first, size=1, seconds=0.05):
+        """Bytes without an end."""
+        with contextlib.suppress(OSError):
+            self.wfile.write(first)
+            while True:
+                self.wfile.write(b"x" * size)
+                time.sleep(seconds)
 
     def log_message(self, *arguments):
         pass
@@ -51,11 +59,31 @@ def test_a_video_is_the_same_by_address(address, model):
         np.testing.assert_array_equal(model.encode([item]), expected)
 
 
-def test_a_download_that_never_ends_is_ended(address, monkeypatch):
+def test_a_handshake_that_never_ends_is_ended():
+    """TLS, whose records come byte by byte."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def drip():
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(b"\x16\x03\x03\x40\x00")  # the head of a record of 16 KiB
+                while True:
+                    connection.sendall(b"x")
+                    time.sleep(0.05)
+
+        threading.Thread(target=drip, daemon=True).start()
+        with pytest.raises(ValueError, match=r"it takes longer than 0.5 seconds"):
+            download.download(f"https://127.0.0.1:{server.getsockname()[1]}/a.png", most_seconds=0.5)
+
+
+def test_a_download_that_never_ends_is_ended(address):
     with pytest.raises(ValueError, match=r"endless.png' cannot be downloaded \(it holds more than 1000000 bytes\)"):
         download.download(f"{address}/endless.png", most_bytes=10**6)
-    with pytest.raises(ValueError, match=r"slow.png' cannot be downloaded \(it takes longer than 0.3 seconds"):
-        download.download(f"{address}/slow.png", most_seconds=0.3)
+    for name in ("slow.png", "head.png"):  # the timeout of a socket begins anew with each byte
+        start = time.monotonic()
+        with pytest.raises(ValueError, match=rf"{name}' cannot be downloaded \(it takes longer than 0.3 seconds"):
+            download.download(f"{address}/{name}", most_seconds=0.3)
+        assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize(

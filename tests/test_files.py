@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -45,12 +46,19 @@ def test_weights_on_a_full_disk(repo, tmp_path):
     assert re.search(says, run.stderr)
 
 
+def test_a_name_may_be_as_long_as_file_systems_allow(tmp_path):
+    path = tmp_path / ("a" * 255)
+    with replacing(path) as file:
+        file.write(b"content")
+    assert path.read_bytes() == b"content"
+
+
 def test_two_runs_may_write_one_file(tmp_path, monkeypatch):
     path = tmp_path / "a.embeddings"
     with replacing(path) as first:
         first.write(b"first")
         with monkeypatch.context() as patch:
-            patch.setattr(os, "getpid", lambda: 0)
+            patch.setattr(socket, "gethostname", lambda: "elsewhere")  # with the same process id
             with replacing(path) as second:
                 second.write(b"2nd")
         assert path.read_bytes() == b"2nd"
@@ -62,4 +70,4 @@ def test_a_file_that_was_not_finished_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match="stop"), replacing(tmp_path / "a") as file:
         file.write(b"new")
         raise ValueError("stop")
-    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a"] and (tmp_path / "a").read_bytes() == b"old"

@@ -1,22 +1,17 @@
-"""Push, load and verify with the real client against a Hub on this machine, and what happens when it breaks.
+"""Push and load with the real client against a Hub on this machine, and what happens when it breaks.
 
 Client processes have their own environment, because huggingface_hub reads it when it is imported.
 """
 
 import hashlib
 import json
-import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 import pytest
 from support.hub_server import OWNER_TOKEN, STRANGER_TOKEN, HubServer, blob_oid
 from support.publishing import LOAD, as_pushed, head, retry_command, served
-from support.repositories import TEXTS, add_noise, contents, edit
+from support.repositories import TEXTS, add_noise, contents
 
 import btok_hf
 from btok_hf import BTokSentenceTransformer
@@ -265,42 +260,6 @@ def test_bad_arguments_are_refused_before_anything_is_sent(exported, tmp_path):
         btok_hf.push(exported, "org/a", revision="x", create_pr=True)
     with pytest.raises(ValueError, match="is not an exported repository"):
         btok_hf.push(tmp_path / "nothing", "org/a")
-    with pytest.raises(ValueError, match="is a folder and has no revision"):
-        btok_hf.verify(exported, revision="main")
-    with pytest.raises(RuntimeError, match="neither a local folder nor"):
-        btok_hf.verify(tmp_path / "nothing")
-
-
-def test_verify_in_fresh_processes(exported, tmp_path, capsys):
-    """The repository as exported, with noise on its weights, and with another K, prompt and library version."""
-    noisy, other = (Path(shutil.copytree(exported, tmp_path / name)) for name in ("noisy", "other"))
-    add_noise(noisy, 1e-3)
-    edit(other, "config.json", lambda config: config["btok_token_ids"].pop())
-    edit(other, "config_sentence_transformers.json", lambda config: config["prompts"].update(query="Find this."))
-    edit(other, "golden.json", lambda content: content["versions"].update(torch="2.0"))
-    command = [sys.executable, "-m", "btok_hf", "verify", str(exported)]
-    with ThreadPoolExecutor(3) as pool:  # in parallel, because most of the time is imports
-        same = pool.submit(subprocess.run, command, capture_output=True, text=True)
-        noisy, other = [pool.submit(btok_hf.verify, folder) for folder in (noisy, other)]
-    assert same.result().returncode == 0 and same.result().stdout.count("  ok\n") == 20, same.result().stderr
-    assert float(same.result().stdout.split("verified: largest difference ")[1]) <= 1e-6
-
-    with pytest.raises(RuntimeError, match=r"does not reproduce its golden vectors .*more than 1e-04") as caught:
-        noisy.result()
-    for loader in ("SentenceTransformer", "AutoModel"):
-        for name in ("short text", "prompt query", "image and text", "video"):
-            assert f"{loader}, '{name}': " in str(caught.value)
-    assert f"Exported with torch {version('torch')}, " in str(caught.value) and "Restore the exported files" in str(
-        caught.value
-    )
-
-    # The stock modules keep their own list of the tokens, and the prompts.
-    with pytest.raises(RuntimeError, match=r"AutoModel fails with ValueError: Row 0 has 3 .* must have 3") as caught:
-        other.result()
-    assert "SentenceTransformer, 'prompt query'" in str(caught.value) and "'short text'" not in str(caught.value)
-    assert "Exported with torch 2.0, " in str(caught.value) and "package versions of the export" in str(caught.value)
-    table = capsys.readouterr().out
-    assert table.count("DIFFERS") == 20 + 1 and table.count("  ok\n") == 9
 
 
 def test_a_push_that_is_always_reset_ends_with_the_folder_whole(endless_resets, exported):

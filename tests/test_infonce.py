@@ -67,6 +67,16 @@ def test_the_query_itself_is_no_negative():
     assert masks("ab", "ab")[0] == [[], []]  # a row's own positive stays
 
 
+def test_a_query_is_its_content_and_its_prompt():
+    """The second hash of a query is that of both; the first finds copies of the query among the candidates."""
+    queries = torch.tensor([[1, 100], [1, 200], [1, 100], [2, 300]])
+    positives, negatives = ids("x", "y", "z", "a"), ids("y", "w")
+    of_positives, of_negatives, of_queries = false_negatives(torch.arange(4), queries, positives, negatives)
+    assert [row.nonzero()[:, 0].tolist() for row in of_positives] == [[2, 3], [3], [0, 3], []]
+    assert [row.nonzero()[:, 0].tolist() for row in of_negatives] == [[], [0], [], []]
+    assert [row.nonzero()[:, 0].tolist() for row in of_queries] == [[2], [], [0], [0, 1, 2]]
+
+
 def test_rows_of_a_block_only():
     assert masks("aabc", "xyzy", "yz", block=[3, 1]) == [[[1], [0, 3]], [[0], [0]], [[0, 1], [0, 3]]]
 

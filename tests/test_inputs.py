@@ -15,7 +15,7 @@ from support.media import image, video
 
 from btok_hf import BTokSentenceTransformer, read_video
 from btok_hf.content import content_hash
-from btok_hf.inputs import text_of
+from btok_hf.input_kinds import text_of
 from btok_hf.lengths import estimate_tokens
 from btok_hf.media import video_input
 
@@ -58,14 +58,6 @@ def test_a_sentence_that_ends_like_a_file_is_a_sentence(repo):
     assert model.encode(["how do I open photo.png"]).shape == (1, 64)
     stock = SentenceTransformer(repo, device="cpu")
     np.testing.assert_allclose(model.encode("open a.png please"), stock.encode("open a.png please"), atol=TOLERANCE)
-
-
-def test_text_of_every_kind_of_side():
-    assert text_of("plain ") == "plain"
-    assert text_of({"image": 1, "text": ["a", "b"]}) == "a b"
-    assert text_of({"role": "user", "content": [{"type": "image", "image": 1}, {"type": "text", "text": "m"}]}) == "m"
-    for nothing in (image(30, 30), {"image": 1}, "", "photo.png", None):
-        assert text_of(nothing) is None
 
 
 # ---------------------------------------------------------------- one vector, whatever the form
@@ -398,11 +390,6 @@ def test_a_file_is_one_for_all_parts_of_the_library(both, tmp_path, monkeypatch)
         np.testing.assert_allclose(both[0].encode([name]), expected, atol=TOLERANCE)
         assert text_of(name) is None and estimate_tokens(name, processor) == size
         assert content_hash(name) == content_hash("copy of " + name) == content_hash({"image": name})
-    assert (
-        text_of({"text": ["a.png", "b"]}) == "a.png b" and text_of([{"role": "user", "content": "a.png"}]) == "a.png"
-    )
-    assert text_of("no picture.png") == "no picture.png" and text_of({"text": "a.png"}) == "a.png"
-    assert text_of("data:image/png;base64,AAAA") is None and text_of("data: none") == "data: none"
 
 
 def test_frames_may_be_files(both, tmp_path):

@@ -8,8 +8,9 @@ import pytest
 from support.corpus import embed, read, same, write_files
 from support.repositories import edit
 
-from btok_hf.corpus.job import Options, identify, make_plan
+from btok_hf.corpus.job import Options, make_plan
 from btok_hf.corpus.tables import Columns
+from btok_hf.model_info import identify
 
 
 @pytest.fixture
@@ -97,21 +98,15 @@ def test_another_input_or_model_is_refused(folder, tmp_path, repo, repos):
     assert plan(folder, tmp_path / "out", tmp_path / "moved").units == plan(folder, tmp_path / "out", repo).units
 
 
-def test_what_identifies_a_model(copied, repo):
-    commit, config = identify(str(copied))
-    assert config.get_text_config().hidden_size == 64
-    (copied / "README.md").write_text("other")
-    edit(copied, "golden.json", lambda golden: golden.update(note="x"))
-    (copied / "training_args.bin").write_bytes(b"x")
-    assert identify(str(copied))[0] == commit
-    (copied / "model.safetensors").rename(copied / "elsewhere")
-    without = identify(str(copied))[0]  # weights in a .bin file count where there are no others
-    (copied / "pytorch_model.bin").write_bytes(b"x")
-    assert identify(str(copied))[0] != without
-    (copied / "pytorch_model.bin").unlink()
-    (copied / "elsewhere").rename(copied / "model.safetensors")
-    edit(copied, "config.json", lambda config: config.update(note="x"))
-    assert identify(str(copied))[0] != commit
+def test_what_is_written_into_the_folder_of_a_model_changes_nothing(folder, tmp_path, copied):
+    plan(folder, tmp_path / "out", copied)
+    (copied / "metrics.json").write_text("{}")
+    (copied / "checkpoint-1").mkdir()
+    (copied / "checkpoint-1" / "config.json").write_text("{}")
+    plan(folder, tmp_path / "out", copied)
+    edit(copied, "config_sentence_transformers.json", lambda config: config["prompts"].update(document="Other"))
+    with pytest.raises(ValueError, match="other settings: revision"):
+        plan(folder, tmp_path / "out", copied)
 
 
 def test_models_that_are_refused(tmp_path, folder, bases, copied):
@@ -126,7 +121,7 @@ def test_models_that_are_refused(tmp_path, folder, bases, copied):
 
 
 def test_fewer_dimensions_need_a_model_that_was_trained_for_them(folder, tmp_path, copied):
-    with pytest.raises(ValueError, match=r"--dimensions 32: .* was trained for 64\."):
+    with pytest.raises(ValueError, match=r"that .* was trained for, 64, got 32\."):
         plan(folder, tmp_path / "out", copied, dimensions=32)
     edit(copied, "config.json", lambda config: config.update(matryoshka_dimensions=[32, 64]))
     embed(folder, tmp_path / "out", copied, dimensions=32)

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -99,15 +98,14 @@ def test_pages_that_only_the_corpus_holds_are_written(tmp_path, caplog, monkeypa
     parquet(corpus / "test-00001-of-00002.parquet", [rows[20], {**rows[21], "corpus-id": 20}, *rows[22:]])
     (folder / "20.png").unlink()
 
-    def interrupted(path, content):
-        with open(path, "wb") as file:
-            file.write(content[:9])
+    def full(number):
         raise OSError("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", interrupted)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="the disk is full"):
             load_task("ViDoSeek-page", tmp_path)
+    assert sorted(os.listdir(folder)) == sorted({*pages.values()} - {"20.png"})  # and no draft
     assert len(load_task("ViDoSeek-page", tmp_path).candidates) == 39
     assert (folder / "20.png").read_bytes() == rows[20]["image"]["bytes"] != rows[21]["image"]["bytes"]
     (folder / "39.png").unlink()

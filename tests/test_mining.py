@@ -14,7 +14,8 @@ from support.training import config
 from btok_hf import cli
 from btok_hf.content import content_hash
 from btok_hf.training import CondensationTrainer, mining
-from btok_hf.training.data import decode_cell, load_pairs
+from btok_hf.training.cells import decode_cell
+from btok_hf.training.data import load_pairs
 from btok_hf.training.mining import mine_hard_negatives
 
 WORDS = ["red", "green", "blue", "white", "black", "grey", "pink", "brown", "gold", "lime", "navy", "teal"]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from datasets import Dataset
 from support.source_tree import mmeb
 
 from btok_hf.training.mixture import condense_of, load_mixture
@@ -64,3 +65,21 @@ def test_a_condense_that_was_chosen_is_not_overridden_by_sources():
     assert condense_of(["a", "b"], "positive", own) == {"a": "query", "b": "positive"}
     assert condense_of(["a", "b"], "none", own) == {"a": "none", "b": "none"}
     assert condense_of(["a", "b"], {"a": "both", "b": "none"}, own) == {"a": "both", "b": "none"}
+    with pytest.raises(ValueError, match="condense names c, but the datasets are a, b"):
+        condense_of(["a", "b"], {"c": "both"}, own)
+
+
+def test_entries_choose_a_part_of_a_dataset(tmp_path):
+    for name, word in (("en", "a"), ("de", "b")):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        rows = {"anchor": [word] * 4, "positive": ["x"] * 4}
+        Dataset.from_dict(rows).to_parquet(tmp_path / "data" / name / "test.parquet")
+    card = "configs:\n- {config_name: en, data_dir: en}\n- {config_name: de, data_dir: de}\n"
+    (tmp_path / "data" / "README.md").write_text(f"---\n{card}---\n")
+    part = {"name": "de", "split": "test[:3]", "columns": {"query": "anchor", "positive": "positive"}}
+    entry = {"file": str(tmp_path / "data"), "weight": 1, **part}
+    loaded, weights, _, sources = load_mixture({"mine": entry})
+    assert loaded["mine"].to_dict() == {"query": ["b"] * 3, "positive": ["x"] * 3}
+    assert weights == {"mine": 1} and sources == {"mine": entry["file"]}
+    with pytest.raises(ValueError, match="'CIRR' is the source 'CIRR', which has no split: its format is known"):
+        load_mixture({"CIRR": {"split": "train"}}, tmp_path)

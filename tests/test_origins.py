@@ -132,6 +132,22 @@ def test_a_video_file_is_read_as_in_the_library():
         Origins(10**6, 10**6, 0).video(data(content, "video/mp4"))
 
 
+def test_pixels_of_a_video_file_are_reserved_before_they_are_decoded(monkeypatch):
+    film, reserved = data((MEDIA / "rotated.mp4").read_bytes(), "video/mp4"), []
+    whole = 8 * 160 * 112
+    assert Origins(*BOUNDS).video(film, 0, reserved.append)[1] == whole and reserved == [whole, 0]
+    frame = data((MEDIA / "n1.mp4").read_bytes(), "video/mp4")  # one frame, which is there twice
+    pixels = Origins(*BOUNDS).video(frame, 0, reserved.append)[1]
+    assert pixels < reserved[2] and sum(reserved[2:]) == pixels
+
+    def full(pixels):
+        raise KeyError("full")
+
+    monkeypatch.setattr("btok_hf.serving.origins.read_video", None)  # it is not reached
+    with pytest.raises(KeyError, match="full"):
+        Origins(*BOUNDS).video(film, 0, full)
+
+
 def test_a_server_without_pyav_says_what_it_reads(monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)  # its import fails, as where it is not installed
     content = (MEDIA / "rotated.mp4").read_bytes()

@@ -1,6 +1,7 @@
 """The package: installation, imports and layout."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -133,6 +134,21 @@ def test_right_imports_are_no_fault(tmp_path):
     graph = layout.imports(write_tree(tmp_path, **files))
     assert graph["btok_hf"] == set() and graph["btok_hf.training.b"] == {"btok_hf.a"}
     assert graph["btok_hf.training"] == {"btok_hf.training.b"} and layout.faults(graph) == []
+
+
+def test_the_architecture_page_names_every_module_in_a_layer_above_what_it_imports():
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8").partition("\n## Modules\n")[2].partition("\n## ")[0]
+    sections = [re.findall(r"`([\w/]+\.py)`", section) for section in page.split("\n### ")[1:]]
+    layer = {path: number for number, section in enumerate(sections) for path in section}
+    names = {name: path.relative_to(ROOT).as_posix() for name, path in layout.modules(ROOT).items()}
+    assert sorted(path for section in sections for path in section) == sorted(names.values())
+    upward = [
+        f"{name} imports {other}"
+        for name, imported in layout.imports(ROOT).items()
+        for other in imported
+        if layer[names[other]] < layer[names[name]]
+    ]
+    assert upward == []
 
 
 def test_source_files_are_short():

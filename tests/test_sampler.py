@@ -11,7 +11,7 @@ from datasets import Dataset
 from sentence_transformers.base.sampler import DefaultBatchSampler, NoDuplicatesBatchSampler
 from torch.utils.data import ConcatDataset, RandomSampler
 
-from btok_hf.training.sampler import MixtureBatchSampler
+from btok_hf.training.sampler import GroupBatchSampler, MixtureBatchSampler
 
 SIZES = {"a": 100, "b": 37, "c": 1000}
 
@@ -76,6 +76,39 @@ def test_no_duplicates_holds_in_a_mixture():
         assert len(batch) == 4 == len({(index - offsets[source_of(batch)]) % 10 for index in batch})
     assert len({index for batch in batches for index in batch if index < 100}) == 100
     assert len(set(map(tuple, batches))) == 300  # each pass in a new order
+
+
+@pytest.mark.parametrize(
+    ("sizes", "found"),
+    [
+        ([40, 1, 1], "3 groups of up to 40 rows"),  # fewer than the rows of a batch
+        ([40, 2, 2, 2], "4 groups of up to 40 rows"),
+    ],
+)
+def test_groups_that_give_too_few_batches_are_refused(sizes, found):
+    """Sentence-Transformers only warns. The training would end early, or not begin."""
+    rows = Dataset.from_dict({"group": np.repeat(np.arange(len(sizes)), sizes)})
+    with pytest.raises(
+        ValueError, match=rf"cannot fill \d+ batches of 4 .*: the \d+ rows give {found}\. Lower per_dev"
+    ):
+        GroupBatchSampler(rows, batch_size=4, drop_last=True)
+    assert len(list(GroupBatchSampler(rows, batch_size=4, drop_last=False))) >= 10
+
+
+def test_an_epoch_that_is_too_short_is_an_error(monkeypatch):
+    rows = Dataset.from_dict({"group": np.repeat(np.arange(5), [20, 5, 5, 5, 5])})
+    assert len(list(GroupBatchSampler(rows, batch_size=4, drop_last=True))) == 10  # in several passes
+    monkeypatch.setattr("sentence_transformers.base.sampler._MAX_RESAMPLE_PASSES", 0)
+    with pytest.raises(ValueError, match=r"cannot fill 10 batches of 4 .*: the 40 rows give \d batches"):
+        list(GroupBatchSampler(rows, batch_size=4, drop_last=True))
+    # A mixture reads the rows again, and an evaluation uses what there is.
+    assert len(list(GroupBatchSampler(rows, batch_size=4, drop_last=True, complete=False))) < 10
+
+
+def test_groups_of_any_kind_are_compared_as_in_the_loss():
+    rows = Dataset.from_dict({"group": [["x"], ["y"], ["x"], ["z"]] * 2})
+    assert all({0, 2, 4, 6} & {*batch} for batch in GroupBatchSampler(rows, batch_size=3, drop_last=True))
+    assert all(len({0, 2, 4, 6} & {*batch}) == 1 for batch in GroupBatchSampler(rows, batch_size=3, drop_last=True))
 
 
 def test_the_order_follows_from_seed_and_epoch():

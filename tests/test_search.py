@@ -14,8 +14,8 @@ from support.units import rows_of, write_units
 from btok_hf import BTokSentenceTransformer
 from btok_hf.commands.corpus import run_search
 from btok_hf.corpus.index import Index
-from btok_hf.corpus.job import identify
 from btok_hf.corpus.search import Searcher
+from btok_hf.model_info import identify
 
 MODEL = ROOT / "benchmarks" / "unified" / "models" / "btok-small"
 PICTURES = ("example_1.png", "example_2.png", "example_3.png")

@@ -24,7 +24,7 @@ from support.serving import embed, message, png, refusal, served, web_server
 
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model
 from btok_hf.cli import main
-from btok_hf.serving.gate import Limits
+from btok_hf.serving.limits import Limits
 from btok_hf.serving.origins import Origins
 from btok_hf.serving.server import ServedModel, make_app
 from btok_hf.serving.verify_url import verify_url
@@ -214,7 +214,7 @@ def test_many_clients_at_once_get_their_own_vectors(server, model):
         ({"messages": [message("a"), message("b")]}, "one user message"),
         ({"messages": [{"role": "system", "content": message(FRAMES[0])["content"]}, message("a")]}, "must be text"),
         ({"messages": [message()]}, "empty"),
-        ({"messages": [{"role": "system", "content": "\ud800"}, message("a")]}, "half a character"),
+        ({"messages": [{"role": "system", "content": "\ud800"}, message("a")]}, "lone surrogate"),
         ({"messages": [{"role": "user", "content": "a", "\ud800": 1}]}, "unicode|no field"),
         ("{", r"not JSON \(at character 1\)"),
         (b"\xff", "body"),

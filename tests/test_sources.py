@@ -1,11 +1,14 @@
 """Training sources in the formats of their repositories."""
 
+import io
 import logging
 import pickle
 
 import datasets
+import numpy as np
 import pytest
 from datasets import Dataset
+from PIL import Image as PILImage
 from support.media import image
 from support.source_tree import llava_hound, mmeb, pages, question, stored
 
@@ -117,6 +120,23 @@ def test_colpali_rows(tmp_path):
     assert dataset[0]["query"]["text"] == f"Which is true? Options: {OPTIONS}"
     assert dataset[4]["query"]["text"] == "How long?"
     assert dataset[0]["query"]["image"].size == (60, 80) and dataset[0]["query"]["image"].mode == "RGB"
+
+
+def test_pages_are_the_pictures_that_encode_sees(tmp_path):
+    """Upright, on white, and with 16 bits scaled to 8."""
+    clear, turned = PILImage.new("RGBA", (60, 80), (255, 0, 0, 0)), image(60, 80)
+    deep = PILImage.fromarray(np.full((80, 60), 40_000, np.uint16))
+    exif = PILImage.Exif()
+    exif[0x0112] = 6  # lies on its side
+    rows = [question(f"q{i}", "a", image=None) for i in range(3)]
+    for row, (page, options) in zip(rows, ((clear, {}), (turned, {"exif": exif}), (deep, {}))):
+        content = io.BytesIO()
+        page.save(content, "PNG", **options)
+        row["image"] = {"bytes": content.getvalue(), "path": None}
+    pages(tmp_path, "colpali_train_set", rows)
+    clear, turned, deep = (row["query"]["image"] for row in load_source("colpali_train_set", tmp_path))
+    assert clear.getpixel((0, 0)) == (255, 255, 255) and turned.size == (80, 60)
+    assert deep.getpixel((0, 0)) == (156, 156, 156)
 
 
 def test_visrag_rows(tmp_path):

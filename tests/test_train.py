@@ -3,12 +3,12 @@
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +29,15 @@ from btok_hf.training.checkpoints import checkpoint_to_resume
 from btok_hf.training.data import metric_names, retrieval_evaluator
 from btok_hf.training.mixture import read_mixture
 from btok_hf.training.sources import SOURCES
-from btok_hf.training.train import ModelArguments, ScriptArguments, choose_best_metric, main, set_up, starting_point
+from btok_hf.training.train import (
+    ModelArguments,
+    ScriptArguments,
+    check_start_model,
+    find_recipe,
+    main,
+    set_up,
+    starting_point,
+)
 
 
 @pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "training" / "recipes").glob("[!m]*.yaml")))
@@ -48,6 +56,16 @@ def test_recipes_are_read(recipe, tmp_path):
         assert (args.temperature, args.learning_rate, args.warmup_steps) == (0.02, 5e-5, 100)
         assert (args.condensation_weight, args.condensation_steps, args.max_steps) == (5.0, 2000, 5000)
         assert get_peft_config(model_args).target_modules is None
+
+
+def test_recipes_are_found_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = ROOT / "training" / "recipes" / "emoji.yaml"
+    assert find_recipe("emoji") == find_recipe("emoji.yaml") == own
+    (tmp_path / "emoji.yaml").touch()
+    assert str(find_recipe("emoji.yaml")) == "emoji.yaml" and find_recipe("emoji") == own
+    with pytest.raises(FileNotFoundError, match=r"not one of this library's recipes: btok_qwen2_5vl_3b, "):
+        find_recipe("recipes/emoji.yaml")
 
 
 SCRIPT = ROOT / "training" / "train.py"
@@ -110,20 +128,22 @@ def test_flags_that_would_change_nothing_are_refused(repo, tmp_path, monkeypatch
 
 def test_a_folder_with_another_start_is_refused(bases, tmp_path):
     args, base = config(tmp_path), ModelArguments(model_name_or_path=bases["qwen2_vl"])
+    check_start_model(base, 4, {}, args)
     start, _ = starting_point(base, 4, {}, args)
     assert starting_point(base, 4, {}, args) == (start, None)
+    check_start_model(base, None, {}, args)
     for other in ((base, 2, {}), (base, 4, {"max_pixels": 56 * 56})):
         with pytest.raises(
             ValueError, match=r"start was made from .*'num_tokens': 4.*Remove it, or name another output_dir"
         ):
-            starting_point(*other, args)
+            check_start_model(*other, args)
 
 
 def test_another_number_of_tokens_than_the_model_has_is_refused(repo, tmp_path):
     start = ModelArguments(model_name_or_path=repo)
     assert starting_point(start, 4, {}, config(tmp_path)) == starting_point(start, None, {}, config(tmp_path))
     with pytest.raises(ValueError, match="has 4 Bottleneck Tokens, and num_tokens is 8"):
-        starting_point(start, 8, {}, config(tmp_path))
+        check_start_model(start, 8, {}, config(tmp_path))
 
 
 def test_training_pushes_what_everybody_loads(hub, bases, tmp_path):
@@ -175,7 +195,8 @@ def run_as_command(*arguments, monkeypatch):
     return cli.main(["train", *arguments])
 
 
-MODEL = ["--model_name_or_path", "x", "--train_files"]
+MODEL = ["--model_name_or_path", "base", "--train_files"]
+NO_DATA = ["--train_files", "none.csv"]
 BOTH = pytest.mark.parametrize("run", [run_as_script, run_as_command])
 
 
@@ -211,14 +232,31 @@ def test_training_script_shows_its_flags(run, monkeypatch, capsys):
         ([*MODEL, "{}"], "error: train_files must be a file"),
         ([*MODEL, '{"a": 3}'], "error: Dataset 'a': a file must be a text, got 3"),
         ([*MODEL, '{"a": ["x.jsonl"]}'], "error: Dataset 'a': a file must be a text"),
-        (["--config", "missing.yaml"], "error: No such file or directory: 'missing.yaml'"),
+        (
+            ["--config", "missing.yaml"],
+            "error: --config 'missing.yaml' is not a file and .*recipes: btok_.*, emoji[.]",
+        ),
+        (["--model_name_or_path", "none", *NO_DATA], "error: none is neither a local folder nor a readable Hub"),
+        (["--model_name_or_path", "empty", *NO_DATA], "error: The folder empty has no weights"),
+        (["--model_name_or_path", "other", *NO_DATA], "error: .*bert"),
+        ([*MODEL, "none.csv", "--use_peft", "--lora_dropout", "0.1"], "error: lora_dropout must be 0, got 0.1"),
+        ([*MODEL, "none.csv", "--data_licenses", '{"nobody": "MIT"}'], "error: data_licenses must name the datasets"),
         (["--config", "broken.yaml"], "error: The file of --config is not YAML"),
-        ([*MODEL, "pairs.jsonl", "--resume_from_checkpoint", "true"], "error: There is no complete checkpoint in"),
-        ([*MODEL, "pairs.jsonl", "--resume_from_checkpoint", "nope"], "error: Checkpoint 'nope' is not complete"),
+        ([*MODEL, "pairs.jsonl", "--resume_from_checkpoint", "true"], "error: There is no checkpoint in"),
+        (
+            [*MODEL, "pairs.jsonl", "--resume_from_checkpoint", "nope"],
+            "error: Checkpoint 'nope' cannot be resumed from: it is not complete",
+        ),
     ],
 )
-def test_bad_arguments_are_one_line(run, arguments, message, monkeypatch, tmp_path):
+def test_bad_arguments_are_one_line(run, arguments, message, bases, monkeypatch, tmp_path):
+    """Those of model and flags before those of the data, which may take an hour to load."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").symlink_to(bases["qwen2_vl"])
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "empty").mkdir()
+    shutil.copy(tmp_path / "base" / "config.json", tmp_path / "empty")
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "broken.jsonl").write_text('{"query": "a", "posi')
     (tmp_path / "list.yaml").write_text("- a.csv\n")
@@ -252,8 +290,9 @@ def test_an_error_in_training_keeps_its_traceback(run, repo, tmp_path, monkeypat
 
 
 @BOTH
-def test_debug_shows_where_an_error_was_raised(run, monkeypatch, tmp_path):
+def test_debug_shows_where_an_error_was_raised(run, bases, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").symlink_to(bases["qwen2_vl"])
     with pytest.raises(FileNotFoundError, match=r"missing\.csv"):
         run(*MODEL, "missing.csv", "--debug", monkeypatch=monkeypatch)
 
@@ -264,14 +303,19 @@ def test_metrics_are_known_before_anything_is_evaluated(repo, tmp_path):
     model = BTokSentenceTransformer(repo, device="cpu")
     names = metric_names(evaluator, model)
     assert set(names) == set(evaluator(model))
-    args = SimpleNamespace(metric_for_best_model="loss", greater_is_better=None)
-    choose_best_metric(args, names)
-    assert args.metric_for_best_model == "pairs_cosine_ndcg@10" and args.greater_is_better
-    args.metric_for_best_model = "eval_pairs_cosine_recall@1"
-    choose_best_metric(args, names)
-    args.metric_for_best_model = "nonsense"
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps", "max_steps": 1}
+
+    def trainer(evaluator, **options):
+        args = config(tmp_path, **best, **options)
+        return CondensationTrainer(model=model, args=args, train_dataset=text_pairs(4), evaluator=evaluator)
+
+    chosen = trainer(evaluator).args
+    assert chosen.metric_for_best_model == "pairs_cosine_ndcg@10" and chosen.greater_is_better
+    trainer(evaluator, metric_for_best_model="eval_pairs_cosine_recall@1")
     with pytest.raises(ValueError, match=r"must be one of pairs_cosine_accuracy@1, .*got 'nonsense'"):
-        choose_best_metric(args, names)
+        trainer(evaluator, metric_for_best_model="nonsense")
+    with pytest.raises(ValueError, match=r"no eval_dataset to measure it on. Name a metric of the evaluator"):
+        trainer([evaluator, evaluator])
 
 
 def test_a_run_that_is_stopped_exports_nothing(repo, tmp_path):
@@ -291,7 +335,7 @@ def test_a_run_that_is_stopped_exports_nothing(repo, tmp_path):
     job.trainer.add_callback(Stop())
     with pytest.raises(RuntimeError, match=r"step \d+ of 20, so nothing is exported. Go on .*--resume_from"):
         job.run()
-    assert checkpoint_to_resume(True, str(out)) and not (out / "README.md").exists()
+    assert checkpoint_to_resume(True, str(out), saves=True) and not (out / "README.md").exists()
 
 
 @pytest.mark.parametrize("content", ["3: 4\n", "null: 1\n"])

@@ -211,12 +211,42 @@ def test_tolerance(exported, server, capsys):
 
 def test_a_server_that_fails_or_is_not_there(exported, server):
     server.model = None  # every request ends in an exception, and without an answer
-    with pytest.raises(RuntimeError, match="stopped to answer"):
+    with pytest.raises(RuntimeError, match="stopped answering"):
         verify_url(exported, server.url)
     with pytest.raises(RuntimeError, match=r"/v1/models names no model .*Start the server"):
         verify_url(exported, "http://127.0.0.1:9")
     with pytest.raises(ValueError, match="starts with http"):
         verify_url(exported, "127.0.0.1:8000")
+
+
+@pytest.mark.parametrize("status", [401, 429])
+def test_refusals_that_are_not_of_the_input_are_an_error(exported, server, monkeypatch, status):
+    """A server whose queue is full has not been compared."""
+    right = Handler.do_POST
+
+    def busy(self):
+        return right(self) if len(server.encodings) < 3 else self.answer(status, {"error": "busy"})
+
+    monkeypatch.setattr(Handler, "do_POST", busy)
+    with pytest.raises(RuntimeError, match=rf"did not look at a golden input: HTTP {status} .*busy.*Try again"):
+        verify_url(exported, server.url)
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/embeddings"])
+@pytest.mark.parametrize("status", [200, 400])
+def test_answers_that_are_cut_off_end_in_one_line(exported, server, monkeypatch, path, status):
+    """Of these, http.client raises errors of its own."""
+
+    def cut(self):
+        self.send_response(status)
+        self.send_header("content-length", "1000")
+        self.end_headers()
+        self.wfile.write(b"{")
+
+    method = "do_GET" if path == "/v1/models" else "do_POST"
+    monkeypatch.setattr(Handler, method, cut)
+    with pytest.raises(RuntimeError, match=r"stopped answering|names no model|none of the|answers none"):
+        verify_url(exported, server.url)
 
 
 @pytest.mark.parametrize("answer", [{"object": "error"}, {"data": []}, {"data": [{"embedding": {}}]}, None])

@@ -102,7 +102,7 @@ def test_a_hole_in_a_video_is_said(mp4, tmp_path, monkeypatch):
 
     opened = av.open
     monkeypatch.setattr(av, "open", lambda path, mode, **options: Holed(opened(path, mode, **options)))
-    with pytest.raises(ValueError, match=r"has a hole: \d+ frames are announced, but only \d of the 8 asked for"):
+    with pytest.raises(ValueError, match=r"is damaged: \d+ frames are announced, but only \d of the 8 asked for"):
         read_video(mp4)
 
 

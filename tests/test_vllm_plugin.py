@@ -6,7 +6,7 @@ import sys
 from contextlib import nullcontext
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -55,11 +55,12 @@ def test_engines_that_run_any_model_are_told_not_to():
     assert not BTokForEmbedding.is_backend_compatible()
 
 
-def settings(prefill=False, caching=False, chunked=False):
+def settings(prefill=False, caching=False, chunked=False, threshold=0, transfer=None, offloading=None):
     return SimpleNamespace(
         model_config=SimpleNamespace(pooler_config=SimpleNamespace(enable_chunked_processing=chunked)),
-        scheduler_config=SimpleNamespace(enable_chunked_prefill=prefill),
-        cache_config=SimpleNamespace(enable_prefix_caching=caching),
+        scheduler_config=SimpleNamespace(enable_chunked_prefill=prefill, long_prefill_token_threshold=threshold),
+        cache_config=SimpleNamespace(enable_prefix_caching=caching, kv_offloading_size=offloading),
+        kv_transfer_config=transfer,
     )
 
 
@@ -68,7 +69,10 @@ def test_settings_that_cut_rows_are_refused():
     check(settings())
     for name, word in (
         ("prefill", "--enable-chunked-prefill"),
+        ("threshold", "--long-prefill-token-threshold"),
         ("caching", "--enable-prefix-caching"),
+        ("transfer", "--kv-transfer-config"),
+        ("offloading", "--kv-offloading-size"),
         ("chunked", "enable_chunked_processing"),
     ):
         with pytest.raises(ValueError, match=rf"needs whole rows, but {word}.*would cut them"):
@@ -93,15 +97,20 @@ def test_what_the_cpu_kernels_of_recurrent_layers_cannot_run_is_refused(dtype, k
         vllm_plugin.BTokRecurrentConfig.check_cpu_kernels(config)
 
 
-def config(tokenizer, mode="auto", asked=None, positions=4096, **video):
+def config(repo, mode="auto", asked=None, positions=4096, dimensions=None, media=None, processor=None, pruning=None):
     """What vLLM has read and computed when it calls the plugin. It counts scaled positions twice."""
-    reading = {"video": video} if video else {}
     return SimpleNamespace(
+        model=str(repo),
+        revision=None,
+        hf_config=SimpleNamespace(matryoshka_dimensions=[16, 64]),
+        pooler_config=SimpleNamespace(dimensions=dimensions),
         tokenizer_mode=mode,
-        multimodal_config=SimpleNamespace(media_io_kwargs=reading),
-        tokenizer=str(tokenizer),
+        multimodal_config=SimpleNamespace(
+            media_io_kwargs=media or {}, mm_processor_kwargs=processor, video_pruning_rate=pruning
+        ),
+        tokenizer=str(repo),
         tokenizer_revision=None,
-        hf_text_config=SimpleNamespace(max_position_embeddings=positions),
+        hf_text_config=SimpleNamespace(max_position_embeddings=positions, hidden_size=64),
         original_max_model_len=asked,
         max_model_len=2 * positions if asked in (None, -1) else asked,
     )
@@ -135,11 +144,93 @@ def test_rows_beyond_the_positions_are_refused(tmp_path):
         vllm_plugin.BTokConfig.verify_and_update_model_config(config(tmp_path, asked=4097))
 
 
-def test_the_renderer_and_the_defaults_of_videos_are_set(exported):
+def test_the_renderer_and_the_reading_of_videos_are_set(exported):
     update = vllm_plugin.BTokConfig.verify_and_update_model_config
-    for given, expected in (({}, vllm_plugin.VIDEO), ({"num_frames": 8}, {**vllm_plugin.VIDEO, "num_frames": 8})):
-        changed = config(exported, **given)
+    changed = config(exported)
+    for _ in range(2):  # vLLM may call it again
         update(changed)
-        assert changed.tokenizer_mode == "btok" and changed.multimodal_config.media_io_kwargs == {"video": expected}
+        assert changed.tokenizer_mode == "btok" and changed.pooler_config.dimensions is None
+        assert changed.multimodal_config.media_io_kwargs == {"video": vllm_plugin.VIDEO}
     with pytest.raises(ValueError, match="got --tokenizer-mode slow"):
         update(config(exported, "slow"))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"media": {"video": {"num_frames": 4}}}, "--media-io-kwargs {'video': {'num_frames': 4}} changes that"),
+        ({"media": {"image": {"rgba_background_color": [0, 0, 0]}}}, "--media-io-kwargs {'image'"),
+        ({"processor": {"fps": 1}}, "but fps in --mm-processor-kwargs may leave some out"),
+        ({"processor": {"videos_kwargs": {"do_sample_frames": True}}}, "but do_sample_frames in"),
+        ({"pruning": 0.5}, "but --video-pruning-rate may"),
+    ],
+)
+def test_other_frames_and_colours_are_refused(exported, given, says):
+    with pytest.raises(ValueError, match=f"needs .*{says}.*Leave it out"):
+        vllm_plugin.BTokConfig.verify_and_update_model_config(config(exported, **given))
+    vllm_plugin.BTokConfig.verify_and_update_model_config(config(exported, processor={"max_pixels": 501_760}))
+
+
+@pytest.mark.parametrize(
+    ("saved", "asked", "expected", "sizes"),
+    [
+        (8, None, 8, [8, 16, 64]),
+        (8, 16, 16, [8, 16, 64]),  # --pooler-config
+        (None, None, None, [16, 64]),
+        (64, None, None, [16, 64]),
+    ],
+)
+def test_vectors_are_cut_as_the_repository_says(tmp_path, saved, asked, expected, sizes):
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps({"truncate_dim": saved}))
+    changed = config(tmp_path, dimensions=asked)
+    vllm_plugin.BTokConfig.set_dimensions(changed)
+    assert changed.pooler_config.dimensions == expected and changed.hf_config.matryoshka_dimensions == sizes
+
+
+# ---------------------------------------------------------------- other releases of vLLM
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    """Stands in for the names that the plugin takes from vLLM, which is not installed here."""
+    registries = {
+        "vllm": {"__version__": "0.32.1", "ModelRegistry": SimpleNamespace(register_model=lambda *names: None)},
+        "vllm.model_executor.models.config": {"MODELS_CONFIG_MAP": {}},
+        "vllm.multimodal.video": {"VIDEO_LOADER_REGISTRY": SimpleNamespace(name2class={})},
+        "vllm.renderers.registry": {"RENDERER_REGISTRY": SimpleNamespace(renderers={})},
+        "vllm.tokenizers.registry": {"TokenizerRegistry": SimpleNamespace(tokenizers={})},
+    }
+    modules = {name: ModuleType(name) for name in registries}
+    for name, module in modules.items():
+        vars(module).update(registries[name])
+        monkeypatch.setitem(sys.modules, name, module)
+    return SimpleNamespace(
+        root=modules["vllm"],
+        renderers=modules["vllm.renderers.registry"].RENDERER_REGISTRY,
+        configs=modules["vllm.model_executor.models.config"].MODELS_CONFIG_MAP,
+    )
+
+
+def test_every_part_is_registered(vllm, caplog):
+    vllm_plugin.register()
+    assert set(vllm.renderers.renderers) == {"btok"} and len(vllm.configs) == len(vllm_plugin.FAMILIES)
+    assert not caplog.records
+
+
+def test_another_release_of_vllm_is_left_as_it_is(vllm, caplog):
+    vllm.root.__version__ = "0.33.0"
+    vllm_plugin.register()
+    assert not vllm.renderers.renderers and not vllm.configs
+    (line,) = caplog.messages
+    assert line.startswith("btok-hf does not support vLLM 0.33.0 (it is written for vLLM 0.32)")
+    assert "install vLLM 0.32 for them. Other models are not affected." in line
+
+
+@pytest.mark.parametrize("missing", ["module", "attribute"])
+def test_a_vllm_without_what_the_plugin_needs_is_left_as_it_is(vllm, monkeypatch, caplog, missing):
+    if missing == "module":
+        monkeypatch.setitem(sys.modules, "vllm.tokenizers.registry", None)  # its import fails
+    else:
+        del vllm.renderers.renderers
+    vllm_plugin.register()
+    assert not vllm.configs and "btok-hf does not support vLLM 0.32.1 (" in caplog.text

@@ -1,42 +1,89 @@
 """Checkpoints on disk: which are complete, which one to resume from, which to delete.
 
 The Trainer writes a checkpoint file by file. If it is killed in between, it would resume from the half-written folder,
-with a fresh optimizer where that file is missing. So a manifest is written last: the files, their sizes and the time.
+with a new optimizer where that file is missing. So a manifest is written last. It holds the time, the sizes of the
+files, and what decides the order of the rows, because a run that resumes skips as many batches as it has seen.
 When a checkpoint is saved is decided in `condensation_trainer.py`.
 """
 
 import json
-import os
+import math
 import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging
 
-from btok_hf.files import nearest_existing
+from btok_hf.files import nearest_existing, replacing
+from btok_hf.training.condensation_config import CondensationConfig
+
+logger = logging.get_logger(__name__)
 
 MANIFEST = "manifest.json"
+# With `enable_jit_checkpoint`, every process makes this file in the folder before it saves, and removes it afterwards.
+SENTINEL = "checkpoint-is-incomplete.txt"
 
 
-def mark_complete(folder: Path | str) -> None:
-    """Write the manifest of a checkpoint. Call it after all other files are written."""
+def row_order(args: CondensationConfig, train_dataset: Any) -> dict[str, Any]:
+    """What decides which rows a step sees, as values of JSON.
+
+    Args:
+        args (`CondensationConfig`): The arguments of the run.
+        train_dataset (`Dataset` or `dict[str, Dataset]`): Its data.
+    """
+    parts = train_dataset if isinstance(train_dataset, dict) else {"train_dataset": train_dataset}
+    weights: Any = args.dataset_weights or {}
+    return {
+        "processes": args.world_size,
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "dataloader_drop_last": args.dataloader_drop_last,
+        "batch_sampler": getattr(args.batch_sampler, "value", None),  # not of a class or function of the user
+        "multi_dataset_batch_sampler": getattr(args.multi_dataset_batch_sampler, "value", None),
+        "seed": args.seed if args.data_seed is None else args.data_seed,
+        "rows": {name: len(dataset) for name, dataset in parts.items()},
+        "dataset_weights": {name: float(weights[name]) for name in parts if name in weights},
+        "block_size": args.block_size,
+    }
+
+
+def mark_complete(folder: Path | str, order: Mapping[str, Any], only_model: bool = False) -> None:
+    """Write the manifest of a checkpoint. Call it after all other files are written.
+
+    Args:
+        folder (`str` or `Path`): The checkpoint.
+        order (`dict`): What `row_order` gives.
+        only_model (`bool`): Whether it holds no optimizer, as with `save_only_model`.
+    """
     folder = Path(folder)
-    sizes = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
-    unfinished = folder / (MANIFEST + ".tmp")
-    unfinished.write_text(json.dumps({"written": time.time(), "sizes": sizes}, indent=2) + "\n", "utf-8")
-    os.replace(unfinished, folder / MANIFEST)
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name != SENTINEL]
+    manifest = {
+        "written": time.time(),
+        "only_model": only_model,
+        "row_order": order,
+        "sizes": {str(file.relative_to(folder)): file.stat().st_size for file in files},
+    }
+    with replacing(folder / MANIFEST) as file:
+        file.write((json.dumps(manifest, indent=2) + "\n").encode())
+
+
+def _manifest(folder: Path | str) -> dict[str, Any]:
+    return json.loads(Path(folder, MANIFEST).read_text("utf-8"))
 
 
 def incomplete_reason(folder: Path | str) -> str | None:
-    """Why a checkpoint cannot be resumed from; `None` if it is complete."""
+    """Why a checkpoint is not complete; `None` if it is."""
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
         return f"it has no {MANIFEST}, so it was not written to its end"
-    for name, size in json.loads((folder / MANIFEST).read_text("utf-8"))["sizes"].items():
+    for name, size in _manifest(folder)["sizes"].items():
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
@@ -52,8 +99,7 @@ def checkpoints(output_dir: Path | str) -> list[Path]:
     """
 
     def order(path: Path) -> tuple[float, int]:
-        manifest = path / MANIFEST
-        written = json.loads(manifest.read_text("utf-8"))["written"] if manifest.is_file() else 0
+        written = _manifest(path)["written"] if (path / MANIFEST).is_file() else 0
         return written, int(path.name.removeprefix("checkpoint-"))
 
     found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
@@ -83,26 +129,59 @@ def rotate(output_dir: Path | str, limit: int, best: str | None = None) -> None:
             kept.remove(path)
 
 
-def check_disk_space(model: torch.nn.Module, output_dir: Path | str, only_trained: bool) -> None:
-    """Require space for one checkpoint: weights, and AdamW's two fp32 moments of those that are trained.
+def checkpoints_to_write(args: CondensationConfig) -> int:
+    """How many more checkpoints a run will have on disk at the same time.
+
+    Without `save_total_limit` these are all that it saves. Where their number is not known before training, it is 1.
+    """
+    if args.save_strategy == "no":
+        return 0
+    most = math.inf
+    if args.save_total_limit is not None and args.save_total_limit > 0:
+        # The oldest one is deleted when the new one is complete. The best one is kept beside the newest.
+        most = max(args.save_total_limit, 2 if args.load_best_model_at_end else 1) + 1
+    if args.save_strategy == "steps" and args.max_steps > 0:
+        interval = args.save_steps if args.save_steps >= 1 else math.ceil(args.max_steps * args.save_steps)
+        most = min(most, math.ceil(args.max_steps / interval))
+    elif args.save_strategy == "epoch" and args.max_steps <= 0:
+        most = min(most, math.ceil(args.num_train_epochs))
+    written = [path for path in checkpoints(args.output_dir) if incomplete_reason(path) is None]
+    return 1 if most == math.inf else max(1, int(most) - len(written))
+
+
+def check_disk_space(model: torch.nn.Module, args: CondensationConfig, only_trained: bool, export: bool) -> None:
+    """Require space for the checkpoints and the export of a run.
+
+    A checkpoint takes the weights, and AdamW's two fp32 moments of those that are trained.
 
     Args:
         model (`torch.nn.Module`): The model.
-        output_dir (`str` or `Path`): Folder of the run, which may not exist yet.
+        args (`CondensationConfig`): The arguments of the run. Its output folder may not exist yet.
         only_trained (`bool`): A checkpoint holds only the weights that are trained, as with adapters.
+        export (`bool`): Whether the run writes the merged model to the output folder.
 
     Raises:
         ValueError: There is too little.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    saved = trained if only_trained else list(model.parameters())
-    needed = sum(p.numel() * p.element_size() for p in saved) + sum(8 * p.numel() for p in trained)
-    free = shutil.disk_usage(nearest_existing(output_dir)).free
-    if free < needed:
-        raise ValueError(
-            f"A checkpoint needs about {needed / 1e9:.1f} GB, but {output_dir!r} has {free / 1e9:.1f} GB free. Free "
-            "space, or name another output_dir."
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    saved = sum(p.numel() * p.element_size() for p in trained) if only_trained else weights
+    checkpoint = saved + (0 if args.save_only_model else sum(8 * p.numel() for p in trained))
+    count = checkpoints_to_write(args)
+    free = shutil.disk_usage(nearest_existing(args.output_dir)).free
+
+    def message(count: int) -> str:
+        return (
+            f"{args.output_dir!r} has {free / 1e9:.2f} GB free, and this run needs about "
+            f"{(count * checkpoint + export * weights) / 1e9:.2f} GB: {count} checkpoints of {checkpoint / 1e9:.2f} GB"
+            f"{f' and an export of {weights / 1e9:.2f} GB' * export}. Free space, name another output_dir, or keep "
+            "fewer checkpoints (save_total_limit)."
         )
+
+    if free < min(count, 1) * checkpoint + export * weights:
+        raise ValueError(message(min(count, 1)))
+    if free < count * checkpoint + export * weights:  # an estimate: other optimizers keep less
+        logger.warning(message(count))
 
 
 def all_finite(model: torch.nn.Module) -> bool:
@@ -132,30 +211,102 @@ def full_parameters(model: torch.nn.Module, state_dict: Mapping[str, torch.Tenso
             model.get_submodule(owner)._parameters[attribute] = shard
 
 
-def checkpoint_to_resume(chosen: bool | str | None, output_dir: Path | str) -> str | None:
+def _reason_not_to_resume(folder: Path | str) -> str | None:
+    """Why a checkpoint cannot be resumed from; `None` if it can."""
+    if reason := incomplete_reason(folder):
+        return f"it is not complete: {reason}"
+    if _manifest(folder).get("only_model"):
+        return "it holds no optimizer (save_only_model), so that a new one would go on in the middle of the training"
+    return None
+
+
+def checkpoint_to_resume(chosen: bool | str | None, output_dir: Path | str, saves: bool) -> str | None:
     """The checkpoint to resume from; `None` to train from the start.
 
     Args:
-        chosen (`bool` or `str`, *optional*): A checkpoint, or `True` for the newest complete one in `output_dir`.
+        chosen (`bool` or `str`, *optional*): A checkpoint; `True` for the newest complete one in `output_dir`; or
+            `"auto"` for the newest complete one if there is one, and otherwise the start. `"true"` and `"false"` are
+            what a flag gives.
         output_dir (`str` or `Path`): Folder of the run.
+        saves (`bool`): Whether the run will write checkpoints.
 
     Raises:
-        ValueError: There is no complete checkpoint, or `chosen` is not complete.
+        ValueError: There is no checkpoint to resume from, or `chosen` is not one. Or a run would start anew, and save
+            its checkpoints among those of an earlier one: `"auto"` could go on from the wrong run, and
+            `save_total_limit` would delete across both.
     """
-    if chosen is True:
-        newest = newest_complete(output_dir)
-        if newest is None:
-            found = [f"{path.name}: {incomplete_reason(path)}" for path in checkpoints(output_dir)]
+    word = str(chosen).lower()
+    if word not in ("true", "false", "none", "auto", ""):
+        if reason := _reason_not_to_resume(str(chosen)):
             raise ValueError(
-                f"There is no complete checkpoint in {output_dir!r} to resume from "
-                f"({'; '.join(found) or 'there is none at all'}). Train without resume_from_checkpoint."
+                f"Checkpoint {str(chosen)!r} cannot be resumed from: {reason}. Resume from another one (the newest "
+                f"complete one here is {newest_complete(Path(str(chosen)).parent)}), or start a new training."
             )
-        return str(newest)
-    if not chosen or str(chosen).lower() == "false":  # the text is what a flag gives
-        return None
-    if reason := incomplete_reason(chosen):
+        return str(chosen)
+    reasons = {path: _reason_not_to_resume(path) for path in checkpoints(output_dir)}
+    if word in ("true", "auto"):
+        if (newest := next((path for path, reason in reasons.items() if reason is None), None)) is not None:
+            logger.warning(f"Resuming from {newest}")
+            return str(newest)
+        if word == "true":
+            found = "; ".join(f"{path.name}: {reason}" for path, reason in reasons.items())
+            raise ValueError(
+                f"There is no checkpoint in {str(output_dir)!r} to resume from ({found or 'there is none at all'}). "
+                "Train without resume_from_checkpoint, or set it to auto, which starts if there is nothing to resume."
+            )
+    earlier = newest_complete(output_dir) if saves else None
+    if earlier is not None:
+        why = reasons[earlier]
+        other = f"it cannot be resumed from: {why}" if why else "or set resume_from_checkpoint to auto to continue it"
         raise ValueError(
-            f"Checkpoint {str(chosen)!r} is not complete: {reason}. Resume from another one: the newest complete one "
-            f"here is {newest_complete(Path(chosen).parent)}."
+            f"{str(output_dir)!r} holds checkpoints of an earlier run (the newest is {earlier.name}), and a training "
+            f"that starts anew would mix its own with them. Name another output_dir, or remove them; {other}."
         )
-    return str(chosen)
+    if word == "auto":
+        logger.warning(f"{output_dir} holds no checkpoint to resume from: training starts from step 0")
+    return None
+
+
+def check_unfinished(checkpoint: Path | str, args: CondensationConfig) -> None:
+    """Refuse to resume from the end of a training: without a further step, the export would be that of the old run.
+
+    Args:
+        checkpoint (`str` or `Path`): The checkpoint to resume from.
+        args (`CondensationConfig`): The arguments of this run, which may be longer.
+
+    Raises:
+        ValueError: No step is left.
+    """
+    state = json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text("utf-8"))
+    by_steps = args.max_steps > 0
+    if state["global_step"] >= (args.max_steps if by_steps else state["max_steps"]) and (
+        by_steps or state["epoch"] >= args.num_train_epochs
+    ):
+        raise ValueError(
+            f"{checkpoint} is the end of its training, so no step is left. Export it (btok export {checkpoint} "
+            "FOLDER), train longer (max_steps or num_train_epochs), or train anew in another output_dir."
+        )
+
+
+def check_same_rows(checkpoint: Path | str, order: Mapping[str, Any]) -> None:
+    """Refuse to resume with other data or batches: the rows that are skipped would not be those that were seen.
+
+    Args:
+        checkpoint (`str` or `Path`): The checkpoint to resume from.
+        order (`dict`): What `row_order` gives for this run.
+
+    Raises:
+        ValueError: A value differs.
+    """
+    then = _manifest(checkpoint).get("row_order")
+    if then is None:
+        logger.warning(f"{checkpoint} does not record its data and batches, so that they cannot be compared.")
+        return
+    # As texts: the order of the datasets counts.
+    changed = [name for name, value in order.items() if json.dumps(value) != json.dumps(then.get(name))]
+    if changed:
+        differences = "; ".join(f"{name} was {then.get(name)} and is {order[name]}" for name in changed)
+        raise ValueError(
+            f"{checkpoint} was trained in another order of rows: {differences}. The rows that are skipped would not "
+            "be those that were seen. Restore these values; or set ignore_data_skip, to begin the epoch's rows again."
+        )

@@ -11,11 +11,15 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel
 
-from btok_hf.inputs import REMOTE, is_cell, is_media_path, shown, text_of
+from btok_hf.content import content_hash
+from btok_hf.input_kinds import is_cell, is_media_path, is_messages, text_of
+from btok_hf.inputs import REMOTE, shown
 from btok_hf.sentence_transformer import BTokSentenceTransformer
+from btok_hf.training.cells import as_stored
+from btok_hf.training.condensation_config import CONDENSE, CondensationConfig
 from btok_hf.training.condensation_loss import CondensationLoss
 
 NOT_EMBEDDED = ("target", "group", "negative_groups", "dataset_name")  # columns of pairs
@@ -62,6 +66,35 @@ def check_model(model: Any, loss: Any, args: Any) -> BTokSentenceTransformer:
             "the file."
         )
     return model
+
+
+def checked_datasets(part: str, given: Any, args: Any) -> Any:
+    """The dataset or datasets of a trainer, checked row by row.
+
+    They are copies, because Sentence-Transformers changes the format of the datasets that it gets. Files are not
+    decoded in them (`as_stored`).
+
+    Args:
+        part (`str`): `train_dataset` or `eval_dataset`.
+        given (`Dataset` or `dict[str, Dataset]`, *optional*): What the user gave.
+        args (`CondensationConfig`): The arguments of the run.
+
+    Raises:
+        ValueError: As in `check_rows` and `check_targets`; splits to evaluate on among the training data.
+    """
+    if part == "train_dataset" and isinstance(given, DatasetDict) and {"test", "validation"} & set(given):
+        raise ValueError(
+            f"train_dataset has the splits {', '.join(given)}, and each would be trained on. Give one of them, as "
+            "dataset['train'], or a plain dict of the datasets to train on."
+        )
+    parts = given if isinstance(given, dict) else {part: given}
+    copies = {name: as_stored(data) if isinstance(data, Dataset) else data for name, data in parts.items()}
+    for name, dataset in copies.items():
+        check_rows(dataset, name)
+        if dataset is not None and isinstance(args, CondensationConfig) and args.condensation_weight:
+            sides = CONDENSE[args.condense_for(name if isinstance(given, dict) else None)]
+            check_targets(dataset, name, [generated for _, generated in sides])
+    return copies if isinstance(given, dict) else copies[part]
 
 
 def check_columns(columns: Collection[str], dataset_name: str | None = None) -> list[str]:
@@ -117,37 +150,49 @@ def most_negatives(parts: Dataset | dict[str, Dataset] | None) -> int:
     for dataset in parts.values() if isinstance(parts, dict) else [parts]:
         names = [] if dataset is None else dataset.column_names
         columns = sum(name != "negatives" for name in negative_columns(names))
-        cells = _cells(dataset, "negatives") if dataset is not None and "negatives" in names else []
+        cells = stored_cells(dataset, "negatives") if dataset is not None and "negatives" in names else []
         most = max(most, columns + max((len(cell) for cell in cells if cell), default=0))
     return most
 
 
 def check_rows(dataset: Dataset, where: str, required: Collection[str] = ("query", "positive")) -> None:
-    """Raise `ValueError` for the first row with an empty query, positive or group, or a file that does not exist.
+    """Raise `ValueError` for the first row with an empty query, positive or group, or a file that is not there.
 
-    Files that lie in the dataset and frames are not read. `where` names the dataset; cells of columns that are not
-    `required` may be null.
+    Files that are stored in the dataset are not decoded.
+
+    Args:
+        dataset (`Dataset`): Rows. Those that a transform makes are not checked.
+        where (`str`): Names the dataset in errors.
+        required (`Collection[str]`): The columns whose cells must not be null.
     """
     if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":  # rows are made on the way
         return
     arrow = dataset.with_format("arrow")
-    if "group" in dataset.column_names and (row := _without_meaning(arrow["group"])) >= 0:
+    if "group" in dataset.column_names and (row := _meaningless_group(arrow["group"])) >= 0:
         raise ValueError(
             f"Row {row} of {where}: its group is empty or not a number, and all such rows would be one group. Set it "
             "to None, for a row without a group."
         )
     if {"negatives", "negative_groups"} <= set(dataset.column_names):
         groups = (group for part in arrow["negative_groups"].chunks for group in part.to_pylist())
-        for row, (cells, own) in enumerate(zip(_cells(dataset, "negatives"), groups)):
+        for row, (cells, own) in enumerate(zip(stored_cells(dataset, "negatives"), groups)):
             check_negatives(cells, own, f"Row {row} of {where}")
     there: dict[str, bool] = {}  # by path
     # `check_columns` names those that are unknown or missing.
     embedded = ("query", "positive", *negative_columns(dataset.column_names))
     for name in (name for name in dataset.column_names if name in embedded):
-        for row, cell in enumerate(_cells(dataset, name)):
+        for row, cell in enumerate(stored_cells(dataset, name)):
             values = cell if isinstance(cell, list) and name == "negatives" else [cell]
-            values = values if name in required else [value for value in values if value is not None]
+            # A list that is null is an empty one here.
+            values = values if name in required else [value for value in values if value not in (None, [])]
+            if name != "negatives" and isinstance(cell, list) and cell and not is_messages(cell):
+                raise ValueError(
+                    f"Row {row} of {where}: its {name} is a list, which is no input. A column of lists of hard "
+                    'negatives is called negatives; several parts of one input are given as {"text": […]}, '
+                    '{"image": […]} or {"video": […]}.'
+                )
             problem = "is empty" if any(map(_is_empty, values)) else None
+            problem = problem or ("holds a file of 0 bytes" if any(map(_has_empty_file, values)) else None)
             for path in _paths(values):
                 if path not in there:
                     there[path] = os.path.isfile(path)
@@ -175,7 +220,13 @@ def check_negatives(negatives: Any, groups: Any, where: str) -> None:
         )
 
 
-def _without_meaning(groups: pa.ChunkedArray) -> int:
+def group_hash(group: Any) -> int:
+    """A hash of a group. Numbers and their texts are equal: 1, 1.0 and "1", as formats of files store them."""
+    whole = isinstance(group, float) and group.is_integer()
+    return content_hash({"group": int(group) if whole else group})
+
+
+def _meaningless_group(groups: pa.ChunkedArray) -> int:
     """The first row whose group is NaN or an empty text; -1 if there is none."""
     if pa.types.is_floating(groups.type):
         return pc.index(pc.is_nan(groups), True).as_py()
@@ -195,8 +246,8 @@ def check_targets(dataset: Dataset, where: str, generated: Collection[str]) -> N
     if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":  # rows are made on the way
         return
     for column in set(generated) & set(dataset.column_names):
-        given = _cells(dataset, "target") if "target" in dataset.column_names else repeat(None)
-        for row, (cell, target) in enumerate(zip(_cells(dataset, column), given)):
+        given = stored_cells(dataset, "target") if "target" in dataset.column_names else repeat(None)
+        for row, (cell, target) in enumerate(zip(stored_cells(dataset, column), given)):
             target_text(cell, target, column, f"Row {row} of {where}")
 
 
@@ -214,8 +265,11 @@ def target_text(cell: Any, target: Any, column: str, where: str) -> str:
     return text
 
 
-def _cells(dataset: Dataset, name: str) -> Iterator[Any]:
-    """The cells of a column; of files and numbers only whether they are there."""
+def stored_cells(dataset: Dataset, name: str) -> Iterator[Any]:
+    """The cells of a column, for checks: strings as they are, and `True` in place of each file or number.
+
+    `False` stands for a file of 0 bytes. So the contents of files are not read.
+    """
     column = dataset.select_columns([name])
     if holds_json(dataset.features[name]):
         yield from (row[name] for row in column)
@@ -226,13 +280,13 @@ def _cells(dataset: Dataset, name: str) -> Iterator[Any]:
 
 
 def holds_json(feature: Any) -> bool:
-    """Whether Arrow stores cells of a column, or parts of them, as JSON: dicts of different keys, without bytes."""
+    """Whether Arrow stores cells of a column, or parts of them, as JSON, as it does with dicts of different keys."""
     parts = feature.values() if isinstance(feature, dict) else [getattr(feature, "feature", None)]
     return isinstance(feature, datasets.Json) or any(holds_json(part) for part in parts if part is not None)
 
 
 def _names_alone(array: Any) -> Any:
-    """An Arrow array whose strings are kept, and of whose other values only whether they are there."""
+    """An Arrow array with its strings, and with booleans for all other values, as `stored_cells` gives them."""
     kind = array.type
     if pa.types.is_fixed_size_list(kind):
         return _names_alone(array.cast(pa.list_(kind.value_field)))
@@ -241,9 +295,11 @@ def _names_alone(array: Any) -> Any:
         return pa.StructArray.from_arrays(fields, [field.name for field in kind], mask=array.is_null())
     if pa.types.is_null(kind):
         return array
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return pc.greater(pc.binary_length(array), 0)
     if not _holds_strings(kind):
         return pc.if_else(array.is_valid(), True, pa.scalar(None, pa.bool_()))
-    # Where a list is missing, an empty one stands.
+    # A list that is null becomes an empty list.
     return type(array).from_arrays(array.offsets, _names_alone(array.values)) if _is_list(kind) else array
 
 
@@ -258,14 +314,21 @@ def _is_list(kind: Any) -> bool:
 
 
 def _is_empty(value: Any) -> bool:
-    """Whether nothing is there but white space."""
+    """Whether a value of `stored_cells` has no content but white space."""
     if isinstance(value, dict):
         return all(map(_is_empty, value.values()))
     return not (value.strip() if isinstance(value, str) else value)
 
 
+def _has_empty_file(value: Any) -> bool:
+    """Whether a value of `stored_cells` has a file of 0 bytes."""
+    if isinstance(value, dict):
+        return (is_cell(value) and value["bytes"] is False) or any(map(_has_empty_file, value.values()))
+    return isinstance(value, list) and any(map(_has_empty_file, value))
+
+
 def _paths(value: Any, is_file: bool = False) -> Iterator[str]:
-    """Files that the values of a cell name. `is_file`: a string is one, whatever it looks like."""
+    """Files that a value of `stored_cells` names. With `is_file`, every string is a path, whatever it looks like."""
     if isinstance(value, str):
         if not value.startswith(REMOTE) and (is_file or is_media_path(value)):
             yield value
@@ -273,7 +336,8 @@ def _paths(value: Any, is_file: bool = False) -> Iterator[str]:
         for part in value:
             yield from _paths(part, is_file)
     elif isinstance(value, dict) and is_cell(value):
-        if not value["bytes"] and value["path"] and "://" not in value["path"]:  # `datasets` opens hf://…, zip://…
+        # hf://… and zip://… are paths on the Hub and in archives.
+        if value["bytes"] is None and value["path"] and "://" not in value["path"]:
             yield value["path"]
     elif isinstance(value, dict):
         for key in ("image", "video", "url", "path"):  # of a dict, or of a part of a chat message

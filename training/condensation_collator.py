@@ -1,8 +1,9 @@
 """Rows of pairs → a batch of features: sides, negatives, target tokens, hashes of content.
 
-What the keys of a batch hold is listed in `btok_hf/features.py`; what a cell may hold, in `data.py`.
+What the keys of a batch hold is listed in `btok_hf/features.py`; what a cell may hold, in `cells.py`.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import repeat
@@ -16,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from btok_hf.bottleneck import escapes
 from btok_hf.content import content_hash
 from btok_hf.features import IGNORED, PIXEL_KEYS
-from btok_hf.training.checks import check_columns, check_negatives, target_text
+from btok_hf.training.cells import as_input
+from btok_hf.training.checks import check_columns, check_negatives, group_hash, target_text
 from btok_hf.training.condensation_config import CONDENSE, CondensationConfig
-from btok_hf.training.data import decode_cell
 
 
 @dataclass
@@ -49,30 +50,35 @@ class CondensationCollator(SentenceTransformerDataCollator):
         args = self.args
         assert args is not None
         dataset_name = features[0].get("dataset_name")
-        columns = check_columns(features[0], dataset_name)
+        columns = check_columns(features[0].keys() - {"row"}, dataset_name)
         name = {} if dataset_name is None else {"dataset_name": dataset_name}
+        where = "the dataset" if dataset_name is None else repr(dataset_name)
+        # The number of a row comes from `NumberedRows`, if the trainer made the batch.
+        rows = [f"Row {row['row']} of {where}" if "row" in row else f"A row of {where}" for row in features]
         # Every query is compared with every negative of the batch. So negatives of all columns form one side, and
         # rows may have different numbers of them.
-        negatives, groups = [], []
+        sides: dict[str, list[Any]] = {side: [as_input(row[side]) for row in features] for side in columns[:2]}
+        places = {side: [f"{row}, its {side}" for row in rows] for side in sides}  # for errors
+        negatives, of_negatives, groups = [], [], []
         for column in columns[2:]:
-            for row in features:
-                cell, of_row = [row[column]], None
+            for row, place in zip(features, rows):
+                cells, of_row = [row[column]], None
                 if column == "negatives":
-                    cell, of_row = row[column], row.get("negative_groups")
-                    check_negatives(cell, of_row, "A row")
-                for value, group in zip(cell or (), of_row or repeat(None)):
-                    if value is not None:
-                        negatives.append(decode_cell(value))
+                    cells, of_row = row[column], row.get("negative_groups")
+                    check_negatives(cells, of_row, place)
+                for cell, group in zip(cells or (), of_row or repeat(None)):
+                    if cell is not None:
+                        negatives.append(as_input(cell))
+                        of_negatives.append(f"{place}, its {column}")
                         groups.append(group)
-        sides = {side: [decode_cell(row[side]) for row in features] for side in ("query", "positive")}
         if negatives:
-            sides["negative"] = negatives
+            sides["negative"], places["negative"] = negatives, of_negatives
         targets = {}
         if args.condensation_weight:
             for encoded, generated in CONDENSE[args.condense_for(dataset_name)]:
-                where = f"A row of {'the dataset' if dataset_name is None else repr(dataset_name)}"
                 targets[encoded] = [
-                    target_text(row[generated], row.get("target"), generated, where) for row in features
+                    target_text(row[generated], row.get("target"), generated, place)
+                    for row, place in zip(features, rows)
                 ]
         batch: dict[str, Any] = {}
         for side, values in sides.items():
@@ -89,7 +95,13 @@ class CondensationCollator(SentenceTransformerDataCollator):
                 if len(kept) < len(values):
                     place = {keys[index]: number for number, index in enumerate(kept)}
                     batch[f"{side}_rows"] = torch.tensor([place[key] for key in keys])
-            batch.update(super().__call__([{side: values[index], **name} for index in kept]))
+            try:
+                batch.update(super().__call__([{side: values[index], **name} for index in kept]))
+            except (ValueError, OSError) as error:
+                found = re.match(r"Input (\d+)", str(error))  # its place among those that were kept
+                if found is None:
+                    raise
+                raise ValueError(f"{places[side][kept[int(found[1])]]}{str(error)[found.end() :]}") from error
             for key in (f"{side}_{pixels}" for pixels in PIXEL_KEYS):
                 if args.bf16 and key in batch:  # the vision tower would convert them anyway
                     batch[key] = batch[key].to(torch.bfloat16)
@@ -101,10 +113,14 @@ class CondensationCollator(SentenceTransformerDataCollator):
             if args.mask_false_negatives:
                 batch[f"{side}_hashes"] = torch.tensor([[value] * 2 for value in hashes])
         if args.mask_false_negatives:
+            # A query is its text and its prompt: with another prompt, the same text asks for something else.
+            prompt = self._get_prompt_for_column(self._resolve_prompts(name), "query")
+            for hashed in batch["query_hashes"]:
+                hashed[1] = content_hash({"prompt": prompt or "", "query": str(hashed[0].item())})
             for side, of_side in (("positive", [row.get("group") for row in features]), ("negative", groups)):
                 for hashed, group in zip(batch.get(f"{side}_hashes", ()), of_side):
                     if group is not None:
-                        hashed[1] = content_hash({"group": group})
+                        hashed[1] = group_hash(group)
         return batch
 
     def maybe_warn_about_column_order(self, column_names: list[str]) -> None:

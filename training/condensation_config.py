@@ -44,8 +44,8 @@ class CondensationConfig(SentenceTransformerTrainingArguments):
         mask_false_negatives (`bool`): Mask in-batch false negatives: candidates with the same content or `group` as
             the positive, positives of an identical query, negatives with the content of one of these, and the query
             itself.
-        matryoshka_dims (`list[int]`, *optional*): Matryoshka sizes, e.g. `[1536, 512]`; include the full size. InfoNCE
-            is the mean over the embeddings cut to these sizes.
+        matryoshka_dims (`list[int]`, *optional*): Matryoshka sizes, e.g. `[1536, 512]`; the full size must be among
+            them. InfoNCE is the mean over the embeddings cut to these sizes.
         dataset_weights (`dict[str, float]`, *optional*): Sampling weight of each dataset. The dataset of each block of
             batches is drawn by it, until `max_steps`. Default: every dataset once per epoch, in proportion to size.
         block_size (`int`, *optional*): With `dataset_weights`, rows of the global batch that come from one dataset.
@@ -92,7 +92,7 @@ class CondensationConfig(SentenceTransformerTrainingArguments):
         metadata={"help": "Mask in-batch false negatives: same content or group, or an identical query."},
     )
     matryoshka_dims: list[int] | None = field(
-        default=None, metadata={"help": "Matryoshka sizes, e.g. 1536 512; include the full size."}
+        default=None, metadata={"help": "Matryoshka sizes, e.g. 1536 512; the full size must be among them."}
     )
     dataset_weights: Union[str, None, dict[str, float]] = field(  # noqa: UP007, RUF036 (see condense)
         default=None, metadata={"help": "Mapping (in JSON) from dataset name to sampling weight."}

@@ -48,7 +48,8 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
         temperature (`float`): Temperature of InfoNCE over cosine similarities.
         symmetric (`bool`): Average the query → candidates and positive → queries losses.
         matryoshka_dims (`list[int]`, *optional*): InfoNCE is the mean over embeddings cut to these sizes and
-            normalised again (Matryoshka Representation Learning, arXiv 2205.13147). Default: the full size.
+            normalised again (Matryoshka Representation Learning, arXiv 2205.13147). The full size must be among them.
+            Default: the full size alone.
         mini_batch_size (`int`): Rows per forward. If every side of a batch fits, the batch is embedded once, with
             gradients; if all sides are texts and fit together, in one forward.
         mini_batch_num_tokens (`int`, *optional*): Tokens per forward instead, target tokens included. A row that is
@@ -66,6 +67,9 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
 
     If no parameter of the vision tower is trained, its outputs of GradCache's first pass are kept in CPU memory and
     reused in the second: `tokens x hidden x bytes` of the batch's images and videos.
+
+    Raises:
+        ValueError: `matryoshka_dims` without the full size, with a size twice, or with one below 1.
     """
 
     def __init__(
@@ -85,12 +89,14 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
         config = model.config
         assert config is not None
         hidden_size = config.get_text_config().hidden_size
-        if matryoshka_dims and not all(0 < dim <= hidden_size for dim in matryoshka_dims):
-            raise ValueError(
-                f"matryoshka_dims must lie between 1 and the embedding's {hidden_size} dimensions, "
-                f"got {matryoshka_dims}. Remove those outside."
-            )
         if matryoshka_dims:
+            dims = sorted(matryoshka_dims)
+            if dims[0] < 1 or dims[-1] != hidden_size or len(set(dims)) < len(dims):
+                raise ValueError(
+                    f"matryoshka_dims must be different sizes of 1 or more, the largest of them the embedding's "
+                    f"{hidden_size} dimensions, got {list(matryoshka_dims)}. Give for example "
+                    f"{[hidden_size, hidden_size // 2, hidden_size // 4]}."
+                )
             config.matryoshka_dimensions = sorted(matryoshka_dims)  # vLLM cuts embeddings only to these
         self.model = model
         self._inner = (model,)  # the trainer puts wrappers around `model`; in a tuple it is not registered twice
@@ -113,6 +119,23 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
         self._per_token = 0.0
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
+        """The loss of one process's batch.
+
+        Args:
+            sentence_features (`Iterable[dict[str, Tensor]]`): One dict per column (queries, positives, then columns of
+                negatives), with the keys of `btok_hf.features.BatchFeatures`. `input_ids` and `attention_mask` have
+                the shape `(rows, length)`. There are equally many queries and positives; where equal ones are encoded
+                once, `rows` says which encoded row each of them is.
+            labels (`Tensor`, *optional*): Not used; Sentence-Transformers passes it.
+
+        Returns:
+            `Tensor`: A scalar. InfoNCE is the mean over the queries of this process. In training with a batch of
+            several mini-batches, the condensation loss is not in the value yet: it is computed in the backward pass,
+            which runs GradCache's second pass.
+
+        Raises:
+            ValueError: With sharded parameters (FSDP2), the processes have unequally many mini-batches.
+        """
         features = [dict(feature) for feature in sentence_features]
         self._hashes = [feature.pop("hashes", None) for feature in features]
         self._rows = [feature.pop("rows", None) for feature in features]

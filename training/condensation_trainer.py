@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from sentence_transformers.base.model import BaseModel
 from sentence_transformers.base.sampler import BatchSamplers
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.tensor import DTensor
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader
 from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import logging
@@ -24,24 +24,28 @@ from btok_hf.condensation import check_head
 from btok_hf.features import PIXEL_KEYS
 from btok_hf.files import check_writable, nearest_existing
 from btok_hf.sentence_transformer import BTokSentenceTransformer
+from btok_hf.training.cells import NumberedRows
 from btok_hf.training.checkpoints import (
     all_finite,
     check_disk_space,
+    check_same_rows,
+    check_unfinished,
     checkpoint_to_resume,
     delete,
     mark_complete,
     newest_complete,
     rotate,
+    row_order,
 )
-from btok_hf.training.checks import check_columns, check_model, check_rows, check_targets, first_rows
+from btok_hf.training.checks import check_columns, check_model, checked_datasets, first_rows
 from btok_hf.training.condensation_collator import CondensationCollator
-from btok_hf.training.condensation_config import CONDENSE, CondensationConfig
+from btok_hf.training.condensation_config import CondensationConfig
 from btok_hf.training.condensation_log import REMEDY
 from btok_hf.training.condensation_loss import CondensationLoss
 from btok_hf.training.parallel import check_parallelism
 from btok_hf.training.prompts import training_prompts
-from btok_hf.training.publishing import PublishingTrainer
-from btok_hf.training.sampler import MixtureBatchSampler, check_full_batches, check_mixture
+from btok_hf.training.publishing import PublishingTrainer, choose_best_metric
+from btok_hf.training.sampler import GroupBatchSampler, MixtureBatchSampler, check_full_batches, check_mixture
 
 if TYPE_CHECKING:  # slow to import, or imported where it is used
     from peft import LoraConfig
@@ -94,6 +98,8 @@ class CondensationTrainer(PublishingTrainer):
                 f"hub_strategy must be end, got {HubStrategy(args.hub_strategy).value}: checkpoints are not complete "
                 "repositories. Call trainer.push_to_hub() after training; `btok train` has every_save too."
             )
+        if kwargs.get("eval_dataset") is None:
+            choose_best_metric(args, kwargs.get("evaluator"), model)
         if peft_config is not None:
             add_adapters(model.transformer.model, model.transformer.lm_head, peft_config)
         elif any(p.requires_grad and p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
@@ -102,12 +108,7 @@ class CondensationTrainer(PublishingTrainer):
                 "in fp32 and set bf16=True, or train adapters with peft_config."
             )
         for part in ("train_dataset", "eval_dataset"):
-            given = kwargs.get(part)
-            for name, dataset in (given if isinstance(given, dict) else {part: given}).items():
-                check_rows(dataset, name)  # before Sentence-Transformers gives datasets a transform
-                if dataset is not None and isinstance(args, CondensationConfig) and args.condensation_weight:
-                    sides = CONDENSE[args.condense_for(name if isinstance(given, dict) else None)]
-                    check_targets(dataset, name, [generated for _, generated in sides])
+            kwargs[part] = checked_datasets(part, kwargs.get(part), args)
         self._media = False  # since the last step of the optimizer
         super().__init__(model=model, args=args, **kwargs)
         names = {name for part in (self.train_dataset, self.eval_dataset) if isinstance(part, dict) for name in part}
@@ -132,7 +133,7 @@ class CondensationTrainer(PublishingTrainer):
             for row in first_rows(part):
                 # The row's own columns: a transform may change those of the dataset.
                 check_columns(row, row.get("dataset_name"))
-                self.data_collator([row])
+                self.data_collator([{**row, "row": 0}])
         parts = self.train_dataset if isinstance(self.train_dataset, dict) else {"train_dataset": self.train_dataset}
         rows = {name: len(cast(Sized, dataset)) for name, dataset in parts.items() if dataset is not None}
         if not self.args.dataset_weights:
@@ -186,22 +187,31 @@ class CondensationTrainer(PublishingTrainer):
 
     def get_batch_sampler(self, dataset: Dataset, *args: Any, **kwargs: Any) -> BatchSampler | None:
         """With `no_duplicates`, a batch holds one row per `group`: others would be false negatives."""
+        kwargs["seed"] = self._data_seed()
         sampler = self.args.batch_sampler
-        no_duplicates = (BatchSamplers.NO_DUPLICATES, BatchSamplers.NO_DUPLICATES_HASHED)
-        if isinstance(sampler, BatchSamplers) and sampler in no_duplicates:
-            if "group" not in dataset.column_names:
-                raise ValueError(
-                    f"batch_sampler={sampler.value} compares rows by the column group, but the "
-                    f"dataset has only {dataset.column_names}. Add group (rows of one group answer each other's "
-                    "queries), or leave batch_sampler out: mask_false_negatives already masks copies of a positive."
-                )
-            if None in dataset["group"]:
-                raise ValueError(
-                    f"batch_sampler={sampler.value} treats rows without a group as rows of one group: "
-                    "a batch would hold only one of them. Give each row a group, or leave batch_sampler out."
-                )
-            dataset = dataset.select_columns(["group"])
+        if sampler in (BatchSamplers.NO_DUPLICATES, BatchSamplers.NO_DUPLICATES_HASHED):
+            hashed = sampler == BatchSamplers.NO_DUPLICATES_HASHED
+            complete = self._builds_training and not self.args.dataset_weights
+            return GroupBatchSampler(dataset, *args, **kwargs, precompute_hashes=hashed, complete=complete)
         return super().get_batch_sampler(dataset, *args, **kwargs)
+
+    def _data_seed(self) -> int:
+        """The seed of the order of rows. Sentence-Transformers passes its samplers `seed` alone."""
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def _build_dataloader(self, dataset: Any, batch_size: int, dataset_kind: str) -> DataLoader:
+        """As in Sentence-Transformers, with numbered rows, which errors of the collator name."""
+        self._builds_training = dataset_kind == "train"
+        loader = super()._build_dataloader(dataset, batch_size, dataset_kind)
+        return DataLoader(
+            NumberedRows(cast(Any, loader.dataset)),
+            batch_sampler=loader.batch_sampler,
+            collate_fn=loader.collate_fn,
+            num_workers=loader.num_workers,
+            pin_memory=loader.pin_memory,
+            persistent_workers=loader.persistent_workers,
+            prefetch_factor=loader.prefetch_factor,
+        )
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -253,24 +263,49 @@ class CondensationTrainer(PublishingTrainer):
         """Train, or resume from a checkpoint.
 
         Args:
-            resume_from_checkpoint (`bool` or `str`, *optional*): A checkpoint, or `True` for the newest complete one
-                in `args.output_dir`. Incomplete checkpoints are never loaded.
+            resume_from_checkpoint (`bool` or `str`, *optional*): A checkpoint; `True` for the newest complete one in
+                `args.output_dir`; `"auto"` for the newest complete one if there is one, and otherwise the start.
             trial, ignore_keys_for_eval: As in `Trainer.train`.
 
-        Raises:
-            ValueError: There is no complete checkpoint to resume from, or too little disk space to save one.
-        """
-        resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
-        if resume_from_checkpoint:
-            logger.info(f"Resuming from {resume_from_checkpoint}")
-        check_writable(self.args.output_dir)
-        self.check_disk_space()
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        Returns:
+            `TrainOutput`: As in `Trainer.train`.
 
-    def check_disk_space(self) -> None:
-        """Refuse to train without space for one checkpoint."""
-        if self.args.save_strategy != "no":
-            check_disk_space(self.model, self.args.output_dir, has_adapters(self.model.transformer.model))
+        Raises:
+            ValueError: There is no complete checkpoint to resume from; it was trained with other data or batches; a
+                training that starts anew would mix its checkpoints with those of an earlier run; or there is too
+                little disk space.
+        """
+        resume = self.check_start(resume_from_checkpoint)
+        return super().train(resume, trial, ignore_keys_for_eval)
+
+    def check_start(self, resume_from_checkpoint: bool | str | None, export: bool = False) -> str | None:
+        """Check what `train` needs, before work is done.
+
+        Args:
+            resume_from_checkpoint (`bool` or `str`, *optional*): As in `train`.
+            export (`bool`): Whether the disk must also have space for an export.
+
+        Returns:
+            `str`, *optional*: The checkpoint to resume from.
+
+        Raises:
+            OSError, ValueError: As in `train`.
+        """
+        saves = self.args.save_strategy != "no" or self.args.enable_jit_checkpoint
+        own = self.state.global_step > 0  # checkpoints that this trainer has written
+        resume = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, saves and not own)
+        if len(chosen := {path and Path(path).name for path in gather_object([resume])}) > 1:
+            raise ValueError(
+                f"The processes would resume from different checkpoints ({', '.join(map(str, chosen))}). Give all of "
+                "them the same output_dir, on a shared file system, or the path of a checkpoint that all have."
+            )
+        if resume:
+            check_unfinished(resume, self.args)
+        if resume and not self.args.ignore_data_skip:
+            check_same_rows(resume, row_order(self.args, self.train_dataset))
+        check_writable(self.args.output_dir)
+        check_disk_space(self.model, self.args, has_adapters(self.model.transformer.model), export)
+        return resume
 
     def _check_weights(self) -> None:
         """Refuse to save weights that are not finite: the next log, which would find them, may be many steps away."""
@@ -305,7 +340,7 @@ class CondensationTrainer(PublishingTrainer):
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            mark_complete(folder)
+            mark_complete(folder, row_order(self.args, self.train_dataset), self.args.save_only_model)
             if limit is not None and limit > 0:
                 rotate(folder.parent, limit, self.state.best_model_checkpoint)
 
@@ -317,6 +352,7 @@ class CondensationTrainer(PublishingTrainer):
         seed: int | None = 0,
     ) -> BatchSampler:
         """For training with `dataset_weights`, batches drawn by these weights."""
+        seed = self._data_seed()
         weights, datasets = self.args.dataset_weights, self.train_dataset
         # The method is also called for evaluation datasets.
         if not (
@@ -325,7 +361,7 @@ class CondensationTrainer(PublishingTrainer):
             and all(part is ours for part, ours in zip(dataset.datasets, datasets.values()))
         ):
             return super().get_multi_dataset_batch_sampler(dataset, batch_samplers, generator, seed)
-        assert generator is not None and seed is not None  # Sentence-Transformers passes both
+        assert generator is not None  # Sentence-Transformers passes it
         return MixtureBatchSampler(
             dataset,
             batch_samplers,
@@ -351,7 +387,7 @@ class CondensationTrainer(PublishingTrainer):
                 "peft_config (of btok train: use_peft)."
             )
         state_dict = saved.state_dict()
-        if any(isinstance(p, DTensor) for p in self.model.parameters()):
+        if self._is_sharded():
             set_model_state_dict(self.model, state_dict, options=StateDictOptions(full_state_dict=True))
         else:
             self.model.load_state_dict(state_dict)

@@ -1,21 +1,20 @@
-"""Pair files: load them, decode their cells, evaluate retrieval on them.
+"""Pair files and datasets of pairs: load them, and evaluate retrieval on them.
 
-Columns and rows are checked in `checks.py`. Several datasets in one run are in `mixture.py`, the paper's data in
-`sources.py`.
+What a cell holds is in `cells.py`. Columns and rows are checked in `checks.py`. Several datasets in one run are in
+`mixture.py`, the paper's data in `sources.py`.
 """
 
 import csv
 import glob
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 import datasets
-import numpy as np
 import torch
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
@@ -25,9 +24,9 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 
 from btok_hf.content import content_hash
 from btok_hf.evaluation.metrics import ranking_keys
-from btok_hf.inputs import is_cell
 from btok_hf.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from btok_hf.training.checks import NOT_EMBEDDED, check_columns, check_rows, holds_json
+from btok_hf.training.cells import MEDIA_ROWS, TEXT_ROWS, StoredInputs, as_input, as_stored, with_features
+from btok_hf.training.checks import NOT_EMBEDDED, check_columns, check_rows, group_hash, stored_cells
 
 logger = logging.getLogger(__name__)
 
@@ -36,36 +35,69 @@ SCORES_AT_ONCE = 2**23  # cosines of queries and candidates, in an evaluation
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
-def load_pairs(source: str) -> Dataset:
+def load_pairs(
+    source: str,
+    name: str | None = None,
+    split: str | None = None,
+    revision: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Dataset:
     """Load pairs with the columns of `CondensationTrainer`.
 
     Args:
-        source (`str`): A parquet, JSON-lines or CSV file, or the Hub id of a dataset with a `train` split. A column
+        source (`str`): A parquet, JSON-lines or CSV file, the folder of a dataset, or the Hub id of one. A column
             holds texts, images (as the `datasets` feature, or as file paths), or dicts of both. Relative paths start
             at the folder of the file; what does not lie there is looked for from the current folder.
+        name (`str`, *optional*): Configuration of a dataset, as in `datasets.load_dataset`. A file has none.
+        split (`str`, *optional*): Split of a dataset, e.g. `validation` or `train[:10%]`. Default: `train`.
+        revision (`str`, *optional*): Branch, tag or commit of a dataset on the Hub.
+        columns (`dict[str, str]`, *optional*): The dataset's column for each column of pairs, e.g.
+            `{"query": "anchor", "positive": "positive"}`. Others are left out. Default: all, with their own names.
 
     Returns:
         `datasets.Dataset`
 
     Raises:
-        FileNotFoundError, ValueError: No such file, an unknown format, or wrong columns.
+        FileNotFoundError, ValueError: No such file, configuration or split, an unknown format, wrong columns, or an
+            argument that a file or folder cannot have.
     """
     suffix = Path(source).suffix.lower()
+    chosen = {key: value for key, value in {"name": name, "split": split, "revision": revision}.items() if value}
     if suffix in FORMATS:
         if not Path(source).is_file():
             raise FileNotFoundError(
                 f"Pair file {source!r} does not exist. Check the path; relative paths start at the current folder."
             )
+        if chosen:
+            raise ValueError(f"Pair file {source!r} has no {' or '.join(chosen)}: only datasets have. Leave it out.")
         if Path(source).stat().st_size == 0:
             raise ValueError(f"Pair file {source!r} is empty.")
         with _named_file(source):
             dataset = _read_file(source, FORMATS[suffix])
-        check_columns(dataset.column_names, source)
+        dataset = _with_columns(dataset, columns, source)
         with _named_file(source):
             return _with_own_paths(dataset, Path(source).resolve().parent)
-    if Path(source).exists():
+    if Path(source).is_file():
         raise ValueError(f"Pair file {source!r} has an unknown format. Use one of {', '.join(FORMATS)}.")
-    dataset = load_dataset(source, split="train")
+    if Path(source).is_dir() and revision:
+        raise ValueError(f"The folder {source!r} has no revision, got {revision!r}. Only datasets of the Hub have.")
+    dataset = load_dataset(source, **{"split": "train", **chosen})
+    return _with_columns(dataset, columns, source)
+
+
+def _with_columns(dataset: Dataset, columns: Mapping[str, str] | None, source: str) -> Dataset:
+    """The dataset with these columns of pairs, which are checked."""
+    if columns is not None:
+        if not isinstance(columns, Mapping):
+            raise ValueError(f"columns of {source!r} must map columns of pairs to its own, got {columns!r}.")
+        if missing := sorted(set(columns.values()) - set(dataset.column_names)):
+            raise ValueError(
+                f"{source!r} has no columns {missing}, which columns names. It has {dataset.column_names}."
+            )
+        if len(set(columns.values())) < len(columns):
+            raise ValueError(f"columns of {source!r} names a column twice, got {dict(columns)}. Name each once.")
+        names = {of: ours for ours, of in columns.items()}
+        dataset = dataset.select_columns(list(names)).rename_columns(names)
     check_columns(dataset.column_names, source)
     return dataset
 
@@ -89,7 +121,7 @@ def _read_file(source: str, kind: str) -> Dataset:
 
 
 def _without_dates(feature: Any) -> Any:
-    """A feature with texts in place of dates, which nothing else in pairs could be."""
+    """A feature with texts in place of dates: pairs hold no dates, so what looks like one is a text."""
     if isinstance(feature, datasets.Value) and feature.dtype.startswith(("timestamp", "date", "time")):
         return datasets.Value("string")
     if isinstance(feature, dict):
@@ -110,24 +142,22 @@ def _json_rows(path: str, modified: int) -> Iterator[dict[str, Any]]:
 
 def _with_own_paths(dataset: Dataset, folder: Path) -> Dataset:
     """Pairs in which a relative path of a picture or video that lies beside the pair file is absolute."""
-    columns = [
-        name
-        for name, feature in dataset.features.items()
-        if name not in NOT_EMBEDDED and not isinstance(feature, (datasets.Image, datasets.Video))
-    ]
-    rows: Any = dataset.select_columns(columns)
-    if not any(holds_json(dataset.features[name]) for name in columns):
-        # Rows as Arrow stores them: no image is decoded.
-        rows = (row for part in rows.with_format("arrow").iter(batch_size=1000) for row in part.to_pylist())
+    columns = [name for name in dataset.column_names if name not in NOT_EMBEDDED]
     found: list[str] = []
-    for row in rows if columns else ():
-        _resolve(row, folder, found)
+    for name in columns:
+        for cell in stored_cells(dataset, name):
+            _resolve(cell, folder, found)
     if not found:
         return dataset
     # What `datasets` makes of a file is cached. It would not notice files that come or go.
     fingerprint = Hasher.hash((dataset._fingerprint, str(folder), found, version("btok-hf")))
+    # Without decoding: `datasets` would encode each image again, a JPEG with loss.
+    stored = as_stored(dataset)
     options = {"folder": folder, "columns": columns}
-    return dataset.map(_resolve_row, fn_kwargs=options, new_fingerprint=fingerprint, desc="Finding files")
+    resolved = stored.map(
+        _resolve_row, fn_kwargs=options, features=stored.features, new_fingerprint=fingerprint, desc="Finding files"
+    )
+    return with_features(resolved, dataset.features)
 
 
 def _resolve_row(row: dict[str, Any], folder: Path, columns: list[str]) -> dict[str, Any]:
@@ -135,7 +165,7 @@ def _resolve_row(row: dict[str, Any], folder: Path, columns: list[str]) -> dict[
 
 
 def _resolve(value: Any, folder: Path, found: list[str]) -> Any:
-    """A cell with absolute paths of the files that lie in `folder`. Their names are added to `found`."""
+    """A cell with the absolute paths of files that lie in `folder`. The names of these files are added to `found`."""
     if isinstance(value, str):
         named = len(value) < MAX_PATH and Path(value).suffix.lower() in IMAGE_SUFFIXES + VIDEO_SUFFIXES
         if not named or Path(value).is_absolute() or not (folder / value).is_file():
@@ -178,8 +208,8 @@ def retrieval_evaluator(
     """An `InformationRetrievalEvaluator` over a pair file: every distinct query against every distinct positive.
 
     Equal queries are one query with several right answers. The positives of a `group` are right answers of each of its
-    queries. Equal positives (images: equal pixels or files) are one candidate. A query that is a candidate too, as in
-    pairs of both directions, is not ranked against itself.
+    queries. Equal positives (images: equal files) are one candidate. A query that is a candidate too, as in pairs of
+    both directions, is not ranked against itself. Images stay encoded in memory.
 
     Args:
         source (`str` or `Dataset`): As in `load_pairs`, or its result. The positive of a row whose `query` is null is
@@ -199,15 +229,15 @@ def retrieval_evaluator(
     corpus: dict[str, Any] = {}
     groups: dict[int, set[str]] = {}
     answers: dict[str, dict[int, set[str]]] = {}  # sets that grow with later rows, each once
-    dataset = load_pairs(source) if isinstance(source, str) else source
+    dataset = as_stored(load_pairs(source) if isinstance(source, str) else source)
     check_columns(dataset.column_names)
     check_rows(dataset, "the pairs" if isinstance(source, Dataset) else source, required=("positive",))
     for row in cast(Any, dataset):
-        query, positive = decode_cell(row["query"]), decode_cell(row["positive"])
+        query, positive = as_input(row["query"]), as_input(row["positive"])
         candidate = str(content_hash(positive))
         corpus.setdefault(candidate, positive)
         group = row.get("group")
-        right = set() if group is None else groups.setdefault(content_hash({"group": group}), set())
+        right = set() if group is None else groups.setdefault(group_hash(group), set())
         right.add(candidate)
         if query is not None:
             asked = str(content_hash(query))
@@ -242,6 +272,18 @@ class PairEvaluator(InformationRetrievalEvaluator):
     """
 
     description = "Information Retrieval"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.queries, self.corpus = StoredInputs(self.queries), StoredInputs(self.corpus)
+
+    def embed_inputs(self, model: Any, sentences: Any, *args: Any, **kwargs: Any) -> Any:
+        """Embed inputs in parts: the images of a part are decoded, and the processes share a part."""
+        size = TEXT_ROWS if all(isinstance(value, str) for value in list.__iter__(sentences)) else MEDIA_ROWS
+        parts = []
+        for start in range(0, len(sentences), size):
+            parts.append(super().embed_inputs(model, sentences[start : start + size], *args, **kwargs))
+        return torch.cat(parts)
 
     def compute_all_metrics(
         self, model: Any, corpus_model: Any = None, corpus_embeddings: Any = None, output_path: str | None = None
@@ -291,39 +333,3 @@ def metric_names(evaluator: InformationRetrievalEvaluator, model: SentenceTransf
     }
     start = f"{evaluator.name}_{model.similarity_fn_name}"
     return [f"{start}_{metric}@{k}" for metric, ks in cutoffs.items() for k in ks]
-
-
-def decode_cell(cell: Any) -> Any:
-    """A cell of a dataset as an input.
-
-    Arrow gives all dicts of a column the same keys; those with `None` or an empty list are dropped. Images inside
-    dicts come encoded, as `bytes` and `path`, and frames as lists of numbers; they are decoded. Files of videos, and
-    what cannot be decoded, stay as they are for `check_input`, which names an input in its errors.
-    """
-    if isinstance(cell, (list, tuple)):
-        return [decode_cell(part) for part in cell]
-    if not isinstance(cell, dict):
-        return cell
-    if is_cell(cell):
-        try:
-            return datasets.Image().decode_example(cell)
-        except MemoryError:
-            raise
-        except Exception:  # decoders raise any type
-            return cell
-    if "array" in cell:  # a video
-        frames = np.asarray(cell["array"])
-        if frames.dtype.kind == "i" and frames.size and frames.min() >= 0 and frames.max() <= 255:
-            frames = frames.astype(np.uint8)  # Python's integers, in an eighth of the memory
-        return {**{key: part for key, part in cell.items() if part is not None}, "array": frames}
-    return {
-        key: part if key == "video" and _is_encoded(part) else decode_cell(part)
-        for key, part in cell.items()
-        if not (part is None or (isinstance(part, list) and not part))
-    }
-
-
-def _is_encoded(part: Any) -> bool:
-    """Whether this is a file as `datasets` stores it, or a list of them."""
-    parts = part if isinstance(part, list) else [part]
-    return bool(parts) and all(isinstance(each, dict) and is_cell(each) for each in parts)

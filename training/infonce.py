@@ -1,8 +1,8 @@
-"""InfoNCE in which right answers are no negatives: candidates are compared by their content and group.
+"""InfoNCE in which right answers are not used as negatives. Candidates are compared by content and by group.
 
-It is written here because Sentence-Transformers' losses compare no contents and know no groups: they leave duplicates
-to the sampler, or ask a second model (GIST). A batch of a label dataset holds the same positive several times, and
-the copies would be negatives of their own query.
+A batch of a label dataset holds the same positive several times. Without a mask, each copy would be a negative of
+queries that it answers. The losses of Sentence-Transformers neither compare contents nor know groups: they leave
+duplicates to the sampler, or let a second model decide (GIST). So this loss is implemented here.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,9 @@ class Side(NamedTuple):
 
     Args:
         embeddings (`Tensor`): Shape `(rows, hidden)`.
-        ids (`Tensor`): int64 of shape `(rows, 2)`: hashes of the content, and of the group or, without one, again of
-            the content; of shape `(rows, 0)` if nothing is masked. The group of a query is that of its positive.
+        ids (`Tensor`): int64 of shape `(rows, 2)`, or `(rows, 0)` if nothing is masked. The first hash is that of the
+            content. The second is, for queries, that of prompt and content; for candidates, that of the group, or of
+            the content if there is no group. A query has the group of its positive.
     """
 
     embeddings: Tensor
@@ -80,11 +81,11 @@ def _block_loss(
 def false_negatives(
     block: Tensor, query_ids: Tensor, positive_ids: Tensor, negative_ids: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What is no negative of the rows `block`: a right answer, or the row's own query again.
+    """Masks of what must not be a negative of the rows `block`: right answers, and copies of the row's own query.
 
-    Equal queries are one query, which may have several positives and groups. Its right answers are the contents of
-    these positives and of all candidates of these groups. In the other direction, the right queries of a positive are
-    those that it is a right answer of.
+    Rows with the same query, which is its prompt and content, are one query with several positives and groups. Its
+    right answers are the contents of these positives and of all candidates of these groups. In the other direction,
+    the right queries of a positive are those that it answers.
 
     Args:
         block (`Tensor`): Indices of rows.
@@ -98,13 +99,15 @@ def false_negatives(
         others = (positive_ids, negative_ids, query_ids)
         first, second, third = (block.new_zeros(len(block), len(ids), dtype=torch.bool) for ids in others)
         return first, second, third
-    queries, groups = query_ids[:, 0].contiguous(), positive_ids[:, 1].contiguous()
+    query_contents, queries = query_ids.T.contiguous()
+    groups = positive_ids[:, 1].contiguous()
     contents, candidate_groups = torch.cat([positive_ids, negative_ids]).T.contiguous()
-    own = queries[block, None]
-    of_groups = _held(own == queries, groups, candidate_groups)  # without a group, a content is one
-    of_candidates = _held(of_groups, contents, contents) | (own == contents)
+    # A candidate without a group counts as a group of its content.
+    of_groups = _held(queries[block, None] == queries, groups, candidate_groups)
+    of_candidates = _held(of_groups, contents, contents) | (query_contents[block, None] == contents)
     answer = positive_ids[block, :1]
-    of_queries = _held(_held(answer == contents, candidate_groups, groups), queries, queries) | (answer == queries)
+    answered = _held(answer == contents, candidate_groups, groups)
+    of_queries = _held(answered, queries, queries) | (answer == query_contents)
     of_positives, of_negatives = of_candidates.tensor_split([len(queries)], 1)
     for mask in (of_positives, of_queries):
         mask.scatter_(1, block[:, None], False)

@@ -25,11 +25,10 @@ from tqdm import tqdm, trange
 from btok_hf.content import content_hash
 from btok_hf.evaluation.metrics import check_embeddings
 from btok_hf.files import check_writable, replacing
+from btok_hf.training.cells import MEDIA_ROWS, TEXT_ROWS, as_input, as_stored, decode_cell
 from btok_hf.training.checks import check_rows
-from btok_hf.training.data import decode_cell
 
-ROWS = 1024  # that are written at a time, and texts that are embedded at a time
-MEDIA_ROWS = 64  # inputs with media that are decoded at a time
+ROWS = 1024  # that are written at a time
 BYTES = 2**28  # of negatives that are written at a time
 
 logger = logging.getLogger(__name__)
@@ -233,14 +232,14 @@ class _Side:
     """
 
     def __init__(self, pairs: Dataset, column: str) -> None:
-        self.pairs, self.column = pairs.select_columns([column]), column
+        self.pairs, self.column = as_stored(pairs.select_columns([column])), column
         self.numbers = np.full(len(pairs), -1)
         self.first: list[int] = []
         self.rows: list[list[int]] = []
         self.hashes: list[int] = []
         known: dict[int, int] = {}
         for row in trange(len(pairs), desc=f"Reading {column}"):
-            value = decode_cell(self.pairs[row][column])
+            value = as_input(self.pairs[row][column])
             if value is None:
                 continue
             content = content_hash(value)
@@ -255,7 +254,7 @@ class _Side:
     def embed(self, encode: Any, batch_size: int) -> np.ndarray:
         """Unit vectors of the distinct inputs, fp32 of shape `(inputs, hidden)`."""
         parts = []
-        size = ROWS if isinstance(self.pairs[self.first[0]][self.column], str) else MEDIA_ROWS
+        size = TEXT_ROWS if isinstance(self.pairs[self.first[0]][self.column], str) else MEDIA_ROWS
         for start in tqdm(range(0, len(self.first), size), desc=f"Embedding {self.column}"):
             rows = self.first[start : start + size]
             inputs = [decode_cell(self.pairs[row][self.column]) for row in rows]

@@ -15,7 +15,9 @@ from btok_hf.training.condensation_config import CONDENSE, CondensationConfig
 from btok_hf.training.data import FORMATS, load_pairs
 from btok_hf.training.sources import SOURCES, load_source
 
-Entry = str | dict[str, Any] | None  # a file, a Hub id or a source's name; {file, weight, condense}; None: the name
+# A file, a Hub id or a source's name; a dict of it with other keys; `None`: the dataset's name says it.
+Entry = str | dict[str, Any] | None
+OF_DATASETS = ("name", "split", "revision", "columns")  # arguments of load_pairs
 
 
 class Mixture(NamedTuple):
@@ -40,7 +42,8 @@ def load_mixture(train_files: str | Mapping[str, Entry], root: Path | str | None
     Args:
         train_files (`str` or `dict`): A pair file or Hub id as in `load_pairs`, or a name in `SOURCES`. Several are a
             mapping from the dataset's name to one of them or to `{"file": …, "weight": …, "condense": …}`, as a dict,
-            as JSON or in a YAML file. `file` may be omitted if the dataset's name is that of a source.
+            as JSON or in a YAML file. `file` may be omitted if the dataset's name is that of a source. An entry may
+            also have `name`, `split`, `revision` and `columns`, as in `load_pairs`.
         root (`str` or `Path`, *optional*): As in `load_source`.
 
     Returns:
@@ -59,6 +62,7 @@ def load_mixture(train_files: str | Mapping[str, Entry], root: Path | str | None
     files: dict[str, str] = {}
     weights: dict[str, float] = {}
     condense: dict[str, str] = {}
+    chosen: dict[str, dict[str, Any]] = {}
     for name, entry in entries.items():
         entry = dict(entry) if isinstance(entry, dict) else {"file": entry}
         files[name] = file = entry.pop("file", None) or name
@@ -77,13 +81,25 @@ def load_mixture(train_files: str | Mapping[str, Entry], root: Path | str | None
             if side not in CONDENSE:
                 raise ValueError(f"Dataset {name!r}: condense must be one of {', '.join(CONDENSE)}, got {side!r}.")
             condense[name] = side
+        chosen[name] = {key: entry.pop(key) for key in OF_DATASETS if key in entry}
         if entry:
-            raise ValueError(f"Dataset {name!r} has unknown keys {sorted(entry)}. Known are file, weight, condense.")
+            raise ValueError(
+                f"Dataset {name!r} has unknown keys {sorted(entry)}. Known are file, weight, condense, "
+                f"{', '.join(OF_DATASETS)}."
+            )
+        if chosen[name] and file in SOURCES:
+            raise ValueError(
+                f"Dataset {name!r} is the source {file!r}, which has no {', '.join(chosen[name])}: its format is "
+                "known. Leave them out."
+            )
     if weights and (missing := sorted(set(files) - set(weights))):
         raise ValueError(
             f"Some datasets have a weight, but {', '.join(missing)} have none. Give all a weight, or none."
         )
-    datasets = {name: load_source(file, root) if file in SOURCES else load_pairs(file) for name, file in files.items()}
+    datasets = {
+        name: load_source(file, root) if file in SOURCES else load_pairs(file, **chosen[name])
+        for name, file in files.items()
+    }
     sources = {name: SOURCES[file].repo if file in SOURCES else file for name, file in files.items()}
     return Mixture(datasets, weights or None, condense, sources)
 
@@ -113,8 +129,14 @@ def condense_of(datasets: Iterable[str], chosen: str | dict[str, str] | None, ow
         datasets (`Iterable[str]`): Names of the datasets.
         chosen (`str` or `dict[str, str]`): `CondensationConfig.condense`. Its default counts as no choice.
         own (`dict[str, str]`): Sides of sources and entries, by dataset name.
+
+    Raises:
+        ValueError: `chosen` names a dataset that does not exist.
     """
     if isinstance(chosen, dict):
+        datasets = list(datasets)
+        if unknown := sorted(set(chosen) - set(datasets)):
+            raise ValueError(f"condense names {', '.join(unknown)}, but the datasets are {', '.join(datasets)}.")
         return own | chosen
     assert chosen is not None  # CondensationConfig refuses it
     default = chosen == CondensationConfig.condense

@@ -1,4 +1,4 @@
-"""Ways of training on several devices that would go wrong, refused before training starts."""
+"""Checks of the setup of several devices. A setup that would fail or save no model is refused before training."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ SHARDED = "FSDP2 (accelerate launch --config_file training/accelerate/fsdp2.yaml
 
 
 def check_parallelism(trainer: LoggingTrainer, args: CondensationConfig) -> None:
-    """Refuse `DataParallel`, FSDP and ZeRO whose checkpoints would not hold a model, and DeepSpeed with GradCache.
+    """Refuse setups of several devices that cannot train this model or cannot save it.
 
     Raises:
-        ValueError: One process sees several GPUs; FSDP without version 2, whose flat shards could not be saved, or
-            without full state dicts; ZeRO-3; with DeepSpeed, a batch of several mini-batches: its engine (0.19.8)
-            refuses GradCache's backward passes.
+        ValueError: One process sees several GPUs (`DataParallel`). FSDP has version 1, whose flat shards could not be
+            saved, or saves no full state dicts. ZeRO has stage 3. With DeepSpeed, a batch has several mini-batches,
+            because its engine (0.19.8) refuses the backward passes of GradCache.
     """
     state: Any = trainer.accelerator.state
     if args.n_gpu > 1:

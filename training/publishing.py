@@ -1,12 +1,19 @@
 """What a training gives: its scores, the repository to publish, and its upload."""
 
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import broadcast_object_list
+from huggingface_hub import HfApi
+from huggingface_hub.utils import validate_repo_id
 from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import logging
 
 from btok_hf.export import export_model
 from btok_hf.hub import MESSAGE, push
@@ -14,9 +21,12 @@ from btok_hf.sentence_transformer import BTokSentenceTransformer
 from btok_hf.training.checkpoints import full_parameters
 from btok_hf.training.condensation_config import CondensationConfig
 from btok_hf.training.condensation_log import LoggingTrainer
+from btok_hf.training.data import PairEvaluator, metric_names
 
 if TYPE_CHECKING:  # slow to import, or imported where it is used
     from btok_hf.hub_card.card import CardArguments
+
+logger = logging.get_logger(__name__)
 
 # What the Trainer adds to the metrics of an evaluator, whose name may be "eval".
 OF_TRAINER = [
@@ -65,8 +75,11 @@ class PublishingTrainer(LoggingTrainer):
         except Exception as error:  # the model is written all the same, with a card that knows no training
             failure = error
         if self.is_world_process_zero():
-            with self._unsharded(state_dict):
-                export_model(self.model, output_dir, files=files)
+            try:
+                with self._unsharded(state_dict):
+                    export_model(self.model, output_dir, files=files)
+            except Exception as error:  # raised after the other processes, which wait, have gone on
+                failure = failure or error
         self.accelerator.wait_for_everyone()
         if failure is not None:
             raise failure
@@ -138,3 +151,109 @@ class PublishingTrainer(LoggingTrainer):
         if self.args.should_save:
             with self._unsharded(state_dict):
                 super()._save(output_dir, state_dict)
+
+
+def check_push(args: CondensationConfig) -> None:
+    """Before training, refuse a push that cannot work. A repository that does not exist is created.
+
+    Raises:
+        ValueError: No or no valid id of a repository, a `hub_strategy` that would push checkpoints, no login, no right
+            to write, or a repository of another visibility.
+    """
+    if not args.push_to_hub:
+        return
+    if args.hub_model_id is None:
+        raise ValueError("push_to_hub needs the repository's id, e.g. --hub_model_id org/btok-2b.")
+    validate_repo_id(args.hub_model_id)
+    if args.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
+        raise ValueError(
+            f"hub_strategy must be end or every_save, got {HubStrategy(args.hub_strategy).value}: only complete "
+            "repositories are pushed, checkpoints stay on disk. Set it to one of these."
+        )
+    if args.process_index > 0:
+        return
+    api, private = HfApi(token=args.hub_token), args.hub_private_repo
+    try:
+        api.whoami()
+    except Exception as error:
+        # Not chained, here and below: the original may hold the token.
+        raise ValueError(
+            f"push_to_hub needs a Hub login, but the Hub did not confirm one ({type(error).__name__}). Run `hf auth "
+            "login`, or set HF_TOKEN to a token with write access."
+        ) from None
+    try:
+        name = api.create_repo(args.hub_model_id, private=private, exist_ok=True).repo_id
+        api.auth_check(name, write=True)
+        is_private = api.model_info(name).private
+    except Exception as error:
+        answer = getattr(error, "server_message", None)
+        raise ValueError(
+            f"push_to_hub needs the right to write to {args.hub_model_id}, which the Hub did not confirm "
+            f"({type(error).__name__}{f': {answer}' if answer else ''}). Log in with a token that has it, or name "
+            "another hub_model_id."
+        ) from None
+    if private is not None and is_private != private:
+        kinds = ("public", "private")
+        raise ValueError(
+            f"{name} exists and is {kinds[not private]}, and hub_private_repo is {private}. Leave it out, or change "
+            "the repository's settings."
+        )
+
+
+class PushEverySave(TrainerCallback):
+    """Exports the model after every checkpoint and pushes it in the background, unless the last push still runs."""
+
+    def __init__(self, trainer: PublishingTrainer, card: "CardArguments") -> None:
+        self.trainer, self.card = trainer, card
+        self.executor = ThreadPoolExecutor(1)
+        self.running: Future | None = None
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # All processes must export, or none: the main process decides.
+        if broadcast_object_list([self.running is not None and not self.running.done()])[0]:
+            return
+        try:
+            self.trainer.export(self.trainer.args.output_dir, self.card)
+        except Exception as error:  # the export at the end of the training raises its error
+            logger.error(
+                f"The export after step {state.global_step} failed ({type(error).__name__}: {error}), and is not "
+                "pushed. Training goes on; the checkpoint is complete, and `btok export` makes a repository of it."
+            )
+            return
+        if state.is_world_process_zero:
+            self.running = self.executor.submit(self._push)
+
+    def _push(self) -> None:
+        try:
+            logger.warning(f"Pushed to {self.trainer.push_export()}")
+        except Exception as error:  # training continues; the final push raises its error
+            logger.error(str(error))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.executor.shutdown()  # waits for the push, because the final export writes the same folder
+
+
+def choose_best_metric(args: CondensationConfig, evaluator: Any, model: BTokSentenceTransformer) -> None:
+    """Settle `metric_for_best_model` where only an evaluator measures: nDCG@10 of `retrieval_evaluator` by default.
+
+    Raises:
+        ValueError: A metric that is not measured; or none is named, and the evaluator is of another kind.
+    """
+    best = args.metric_for_best_model
+    if not best or evaluator is None:
+        return
+    names = metric_names(evaluator, model) if isinstance(evaluator, PairEvaluator) else []
+    if best == "loss" and names:  # the Trainer's default with load_best_model_at_end
+        args.metric_for_best_model = next(name for name in names if name.endswith("ndcg@10"))
+        args.greater_is_better = True
+    elif best == "loss":
+        raise ValueError(
+            "metric_for_best_model is the loss, as by default, but there is no eval_dataset to measure it on. Name a "
+            "metric of the evaluator."
+        )
+    elif names and not {best, best.removeprefix("eval_")} & set(names):
+        raise ValueError(
+            f"metric_for_best_model must be one of {', '.join(names)}, got {best!r}. Set it to one of them."
+        )

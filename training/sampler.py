@@ -1,14 +1,25 @@
-"""Batches of several datasets, drawn by weight. Without weights, Sentence-Transformers' own samplers are used."""
+"""Batches of several datasets, drawn by weight, and batches whose rows differ in their group.
+
+For all else, Sentence-Transformers' own samplers are used.
+"""
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
-from sentence_transformers.base.sampler import DefaultBatchSampler, MultiDatasetDefaultBatchSampler
+from datasets import Dataset
+from sentence_transformers.base.sampler import (
+    DefaultBatchSampler,
+    MultiDatasetDefaultBatchSampler,
+    NoDuplicatesBatchSampler,
+)
 from torch.utils.data import BatchSampler, ConcatDataset
+
+from btok_hf.training.checks import group_hash
 
 
 def check_mixture(
@@ -62,6 +73,63 @@ def check_full_batches(rows: Mapping[str, int], batch_size: int, processes: int)
         raise ValueError(
             f"The {sum(rows.values())} rows make {batches} full batches of {batch_size}, fewer than the {processes} "
             "processes: nothing would be trained. Give more rows, or lower per_device_train_batch_size."
+        )
+
+
+PASSES = 3  # Sentence-Transformers shuffles and reads the rows up to so many times to fill an epoch without duplicates
+
+
+class GroupBatchSampler(NoDuplicatesBatchSampler):
+    """Batches with at most one row of each `group`. An epoch that cannot be filled is an error.
+
+    Sentence-Transformers only warns then. Training would end before its last step, and nobody would notice.
+
+    Args:
+        dataset (`Dataset`): Rows with a column `group`. Others are ignored.
+        args, kwargs: As in `NoDuplicatesBatchSampler`.
+        complete (`bool`): Whether an epoch must be complete. It need not where the rows are read again when they are
+            used up (`MixtureBatchSampler`), or for evaluation.
+
+    Raises:
+        ValueError: No column `group`, a row without a group, or too few groups; at the end of an epoch, too few
+            batches.
+    """
+
+    def __init__(self, dataset: Dataset, *args: Any, complete: bool = True, **kwargs: Any) -> None:
+        if "group" not in dataset.column_names:
+            raise ValueError(
+                f"batch_sampler=no_duplicates compares rows by the column group, but the dataset has only "
+                f"{dataset.column_names}. Add group (rows of one group answer each other's queries), or leave "
+                "batch_sampler out: mask_false_negatives already masks copies of a positive."
+            )
+        groups = [None if group is None else group_hash(group) for group in dataset["group"]]
+        rows_of_group = Counter(groups)
+        if None in rows_of_group:
+            raise ValueError(
+                "batch_sampler=no_duplicates treats rows without a group as rows of one group: a batch would hold "
+                "only one of them. Give each row a group, or leave batch_sampler out."
+            )
+        super().__init__(Dataset.from_dict({"group": groups}), *args, **kwargs)
+        self.complete = complete
+        if not complete:
+            return
+        needed = -(-len(self) // PASSES)  # full batches of a pass; a batch takes one row of a group
+        if self.drop_last and sum(min(rows, needed) for rows in rows_of_group.values()) < needed * self.batch_size:
+            raise ValueError(self._too_few(f"{len(rows_of_group)} groups of up to {max(rows_of_group.values())} rows"))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        count = 0
+        for batch in super().__iter__():
+            count += 1
+            yield batch
+        if self.complete and count < len(self):
+            raise ValueError(self._too_few(f"{count} batches"))
+
+    def _too_few(self, found: str) -> str:
+        return (
+            f"batch_sampler=no_duplicates cannot fill {len(self)} batches of {self.batch_size} rows of different "
+            f"groups: the {len(self.dataset)} rows give {found}. Lower per_device_train_batch_size, or leave "
+            "batch_sampler out: mask_false_negatives already masks the rows of a group."
         )
 
 

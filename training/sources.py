@@ -39,6 +39,7 @@ from datasets import Dataset, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from btok_hf.media import read_image
 from btok_hf.training.data import FORMATS
 from btok_hf.video import read_frames
 
@@ -137,9 +138,8 @@ def _page(row: dict[str, Any]) -> Image.Image:
     if stored is None or not stored["bytes"]:
         raise ValueError("column 'image' is empty")
     try:
-        with Image.open(io.BytesIO(stored["bytes"])) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        return read_image(io.BytesIO(stored["bytes"]))
+    except ValueError as error:
         raise ValueError(f"column 'image' cannot be decoded ({error})") from error
 
 

@@ -11,11 +11,11 @@ Four arguments set the memory on the device. The batch size is not one of them. 
     --mini_batch_size         rows per forward pass
     --gradient_checkpointing  recomputes the activations of all layers but one, which takes time
 
-The host holds the pixels of complete batches in every process: 24 bytes each (12 with --bf16), times 1 +
-dataloader_num_workers x dataloader_prefetch_factor.
+Each process also holds complete batches in host memory, 24 bytes a pixel (12 with --bf16):
+2 x gradient_accumulation_steps + 1 + dataloader_num_workers x dataloader_prefetch_factor of them.
 
-Every argument below is a flag and a key of the YAML file. `--resume_from_checkpoint true` continues a run that was
-killed.
+Every argument below is a flag and a key of the YAML file. --config takes a file, or the name of a recipe of this
+library. `--resume_from_checkpoint auto` continues a run that was killed, and starts if there is nothing to continue.
 """
 
 import argparse
@@ -23,32 +23,33 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, cast
 
 import yaml
-from accelerate.utils import broadcast_object_list
-from huggingface_hub import HfApi
-from transformers import AutoConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import AutoConfig
 from transformers.trainer_utils import HubStrategy
-from transformers.utils import logging
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens
-from btok_hf.errors import RESUME, one_line_errors, take_debug
+from btok_hf.adapters import check_exportable
+from btok_hf.arguments import named_source
+from btok_hf.backbones import family_of
+from btok_hf.errors import EXPECTED, RESUME, one_line_errors, take_debug
 from btok_hf.files import check_writable
 from btok_hf.hub_card.card import CardArguments
 from btok_hf.training import CondensationConfig, CondensationTrainer
 from btok_hf.training.checkpoints import checkpoint_to_resume
-from btok_hf.training.data import metric_names, retrieval_evaluator
-from btok_hf.training.mixture import condense_of, load_mixture
+from btok_hf.training.data import retrieval_evaluator
+from btok_hf.training.mixture import condense_of, load_mixture, read_mixture
+from btok_hf.training.publishing import PushEverySave, check_push
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-logger = logging.get_logger("btok_hf.train")
+RECIPES = Path(__file__).parent / "recipes"
+MADE_FROM = "made_from.json"  # in `output_dir`/start: what it was made from
 
 
 @dataclass
@@ -63,7 +64,8 @@ class ScriptArguments:
         default=None,
         metadata={
             "help": "A pair file (parquet, jsonl, csv), a Hub dataset or a source of training/sources.py. Or a "
-            "mapping (in JSON or a YAML file) from dataset name to one of these, or to {file, weight, condense}."
+            "mapping (in JSON or a YAML file) from dataset name to one of these, or to {file, name, split, revision, columns, "
+            "weight, condense}, of which all but file may be left out."
         },
     )
     sources_root: str | None = field(
@@ -113,7 +115,7 @@ def set_up(arguments: Sequence[str] | None = None) -> "TrainingJob":
     try:
         return _set_up(arguments)
     except Exception as error:
-        if isinstance(error, (ImportError, OSError, RuntimeError, ValueError)):
+        if isinstance(error, EXPECTED):
             raise
         # transformers and TRL do not check the types of values in a recipe, and use them in many places.
         raise ValueError(
@@ -122,7 +124,8 @@ def set_up(arguments: Sequence[str] | None = None) -> "TrainingJob":
         ) from error
 
 
-def _set_up(arguments: Sequence[str] | None) -> "TrainingJob":
+def parse(arguments: Sequence[str] | None) -> tuple[Any, ...]:
+    """Arguments of each class, from flags and the file of `--config`."""
     parser = TrlParser(
         # TRL's annotation allows several classes only if they are of one type.
         (ScriptArguments, CondensationConfig, ModelArguments, CardArguments),  # type: ignore[arg-type]
@@ -134,6 +137,9 @@ def _set_up(arguments: Sequence[str] | None) -> "TrainingJob":
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if words[-1:] == ["--config"]:
         parser.error("argument --config: expected one argument")
+    if "--config" in words:
+        place = words.index("--config") + 1
+        words[place] = str(find_recipe(words[place]))
     try:
         *parsed, unknown = parser.parse_args_and_config(words, return_remaining_strings=True)
     except yaml.YAMLError as error:
@@ -142,8 +148,24 @@ def _set_up(arguments: Sequence[str] | None) -> "TrainingJob":
         raise ValueError(f"The file of --config must hold names of flags with their values ({error}).") from error
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    script, args, model_args, card_args = parsed
+    return tuple(parsed)
 
+
+def find_recipe(name: str) -> Path:
+    """The file of `--config`: a path, or the name of a recipe of this library, with or without `.yaml`."""
+    own = [RECIPES / name, RECIPES / f"{name}.yaml"] if Path(name).name == name else []
+    found = next((path for path in (Path(name), *own) if path.is_file()), None)
+    if found is None:
+        known = sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.stem.startswith("mixture"))
+        raise FileNotFoundError(
+            f"--config {name!r} is not a file and not one of this library's recipes: {', '.join(known)}."
+        )
+    return found
+
+
+def _set_up(arguments: Sequence[str] | None) -> "TrainingJob":
+    script, args, model_args, card_args = parse(arguments)
+    # First what is checked in seconds: the data of a large run takes an hour to load.
     if model_args.model_name_or_path is None or script.train_files is None:
         raise ValueError("Set model_name_or_path (a model with Bottleneck Tokens, or without) and train_files.")
     for name in ("load_in_8bit", "load_in_4bit", "attn_implementation"):
@@ -152,21 +174,25 @@ def _set_up(arguments: Sequence[str] | None) -> "TrainingJob":
                 f"{name} is not supported: weights are trained without quantisation, in dtype, and the packed forward "
                 f"has its own attention. Remove {name}; for adapters set use_peft."
             )
-    resume = args.resume_from_checkpoint
-    args.resume_from_checkpoint = checkpoint_to_resume(True if resume in ("true", "True") else resume, args.output_dir)
-    check_writable(args.output_dir)
-    check_push(args)
-    evaluator = retrieval_evaluator(script.eval_file) if script.eval_file else None
-    if evaluator is None and args.eval_strategy != "no":
+    if script.eval_file is None and args.eval_strategy != "no":
         raise ValueError("eval_strategy needs data to evaluate on: set eval_file.")
-    if evaluator is None and args.metric_for_best_model:
+    if script.eval_file is None and args.metric_for_best_model:
         raise ValueError("The best checkpoint is requested, but nothing is evaluated: set eval_file.")
-    mixture = load_mixture(script.train_files, script.sources_root)
+    saves = args.save_strategy != "no" or args.enable_jit_checkpoint
+    args.resume_from_checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir, saves)
+    check_writable(args.output_dir)
+    pixels = {name: getattr(script, name) for name in ("min_pixels", "max_pixels") if getattr(script, name)}
+    check_start_model(model_args, script.num_tokens, pixels, args)
+    check_push(args)
+    with args.main_process_first():  # the others read what it has cached
+        evaluator = retrieval_evaluator(script.eval_file) if script.eval_file else None
+    entries = read_mixture(script.train_files)
+    names = list(entries) if isinstance(entries, Mapping) else []
+    card_args.check([*names, *([evaluator.name] if evaluator else [])], script.eval_file)
+    with args.main_process_first():
+        mixture = load_mixture(script.train_files, script.sources_root)
     args.dataset_weights = args.dataset_weights or mixture.weights
     args.condense = condense_of(mixture.datasets, args.condense, mixture.condense)
-    card_args.check([*mixture.datasets, *([evaluator.name] if evaluator else [])], script.eval_file)
-
-    pixels = {name: getattr(script, name) for name in ("min_pixels", "max_pixels") if getattr(script, name)}
     path, revision = starting_point(model_args, script.num_tokens, pixels, args)
     model = BTokSentenceTransformer(
         path,
@@ -174,8 +200,6 @@ def _set_up(arguments: Sequence[str] | None) -> "TrainingJob":
         model_kwargs={"dtype": model_args.dtype or "float32"},
         processor_kwargs=pixels or None,
     )
-    if evaluator is not None:
-        choose_best_metric(args, metric_names(evaluator, model))
     # The Trainer would push checkpoints. This script pushes the export.
     to_push, args.push_to_hub = args.push_to_hub, False
     trainer = CondensationTrainer(
@@ -187,7 +211,7 @@ def _set_up(arguments: Sequence[str] | None) -> "TrainingJob":
     )
     if to_push and args.hub_strategy == HubStrategy.EVERY_SAVE:
         trainer.add_callback(PushEverySave(trainer, card_args))
-    trainer.check_disk_space()
+    trainer.check_start(args.resume_from_checkpoint, export=True)
     return TrainingJob(trainer, card_args, mixture.sources, script.eval_file, to_push)
 
 
@@ -243,65 +267,49 @@ class TrainingJob:
             print(f"Pushed to {trainer.push_export()}")
 
 
-def choose_best_metric(args: CondensationConfig, names: Sequence[str]) -> None:
-    """With `load_best_model_at_end`, nDCG@10 if no metric is named. A metric that is not measured is refused."""
-    best = args.metric_for_best_model
-    if best == "loss":  # the Trainer's default with load_best_model_at_end
-        args.metric_for_best_model = next(name for name in names if name.endswith("ndcg@10"))
-        args.greater_is_better = True
-    elif best and not {best, best.removeprefix("eval_")} & set(names):
-        raise ValueError(
-            f"metric_for_best_model must be one of {', '.join(names)}, got {best!r}. Set it to one of them."
-        )
+def check_start_model(
+    model_args: ModelArguments, num_tokens: int | None, pixels: Mapping[str, Any], args: CondensationConfig
+) -> None:
+    """Check the model to train and its adapters by their configuration, without loading weights.
+
+    Raises:
+        OSError, ValueError: A model that cannot be read or is not supported, has another number of Bottleneck Tokens,
+            or differs from the one in `output_dir`/start; adapters that could not be trained or exported.
+    """
+    name = model_args.model_name_or_path
+    assert name is not None  # checked in set_up
+    with named_source(name):
+        config = AutoConfig.from_pretrained(name, revision=model_args.model_revision)
+    family_of(config)  # raises
+    if Path(name).is_dir() and not [*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")]:
+        raise FileNotFoundError(f"The folder {name} has no weights (*.safetensors). Name the folder of a whole model.")
+    if hasattr(config, "btok_token_ids"):
+        if num_tokens not in (None, config.btok_num_tokens):
+            raise ValueError(
+                f"{name} has {config.btok_num_tokens} Bottleneck Tokens, and num_tokens is {num_tokens}. Leave it "
+                "out, or start from the base model."
+            )
+    elif (start := Path(args.output_dir, "start")).exists():
+        origin, record = origin_of(model_args, num_tokens, pixels), start / MADE_FROM
+        found = json.loads(record.read_text("utf-8")) if record.is_file() else "something else"
+        if found != origin:
+            raise ValueError(
+                f"{start} was made from {found}, but this run starts from {origin}. Remove it, or name another "
+                "output_dir."
+            )
+    if (adapters := get_peft_config(model_args)) is not None:
+        check_exportable(cast("LoraConfig", adapters))
+        if model_args.lora_dropout:
+            raise ValueError(
+                f"lora_dropout must be 0, got {model_args.lora_dropout}: the two passes of GradCache would use "
+                "different dropout masks. Set it to 0."
+            )
 
 
-def check_push(args: CondensationConfig) -> None:
-    """Before training, refuse a push that cannot work."""
-    if not args.push_to_hub:
-        return
-    if args.hub_model_id is None:
-        raise ValueError("push_to_hub needs the repository's id, e.g. --hub_model_id org/btok-2b.")
-    if args.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
-        raise ValueError(
-            f"hub_strategy must be end or every_save, got {HubStrategy(args.hub_strategy).value}: only complete "
-            "repositories are pushed, checkpoints stay on disk. Set it to one of these."
-        )
-    try:
-        HfApi(token=args.hub_token).whoami()
-    except Exception as error:
-        # Not chained: the original may hold the token.
-        raise ValueError(
-            f"push_to_hub needs a Hub login, but the Hub did not confirm one ({type(error).__name__}). Run `hf auth "
-            "login`, or set HF_TOKEN to a token with write access."
-        ) from None
-
-
-class PushEverySave(TrainerCallback):
-    """Exports the model after every checkpoint and pushes it in the background, unless the last push still runs."""
-
-    def __init__(self, trainer: CondensationTrainer, card: CardArguments) -> None:
-        self.trainer, self.card = trainer, card
-        self.executor = ThreadPoolExecutor(1)
-        self.running: Future | None = None
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # All processes must export, or none: the main process decides.
-        if broadcast_object_list([self.running is not None and not self.running.done()])[0]:
-            return
-        self.trainer.export(self.trainer.args.output_dir, self.card)
-        if state.is_world_process_zero:
-            self.running = self.executor.submit(self._push)
-
-    def _push(self) -> None:
-        try:
-            logger.warning(f"Pushed to {self.trainer.push_export()}")
-        except Exception as error:  # training continues; the final push raises its error
-            logger.warning(str(error))
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.executor.shutdown()  # waits for the push, because the final export writes the same folder
+def origin_of(model_args: ModelArguments, num_tokens: int | None, pixels: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model with Bottleneck Tokens is made from. The default of `num_tokens` is 4."""
+    named = {"base": model_args.model_name_or_path, "revision": model_args.model_revision}
+    return {**named, "num_tokens": 4 if num_tokens is None else num_tokens, **pixels}
 
 
 def starting_point(
@@ -310,30 +318,17 @@ def starting_point(
     """Path and revision of the model to train. A base model gets Bottleneck Tokens first, in `output_dir`/start."""
     name, revision = model_args.model_name_or_path, model_args.model_revision
     assert name is not None  # checked in set_up
-    config = AutoConfig.from_pretrained(name, revision=revision)
-    if hasattr(config, "btok_token_ids"):
-        if num_tokens not in (None, config.btok_num_tokens):
-            raise ValueError(
-                f"{name} has {config.btok_num_tokens} Bottleneck Tokens, and num_tokens is {num_tokens}. Leave it "
-                "out, or start from the base model."
-            )
+    if hasattr(AutoConfig.from_pretrained(name, revision=revision), "btok_token_ids"):
         return name, revision
-    num_tokens = 4 if num_tokens is None else num_tokens
     start = Path(args.output_dir, "start")
-    origin = {"base": name, "revision": revision, "num_tokens": num_tokens, **pixels}
-    record = start / "made_from.json"
+    origin = origin_of(model_args, num_tokens, pixels)
     with args.main_process_first(local=False):
         if not start.exists():
             unfinished = start.with_name("start.unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)
-            add_bottleneck_tokens(name, unfinished, num_tokens, revision=revision, **pixels)
-            Path(unfinished, record.name).write_text(json.dumps(origin), "utf-8")
+            add_bottleneck_tokens(name, unfinished, origin["num_tokens"], revision=revision, **pixels)
+            Path(unfinished, MADE_FROM).write_text(json.dumps(origin), "utf-8")
             unfinished.rename(start)
-    found = json.loads(record.read_text("utf-8")) if record.is_file() else "something else"
-    if found != origin:
-        raise ValueError(
-            f"{start} was made from {found}, but this run starts from {origin}. Remove it, or name another output_dir."
-        )
     return start, None
 
 

@@ -170,7 +170,8 @@ class Fuzzer:
         return result
 
     def pairs(self, index, rng, folder):
-        from btok_hf.training.data import decode_cell, load_pairs
+        from btok_hf.training.cells import decode_cell
+        from btok_hf.training.data import load_pairs
 
         path = files.pairs(rng, folder)
         rows = self.judge(index, path.name, lambda: load_pairs(str(path)))

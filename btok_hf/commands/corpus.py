@@ -30,27 +30,29 @@ def embed_command(commands: Any) -> None:
     parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
     for name in ("text", "image", "video"):
         parser.add_argument(f"--{name}", metavar="COLUMN", help=f"column of tables with the {name} of a row")
-    parser.add_argument("--id", metavar="COLUMN", help="column with the rows' ids (default: file and row number)")
+    parser.add_argument("--id", metavar="COLUMN", help="column of the rows' ids (default: file and row number)")
     parser.add_argument(
         "--columns", metavar="NAMES", type=_names, default=(), help="columns to keep beside the embeddings: a,b,c"
     )
     parser.add_argument("--prompt", help="instruction for every row (default: the model's for documents)")
-    parser.add_argument("--dimensions", type=int, help="fewer numbers a vector, if the model was trained for it")
+    parser.add_argument("--dimensions", type=int, help="vector dimensions to keep, if the model was trained for it")
     parser.add_argument("--dtype", default="auto", help="dtype of the weights (default: the checkpoint's)")
     parser.add_argument("--device", help="device of the model (default: a GPU if there is one)")
     parser.add_argument("--max-pixels", type=int, help="reduce larger images and frames to this many pixels")
     parser.add_argument("--max-seq-length", type=int, help="cut texts to this many tokens (default: the model's)")
     for flag, default, meaning in (
-        ("--unit-rows", 512, "most rows of a file; a killed run loses at most one of them"),
+        ("--unit-rows", 512, "most rows of an output file; an interrupted run loses at most one file"),
         ("--thumbnail-pixels", 192, "longest side of the thumbnails; 0 makes none"),
-        ("--batch-size", 32, "as in encode"),
+        ("--batch-size", 32, "size of a batch, in rows of 512 tokens (on a CPU of 64)"),
         ("--threads", 4, "threads that read and decode ahead"),
     ):
         parser.add_argument(flag, type=int, default=default, help=f"{meaning} (default: %(default)s)")
     parser.add_argument("--retry-failed", action="store_true", help="embed files with failed rows again")
     parser.add_argument("--fail-on-error", action="store_true", help="end with status 1 if any row of OUT failed")
     parser.add_argument("--ray", metavar="ADDRESS", help="use Ray: local, auto, or the address of a cluster")
-    parser.add_argument("--workers", type=int, help="workers of Ray (default: one a GPU, or one a CPU core)")
+    parser.add_argument(
+        "--workers", type=int, help="workers of Ray (default: one per GPU, without GPUs one per CPU core)"
+    )
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -100,9 +102,7 @@ def index_command(commands: Any) -> None:
         choices=["float32", "float16", "int8", "binary"],
         help="how vectors are stored (default: float32, or as the database has them); int8: faiss and usearch only",
     )
-    parser.add_argument(
-        "--dimensions", type=int, help="keep so many numbers of a vector, if the model was trained for it"
-    )
+    parser.add_argument("--dimensions", type=int, help="vector dimensions to keep, if the model was trained for it")
     parser.add_argument("--rebuild", action="store_true", help="train the vector index again (with --db)")
 
 
@@ -159,10 +159,14 @@ def search_command(commands: Any) -> None:
     parser.add_argument("--video", help="video to search for")
     parser.add_argument("-k", type=int, default=10, help="most hits (default: %(default)s)")
     parser.add_argument("--where", help="SQL condition on the columns, e.g. \"kind = 'image' AND year > 2020\"")
-    parser.add_argument("--hybrid", action="store_true", help="search for the words of the text too, and fuse both")
+    parser.add_argument(
+        "--hybrid", action="store_true", help="also rank by the words of the text, and fuse both rankings"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     parser.add_argument("--sheet", metavar="FILE", help="write a contact sheet of the hits, e.g. out.png")
-    parser.add_argument("--html", metavar="FILE", help="write a page of the hits: one file that loads nothing")
+    parser.add_argument(
+        "--html", metavar="FILE", help="write the hits as an HTML page: one file that loads nothing else"
+    )
     parser.add_argument("--model", help="where the model is (default: where it was when the corpus was embedded)")
     parser.add_argument("--device", help="device of the model (default: a GPU if there is one)")
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from btok_hf.arguments import named_source
 from btok_hf.commands import add_command, needing
-from btok_hf.errors import named_source
 
 
 def mmeb_command(commands: Any) -> None:

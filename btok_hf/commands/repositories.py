@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from btok_hf.arguments import named_source
 from btok_hf.commands import add_command
-from btok_hf.errors import named_source
 
 
 def add_tokens_command(commands: Any) -> None:
@@ -149,7 +149,7 @@ def run_verify(
     path_or_repo: str, revision: str | None, device: str | None, url: str | None, tolerance: float | None
 ) -> None:
     if url is None:
-        from btok_hf.hub import verify
+        from btok_hf.verification import verify
 
         if tolerance is not None:
             raise argparse.ArgumentError(

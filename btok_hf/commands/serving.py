@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from btok_hf.arguments import named_source
 from btok_hf.commands import add_command, needing
-from btok_hf.errors import named_source
+from btok_hf.serving.limits import Limits, add_limits
 
 
 def serve_command(commands: Any) -> None:
@@ -25,18 +26,7 @@ def serve_command(commands: Any) -> None:
     parser.add_argument("--dtype", default="auto", help="dtype of the weights (default: the checkpoint's)")
     parser.add_argument("--max-pixels", type=int, help="reduce larger images and frames to this many pixels")
     parser.add_argument("--max-seq-length", type=int, help="cut texts to this many tokens (default: the model's)")
-    for name, kind, default, meaning in (
-        ("--max-rows", int, 256, "most rows of a request"),
-        ("--queue-rows", int, 1024, "most rows of all requests together"),
-        ("--batch-rows", int, 64, "most rows of a batch"),
-        ("--max-text", int, 2_000_000, "most characters of the texts of a request"),
-        ("--max-body", int, 32 * 2**20, "most bytes of a request, and of what it names"),
-        ("--queue-body", int, 512 * 2**20, "most bytes of all requests together"),
-        ("--max-image-pixels", int, 100_000_000, "most pixels of all images and frames of a request"),
-        ("--queue-pixels", int, 500_000_000, "most pixels of all requests together"),
-        ("--timeout", float, 60.0, "most seconds of a request"),
-    ):
-        parser.add_argument(name, type=kind, default=default, help=f"{meaning} (default: %(default)s)")
+    add_limits(parser)
     parser.add_argument(
         "--allow-urls",
         type=lambda value: [host.strip() for host in value.split(",")],
@@ -54,7 +44,6 @@ def serve_command(commands: Any) -> None:
 
 def run_serve(repo: str, dtype: str, max_pixels: int | None, **options: Any) -> None:
     with needing("btok serve", "serve"):
-        from btok_hf.serving.gate import Limits
         from btok_hf.serving.server import serve
 
     host, port, name = (options.pop(key) for key in ("host", "port", "name"))

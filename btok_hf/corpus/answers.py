@@ -28,7 +28,7 @@ LOG = logging.getLogger(__name__)
 
 
 def said(answer: Callable[..., Any]) -> Callable[..., Any]:
-    """A listener whose errors of users are said in the page. Others are logged, and the page says only that."""
+    """A listener that shows errors of users in the page. Other errors are logged, and the page says only that."""
 
     @functools.wraps(answer)
     def listener(*inputs: Any) -> Any:

@@ -1,7 +1,7 @@
 """`btok app`: a page that searches a database by text, picture or clip, on Gradio.
 
-Here is how it looks and starts. What it answers is in `btok_hf/corpus/answers.py`, what is written into it, escaped,
-in `cards.py`, and what it refuses in `guard.py`.
+This file lays out the page and starts it. Its answers are in `btok_hf/corpus/answers.py`, its HTML is in `cards.py`,
+and the requests that it refuses are in `guard.py`.
 """
 
 import os

@@ -1,15 +1,15 @@
-"""SQL conditions that people write: read to their end, joined with others, and quoted as they are if they are none."""
+"""SQL conditions of users: checked, joined with others, and quoted in error messages."""
 
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-# Of a condition, what may hold brackets that are none: texts, names and comments.
+# Parts of a condition in which a bracket is only a character: strings, names and comments.
 QUOTED = re.compile(r"'(?:[^']|'')*'|\"[^\"]*\"|`[^`]*`|--[^\n]*|/\*.*?\*/", re.DOTALL)
 
 
 def whole(where: str) -> str:
-    """A condition in brackets, to be read to its end: behind `;` LanceDB would leave out the rest without a word.
+    """A condition in brackets, so that it is parsed to its end. LanceDB silently ignores what follows a `;`.
 
     Args:
         where (`str`): The condition. It may end with one `;`, or with a comment.
@@ -18,7 +18,7 @@ def whole(where: str) -> str:
         `str`
 
     Raises:
-        ValueError: Its brackets do not match. It could end the brackets around it, and mean something else.
+        ValueError: Its brackets do not match. Such a condition could close the brackets around it and mean another.
     """
     depth = 0
     for bracket in re.findall(r"[()]", QUOTED.sub("", where)):

@@ -1,4 +1,4 @@
-"""Embed units: threads read and decode ahead, the model embeds, and each unit is written when it is whole."""
+"""Embed units: threads read and decode ahead of the model, and each unit is written when all its rows are done."""
 
 import io
 import logging
@@ -14,15 +14,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from btok_hf.arguments import named_source
 from btok_hf.corpus.job import Job
 from btok_hf.corpus.listing import Unit
 from btok_hf.corpus.rows import Known, Reading, Row, pages, prepare
 from btok_hf.corpus.units import Corpus, unit_schema
-from btok_hf.errors import named_source
 from btok_hf.inputs import shown
 from btok_hf.sentence_transformer import BTokSentenceTransformer
 
-# What is decoded for one call of the model, at most; while it runs, as much again is decoded.
+# The most that is decoded for one call of the model. As much again is decoded while the model runs.
 CHUNK_ROWS, CHUNK_BYTES = 256, 128 * 2**20
 # Embeddings and thumbnails of content that may come again.
 KNOWN_BYTES = 128 * 2**20
@@ -68,7 +68,8 @@ class Embedder:
                 processor_kwargs={"max_pixels": options.max_pixels} if options.max_pixels else {},
             )
         self.known = _Memory(KNOWN_BYTES)
-        # Weights that gave an embedding before are not broken: of one row alone it may be the row.
+        # Whether these weights have given a finite embedding before. If so, a chunk without any fails by its rows; if
+        # not, the weights may be broken, and the run ends.
         self._sound = bool(self.corpus.written())
         pixels = self.model.transformer.image_limits.max_pixels
         self.reading = Reading(pixels, options.thumbnail_pixels, self.known.get)
@@ -85,7 +86,7 @@ class Embedder:
             `Counts`
 
         Raises:
-            Exception: What no row is to blame for, such as too little memory or a full disk. Whole units stay.
+            Exception: An error that no row causes, such as too little memory or a full disk. Written units stay.
         """
         counts, writer = Counts(), _Writer(self.schema)
         for unit, rows, last in _ahead(self._chunks(units)):
@@ -283,7 +284,7 @@ class _Writer:
 
 
 def _words(text: str | None, errors: str = "backslashreplace") -> str | None:
-    """A text without half characters, which parquet cannot hold: file names may have bytes that are no UTF-8."""
+    """A text without lone surrogates, which parquet cannot store. File names that are not UTF-8 contain them."""
     return None if text is None else text.encode("utf-8", errors).decode()
 
 

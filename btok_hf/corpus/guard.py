@@ -1,4 +1,4 @@
-"""What the page of `btok app` refuses on its way in, whatever Gradio would do, and what it tells browsers."""
+"""Middleware of the page of `btok app`: it refuses requests of other sites, and sets a Content-Security-Policy."""
 
 import re
 
@@ -10,8 +10,8 @@ POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
 
 
 class OwnOnly:
-    """Keeps a page to its own host: no address is fetched for clients, other sites cannot use the page from a browser
-    of its users, and browsers load nothing from elsewhere.
+    """Keeps a page to its own host: the server fetches no address that a client names, other sites cannot send
+    requests through the browser of a user, and browsers load nothing from elsewhere.
 
     Args:
         app (`ASGIApp`): The page.
@@ -40,11 +40,11 @@ def reason(path: str, headers: Headers) -> str | None:
         path (`str`): Path of the request.
         headers (`Headers`): Its headers.
     """
-    # Gradio would fetch and pass on what such an address holds.
+    # Gradio would fetch the address and pass on its content.
     if re.search(r"/(file|proxy)[=/]+\w+:", path):
         return "addresses are not opened"
-    # A browser names the site whose script sends a request. Of https and of this machine it also says whether that is
-    # the page itself, which holds behind proxies that change Host.
+    # Browsers send the site of the script in Origin. With https and on localhost they also send Sec-Fetch-Site, which
+    # is right behind proxies that change Host, too.
     origin, own = headers.get("origin"), (headers.get("host"), headers.get("x-forwarded-host"))
     if origin is None or headers.get("sec-fetch-site") == "same-origin" or origin.partition("://")[2] in own:
         return None

@@ -4,8 +4,8 @@
   never embedded by another one.
 - A run reads all units and writes the rows that changed, in chunks. Each write is a transaction: a killed run leaves
   whole rows, and the next one goes on.
-- Small tables are searched exactly. Larger ones have an index of one bit a number (RaBitQ); candidates are then
-  compared by their stored vectors, which `REFINE` bounds.
+- Small tables are searched exactly. Larger ones have an index of one bit per dimension (RaBitQ), whose best candidates
+  are then compared by their stored vectors.
 - Scores are cosines of the query and the stored vectors.
 """
 
@@ -42,14 +42,14 @@ COLUMNS = ("id", "kind", "source", "page", "content_hash", "text", "thumbnail", 
 # Rows times dimensions above which vectors get an index. Exact search of 12.8 million numbers took 27 ms on one core
 # (docs/corpus.md).
 EXACT_NUMBERS = 16_000_000
-# Of k hits, this many times k candidates are compared by their stored vectors.
+# To find k hits, this many times k candidates are compared by their stored vectors.
 REFINE = 10
-# Of a ranking by meaning and one by words, at least so many rows are fused. A row far down in one may be the best of
-# both, and hits should not change with their number.
+# At least so many rows of each ranking, by meaning and by words, are fused. A row far down in one ranking may be the
+# best of both, and the first hits should not depend on how many are asked for.
 FUSED = 1000
 # Reciprocal rank fusion gives 1 / (RRF + place); 60 in its paper (Cormack, Clarke, Büttcher 2009).
 RRF = 60
-# Parts of the index that a search looks into.
+# Partitions of the index that a search reads.
 PROBES = 40
 # Old versions of the table are removed after this time. A search that takes longer could miss its files.
 KEEP = timedelta(hours=1)
@@ -127,7 +127,7 @@ class Index:
             out (`str` or `Path`): Folder or address that `btok embed` wrote.
             path (`str` or `Path`): Folder or address of the database; made if it does not exist.
             precision (`str`, *optional*): How vectors are stored: `float32` (default), `float16`, `binary`.
-            dimensions (`int`, *optional*): Keep the first numbers of each vector. Default: all.
+            dimensions (`int`, *optional*): Leading dimensions of each vector to keep. Default: all.
             rebuild (`bool`): Train the vector index again, also after small changes.
 
         Returns:
@@ -185,7 +185,7 @@ class Index:
         return index, changes, stream.sample
 
     def _update_indexes(self, rebuild: bool) -> None:
-        """Bring the indexes of words and vectors up to date. New rows are found before it, but slowly."""
+        """Bring the indexes of words and vectors up to date. Rows that are not in them yet are found, but slowly."""
         have = {column for entry in self._table.list_indices() for column in entry.columns}
         if "text" not in have:
             # No stemming and no stop words, which belong to one language. ICU finds the words of all scripts.
@@ -216,7 +216,7 @@ class Index:
 
     @property
     def written(self) -> float:
-        """When rows were last written or brought into order, in seconds since 1970."""
+        """When rows were last written or optimized, in seconds since 1970."""
         return max(version["timestamp"].timestamp() for version in self._table.list_versions())
 
     @property
@@ -373,7 +373,7 @@ def _connect(path: str) -> Any:
 
 @contextmanager
 def _alone(path: str) -> Iterator[None]:
-    """Let one process write to a folder: two that add the same rows would double them. A kill ends it too."""
+    """Lock a folder for one writer: two that add the same rows would duplicate them. A killed process frees it."""
     if "://" in path:
         yield
         return

@@ -1,28 +1,21 @@
-"""What a run of `btok embed` is to do: settings, checked before the model is loaded, and the missing units."""
+"""Plan a run of `btok embed`: check its settings before the model is loaded, and list the missing units."""
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import torch
-from huggingface_hub import hf_hub_download
-from transformers import AutoConfig
 
+from btok_hf.arguments import named_source
 from btok_hf.corpus.listing import FolderSource, Input, Unit, name_of
 from btok_hf.corpus.rows import PAGE_DPI, PAGE_PIXELS
 from btok_hf.corpus.tables import Columns, TableSource
 from btok_hf.corpus.units import FORMAT, Corpus, Store
-from btok_hf.errors import named_source
-from btok_hf.modeling.modeling_btok import bottleneck_token_ids
+from btok_hf.model_info import check_dimensions, identify, trained_dimensions
 
-# Files of a local model that its vectors depend on.
-MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model")
-NOT_OF_VECTORS = ("golden.json", "trainer_state.json", "README.md")
-CHUNK = 2**20
 NO_COLUMNS = Columns()
 
 
@@ -34,7 +27,7 @@ class Options:
         model (`str`): Folder or Hub id of a repository with Bottleneck Tokens.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
         prompt (`str`, *optional*): Instruction for every row. Default: the model's for documents.
-        dimensions (`int`, *optional*): Numbers of an embedding, if the model was trained for fewer than it has.
+        dimensions (`int`, *optional*): Leading dimensions to keep, if the model was trained for it. Default: all.
         dtype (`str`): dtype of the weights.
         max_pixels (`int`, *optional*): Reduce larger images and frames to this many pixels.
         max_seq_length (`int`, *optional*): Cut texts to this many tokens.
@@ -85,7 +78,7 @@ class Job(NamedTuple):
         given (`str`): The input, as an absolute path or address.
         out (`str`): The folder of the corpus, likewise.
         options (`Options`): With the commit of a model on the Hub as `revision`.
-        dimensions (`int`): Numbers of an embedding.
+        dimensions (`int`): Dimensions of an embedding.
         metadata (`dict[str, pyarrow.DataType]`): Columns that are taken from a table.
     """
 
@@ -147,7 +140,8 @@ def make_plan(given: str, out: str, options: Options, *, clean: bool = True, ret
         options = options.replace(model=os.path.abspath(options.model))  # for other processes
     else:
         options = options.replace(revision=revision)
-    dimensions = _dimensions(config, options)
+    dimensions = trained_dimensions(config)[-1] if options.dimensions is None else options.dimensions
+    check_dimensions(options.model, config, dimensions)
     source = _source(found, out, options)
     settings: dict[str, Any] = {
         "format": FORMAT,
@@ -201,56 +195,3 @@ def _source(
     if options.columns.parts():
         return TableSource(found, options.columns, options.unit_rows, Store(out), metadata)
     return FolderSource(found, options.unit_rows)
-
-
-def identify(model: str, revision: str | None = None) -> tuple[str, Any]:
-    """What says whether two models give the same vectors, and the model's configuration.
-
-    Args:
-        model (`str`): Folder or Hub id.
-        revision (`str`, *optional*): Branch, tag or commit on the Hub.
-
-    Returns:
-        The commit of a model on the Hub, or a hash of the files of a local one (a second for two gigabytes); and its
-        configuration.
-
-    Raises:
-        OSError: There is no such model.
-        ValueError: It has no Bottleneck Tokens, or is not merged.
-    """
-    folder = Path(model)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ValueError(
-                f"{model} has no config.json. Give an exported repository; adapters are merged with: btok export"
-            )
-        digest = blake2b(digest_size=20)
-        # Loaders prefer safetensors; beside them .bin files are states of a training.
-        suffixes = MODEL_SUFFIXES if any(folder.glob("*.safetensors")) else (*MODEL_SUFFIXES, ".bin")
-        for path in sorted(folder.rglob("*")):
-            name = path.relative_to(folder).as_posix()
-            if path.suffix in suffixes and path.name not in NOT_OF_VECTORS and path.is_file():
-                digest.update(f"{name} {path.stat().st_size}\0".encode())
-                with open(path, "rb") as file:
-                    while chunk := file.read(CHUNK):
-                        digest.update(chunk)
-        commit = digest.hexdigest()
-        config = AutoConfig.from_pretrained(model)
-    else:
-        path = Path(hf_hub_download(model, "config.json", revision=revision))
-        commit = path.parent.name  # …/snapshots/COMMIT/config.json
-        config = AutoConfig.from_pretrained(model, revision=commit)
-    bottleneck_token_ids(config)
-    return commit, config
-
-
-def _dimensions(config: Any, options: Options) -> int:
-    """The numbers of an embedding."""
-    full: int = config.get_text_config().hidden_size
-    trained = sorted({*(getattr(config, "matryoshka_dimensions", None) or ()), full})
-    if options.dimensions not in (None, *trained):
-        raise ValueError(
-            f"--dimensions {options.dimensions}: {options.model} was trained for {', '.join(map(str, trained))}. "
-            "Fewer numbers of other models keep less than a model that was trained for them (matryoshka_dims)."
-        )
-    return options.dimensions or full

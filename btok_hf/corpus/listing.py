@@ -1,4 +1,4 @@
-"""What there is to embed: the files of an input, and how they are cut into units. Nothing is read here but lists."""
+"""List the files of an input and group them into units. The content of files is not read here."""
 
 import glob
 import importlib.util
@@ -26,9 +26,9 @@ KINDS = {
 PAGED = {".pdf": "pdf", ".tif": "tiff", ".tiff": "tiff"}
 # Packages that a kind of file needs, with the extra that installs them.
 NEEDED = {"video": ("av", "video"), "page": ("pypdfium2", "corpus")}
-# What a file system says of a file that changes with its content. Hashes before times.
+# Facts of a file that change with its content, as file systems name them: hashes first, then times.
 STATES = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "last_modified", "updated", "created")
-# A PDF counts as one row for this many of its bytes: its pages are not known before it is read.
+# The pages of a PDF are not known before it is read: it counts as one row per this many bytes.
 PAGE_BYTES = 2**16
 
 
@@ -208,8 +208,8 @@ class FolderSource:
     def plan(self, settings: str) -> list[Unit]:
         """Cut the files into units.
 
-        A unit also ends behind files whose path has a certain hash. So a new or removed file changes the unit that it
-        lies in, and not all behind it.
+        A unit also ends after every file whose path has a certain hash. So a new or removed file changes only the unit
+        that it belongs to, and not all units after it.
 
         Args:
             settings (`str`): A hash of the settings, which is part of every name.
@@ -268,7 +268,7 @@ class FolderSource:
 
 
 def _is_utf8(path: str) -> bool:
-    """Whether a path can be stored as text. Python has other bytes of a name as half characters."""
+    """Whether a path can be stored as text. Python represents other bytes of a file name as lone surrogates."""
     try:
         path.encode()
     except UnicodeEncodeError:

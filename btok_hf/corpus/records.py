@@ -16,7 +16,7 @@ from btok_hf.corpus.rows import File
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 # Rows that are in memory at once, encoded; and the buffer of a parquet file.
 READ_ROWS, BUFFER = 32, 2**23
-# What values of JSON are stored as. All else is kept as JSON text.
+# Types in which values of JSON are stored. Lists and objects are kept as JSON text.
 JSON_TYPES = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}
 
 
@@ -45,7 +45,7 @@ def line_records(path: str, file: File, offset: int = 0) -> Iterator[tuple[int, 
 
 
 class ParquetCursor:
-    """A parquet file that is read from a row on. Units in order read each row once, however large a row group is."""
+    """Reads a parquet file from a given row on. If units are read in order, every row is read only once."""
 
     def __init__(self, path: str, file: File, columns: list[str], first: int) -> None:
         self.path = path
@@ -129,7 +129,7 @@ def _csv_records(path: str, opened: Any, offset: int, delimiter: str) -> Iterato
         nonlocal read
         for line in opened:
             read += len(line)
-            # Bytes that are no UTF-8 become half characters, which `_cells` refuses row by row.
+            # Bytes that are not UTF-8 become lone surrogates, which `_cells` refuses row by row.
             of_row.append(line.decode("utf-8-sig" if read == len(line) else "utf-8", "surrogateescape"))
             yield of_row[-1]
         if of_row and _is_open(of_row, delimiter):
@@ -189,7 +189,7 @@ def json_array(value: Any, kind: pa.DataType) -> pa.Array:
     """A value of JSON as an array of one."""
     if kind == pa.string() and value is not None:
         value = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        value = value.encode("utf-8", "replace").decode()  # half characters
+        value = value.encode("utf-8", "replace").decode()  # lone surrogates
     if kind == pa.float64() and value is not None:
         value = float(value)  # Arrow refuses integers that a float rounds
     return pa.array([value], kind)

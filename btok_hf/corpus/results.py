@@ -1,4 +1,4 @@
-"""Hits for people: lines of a terminal, JSON, a contact sheet, a page."""
+"""Show hits: as lines, JSON, a contact sheet or an HTML page."""
 
 import base64
 import io
@@ -36,7 +36,7 @@ def as_lines(hits: Sequence[Hit]) -> str:
 
 
 def as_json(hits: Sequence[Hit]) -> str:
-    """A JSON list of the hits without thumbnails and hashes. Values that JSON does not know are texts; NaN is null."""
+    """A JSON list of the hits without thumbnails and hashes. Values of other types become strings, and NaN null."""
     hidden = ("thumbnail", "content_hash")
     rows = [{name: value for name, value in vars(hit).items() if name not in hidden} for hit in hits]
     return json.dumps(_of_json(rows), ensure_ascii=False, indent=2, default=str)

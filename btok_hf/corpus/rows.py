@@ -1,4 +1,4 @@
-"""A row on its way: what a source hands out, how its content is read and hashed, and what the model gets."""
+"""A row of a corpus: its content is read, hashed and decoded, and becomes an input of the model."""
 
 import io
 from collections.abc import Callable, Generator, Iterator
@@ -13,6 +13,7 @@ from PIL import Image
 
 from btok_hf.download import REMOTE, download
 from btok_hf.encoding import ROW_ERRORS
+from btok_hf.input_kinds import as_list
 from btok_hf.media import read_image, read_pages, tiff_pages
 from btok_hf.video import read_video
 
@@ -84,7 +85,7 @@ class Row:
 
 
 class Known(NamedTuple):
-    """What equal content has in common.
+    """The results that rows with equal content share.
 
     Args:
         embedding (`numpy.ndarray` of shape `(dimensions,)`): fp32.
@@ -102,7 +103,8 @@ class Reading:
     Args:
         max_pixels (`int`): The model reduces larger images to this many pixels (`ImageLimits`).
         thumbnail_pixels (`int`): Longest side of a thumbnail; 0 makes none.
-        known (`Callable`): The result for content with this hash, if it is at hand. Then nothing is decoded.
+        known (`Callable`): From a hash to the results for content with this hash, if there are any; nothing is then
+            decoded.
     """
 
     max_pixels: int
@@ -122,7 +124,7 @@ def prepare(row: Row, reading: Reading) -> Row:
         its bytes in `parts`, for `pages`.
 
     Raises:
-        ImportError, MemoryError: What no row is to blame for.
+        ImportError, MemoryError: Errors that no row causes.
     """
     parts, row.parts = row.parts, {}
     if row.error is not None:
@@ -142,7 +144,7 @@ def prepare(row: Row, reading: Reading) -> Row:
         if isinstance(parts.get("text"), File):
             parts = {"text": _text(parts["text"].read())}
             row.text = parts["text"]
-        contents = {key: [_open(key, part) for part in _as_list(value)] for key, value in parts.items()}
+        contents = {key: [_open(key, part) for part in as_list(value)] for key, value in parts.items()}
         row.content_hash = hash_contents(contents)
         if known := reading.known(row.content_hash):
             row.embedding, row.thumbnail = known
@@ -156,10 +158,6 @@ def prepare(row: Row, reading: Reading) -> Row:
     # A single part stays alone, as a user would give it.
     row.item = {key: values[0] if len(values) == 1 else values for key, values in item.items()}
     return row
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def _reason(error: Exception) -> str:

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from huggingface_hub.errors import HFValidationError
 
+from btok_hf.arguments import named_source
 from btok_hf.corpus.index import Hit, Index
-from btok_hf.corpus.job import identify
 from btok_hf.corpus.units import locate
-from btok_hf.errors import named_source
+from btok_hf.model_info import identify
 from btok_hf.sentence_transformer import BTokSentenceTransformer
 
 

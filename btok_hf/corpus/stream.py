@@ -1,4 +1,4 @@
-"""The rows of a corpus on their way into a database: checked, counted, with stored vectors, a batch at a time."""
+"""Turn the rows of a corpus into rows of a database, a batch at a time, and find those that are new or changed."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,13 +12,14 @@ import pyarrow as pa
 from btok_hf.corpus.units import FREE, UNIT_COLUMNS, check_column_names, read_units
 from btok_hf.corpus.vectors import Precision, cut, store, stored_type, unit
 
-# Settings that may differ between runs: how the model is called, how far `btok embed` is, how vectors are stored.
+# Settings that may differ between runs into one database: the path of the model, the progress of `btok embed`, and how
+# vectors are stored.
 UNLIKE = (*FREE, "units_planned", "units_written", "embedding_dimensions", "precision")
 # Queries with which recall is measured.
 SAMPLE = 100
 # Rows that are held in memory before they are written.
 CHUNK_BYTES = 128 * 2**20
-# Of a unit; in the database `vector` stands for `embedding`, and there are no failed rows.
+# Columns of units that a database does not have: it has `vector` instead of `embedding`, and no failed rows.
 LEFT_OUT = ("embedding", "error")
 
 
@@ -44,7 +45,7 @@ class Changes:
 
     @property
     def left_out(self) -> str:
-        """What is not there, in words, to follow others."""
+        """How many rows and units are not in the database, as the end of a sentence."""
         text = f", {self.failed:,} left out because embedding them failed" if self.failed else ""
         if self.missing:
             text += f"; {self.missing:,} units are not embedded yet: run it again after"
@@ -76,14 +77,14 @@ def check_same_corpus(corpus: Mapping[str, Any], held: Mapping[str, Any], path: 
 
 
 class Held:
-    """What a database holds, in 16 bytes a row, compared with what it should hold.
+    """The rows of a database, as hashes of 16 bytes a row, to compare with those that it should hold.
 
     Args:
         batches (`Iterable[pyarrow.RecordBatch]`): `id` and `row_hash` of the database's rows.
         wanted (`np.ndarray`): Hashes of the ids that it should hold, sorted.
 
     Attributes:
-        gone (`list[str]`): The ids of the others.
+        gone (`list[str]`): Ids of rows that it should no longer hold.
     """
 
     def __init__(self, batches: Iterable[pa.RecordBatch], wanted: np.ndarray) -> None:

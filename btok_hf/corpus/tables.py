@@ -1,7 +1,7 @@
 """Tables whose rows are embedded: parquet, JSON lines and CSV files, cut into units of rows.
 
-A table is scanned once: how many rows it has, where units start, and the types of its columns are kept beside the
-units. So a run that goes on reads no finished table again.
+A table is scanned once. Its number of rows, the starts of its units and the types of its columns are kept beside the
+units, so that a later run does not read a finished table again.
 """
 
 import base64
@@ -23,6 +23,7 @@ from btok_hf.corpus.records import BUFFER, DELIMITERS, ParquetCursor, json_array
 from btok_hf.corpus.rows import File, Row
 from btok_hf.corpus.units import SCANS, Store, check_column_names
 from btok_hf.download import REMOTE
+from btok_hf.input_kinds import is_cell
 
 PARTS = ("image", "video", "text")  # in the order of a row
 SUFFIXES = (".parquet", ".jsonl", ".json", *DELIMITERS)
@@ -135,7 +136,7 @@ class TableSource:
         return units
 
     def keep_types(self, held: Mapping[str, str]) -> None:
-        """Store metadata as the units that are there do.
+        """Keep the types of metadata that existing units have.
 
         Args:
             held (`Mapping[str, str]`): Types in the settings of the corpus, by column.
@@ -354,7 +355,7 @@ def _stored_kind(kind: pa.DataType) -> pa.DataType:
 
 
 def _stored(value: Any) -> Any:
-    """A cell as `datasets` stores media, `{"bytes", "path"}`, as its bytes or path. Others as they are."""
-    if isinstance(value, dict) and set(value) == {"bytes", "path"}:
+    """The bytes or the path of media as `datasets` stores them. Other cells are returned as they are."""
+    if isinstance(value, dict) and is_cell(value):
         return value["path"] if value["bytes"] is None else value["bytes"]
     return value

@@ -13,9 +13,9 @@ other units; those of its old content are not in the plan, are never read, and a
 import contextlib
 import json
 import os
-import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -23,15 +23,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
+from btok_hf.files import replacing
+
 FORMAT = 1
 KINDS = ("text", "image", "video", "page", "mixed")
 SETTINGS, PLAN, UNITS, ERRORS, SCANS = "corpus.json", "plan.json", "units", "errors", "scans"
 WRITTEN_FILES, WRITTEN_FOLDERS = (SETTINGS, PLAN), (UNITS, ERRORS, SCANS)
 # Rows that are read at once, at most.
 BATCH_ROWS, BATCH_BYTES = 1024, 2**24
-# Drafts of a process that was killed. Writing a unit takes seconds.
+# Age at which a draft must be that of a killed process: writing a unit takes seconds.
 OLD_DRAFT_SECONDS = 3600
-# Their values may differ between runs into one folder: the revision says what the model is.
+# Settings whose values may differ between runs into one folder: the revision identifies the model.
 FREE = ("model",)
 
 
@@ -39,7 +41,7 @@ def unit_schema(dimensions: int, metadata: Mapping[str, pa.DataType] | None = No
     """The columns of a unit.
 
     Args:
-        dimensions (`int`): Numbers of an embedding.
+        dimensions (`int`): Dimensions of an embedding.
         metadata (`Mapping[str, pyarrow.DataType]`, *optional*): Types of the columns that are taken from a table, by
             name.
 
@@ -101,19 +103,10 @@ class Store:
         if not self.is_local:
             self.fs.pipe_file(path, content)  # object storage shows an object when its upload is complete
             return
-        folder, last = os.path.split(path)
-        # Several machines may write the same file of a shared file system.
-        draft = os.path.join(folder, f".{last}.{socket.gethostname()}.{os.getpid()}.tmp")
         try:
-            os.makedirs(folder, exist_ok=True)
-            with open(draft, "wb") as file:
+            with replacing(Path(path)) as file:
                 file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(draft, path)
         except OSError as error:
-            with contextlib.suppress(OSError):  # it would take up the rest of a full disk
-                os.unlink(draft)
             raise OSError(
                 error.errno,
                 f"{path} cannot be written ({error.strerror}). What is written already stays: make room, or OUT "

@@ -1,4 +1,4 @@
-"""Vectors for people who have a search of their own: an index of faiss or of usearch, and the ids beside it.
+"""Write the vectors of a corpus as an index of faiss or usearch, with a file of their ids beside it.
 
 Row `i` of `FILE.ids.parquet` is the id of the vector with the number `i`. An index is built in memory.
 """
@@ -17,7 +17,7 @@ from btok_hf.corpus.units import read_units
 from btok_hf.corpus.vectors import bits, check_dimensions, cut
 from btok_hf.files import check_writable, replacing
 
-# Rows of an index find their ids here.
+# Suffix of the file of ids.
 IDS = ".ids.parquet"
 
 
@@ -31,7 +31,7 @@ def write_faiss(out: str, file: str | Path, precision: str = "float32", dimensio
         out (`str`): Folder or address that `btok embed` wrote.
         file (`str` or `Path`): File to write. The ids are written to `FILE.ids.parquet`.
         precision (`str`): `float32`, `float16`, `int8` or `binary`.
-        dimensions (`int`, *optional*): Keep the first numbers of each vector. Default: all.
+        dimensions (`int`, *optional*): Leading dimensions of each vector to keep. Default: all.
 
     Returns:
         `Changes`: How many vectors were `added`, and what is left out: rows that `failed`, units that are `missing`.
@@ -49,7 +49,7 @@ def write_faiss(out: str, file: str | Path, precision: str = "float32", dimensio
     else:
         kind = faiss.ScalarQuantizer.QT_fp16 if precision == "float16" else faiss.ScalarQuantizer.QT_8bit
         index = faiss.IndexScalarQuantizer(size, kind, faiss.METRIC_INNER_PRODUCT)
-        # Of training vectors it keeps the range of each dimension, which two vectors have too.
+        # Training records the range of each dimension, which these two vectors have.
         index.train(_ranges(out, dimensions))
     add = (lambda vectors: index.add(bits(vectors))) if precision == "binary" else index.add
     save = faiss.write_index_binary if precision == "binary" else faiss.write_index
@@ -103,7 +103,7 @@ def _vectors(out: str, dimensions: int | None) -> tuple[int, Changes, Iterator[t
 
 
 def _ranges(out: str, dimensions: int | None) -> np.ndarray:
-    """The smallest and the largest number of each dimension, shape `(2, d)`."""
+    """The smallest and the largest value of each dimension, shape `(2, d)`."""
     size, _, batches = _vectors(out, dimensions)
     ranges = np.array([[np.inf], [-np.inf]], np.float32).repeat(size, axis=1)
     for _, vectors in batches:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from btok_hf.errors import named_source
+from btok_hf.arguments import named_source
 
 Precision = Literal["float32", "float16", "binary"]
 
@@ -41,11 +41,11 @@ def cut(vectors: np.ndarray, dimensions: int) -> np.ndarray:
 
 
 def check_dimensions(corpus: Mapping[str, Any], dimensions: int) -> None:
-    """Raise an error if the model of a corpus was not trained for vectors that are cut.
+    """Raise an error if the model of a corpus was not trained for embeddings of so many dimensions.
 
     Args:
         corpus (`Mapping`): Settings of the corpus: `model`, `revision`, `dimensions`.
-        dimensions (`int`): How many numbers shall be kept.
+        dimensions (`int`): Leading dimensions that shall be kept.
 
     Raises:
         OSError: The model's `config.json` cannot be read.
@@ -53,15 +53,12 @@ def check_dimensions(corpus: Mapping[str, Any], dimensions: int) -> None:
     """
     from transformers import AutoConfig  # slow to import, and needed only here
 
-    name, full = corpus["model"], corpus["dimensions"]
+    from btok_hf import model_info
+
+    name = corpus["model"]
     with named_source(name):
         config = AutoConfig.from_pretrained(name, revision=None if Path(name).exists() else corpus["revision"])
-    trained = sorted({size for size in getattr(config, "matryoshka_dimensions", None) or () if size < full} | {full})
-    if dimensions not in trained:
-        raise ValueError(
-            f"--dimensions {dimensions}: vectors of {name} can have {', '.join(map(str, trained))} here. Cut vectors "
-            "keep little unless the model was trained for it (matryoshka_dims)."
-        )
+    model_info.check_dimensions(name, config, dimensions, corpus["dimensions"])
 
 
 def stored_type(dimensions: int, precision: Precision) -> pa.DataType:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from btok_hf.evaluation.readers import READERS, Pool, Row, query_text
 from btok_hf.evaluation.tasks import MEDIA, TASKS, Media, Query, Task, TaskInfo, TaskInput, holds
+from btok_hf.files import replacing
 from btok_hf.media import read_image
 from btok_hf.video import read_frames
 
@@ -228,9 +229,8 @@ def _write_pages(
                     f"{info.name}: page {row['corpus-id']!r} is neither {path} nor in {place}. Unpack "
                     "visdoc-tasks.images.tar.gz in visdoc-tasks."
                 )
-            part = Path(f"{path}.{os.getpid()}")  # renamed when complete
-            part.write_bytes(row["image"]["bytes"])
-            part.replace(path)
+            with replacing(Path(path)) as file:
+                file.write(row["image"]["bytes"])
 
 
 @cache

@@ -274,7 +274,8 @@ def _score(task: Task, store: EmbeddingStore, folder: Path) -> None:
         rankings = [[names[position] for position in row] for row in rank(queries, blocks, _depth(names))]
     else:
         vectors, places = store.vectors(keys), {name: place for place, name in enumerate(names)}
-        # An order that knows no right answer: many datasets list it first, and of equal candidates the first wins.
+        # Candidates are ordered by a hash of their names: many datasets list the right one first, and of equally
+        # similar candidates the first one ranks higher.
         order = {name: hash_of(name) for name in names}
         rankings = []
         for vector, query in zip(queries, task.queries):

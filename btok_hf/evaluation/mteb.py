@@ -4,7 +4,6 @@ mteb encodes only the modalities that a model's metadata lists. `mteb_meta` list
 evaluated through mteb: see `mmeb.py`.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,12 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from btok_hf.backbones import family_of
+from btok_hf.media import video_input
+from btok_hf.model_info import model_hash
 from btok_hf.sentence_transformer import BTokSentenceTransformer
 
 # Frames of a video, as in MMEB-V2. The default of mteb is two per second, however long a video is.
 NUM_FRAMES = 8
-# Files of a repository that embeddings may depend on.
-MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 
 
 def mteb_meta(repo: Path | str, revision: str | None = None) -> ModelMeta:
@@ -30,7 +29,7 @@ def mteb_meta(repo: Path | str, revision: str | None = None) -> ModelMeta:
 
     mteb requires torchcodec for models that take videos (`pip install 'mteb[image,video]'`), and FFmpeg's libraries to
     decode one. It keeps results by name and revision. So the revision is the commit on the Hub, or a hash of the
-    weights and configuration in a folder (about a second per gigabyte).
+    files in a folder (`btok_hf.model_info.model_hash`).
 
     Args:
         repo (`str` or `Path`): Folder or Hub id of a repository with Bottleneck Tokens.
@@ -53,7 +52,7 @@ def mteb_meta(repo: Path | str, revision: str | None = None) -> ModelMeta:
         {
             "loader": _load,
             "name": str(repo),
-            "revision": _hash(Path(repo)) if Path(repo).is_dir() else extract_commit_hash(path, None),
+            "revision": model_hash(repo) if Path(repo).is_dir() else extract_commit_hash(path, None),
             "embed_dim": saved.get("truncate_dim") or config.get_text_config().hidden_size,
             "max_tokens": config.get_text_config().max_position_embeddings,
             "open_weights": True,
@@ -65,20 +64,6 @@ def mteb_meta(repo: Path | str, revision: str | None = None) -> ModelMeta:
             "modalities": ["text", "image", *(["video"] if family_of(config).video else [])],
         }
     )
-
-
-def _hash(folder: Path) -> str:
-    """A hash of the files that embeddings depend on. Other weights in the same folder are another revision."""
-    # Others may lie in it: checkpoints of the training, results.
-    modules = folder / "modules.json"
-    named = json.loads(modules.read_text("utf-8")) if modules.is_file() else []
-    files = {path for part in ("", *(module["path"] for module in named)) for path in (folder / part).glob("*")}
-    digest = hashlib.blake2b(digest_size=20)
-    for path in sorted(path for path in files if path.suffix in MODEL_FILES and path.is_file()):
-        with open(path, "rb") as file:
-            content = hashlib.file_digest(file, hashlib.blake2b).hexdigest()
-        digest.update(f"{path.relative_to(folder)} {content}\n".encode())
-    return digest.hexdigest()
 
 
 def _load(
@@ -120,9 +105,5 @@ def _as_input(item: Any) -> Any:
         return {"text": item}
     if not isinstance(item, dict) or not isinstance(item.get("video"), torch.Tensor):
         return item
-    frames = item["video"].permute(0, 2, 3, 1).numpy()  # the rate is that of `read_frames`
-    metadata = {"fps": 2.0, "total_num_frames": len(frames), "duration": len(frames) / 2}
-    return {
-        **item,
-        "video": {"array": frames, "video_metadata": {**metadata, "frames_indices": [*range(len(frames))]}},
-    }
+    frames = item["video"].permute(0, 2, 3, 1).numpy()
+    return {**item, "video": video_input(frames, fps=2.0)}  # as `read_frames` sets it

@@ -1,6 +1,6 @@
-"""Batches of rows from many clients: bounded room in the house, and one thread that owns the model.
+"""Dynamic batching: rows of many clients are queued, and one thread embeds whatever has queued up.
 
-The thread takes whatever has queued up, so batches grow under load, and a single row does not wait for others.
+So batches grow under load, and a single row does not wait for others. A `Budget` bounds what is queued.
 """
 
 import threading
@@ -21,45 +21,49 @@ class Row(NamedTuple):
 
 
 class QueueFull(Exception):
-    """There is no room for a request at the moment."""
+    """A request would exceed a bound on all requests together."""
 
 
-class Room:
-    """How much of something may be in the house at once: waiting, being read, or being embedded.
+class Budget:
+    """A bound on all requests together, e.g. on the pixels of images that wait, are read, or are embedded.
 
     Args:
         most (`int`): The bound.
-        what (`str`): Of what, and its flag, for the message.
+        what (`str`): What is counted, and the flag that sets the bound, for the error message.
     """
 
     def __init__(self, most: int, what: str) -> None:
         self.held, self._most, self._what, self._lock = 0, most, what, threading.Lock()
 
     @contextmanager
-    def hold(self, amount: int = 0) -> Iterator[Callable[[int], None]]:
-        """Hold room for a request until it is answered. Yields a function that takes more of it, from any thread.
+    def reserve(self, amount: int = 0) -> Iterator[Callable[[int], None]]:
+        """Reserve an amount for the time of a request. Nothing waits: what does not fit is refused.
+
+        Yields:
+            `Callable[[int], None]`: Function that reserves more for the same request, or releases some if the number
+            is negative. It may be called from any thread, and raises `QueueFull` too once the request has ended.
 
         Raises:
-            QueueFull: So much does not fit at the moment. Of the function also: the request is over.
+            QueueFull: The amount does not fit at the moment.
         """
-        mine, over = 0, False
+        mine, ended = 0, False
 
-        def take(more: int) -> None:
+        def add(more: int) -> None:
             nonlocal mine
             with self._lock:
-                if over:
-                    raise QueueFull("the request is over")
+                if ended:
+                    raise QueueFull("the request has ended")
                 if self.held + more > self._most:
                     raise QueueFull(f"the queue of {self._most} {self._what} is full; try again soon")
                 self.held += more
                 mine += more
 
-        take(amount)
+        add(amount)
         try:
-            yield take
+            yield add
         finally:
             with self._lock:
-                over = True
+                ended = True
                 self.held -= mine
 
 
@@ -69,7 +73,7 @@ class Batcher:
     Args:
         embed (`Callable`): Function from a list of inputs and their prompt (`str`) to the embeddings, an array of
             shape `(inputs, dimensions)`, and the number of tokens of each input.
-        batch_rows (`int`): Most rows of a batch.
+        batch_rows (`int`): Largest number of rows in a batch.
         observe (`Callable`, *optional*): Called with the number of rows of each batch.
     """
 
@@ -83,12 +87,12 @@ class Batcher:
         self._waiting: deque[tuple[Any, str, Future[Row]]] = deque()
         self._changed = threading.Condition()
         self._closed = False
-        # A daemon, so that a server whose end is forced does not wait for it.
+        # A daemon thread, so that a process that is interrupted twice ends without waiting for it.
         self._thread = threading.Thread(target=self._run, name="btok-batches", daemon=True)
         self._thread.start()
 
     def submit(self, items: Sequence[Any], prompt: str) -> list[Future[Row]]:
-        """Queue checked inputs. A future that is cancelled before its turn costs nothing.
+        """Queue inputs that were checked. An input whose future is cancelled before its batch is not embedded.
 
         Raises:
             RuntimeError: The batcher is closed.
@@ -102,7 +106,7 @@ class Batcher:
         return futures
 
     def close(self) -> None:
-        """Embed what is queued, and end the thread."""
+        """Embed what is queued, then end the thread. Waits for it."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -123,7 +127,7 @@ class Batcher:
                 self._answer(batch, prompt)
 
     def _answer(self, batch: list[tuple[Any, Future[Row]]], prompt: str) -> None:
-        """Embed rows of one prompt. If that fails, they are embedded one by one, so that others do not suffer."""
+        """Embed rows with the same prompt. If that fails, they are embedded one by one, so that only bad rows fail."""
         if self._observe is not None:
             self._observe(len(batch))
         try:

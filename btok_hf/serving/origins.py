@@ -1,9 +1,9 @@
-"""Where the images and videos of a request come from: the request itself, hosts with a name on a list, one folder."""
+"""Opens the images and videos of a request: data URLs, and, if the server allows them, named hosts and one folder."""
 
 import base64
 import binascii
 import io
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,27 +13,29 @@ from urllib.request import url2pathname
 from PIL import Image
 
 from btok_hf.download import download
+from btok_hf.media import VIDEO_FRAMES
 from btok_hf.video import read_video
 
-# Pillow reads more, also formats that run other programs.
+# Pillow reads more formats. Some of them start other programs, e.g. EPS.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 WEB = ("http://", "https://")
 FRAMES = "data:video/jpeg;base64,"
+Reserve = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Origins:
-    """What requests may name, and how large it may be.
+    """Which images and videos a request may refer to, and how large they may be.
 
     Args:
-        most_pixels (`int`): Of all images and frames of a request.
-        most_bytes (`int`): Of a file or a download.
-        most_seconds (`float`): Of a download, and of decoding a video.
-        hosts (`Collection[str]`): Hosts that addresses may lead to, `name` or `name:port`. Default: none.
-        folder (`Path`, *optional*): Files below it may be named. Default: none.
+        most_pixels (`int`): Largest number of pixels of all images and frames of a request.
+        most_bytes (`int`): Largest size of a file or a download.
+        most_seconds (`float`): Longest time of a download, and of decoding a video.
+        hosts (`Collection[str]`): Hosts whose addresses may be opened, as `name` or `name:port`. Default: none.
+        folder (`Path`, *optional*): Folder whose files may be opened. Default: none.
 
     Raises:
-        ValueError: A host that is none, or a folder that does not exist.
+        ValueError: An entry of `hosts` that is no host name, or a folder that does not exist.
     """
 
     most_pixels: int
@@ -49,45 +51,59 @@ class Origins:
         if self.folder is not None and not self.folder.is_dir():
             raise ValueError(f"--allow-files takes a folder, and {str(self.folder)!r} is none.")
 
-    def image(self, url: str, taken: int = 0) -> tuple[bytes, int]:
+    def image(self, url: str, taken: int = 0, reserve: Reserve = lambda pixels: None) -> tuple[bytes, int]:
         """The file of an image, whose pixels are not decoded yet, and their number.
 
         Args:
             url (`str`): `data:image/…;base64,…`, `http(s)://…` or `file:///…`.
             taken (`int`): Pixels of the rest of the request.
+            reserve (`Callable`, *optional*): Called with the number of pixels. An error of it ends the reading.
 
         Raises:
             ValueError: It may not be opened, is too large, or is no image.
         """
         content = self._content(url, "image")
         image = self._opened(content, taken)
+        reserve(image.width * image.height)
         return content, image.width * image.height
 
-    def video(self, url: str, taken: int = 0) -> tuple[Any, int]:
+    def video(self, url: str, taken: int = 0, reserve: Reserve = lambda pixels: None) -> tuple[Any, int]:
         """The frames of a video, as `check_input` takes them, and the number of their pixels.
 
         Args:
             url (`str`): As of an image, or `data:video/jpeg;base64,FRAME,FRAME,…`: images, two a second.
             taken (`int`): Pixels of the rest of the request.
+            reserve (`Callable`, *optional*): Called with the number of pixels before they are decoded. For a file it
+                is called once more afterwards, with the difference to what was decoded. It is above 0 only for a
+                file of one frame, which is doubled. An error of it ends the reading.
 
         Raises:
             ValueError: It may not be opened, is too large, or is no video.
         """
         if not url.startswith(FRAMES):
-            content, left = io.BytesIO(self._content(url, "video")), self.most_pixels - taken
-            try:
-                video = read_video(content, most_pixels=left, most_seconds=self.most_seconds)
-            except ImportError as error:
-                raise ValueError(
-                    "this server cannot read video files: PyAV is missing (pip install 'btok-hf[video]'); send frames "
-                    f"as {FRAMES}…"
-                ) from error
-            return video, video["array"].size // 3
+            return self._video_file(self._content(url, "video"), self.most_pixels - taken, reserve)
         frames, pixels = [], 0
         for frame in url.removeprefix(FRAMES).split(","):
             frames.append(self._opened(_decoded(frame), taken + pixels))
             pixels += frames[-1].width * frames[-1].height
+        reserve(pixels)
         return frames, pixels
+
+    def _video_file(self, content: bytes, left: int, reserve: Reserve) -> tuple[Any, int]:
+        try:
+            announced = _announced_pixels(content)
+            most = min(left, announced) if announced else left
+            reserve(most)
+            # Not more than was reserved, also if the frames are larger than the file announces.
+            video = read_video(io.BytesIO(content), most_pixels=most, most_seconds=self.most_seconds)
+        except ImportError as error:
+            raise ValueError(
+                "this server cannot read video files: PyAV is missing (pip install 'btok-hf[video]'); send frames "
+                f"as {FRAMES}…"
+            ) from error
+        pixels = video["array"].size // 3
+        reserve(pixels - most)
+        return video, pixels
 
     def _content(self, url: str, kind: str) -> bytes:
         head, comma, payload = url.partition(",")
@@ -106,7 +122,7 @@ class Origins:
 
     def _file(self, url: str, folder: Path) -> bytes:
         """A file below the folder, after links are followed."""
-        # One message for all: nobody learns which files there are elsewhere.
+        # The same message in all cases, so that clients cannot find out which files exist elsewhere.
         refusal = ValueError(f"{url[:200]!r} is no file below the folder of --allow-files. Send the content itself")
         try:
             path = Path(url2pathname(urlsplit(url).path)).resolve()
@@ -124,8 +140,7 @@ class Origins:
         """An image that is not decoded yet."""
         try:
             image: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
-            # What `read_image` will decode: a file that is two formats at once may be small in one, and large in the
-            # other.
+            # `read_image` chooses the format without a list. One file can be valid in two formats, with other sizes.
             decoded = Image.open(io.BytesIO(content))
         except Image.DecompressionBombError as error:
             raise ValueError(f"an image has more than {self.most_pixels} pixels (--max-image-pixels)") from error
@@ -144,6 +159,23 @@ class Origins:
                 f"(--max-image-pixels); one has {image.width} x {image.height}. Reduce them, or send fewer"
             )
         return image
+
+
+def _announced_pixels(content: bytes) -> int:
+    """The pixels of the frames that are kept of a video file, at the size that it announces; 0 if it announces none.
+
+    Raises:
+        ImportError: PyAV is not installed.
+    """
+    import av
+
+    try:
+        # FFmpeg may open no other file.
+        with av.open(io.BytesIO(content), "r", options={"protocol_whitelist": "none"}) as container:
+            stream = container.streams.video[0].codec_context
+            return int(stream.width * stream.height * VIDEO_FRAMES)
+    except Exception:  # `read_video` says what is wrong with the file
+        return 0
 
 
 def _is_host(text: str) -> bool:

@@ -3,13 +3,13 @@
 Text is never taken for a file or a special token. What media may be opened is in `origins.py`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from btok_hf.inputs import ImageLimits, check_input, read_text
-from btok_hf.serving.origins import FRAMES, WEB, Origins
+from btok_hf.serving.origins import FRAMES, WEB, Origins, Reserve
 
 MOST_PARTS = 4096  # of a message; a request of --max-body could hold a million
 
@@ -175,19 +175,20 @@ class EmbeddingRequest(_WithoutEffect):
         videos = [part.video_url.url for part in parts if isinstance(part, VideoPart)]
         return any(url.startswith(WEB) for url in images) or any(not url.startswith(FRAMES) for url in videos)
 
-    def rows(self, limits: ImageLimits, origins: Origins, more_pixels: Callable[[int], None]) -> list[Any]:
+    def rows(self, limits: ImageLimits, origins: Origins, reserve: Reserve) -> list[Any]:
         """The checked inputs: texts and decoded media.
 
         Args:
             limits (`ImageLimits`): Those of the model's processor.
             origins (`Origins`): What may be opened, and bounds.
-            more_pixels (`Callable`): Called with the pixels of each image or video. It ends the reading by an error.
+            reserve (`Callable`): Called with the pixels of each image or video (`Origins`). An error of it ends the
+                reading.
 
         Raises:
             ValueError: An input that cannot be embedded. The message has its place and what is wrong.
         """
         if self.messages is not None:
-            return [check_input(_read(self.messages[-1], origins, more_pixels), limits)]
+            return [check_input(_read(self.messages[-1], origins, reserve), limits)]
         texts = [self.input] if isinstance(self.input, str) else self.input or []
         return [check_input({"text": text}, limits, place) for place, text in enumerate(texts)]
 
@@ -203,7 +204,7 @@ class EmbeddingRequest(_WithoutEffect):
         return len(self.input) if isinstance(self.input, list) else 1
 
 
-def _read(message: Message, origins: Origins, more_pixels: Callable[[int], None]) -> dict[str, Any]:
+def _read(message: Message, origins: Origins, reserve: Reserve) -> dict[str, Any]:
     """A user message with the files of its images and videos, in their order."""
     content: list[dict[str, Any]] = []
     pixels = 0
@@ -213,12 +214,11 @@ def _read(message: Message, origins: Origins, more_pixels: Callable[[int], None]
             continue
         value: Any
         if isinstance(part, ImagePart):
-            file, size = origins.image(part.image_url.url, pixels)
+            file, size = origins.image(part.image_url.url, pixels, reserve)
             value = {"type": "image", "image": {"bytes": file, "path": None}}
         else:
-            video, size = origins.video(part.video_url.url, pixels)
+            video, size = origins.video(part.video_url.url, pixels, reserve)
             value = {"type": "video", "video": video}
-        more_pixels(size)
         content.append(value)
         pixels += size
     return {"role": message.role, "content": content}

@@ -26,8 +26,9 @@ from btok_hf.encoding import NotFiniteError
 from btok_hf.lengths import media_tokens
 from btok_hf.sentence_transformer import BTokSentenceTransformer
 from btok_hf.serving import KEY
-from btok_hf.serving.batching import Batcher, QueueFull, Room, Row
-from btok_hf.serving.gate import Gate, Limits, error_response
+from btok_hf.serving.batching import Batcher, Budget, QueueFull, Row
+from btok_hf.serving.gate import Gate, error_response
+from btok_hf.serving.limits import Limits
 from btok_hf.serving.origins import Origins
 from btok_hf.serving.schema import EmbeddingRequest
 
@@ -104,16 +105,16 @@ def make_app(model: ServedModel, name: str, limits: Limits, origins: Origins, ap
         api_key (`str`, *optional*): What clients must send as `Authorization: Bearer …` for paths below `/v1`.
     """
     metrics = _Metrics()
-    rows_held = Room(limits.queue_rows, "rows (--queue-rows)")
-    pixels_held = Room(limits.queue_pixels, "pixels (--queue-pixels)")
-    metrics.rows.set_function(lambda: rows_held.held)
+    row_budget = Budget(limits.queue_rows, "rows (--queue-rows)")
+    pixel_budget = Budget(limits.queue_pixels, "pixels (--queue-pixels)")
+    metrics.rows.set_function(lambda: row_budget.held)
     image_limits = model.transformer.image_limits
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.batcher = Batcher(model.embed, limits.batch_rows, metrics.batch.observe)
-        # Two are enough to decode images beside the batches. Downloads and videos have threads of their own, because a
-        # slow host or a long video holds them.
+        # Two threads are enough to decode images while a batch is embedded. Downloads and videos have others, because
+        # a slow host or a long video occupies a thread for long.
         with ThreadPoolExecutor(2) as app.state.readers, ThreadPoolExecutor(8) as app.state.slow_readers:
             yield
         app.state.batcher.close()
@@ -172,10 +173,10 @@ def make_app(model: ServedModel, name: str, limits: Limits, origins: Origins, ap
         try:
             dimensions = _dimensions(model, body.dimensions)
             prompt = instruction_of(model, body)
-            with rows_held.hold(body.count()), pixels_held.hold() as more_pixels:
+            with row_budget.reserve(body.count()), pixel_budget.reserve() as reserve:
                 read = asyncio.get_running_loop().run_in_executor
                 threads = app.state.slow_readers if body.reads_slowly() else app.state.readers
-                items = await read(threads, body.rows, image_limits, origins, more_pixels)
+                items = await read(threads, body.rows, image_limits, origins, reserve)
                 for item in items:
                     model.check_media(item)
                 futures = app.state.batcher.submit(items, prompt)

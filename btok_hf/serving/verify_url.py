@@ -12,19 +12,22 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from huggingface_hub import hf_hub_download
 
-from btok_hf.hub import check_distinct, golden_file
-from btok_hf.serving import KEY
+from btok_hf import golden
+from btok_hf.input_kinds import as_list
+from btok_hf.serving import KEY, SETTINGS
+from btok_hf.verification import check_distinct, golden_file
 
 # From the part of a request that holds the inputs, and the encoding, to the embeddings, or why the server refused it.
 Embed = Callable[[dict[str, Any], str], "list[np.ndarray] | str"]
 TIMEOUT = 300  # seconds for one request
-SETTINGS = "config_sentence_transformers.json"
+NOT_OF_THE_INPUT = (401, 403, 408, 429)  # status of a refusal that other inputs, or another time, would meet too
 
 
 def verify_url(
@@ -54,7 +57,8 @@ def verify_url(
 
     Raises:
         ValueError: No golden vectors to compare with, or a `url` without `http://`.
-        RuntimeError: The server cannot be reached, answers no input, or its vectors differ.
+        RuntimeError: The server cannot be reached, is too busy to look at an input (429), wants another key, answers
+            no input, or its vectors differ.
     """
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"The address of a server starts with http:// or https://, got {url!r}.")
@@ -93,7 +97,7 @@ def verify_url(
             continue
         expected = np.frombuffer(base64.b64decode(row["embedding"]), "<f4")
         vectors = [answer[0] for answer in answers if not isinstance(answer, str)] + plain.get(row["name"], [])
-        found = [_difference(expected, vector) for vector in vectors]
+        found = [golden.difference(expected, vector) for vector in vectors]
         fits = all(difference <= allowed for difference in found)  # false for NaN
         largest = max(largest, *found)
         last = f"{np.max(found[2:]):.1e}" if found[2:] else "–"
@@ -143,17 +147,13 @@ def request_body(row: Mapping[str, Any], has_default: bool = False) -> dict[str,
         messages = [{**message, "content": _content(message["content"])} for message in row["messages"]]
     else:
         kinds = [key for key in row if key in ("image", "video", "text")]  # some models keep the order as given
-        parts = [{"type": kind, kind: value} for kind in kinds for value in _as_list(row[kind])]
+        parts = [{"type": kind, kind: value} for kind in kinds for value in as_list(row[kind])]
         messages = [{"role": "user", "content": _content(parts)}]
         if "prompt" in row:
             messages.insert(0, {"role": "system", "content": row["prompt"]})
     if has_default and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": ""})
     return {"messages": messages}
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def _content(content: Any) -> Any:
@@ -192,7 +192,7 @@ def _served_model(url: str) -> str:
         raise RuntimeError(
             f"{url} {sent} {KEY} ({error}). Set it to the server's key: {KEY}=… btok verify …"
         ) from error
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
         raise RuntimeError(
             f"{url}/v1/models names no model ({error}). Start the server, and give its address without a path, "
             "e.g. http://127.0.0.1:8000."
@@ -217,23 +217,32 @@ def _embed(url: str, body: dict[str, Any]) -> list[np.ndarray] | str:
             raise ValueError(f"rows {[row['index'] for row in rows]} for {count} inputs")
         return [_as_vector(row["embedding"]) for row in rows]
     except urllib.error.HTTPError as error:
-        message = f"HTTP {error.code} {error.read().decode('utf-8', 'replace')[:200]}"
+        message = f"HTTP {error.code} {_body(error)}"
+        if error.code in NOT_OF_THE_INPUT:
+            raise RuntimeError(
+                f"{url} did not look at a golden input: {message}. Try again when it is less busy, or with its key in "
+                f"{KEY}."
+            ) from error
         if error.code < 500:
             return message
         raise RuntimeError(f"{url} failed on a golden input: {message}. See its log.") from error
-    except OSError as error:
-        raise RuntimeError(f"{url} stopped to answer ({error}). See its log.") from error
+    except (OSError, HTTPException) as error:
+        raise RuntimeError(f"{url} stopped answering ({error!r}). See its log.") from error
     except (ValueError, LookupError, TypeError) as error:
         raise RuntimeError(
             f"{url}/v1/embeddings answers no embedding ({type(error).__name__}: {error}). Is it a server of them?"
         ) from error
 
 
+def _body(error: urllib.error.HTTPError) -> str:
+    """The beginning of what a server says to an error."""
+    try:
+        return error.read().decode("utf-8", "replace")[:200]
+    except (OSError, HTTPException):
+        return "(and its text is cut off)"
+
+
 def _as_vector(embedding: Any) -> np.ndarray:
     if isinstance(embedding, str):
         return np.frombuffer(base64.b64decode(embedding), "<f4")
     return np.asarray(embedding, np.float32)
-
-
-def _difference(expected: np.ndarray, actual: np.ndarray) -> float:
-    return float(np.abs(expected - actual).max()) if expected.shape == actual.shape else float("inf")

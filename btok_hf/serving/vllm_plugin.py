@@ -7,42 +7,64 @@ vLLM calls `register` in each of its processes, for any model that it serves. So
 - `vllm_video.py`: files of videos are read as in this library.
 """
 
+import json
 import logging
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from btok_hf.serving import MODE, SETTINGS
+
+VLLM = "0.32"  # the only release that this code is tested with: it uses names that are not public
 FAMILIES = ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3_5", "InternVL", "Idefics3", "SmolVLM", "Lfm2Vl")
 RECURRENT = ("Qwen3_5",)
-MODE = "btok"  # what vLLM calls a tokenizer mode chooses the tokenizer and the renderer; also the video backend
 # Frames without times count as two per second in this library, and none is left out. vLLM would count one per second
 # and drop those after the 32nd. Files are read by this library.
 FPS = 2.0
 VIDEO = {"num_frames": -1, "fps": FPS, "video_backend": MODE}
+# Options of processors that choose among the frames of a video.
+SAMPLING = ("do_sample_frames", "fps", "num_frames", "min_frames", "max_frames")
 
 
 def register() -> None:
-    """Register the architectures, their configuration checks and the renderer. May be called several times."""
-    from vllm import ModelRegistry
+    """Register the architectures, their configuration checks and the renderer. May be called several times.
 
+    In another release of vLLM nothing is registered, so that vLLM serves its own models as ever, and refuses those
+    with Bottleneck Tokens because it does not know their architectures. An error here would end vLLM for all models.
+    """
+    found = "of an unknown version"
     try:
+        import vllm
+
+        found = vllm.__version__
+        if found.split(".")[:2] != VLLM.split("."):
+            raise ImportError(f"it is written for vLLM {VLLM}")
+        from vllm import ModelRegistry
         from vllm.model_executor.models.config import MODELS_CONFIG_MAP
         from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
         from vllm.renderers.registry import RENDERER_REGISTRY
         from vllm.tokenizers.registry import TokenizerRegistry
-    except ImportError as error:  # not raised: it would stop vLLM from serving any other model
+
+        # All of them before the first change: a model without its renderer would give other vectors.
+        register_model, tokenizers = ModelRegistry.register_model, TokenizerRegistry.tokenizers
+        renderers, loaders = RENDERER_REGISTRY.renderers, VIDEO_LOADER_REGISTRY.name2class
+    except (ImportError, AttributeError) as error:
         logging.getLogger("vllm").warning(
-            "btok-hf does not support this release of vLLM (%s), which will refuse models with Bottleneck Tokens. "
-            "Install vLLM 0.32.",
+            "btok-hf does not support vLLM %s (%s). Models with Bottleneck Tokens will be refused: install vLLM %s "
+            "for them. Other models are not affected.",
+            found,
             error,
+            VLLM,
         )
         return
+    tokenizers[MODE] = ("vllm.tokenizers.hf", "CachedHfTokenizer")
+    renderers[MODE] = ("btok_hf.serving.vllm_renderer", "BTokRenderer")
+    loaders[MODE] = _video_loader
     for family in FAMILIES:
         name = f"BTok{family}ForEmbedding"
-        ModelRegistry.register_model(name, f"btok_hf.serving.vllm_models:{name}")
         # No subclasses of vLLM's, which is imported late.
         MODELS_CONFIG_MAP[name] = BTokRecurrentConfig if family in RECURRENT else BTokConfig
-    TokenizerRegistry.tokenizers[MODE] = ("vllm.tokenizers.hf", "CachedHfTokenizer")
-    RENDERER_REGISTRY.renderers[MODE] = ("btok_hf.serving.vllm_renderer", "BTokRenderer")
-    VIDEO_LOADER_REGISTRY.name2class[MODE] = _video_loader
+        register_model(name, f"btok_hf.serving.vllm_models:{name}")
 
 
 def _video_loader() -> Any:
@@ -51,15 +73,23 @@ def _video_loader() -> Any:
     return BTokVideoLoader()
 
 
+def sampling_options(options: Mapping[str, Any] | None) -> list[str]:
+    """Which of these options of a processor choose among the frames of a video."""
+    options = options or {}
+    both = (options, options.get("videos_kwargs") or {})
+    return [name for name in SAMPLING if any(part.get(name) is not None for part in both)]
+
+
 class BTokConfig:
     """What vLLM calls when it has read the configuration of a model with Bottleneck Tokens."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Choose the renderer, the defaults of videos, and the longest row.
+        """Choose the renderer, how videos are read, the dimensions of vectors, and the longest row.
 
         Raises:
-            ValueError: Another tokenizer mode, or rows that are longer than the model's positions.
+            ValueError: Another tokenizer mode, another way to read images or videos, or rows that are longer than the
+                model's positions.
         """
         if model_config.tokenizer_mode not in ("auto", "hf", MODE):
             raise ValueError(
@@ -67,9 +97,53 @@ class BTokConfig:
                 f"{model_config.tokenizer_mode}. Leave it out."
             )
         model_config.tokenizer_mode = MODE
-        reading = model_config.multimodal_config.media_io_kwargs
-        reading["video"] = VIDEO | reading.get("video", {})
+        BTokConfig.set_reading(model_config.multimodal_config)
+        BTokConfig.set_dimensions(model_config)
         BTokConfig.bound_rows(model_config)
+
+    @staticmethod
+    def set_reading(config: Any) -> None:
+        """Let files and frames of videos be read as in this library.
+
+        Raises:
+            ValueError: The user chose other frames or colours, which would give other vectors.
+        """
+        reading = config.media_io_kwargs
+        given = {
+            kind: options for kind in ("image", "video") if (options := reading.get(kind)) not in ({}, VIDEO, None)
+        }
+        if given:
+            raise ValueError(
+                f"A model with Bottleneck Tokens needs images and videos as this library reads them, but "
+                f"--media-io-kwargs {given} changes that: the vectors would be others. Leave it out."
+            )
+        choosing = [f"{name} in --mm-processor-kwargs" for name in sampling_options(config.mm_processor_kwargs)]
+        choosing += ["--video-pruning-rate"] if config.video_pruning_rate else []
+        if choosing:
+            raise ValueError(
+                f"A model with Bottleneck Tokens needs all frames that it is given, but {', '.join(choosing)} may "
+                "leave some out. Leave it out."
+            )
+        reading["video"] = dict(VIDEO)
+
+    @staticmethod
+    def set_dimensions(model_config: Any) -> None:
+        """Cut vectors as the repository says (`truncate_dim`), unless the user or a request asks for other dimensions.
+
+        vLLM allows only the sizes in `matryoshka_dimensions`, so this one and the whole size are added.
+        """
+        from transformers.utils.hub import cached_file
+
+        source = {"revision": model_config.revision, "token": getattr(model_config, "hf_token", None)}
+        path = cached_file(model_config.model, SETTINGS, _raise_exceptions_for_missing_entries=False, **source)
+        cut = json.loads(Path(path).read_text("utf-8")).get("truncate_dim") if path else None
+        whole = model_config.hf_text_config.hidden_size
+        if cut is None or cut >= whole:
+            return
+        config = model_config.hf_config
+        config.matryoshka_dimensions = sorted({cut, whole, *(getattr(config, "matryoshka_dimensions", None) or ())})
+        if model_config.pooler_config.dimensions is None:
+            model_config.pooler_config.dimensions = cut
 
     @staticmethod
     def bound_rows(model_config: Any) -> None:
@@ -97,10 +171,15 @@ class BTokConfig:
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
         """Raise `ValueError` for settings that may cut a row within or before its Bottleneck Tokens."""
-        pooler = vllm_config.model_config.pooler_config
+        pooler, cache = vllm_config.model_config.pooler_config, vllm_config.cache_config
+        scheduler = vllm_config.scheduler_config
         refused = {
-            "--enable-chunked-prefill": vllm_config.scheduler_config.enable_chunked_prefill,
-            "--enable-prefix-caching": vllm_config.cache_config.enable_prefix_caching,
+            "--enable-chunked-prefill": scheduler.enable_chunked_prefill,
+            "--long-prefill-token-threshold": scheduler.long_prefill_token_threshold > 0,
+            "--enable-prefix-caching": cache.enable_prefix_caching,
+            # They take the beginning of a row from elsewhere, as prefix caching does from memory.
+            "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
+            "--kv-offloading-size": cache.kv_offloading_size is not None,
             "enable_chunked_processing in --pooler-config": pooler is not None and pooler.enable_chunked_processing,
         }
         given = [name for name, is_on in refused.items() if is_on]

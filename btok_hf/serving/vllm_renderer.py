@@ -4,18 +4,23 @@ A request is refused here, before the engine sees it: an error in the engine wou
 pass for a vector in base64.
 """
 
+import base64
 import io
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from vllm.exceptions import VLLMValidationError
+from vllm.multimodal.image import open_image
 from vllm.multimodal.media import MediaWithBytes
 from vllm.renderers import ChatParams
 from vllm.renderers.hf import HfRenderer
 
-from btok_hf.media import as_rgb, frames_as_rgb, video_input
-from btok_hf.serving.vllm_plugin import FPS
+from btok_hf.media import array_as_rgb, as_rgb, frames_as_rgb, video_input
+from btok_hf.serving import MODE
+from btok_hf.serving.vllm_plugin import FPS, sampling_options
 
 
 class BTokRenderer(HfRenderer):
@@ -48,11 +53,47 @@ class BTokRenderer(HfRenderer):
 
     # vLLM calls it for both of the paths above, in a thread.
     def _process_multimodal(self, prompt: Any, mm_data: Any, *args: Any, **kwargs: Any) -> Any:
+        self._check_options(kwargs.get("media_io_kwargs") or {}, kwargs.get("mm_processor_kwargs"))
         mm_data = dict(mm_data)
-        for kind, read in (("image", _read_image), ("video", _read_video)):
-            if isinstance(items := mm_data.get(kind), (list, tuple, MediaWithBytes, Image.Image)):
-                mm_data[kind] = [read(item) for item in items] if isinstance(items, list) else read(items)
+        for kind, is_item, read in (("image", _is_image, _read_image), ("video", _is_video, _read_video)):
+            items = mm_data.get(kind)
+            # A dict or a tensor of three axes holds embeddings.
+            if is_item(items):
+                mm_data[kind] = [read(items)]
+            elif isinstance(items, (list, tuple, np.ndarray)):
+                mm_data[kind] = [read(item) if is_item(item) else item for item in items]
         return super()._process_multimodal(prompt, mm_data, *args, **kwargs)
+
+    def _check_options(self, reading: Mapping[str, Any], processor: Any) -> None:
+        """Raise `VLLMValidationError` for options of a request that choose other frames or colours.
+
+        The server's own are checked at its start (`vllm_plugin.py`). They come with those of a request.
+        """
+        own = self.model_config.multimodal_config.media_io_kwargs
+        changed = [kind for kind in ("image", "video") if reading.get(kind, own.get(kind)) != own.get(kind)]
+        given = [f"media_io_kwargs for {kind}s" for kind in changed]
+        given += [f"{name} in mm_processor_kwargs" for name in sampling_options(processor)]
+        if given:
+            raise VLLMValidationError(
+                f"A model with Bottleneck Tokens needs images and videos as the library reads them, but "
+                f"{', '.join(given)} would change the vector. Leave it out.",
+                parameter="media_io_kwargs" if changed else "mm_processor_kwargs",
+            )
+
+    # vLLM calls it when media have all their tokens. It would let the start of a row be cut up to its first image,
+    # without the token that stands before the image.
+    def _truncate_expanded_prompt(self, engine_input: Any, params: Any) -> None:
+        if engine_input["type"] != "multimodal" or params is None:
+            return
+        length = len(engine_input["prompt_token_ids"])
+        if params._truncation_slice(self.tokenizer, length) is not None:
+            limit = params.truncate_prompt_tokens
+            raise VLLMValidationError(
+                f"A row with images or videos is not cut, and this one has {length} tokens, more than "
+                f"{limit if limit >= 0 else params.max_truncation_tokens} (truncate_prompt_tokens). Shorten its text, "
+                "send fewer or smaller images, or raise the limit.",
+                parameter="truncate_prompt_tokens",
+            )
 
     def process_for_engine(self, *args: Any, **kwargs: Any) -> Any:
         """The row that goes to the engine. Raises `VLLMValidationError` if it does not end in the K tokens."""
@@ -84,12 +125,22 @@ class BTokRenderer(HfRenderer):
             raise VLLMValidationError(
                 "An input is empty: nothing but its Bottleneck Tokens. Remove it or fill it.", parameter="input"
             )
+        if config.model_type == "lfm2_vl" and config.get_text_config().bos_token_id in ids:
+            raise VLLMValidationError(
+                "An input has a token that the tokenizer alone puts before it, and the model was trained without. "
+                "Leave add_special_tokens out, and that token out of token ids.",
+                parameter="input",
+            )
         # Some families have no videos, or count them as rows of images.
         placeholders = {config.image_token_id, getattr(config, "video_token_id", config.image_token_id)}
-        if row["type"] == "token" and placeholders & set(ids):
+        rest = list(ids)
+        for places in (row.get("mm_placeholders") or {}).values():
+            for place in places:
+                rest[place.offset : place.offset + place.length] = [None] * place.length
+        if placeholders & set(rest):
             raise VLLMValidationError(
-                "The token ids have placeholders of images or videos, but none were sent. Send messages to "
-                "/v1/embeddings.",
+                "The row has more placeholders of images or videos than images and videos that were sent. Send "
+                "messages to /v1/embeddings, or one item for each placeholder.",
                 parameter="input",
             )
         return row
@@ -100,25 +151,60 @@ def _for_media(prompt: Any, params: Any) -> Any:
     return replace(params, truncate_prompt_tokens=None) if prompt.get("multi_modal_data") else params
 
 
+def _is_image(item: Any) -> bool:
+    return isinstance(item, (MediaWithBytes, Image.Image)) or (isinstance(item, np.ndarray) and item.ndim == 3)
+
+
+def _is_video(item: Any) -> bool:
+    """Whether this is one video: frames, or a pair of frames and their metadata. Not so a list of videos."""
+    if isinstance(item, tuple):
+        return len(item) == 2 and (item[1] is None or isinstance(item[1], dict))
+    if isinstance(item, list):
+        return bool(item) and all(isinstance(one, Image.Image) or getattr(one, "ndim", 0) == 3 for one in item)
+    return isinstance(item, MediaWithBytes) or getattr(item, "ndim", 0) == 4
+
+
+def _differs(image: Image.Image) -> bool:
+    """Whether vLLM takes other colours from an image than this library.
+
+    It clips more than 8 bits a colour to 255, and shows the transparent colour of RGB files.
+    """
+    return image.mode.startswith(("I", "F")) or image.has_transparency_data
+
+
 def _read_image(item: Any) -> Any:
-    """An image with more than 8 bits a colour, which vLLM clips to 255, as this library reads it."""
+    """An image as this library reads it."""
+    if isinstance(item, np.ndarray):
+        return array_as_rgb(item)
     sent = isinstance(item, MediaWithBytes)
-    image = Image.open(io.BytesIO(item.original_bytes)) if sent else item
-    if not isinstance(image, Image.Image) or not image.mode.startswith(("I", "F")):
+    image = open_image(io.BytesIO(item.original_bytes)) if sent else item
+    if not _differs(image):
         return item
     # The last argument tells vLLM's cache that these are not the pixels that it would read itself.
-    return MediaWithBytes(as_rgb(image), item.original_bytes, {"image_mode": "btok"}) if sent else as_rgb(image)
+    return MediaWithBytes(as_rgb(image), item.original_bytes, {"image_mode": MODE}) if sent else as_rgb(image)
 
 
 def _read_video(item: Any) -> Any:
-    """A video of one frame, which is there twice in this library."""
-    video = item.media if isinstance(item, MediaWithBytes) else item
-    if not isinstance(video, tuple) or len(video[0]) != 1:
+    """A video as this library reads it: colours as of images, a single frame twice, two frames a second by default.
+
+    Files were read by `vllm_video.py` and stay as they are.
+    """
+    sent = isinstance(item, MediaWithBytes)
+    video = item.media if sent else item
+    frames, metadata = video if isinstance(video, tuple) else (video, None)
+    metadata = metadata or {}
+    changed = not sent  # an array or a list of images, of a program that runs vLLM in its own process
+    if sent and metadata.get("video_backend") == "jpeg_sequence":
+        images = [open_image(io.BytesIO(base64.b64decode(frame))) for frame in item.original_bytes.split(b",")]
+        if changed := any(map(_differs, images)):
+            frames = images
+    if not changed and len(frames) > 1:
         return item
-    frames, metadata = video[0], video[1] or {}
-    doubled = video_input(frames_as_rgb(frames), metadata.get("fps", FPS))
-    video = doubled["array"], {**metadata, **doubled["video_metadata"]}
-    return MediaWithBytes(video, item.original_bytes) if isinstance(item, MediaWithBytes) else video
+    array = frames_as_rgb(frames)
+    own = video_input(array, metadata.get("fps", FPS))["video_metadata"]
+    metadata = {**own, **metadata} if len(array) == len(frames) else {**metadata, **own}
+    video = array, metadata
+    return MediaWithBytes(video, item.original_bytes) if sent else video
 
 
 def _message(prompt: Any) -> list[Any]:

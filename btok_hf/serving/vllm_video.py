@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from btok_hf.media import VIDEO_FRAMES
+from btok_hf.serving import MODE
 from btok_hf.video import read_video
 
 
@@ -13,18 +13,17 @@ class BTokVideoLoader:
     """What vLLM calls a video backend. Videos that are sent as frames do not come here."""
 
     @staticmethod
-    def load_bytes(data: bytes, num_frames: int = -1, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
+    def load_bytes(data: bytes, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
         """The frames of a video file and their metadata.
 
         Args:
             data (`bytes`): The file.
-            num_frames (`int`): Number of frames, evenly spaced. -1 is that of `read_video`.
-            kwargs: What other backends take.
+            kwargs: What other backends take. `vllm_plugin.py` refuses all that would choose other frames.
 
         Raises:
             ValueError: It is no video that can be decoded.
         """
-        video = read_video(io.BytesIO(data), VIDEO_FRAMES if num_frames < 0 else num_frames)
+        video = read_video(io.BytesIO(data))
         # The processor of Qwen3-VL chooses among the frames, in every other loader as well.
-        metadata = {**video["video_metadata"], "video_backend": "btok", "do_sample_frames": True}
+        metadata = {**video["video_metadata"], "video_backend": MODE, "do_sample_frames": True}
         return video["array"], metadata

@@ -22,7 +22,7 @@ REPO_ID = "org/tiny-btok"
 
 SECTIONS = ["Install", "Use with Sentence-Transformers", "Use with transformers", "Memory", "Architecture"]
 
-RUN_SECTIONS = ["Results", "Ablation", "Training"]
+RUN_SECTIONS = ["Results", "Training"]
 
 LAST_SECTIONS = ["Training data and licences", "Limitations", "Citation"]
 
@@ -73,7 +73,6 @@ def train_with_card(repo, folder):
         "eval_source": file,
         "before": before,
         "after": after,
-        "ablation": {"last-token pooling (K = 0)": before},
         "command": [
             "training/train.py",
             "--hub_token",

@@ -219,6 +219,7 @@ class HubHandler(Handler):
         ("POST", r"/api/validate-yaml", "validate_card"),
         ("POST", r"/api/repos/create", "create"),
         ("GET", r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/revision/([^/]+))?", "info"),
+        ("GET", r"/api/models/([^/]+/[^/]+)/auth-check/write", "check_write"),
         ("GET", r"/api/models/([^/]+/[^/]+)/refs", "refs"),
         ("GET", r"/api/models/([^/]+/[^/]+)/commits/([^/]+)", "history"),
         ("GET", r"/api/(?:models|datasets)/([^/]+/[^/]+)/tree/([^/]+)(?:/(.+))?", "tree"),
@@ -280,6 +281,10 @@ class HubHandler(Handler):
         sha = repository.resolve(revision or "main")
         siblings = [{"rfilename": path} for path in sorted(repository.commits[sha])]
         self.reply({"id": repo_id, "sha": sha, "private": repository.private, "siblings": siblings, "tags": []})
+
+    def check_write(self, repo_id):
+        self.repository(repo_id, write=True)
+        self.reply({})
 
     def refs(self, repo_id):
         repository = self.repository(repo_id)

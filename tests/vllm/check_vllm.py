@@ -195,22 +195,48 @@ def content(kind, *files):
     return [{"role": "user", "content": [{"type": f"{kind}_url", f"{kind}_url": {"url": url}}]}]
 
 
-def test_images_of_16_bits_and_clips_of_one_frame(served):
-    """vLLM by itself clips to 255, and takes one frame for one."""
-    repo, server = served
-    model, rng = BTokSentenceTransformer(str(repo), device="cpu"), np.random.default_rng(0)
+def special_pictures():
+    """A picture of 16 bits, and one of which a quarter has the transparent colour of its file; their files."""
+    rng = np.random.default_rng(0)
     wide = Image.fromarray(rng.integers(0, 2**16, (64, 96), dtype=np.uint16))
-    assert wide.mode == "I;16"
-    buffer = io.BytesIO()
-    wide.save(buffer, "png")
-    (vector,) = server.vectors(messages=content("image", base64.b64encode(buffer.getvalue()).decode()))
-    assert np.abs(vector - model.encode([wide])[0]).max() < server.close
-    if takes_video(repo):
-        frame = Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
-        expected = model.encode([{"video": [frame]}])[0]
-        for frames in ([frame], [frame, frame], [frame]):
-            (vector,) = server.vectors(messages=content("video", *map(png, frames)))
+    pixels = rng.integers(0, 255, (64, 96, 3), dtype=np.uint8)
+    pixels[:32, :48] = (10, 200, 30)
+    clear = Image.fromarray(pixels)
+    files = []
+    for picture, options in ((wide, {}), (clear, {"transparency": (10, 200, 30)})):
+        file = io.BytesIO()
+        picture.save(file, "png", **options)
+        files.append(file.getvalue())
+    pictures = [Image.open(io.BytesIO(file)) for file in files]
+    assert [picture.mode for picture in pictures] == ["I;16", "RGB"] and pictures[1].has_transparency_data
+    return pictures, [base64.b64encode(file).decode() for file in files]
+
+
+def test_pictures_that_vllm_itself_reads_otherwise(served):
+    """It clips 16 bits to 255, and shows the transparent colour of an RGB file."""
+    repo, server = served
+    model = BTokSentenceTransformer(str(repo), device="cpu")
+    for picture, file in zip(*special_pictures()):
+        (vector,) = server.vectors(messages=content("image", file))
+        assert np.abs(vector - model.encode([picture])[0]).max() < server.close
+        if takes_video(repo):
+            plain = Image.new("RGB", picture.size, "gray")
+            expected = model.encode([{"video": [plain, picture, plain, picture]}])[0]
+            (vector,) = server.vectors(messages=content("video", png(plain), file, png(plain), file))
             assert np.abs(vector - expected).max() < server.close
+
+
+def test_clips_of_one_frame(served):
+    """vLLM by itself takes one frame for one."""
+    repo, server = served
+    if not takes_video(repo):
+        pytest.skip("the family takes no videos")
+    rng = np.random.default_rng(0)
+    frame = Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    expected = BTokSentenceTransformer(str(repo), device="cpu").encode([{"video": [frame]}])[0]
+    for frames in ([frame], [frame, frame], [frame]):
+        (vector,) = server.vectors(messages=content("video", *map(png, frames)))
+        assert np.abs(vector - expected).max() < server.close
 
 
 @pytest.mark.parametrize("name", ["rotated.mp4", "cut.mp4", "n1.mp4"])
@@ -272,7 +298,13 @@ def refused(repo):
     config = json.loads((repo / "config.json").read_text("utf-8"))
     tokens = config["btok_token_ids"]
     message = [{"role": "user", "content": "A text of some length."}]
-    return {
+    begun = {}  # with the token that the tokenizer of LFM2-VL puts before a row
+    if config["model_type"] == "lfm2_vl":
+        begun = {
+            "begun": {"messages": message, "add_special_tokens": True},
+            "begun, ids": {"input": [config["text_config"]["bos_token_id"], 70, 71, *tokens]},
+        }
+    return begun | {
         "no tokens": {"input": [70, 71, 72]},
         "tokens not at the end": {"input": [70, *tokens, 72]},
         "tokens twice": {"input": [70, *tokens, *tokens]},
@@ -334,7 +366,11 @@ def test_images_are_never_cut(served):
     for side in ("left", "right"):
         (vector,) = server.vectors(**body, truncate_prompt_tokens=-1, truncation_side=side)
         assert np.abs(vector - golden.vector("image and text")).max() < server.close
-        assert server.post(**body, truncate_prompt_tokens=20, truncation_side=side)[0] == 400
+        # One token less would leave the image, but not the token that stands before it.
+        length = server.post(**body)[1]["usage"]["prompt_tokens"]
+        for limit in (length - 1, 20):
+            status, answer = server.post(**body, truncate_prompt_tokens=limit, truncation_side=side)
+            assert status == 400 and f"has {length} tokens, more than {limit} (truncate_prompt_tokens)" in answer
 
 
 @pytest.mark.parametrize(
@@ -401,6 +437,10 @@ def test_64_mixed_requests_at_once(export, folder, backbone):
     [
         ("qwen2_vl", ("--enable-prefix-caching",)),
         ("qwen2_vl", ("--enable-chunked-prefill",)),
+        ("qwen2_vl", ("--long-prefill-token-threshold", "16")),
+        ("qwen2_vl", ("--kv-offloading-size", "1")),
+        ("qwen2_vl", ("--kv-transfer-config", '{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}')),
+        ("qwen2_vl", ("--media-io-kwargs", '{"video": {"num_frames": 4}}')),
         ("qwen2_vl", ("--pooler-config", '{"pooling_type": "LAST"}')),
         ("qwen2_vl", ("--pooler-config", '{"enable_chunked_processing": true, "max_embed_len": 9000}')),
         ("qwen2_vl", ("--tokenizer-mode", "slow")),
@@ -421,31 +461,77 @@ def test_without_the_plugin_vllm_refuses_the_model(export, folder):
     assert "BTokQwen2VLForEmbedding" in server.log.read_text()
 
 
+def test_in_another_release_of_vllm_nothing_is_registered():
+    code = (
+        "import vllm; vllm.__version__ = '0.33.0'\n"
+        "from btok_hf.serving.vllm_plugin import register; register()\n"
+        "from vllm.renderers.registry import RENDERER_REGISTRY\n"
+        "names = [*vllm.ModelRegistry.get_supported_archs(), *RENDERER_REGISTRY.renderers]\n"
+        "assert not [name for name in names if 'btok' in name.lower()]\n"
+    )
+    run = subprocess.run([str(PYTHON), "-c", code], capture_output=True, text=True, env=environment(VLLM_PLUGINS=""))
+    assert run.returncode == 0 and "does not support vLLM 0.33.0" in run.stdout + run.stderr, run.stderr[-4000:]
+
+
+def test_dimensions_of_the_repository_and_frames_that_a_client_chooses(export, folder):
+    """`truncate_dim` is the default. `--trust-request-mm-kwargs` does not let clients leave frames out."""
+    repo = folder / "cut"
+    shutil.copytree(export("qwen3_vl", 4), repo)
+    edit(repo, "config_sentence_transformers.json", lambda saved: saved.update(truncate_dim=8))
+    golden = Golden(repo)
+    full = golden.vector("short text")
+    video = request_body(golden.rows["more: 40 frames, text"])
+    with VllmServer(repo, folder / "cut.log", "--trust-request-mm-kwargs") as server:
+        for given, size in (({}, 8), ({"dimensions": 8}, 8), ({"dimensions": len(full)}, len(full))):
+            (vector,) = server.vectors(input=golden.rows["short text"]["text"], **given)
+            assert np.abs(vector - full[:size] / np.linalg.norm(full[:size])).max() < server.close
+        assert verify_url(repo, server.url) < server.close
+        for name, options in (
+            ("media_io_kwargs", {"video": {"num_frames": 4}}),
+            ("media_io_kwargs", {"video": {"fps": 1}}),
+            ("mm_processor_kwargs", {"do_sample_frames": True, "num_frames": 4}),
+        ):
+            status, answer = server.post(**video, **{name: options})
+            assert status == 400 and name in answer and "would change the vector" in answer
+
+
 def test_offline(export, folder):
-    """`LLM.embed`: a text, and a row that was rendered by the processor with its images."""
+    """`LLM.embed`: a text, rows that were rendered by the processor with their media, and refusals."""
     repo = export("qwen2_vl", 4)
     golden = Golden(repo)
+    frames = np.random.default_rng(0).integers(0, 255, (2, 64, 64, 3), dtype=np.uint8)
+    np.save(folder / "frames.npy", frames)
     code = (
-        "import base64, io, json, sys\nfrom PIL import Image\n"
+        "import base64, io, json, sys\nimport numpy as np\nfrom PIL import Image\n"
         "from transformers import AutoProcessor\nfrom vllm import LLM\n"
         "if __name__ == '__main__':\n"
-        "    repo, image, text, out = sys.argv[1:]\n"
+        "    repo, image, text, frames, out = sys.argv[1:]\n"
         "    llm = LLM(repo, runner='pooling', dtype='float32', enforce_eager=True, max_model_len=1024)\n"
-        "    message = [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': text}]}]\n"
-        "    prompt = AutoProcessor.from_pretrained(repo).apply_chat_template(message, tokenize=False)\n"
-        "    media = {'image': Image.open(io.BytesIO(base64.b64decode(image)))}\n"
-        "    rows = [text, {'prompt': prompt, 'multi_modal_data': media}]\n"
+        "    def prompt(*kinds):\n"
+        "        message = [{'role': 'user', 'content': [{'type': kind, 'text': text} for kind in kinds]}]\n"
+        "        return AutoProcessor.from_pretrained(repo).apply_chat_template(message, tokenize=False)\n"
+        "    image, frames = Image.open(io.BytesIO(base64.b64decode(image))), np.load(frames)\n"
+        "    rows = [text, {'prompt': prompt('image', 'text'), 'multi_modal_data': {'image': image}}]\n"
+        "    rows += [{'prompt': prompt('image', 'text'), 'multi_modal_data': {'image': np.asarray(image)}}]\n"
+        "    for video in (frames[:1], [frames[0]], [Image.fromarray(frames[0])], [frames[:1]], frames):\n"
+        "        rows.append({'prompt': prompt('video'), 'multi_modal_data': {'video': video}})\n"
         "    json.dump([row.outputs.embedding for row in llm.embed(rows)], open(out, 'w'))\n"
-        "    try: llm.embed([{'prompt_token_ids': [70, 71]}])\n"
-        "    except Exception as error: assert 'must end in' in str(error)\n"
-        "    else: raise SystemExit('a row without its tokens was embedded')\n"
+        "    more = {'prompt': prompt('image', 'image', 'text'), 'multi_modal_data': {'image': image}}\n"
+        "    for row, says in (({'prompt_token_ids': [70, 71]}, 'must end in'), (more, 'more placeholders')):\n"
+        "        try: llm.embed([row])\n"
+        "        except Exception as error: assert says in str(error), error\n"
+        "        else: raise SystemExit(f'embedded, and not refused: {says}')\n"
     )
     script, out = folder / "offline.py", folder / "offline.json"
     script.write_text(code)
     row = golden.rows["image and text"]
-    words = [str(PYTHON), str(script), str(repo), row["image"], row["text"], str(out)]
+    words = [str(PYTHON), str(script), str(repo), row["image"], row["text"], str(folder / "frames.npy"), str(out)]
     run = subprocess.run(words, capture_output=True, text=True, env=environment(), check=False)
     assert run.returncode == 0, run.stderr[-4000:]
-    text, pair = json.loads(out.read_text())
+    text, pair, array, *once, twice = json.loads(out.read_text())
     assert np.abs(text - golden.vector("short text")).max() < CLOSE["float32"]
-    assert np.abs(pair - golden.vector("image and text")).max() < CLOSE["float32"]
+    for found in (pair, array):
+        assert np.abs(found - golden.vector("image and text")).max() < CLOSE["float32"]
+    model = BTokSentenceTransformer(str(repo), device="cpu")
+    for found, video in (*((found, frames[:1]) for found in once), (twice, frames)):
+        assert np.abs(found - model.encode([{"video": video}])[0]).max() < CLOSE["float32"]
