@@ -32,7 +32,7 @@ class BatchFeatures(TypedDict, total=False):
     |---|---|---|---|
     | `target_ids` | int64 `(rows, 1, target_length)` | `CondensationCollator` | `BottleneckTransformer.forward` |
     | `target_labels` | the same | `CondensationCollator` | loss, `BottleneckTransformer.forward` |
-    | `hashes` | int64 `(batch, 2)`: content (of a query: with its prompt), group | `CondensationCollator` | `CondensationLoss` |
+    | `hashes` | int64 `(batch, 2)`: content, group | `CondensationCollator` | `CondensationLoss` |
     | `rows` | int64 `(batch,)`: index of the encoded row | `CondensationCollator` | `CondensationLoss` |
     | `copies` | int64 `(rows,)`: batch rows per encoded row | `CondensationLoss.forward` | its `embed_minibatch` |
     | `cu_seq_lens_q` | int64 `(rows + 1,)`: token bounds | `CondensationLoss.forward` | GradCache's mini-batches |

@@ -64,8 +64,8 @@ class ScriptArguments:
         default=None,
         metadata={
             "help": "A pair file (parquet, jsonl, csv), a Hub dataset or a source of training/sources.py. Or a "
-            "mapping (in JSON or a YAML file) from dataset name to one of these, or to {file, name, split, revision, columns, "
-            "weight, condense}, of which all but file may be left out."
+            "mapping (in JSON or a YAML file) from dataset name to one of these, or to {file, name, split, "
+            "revision, columns, weight, condense}, of which all but file may be left out."
         },
     )
     sources_root: str | None = field(
