@@ -122,9 +122,11 @@ def test_the_example_fine_tunes_on_a_csv_of_texts_and_image_paths(bases, tmp_pat
     rows = ["query,positive", "a red cat,yes", f"{tmp_path}/a.png,noise", "one more,no"]
     (tmp_path / "pairs.csv").write_text("\n".join(rows) + "\n")
     command = [sys.executable, "examples/finetune.py", tmp_path / "pairs.csv", tmp_path / "mine"]
-    command += ["--base", bases["qwen2_vl"], "--steps", "2"]
-    for _ in range(2):  # it can be run again
-        subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
+    command += ["--base", bases["qwen2_vl"]]
+    for steps in ("2", "3"):  # the second run continues the first
+        subprocess.run(
+            [*command, "--steps", steps], cwd=ROOT, check=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"}
+        )
     card = (tmp_path / "mine" / "README.md").read_text()
     assert "No training is recorded" not in card and "| pairs | training | 3 rows |" in card
     model = SentenceTransformer(str(tmp_path / "mine"), device="cpu")

@@ -93,8 +93,8 @@ class CondensationCollator(SentenceTransformerDataCollator):
                 keys = list(zip(hashes, kinds, texts or hashes))
                 kept = [index for index, key in enumerate(keys) if first.setdefault(key, index) == index]
                 if len(kept) < len(values):
-                    place = {keys[index]: number for number, index in enumerate(kept)}
-                    batch[f"{side}_rows"] = torch.tensor([place[key] for key in keys])
+                    number_of = {keys[index]: number for number, index in enumerate(kept)}
+                    batch[f"{side}_rows"] = torch.tensor([number_of[key] for key in keys])
             try:
                 batch.update(super().__call__([{side: values[index], **name} for index in kept]))
             except (ValueError, OSError) as error:
@@ -114,7 +114,7 @@ class CondensationCollator(SentenceTransformerDataCollator):
                 batch[f"{side}_hashes"] = torch.tensor([[value] * 2 for value in hashes])
         if args.mask_false_negatives:
             # A query is its text and its prompt: with another prompt, the same text asks for something else.
-            prompt = self._get_prompt_for_column(self._resolve_prompts(name), "query")
+            prompt = self._get_prompt_for_column(self._resolve_prompts(name) or "", "query")
             for hashed in batch["query_hashes"]:
                 hashed[1] = content_hash({"prompt": prompt or "", "query": str(hashed[0].item())})
             for side, of_side in (("positive", [row.get("group") for row in features]), ("negative", groups)):

@@ -280,7 +280,7 @@ class PairEvaluator(InformationRetrievalEvaluator):
     def embed_inputs(self, model: Any, sentences: Any, *args: Any, **kwargs: Any) -> Any:
         """Embed inputs in parts: the images of a part are decoded, and the processes share a part."""
         size = TEXT_ROWS if all(isinstance(value, str) for value in list.__iter__(sentences)) else MEDIA_ROWS
-        parts = []
+        parts: list[Any] = []
         for start in range(0, len(sentences), size):
             parts.append(super().embed_inputs(model, sentences[start : start + size], *args, **kwargs))
         return torch.cat(parts)
