@@ -234,3 +234,9 @@ def test_a_vllm_without_what_the_plugin_needs_is_left_as_it_is(vllm, monkeypatch
         del vllm.renderers.renderers
     vllm_plugin.register()
     assert not vllm.configs and "btok-hf does not support vLLM 0.32.1 (" in caplog.text
+
+
+def test_options_that_choose_frames_are_found_wherever_they_stand():
+    nested = {"fps": None, "videos_kwargs": {"fps": 1, "size": 2}}
+    assert vllm_plugin.sampling_options(nested) == ["fps"] == vllm_plugin.sampling_options({"fps": 1})
+    assert vllm_plugin.sampling_options({"size": 3, "videos_kwargs": None}) == [] == vllm_plugin.sampling_options(None)
