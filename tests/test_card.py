@@ -48,7 +48,9 @@ def test_sections_come_in_order_and_are_well_formed(trained):
     accuracy = trained.facts["after"]["pairs | of `run`_cosine_accuracy@1"]
     assert f"For {100 * accuracy:.1f} % of the queries of pairs \\| of \\`run\\` (8 queries, 8 candidates)" in lines
     assert "the first hit is a right answer." in lines  # the first 10 of 8 candidates would mean nothing
-    assert '"sentence-transformers>=6.2"' in section(card, "Install") and '"torchvision"' in section(card, "Install")
+    assert '"sentence-transformers<7,>=6.2"' in section(card, "Install") and '"torchvision"' in section(
+        card, "Install"
+    )
 
 
 def test_snippets_print_what_the_card_says(trained, monkeypatch):

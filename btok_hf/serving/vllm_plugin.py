@@ -73,6 +73,11 @@ def _video_loader() -> Any:
     return BTokVideoLoader()
 
 
+def unwanted_token(config: Any) -> int | None:
+    """The token that the tokenizer of LFM2-VL alone puts before a text. Its models were trained without it."""
+    return config.get_text_config().bos_token_id if config.model_type == "lfm2_vl" else None
+
+
 def sampling_options(options: Mapping[str, Any] | None) -> list[str]:
     """Which of these options of a processor choose among the frames of a video."""
     options = options or {}

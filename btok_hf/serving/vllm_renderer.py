@@ -20,7 +20,7 @@ from vllm.renderers.hf import HfRenderer
 
 from btok_hf.media import array_as_rgb, as_rgb, frames_as_rgb, video_input
 from btok_hf.serving import MODE
-from btok_hf.serving.vllm_plugin import FPS, sampling_options
+from btok_hf.serving.vllm_plugin import FPS, sampling_options, unwanted_token
 
 
 class BTokRenderer(HfRenderer):
@@ -125,7 +125,7 @@ class BTokRenderer(HfRenderer):
             raise VLLMValidationError(
                 "An input is empty: nothing but its Bottleneck Tokens. Remove it or fill it.", parameter="input"
             )
-        if config.model_type == "lfm2_vl" and config.get_text_config().bos_token_id in ids:
+        if unwanted_token(config) in ids:
             raise VLLMValidationError(
                 "An input has a token that the tokenizer alone puts before it, and the model was trained without. "
                 "Leave add_special_tokens out, and that token out of token ids.",

@@ -69,7 +69,8 @@ def load_again(model, whole, folder):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    CondensationTrainer._load_from_checkpoint(SimpleNamespace(model=model), str(folder / "fsdp2_model"), model)
+    trainer = SimpleNamespace(model=model, _is_sharded=lambda: True)
+    CondensationTrainer._load_from_checkpoint(trainer, str(folder / "fsdp2_model"), model)
     again = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     assert all(torch.equal(tensor, whole[name]) for name, tensor in again.items())
 
