@@ -8,6 +8,7 @@ from support.source_tree import all_sources
 from support.training import batch_features, collator, config
 
 from btok_hf import BTokSentenceTransformer
+from btok_hf.content import content_hash
 from btok_hf.training import CondensationConfig, CondensationLoss, CondensationTrainer
 from btok_hf.training.condensation_collator import CondensationCollator
 from btok_hf.training.mixture import load_mixture
@@ -110,6 +111,14 @@ def test_negatives_are_a_list(repo, tmp_path, negatives):
             args=config(tmp_path),
             train_dataset=Dataset.from_list(rows),
         )
+
+
+def test_negatives_keep_the_order_of_their_columns(repo, tmp_path):
+    """In every process: the order of a set of names is another one in each."""
+    collate, _ = collator(repo, tmp_path, condense="none")
+    names = ["negative", *(f"negative_{number}" for number in range(1, 8))]
+    row = {"query": "a", "positive": "b", **{name: name for name in names}}
+    assert collate([row])["negative_hashes"][:, 0].tolist() == [content_hash(name) for name in names]
 
 
 def test_groups_of_negatives_that_do_not_fit_are_named(repo, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from datasets import Dataset, Features, Image, Value
+from datasets import Dataset, Features, Image, Value, concatenate_datasets
 from packaging.version import Version
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
@@ -360,6 +360,24 @@ def test_a_row_that_cannot_be_decoded_is_named(repo, tmp_path, workers):
     for _ in range(2):
         with pytest.raises(ValueError, match="Row 3 of bad: its query is empty"):
             trainer(**parts)
+
+
+def test_only_an_epoch_of_training_must_be_complete(repo, tmp_path):
+    rows = concatenate_datasets([text_pairs()] * 3)
+    uneven = rows.add_column("group", [0] * 28 + list(range(1, 9)))
+    even = rows.add_column("group", list(range(36)))
+    model = BTokSentenceTransformer(repo, device="cpu")
+    sampler = {"batch_sampler": "no_duplicates", "dataloader_drop_last": True, "per_device_eval_batch_size": 4}
+
+    def trainer(train, **options):
+        args = config(tmp_path, per_device_train_batch_size=4, max_steps=5, **sampler, **options)
+        return CondensationTrainer(model=model, args=args, train_dataset=train, eval_dataset=uneven)
+
+    for train in (uneven, {"a": uneven, "b": even}):
+        with pytest.raises(ValueError, match=r"cannot fill 9 batches of 4 .*the 36 rows give 9 groups"):
+            trainer(train).get_train_dataloader()
+    for of_mixture in (trainer(even), trainer({"a": uneven, "b": even}, dataset_weights={"a": 1.0, "b": 1.0})):
+        assert len(list(of_mixture.get_train_dataloader())) >= 5 and list(of_mixture.get_eval_dataloader())
 
 
 @pytest.mark.parametrize("sampler", ["batch_sampler", "no_duplicates"])

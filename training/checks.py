@@ -245,7 +245,7 @@ def check_targets(dataset: Dataset, where: str, generated: Collection[str]) -> N
     """
     if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":  # rows are made on the way
         return
-    for column in set(generated) & set(dataset.column_names):
+    for column in [name for name in dataset.column_names if name in generated]:
         given = stored_cells(dataset, "target") if "target" in dataset.column_names else repeat(None)
         for row, (cell, target) in enumerate(zip(stored_cells(dataset, column), given)):
             target_text(cell, target, column, f"Row {row} of {where}")

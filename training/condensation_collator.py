@@ -50,7 +50,7 @@ class CondensationCollator(SentenceTransformerDataCollator):
         args = self.args
         assert args is not None
         dataset_name = features[0].get("dataset_name")
-        columns = check_columns(features[0].keys() - {"row"}, dataset_name)
+        columns = check_columns([column for column in features[0] if column != "row"], dataset_name)
         name = {} if dataset_name is None else {"dataset_name": dataset_name}
         where = "the dataset" if dataset_name is None else repr(dataset_name)
         # The number of a row comes from `NumberedRows`, if the trainer made the batch.

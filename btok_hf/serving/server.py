@@ -24,6 +24,7 @@ from starlette.exceptions import HTTPException
 
 from btok_hf.encoding import NotFiniteError
 from btok_hf.lengths import media_tokens
+from btok_hf.model_info import trained_dimensions
 from btok_hf.sentence_transformer import BTokSentenceTransformer
 from btok_hf.serving import KEY
 from btok_hf.serving.batching import Batcher, Budget, QueueFull, Row
@@ -237,10 +238,8 @@ def instruction_of(model: BTokSentenceTransformer, body: EmbeddingRequest) -> st
 
 def _dimensions(model: ServedModel, asked: int | None) -> int | None:
     """Dimensions to cut embeddings to: those asked for, if the model was trained for them, or the model's own."""
-    # vLLM reads the same key of config.json.
-    trained = getattr(model.config, "matryoshka_dimensions", None) or ()
     own = [] if model.truncate_dim is None else [model.truncate_dim]
-    allowed = {model.transformer.config.get_text_config().hidden_size, *trained, *own}
+    allowed = {*trained_dimensions(model.transformer.config), *own}
     if asked is not None and asked not in allowed:
         raise ValueError(
             f"'dimensions' must be one of {sorted(allowed)}, got {asked}: config.json (matryoshka_dimensions) names "

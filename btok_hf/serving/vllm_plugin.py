@@ -29,8 +29,8 @@ SAMPLING = ("do_sample_frames", "fps", "num_frames", "min_frames", "max_frames")
 def register() -> None:
     """Register the architectures, their configuration checks and the renderer. May be called several times.
 
-    In another release of vLLM nothing is registered, so that vLLM serves its own models as ever, and refuses those
-    with Bottleneck Tokens because it does not know their architectures. An error here would end vLLM for all models.
+    In another release of vLLM nothing is registered, so that vLLM serves its own models as ever, and does not
+    know the architectures of those with Bottleneck Tokens. An error here would end vLLM for all models.
     """
     found = "of an unknown version"
     try:
@@ -50,7 +50,7 @@ def register() -> None:
         renderers, loaders = RENDERER_REGISTRY.renderers, VIDEO_LOADER_REGISTRY.name2class
     except (ImportError, AttributeError) as error:
         logging.getLogger("vllm").warning(
-            "btok-hf does not support vLLM %s (%s). Models with Bottleneck Tokens will be refused: install vLLM %s "
+            "btok-hf does not support vLLM %s (%s). Serve no models with Bottleneck Tokens with it: install vLLM %s "
             "for them. Other models are not affected.",
             found,
             error,

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import torch
 from torch import distributed
@@ -69,7 +69,8 @@ def load_again(model, whole, folder):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    trainer = SimpleNamespace(model=model, _is_sharded=lambda: True)
+    trainer = SimpleNamespace(model=model)
+    trainer._is_sharded = MethodType(CondensationTrainer._is_sharded, trainer)
     CondensationTrainer._load_from_checkpoint(trainer, str(folder / "fsdp2_model"), model)
     again = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     assert all(torch.equal(tensor, whole[name]) for name, tensor in again.items())

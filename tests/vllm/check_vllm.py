@@ -455,10 +455,18 @@ def test_wrong_settings_are_refused_at_the_start(export, folder, backbone, optio
     assert "A model with Bottleneck Tokens needs" in server.log.read_text()
 
 
-def test_without_the_plugin_vllm_refuses_the_model(export, folder):
-    server = VllmServer(export("qwen2_vl", 4), folder / "no-plugin.log", VLLM_PLUGINS="")
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ([], "BTokQwen2VLForEmbedding"),
+        (["--trust-remote-code"], "There is no module or parameter named 'embed_tokens'"),
+    ],
+)
+def test_without_the_plugin_vllm_refuses_the_model(export, folder, flags, says):
+    """With `--trust-remote-code` vLLM takes its Transformers backend, and stops at the weights."""
+    server = VllmServer(export("qwen2_vl", 4), folder / f"no-plugin-{len(flags)}.log", *flags, VLLM_PLUGINS="")
     assert not server.has_started() and server.process.returncode
-    assert "BTokQwen2VLForEmbedding" in server.log.read_text()
+    assert says in server.log.read_text()
 
 
 def test_in_another_release_of_vllm_nothing_is_registered():
