@@ -156,10 +156,10 @@ def test_options_of_app(btok, monkeypatch):
     shown = []
     monkeypatch.setattr("btok_hf.corpus.app.serve", lambda *given, **load: shown.append((given, load)))
     assert btok("app", "--db", "a")[0] == 0
-    assert shown.pop() == (("a", "127.0.0.1", 7860), {"model": None, "device": None})
-    flags = "--model m --device cpu --host h --port 1"
+    assert shown.pop() == (("a", "127.0.0.1", 7860), {"model": None, "device": None, "public_host": None})
+    flags = "--model m --device cpu --host h --port 1 --public-host p"
     assert btok("app", "--db", "a", *flags.split())[0] == 0
-    assert shown.pop() == (("a", "h", 1), {"model": "m", "device": "cpu"})
+    assert shown.pop() == (("a", "h", 1), {"model": "m", "device": "cpu", "public_host": "p"})
     monkeypatch.setitem(sys.modules, "gradio", None)
     status, _, errors = btok("app", "--db", "a")
     assert status == 1 and "btok app needs the package gradio: pip install 'btok-hf[app]'" in errors

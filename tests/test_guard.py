@@ -7,7 +7,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient, WebSocketDenialResponse
 
-from btok_hf.corpus.guard import POLICY, OwnOnly
+from btok_hf.corpus.guard import POLICY, OwnOnly, own_hosts
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,23 @@ def test_other_sites_are_refused(client, headers):
         answer = client.request(method, "/gradio_api/call/search", headers=headers)
         assert answer.status_code == 403 and "other sites" in answer.text
         assert "access-control-allow-origin" not in answer.headers
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
+def test_a_page_for_this_machine_has_no_other_names(host):
+    """The owner of a site may point its name at 127.0.0.1. Then its scripts have the origin of the page."""
+    routes = [Route("/", lambda request: PlainTextResponse("served"))]
+    guarded = [Middleware(OwnOnly, hosts=own_hosts(host, "Search.example.org:8443"))]
+    client = TestClient(Starlette(routes=routes, middleware=guarded))
+    for name in ("127.0.0.1:7860", "localhost", "LOCALHOST:80", "[::1]:7860", "search.example.org", "[::1]"):
+        assert client.get("/", headers={"host": name}).text == "served"
+    for name in ("evil.example:7860", "evil.example", "127.0.0.1.evil.example", "localhost:80@evil.example", ""):
+        answer = client.get("/", headers={"host": name, "x-forwarded-host": "localhost"})
+        assert answer.status_code == 403 and "--public-host" in answer.text
+
+
+def test_a_page_for_others_has_any_name():
+    assert own_hosts("0.0.0.0") is own_hosts("192.168.1.5") is own_hosts("workstation") is None
 
 
 def test_addresses_are_refused(client):

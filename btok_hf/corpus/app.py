@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import tempfile
+from collections.abc import Collection
 from typing import Any
 
 import gradio as gr
@@ -16,7 +17,7 @@ from starlette.middleware import Middleware
 
 from btok_hf.corpus import cards
 from btok_hf.corpus.answers import Answers, said
-from btok_hf.corpus.guard import OwnOnly
+from btok_hf.corpus.guard import OwnOnly, own_hosts
 from btok_hf.corpus.search import Searcher
 from btok_hf.corpus.units import KINDS
 
@@ -57,7 +58,7 @@ TO_HIT = """() => {
 BACK = "() => { document.querySelector('#hits [aria-pressed=true]')?.focus(); }"
 
 
-def serve(db: str, host: str, port: int, **load: Any) -> None:
+def serve(db: str, host: str, port: int, public_host: str | None = None, **load: Any) -> None:
     """Load a database and its model, and show the page until SIGINT or SIGTERM.
 
     What is uploaded and shown is copied into a folder that only this user can read, and which is removed at the end.
@@ -66,6 +67,7 @@ def serve(db: str, host: str, port: int, **load: Any) -> None:
     Args:
         db (`str`): Folder or address of the database.
         host, port: Where to listen.
+        public_host (`str`, *optional*): Name under which a proxy shows the page.
         load: For `Searcher`.
 
     Raises:
@@ -77,7 +79,7 @@ def serve(db: str, host: str, port: int, **load: Any) -> None:
         os.makedirs(parent, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="btok-app-", dir=parent) as own:
         os.environ["GRADIO_TEMP_DIR"] = own  # Gradio reads it when a page is made
-        launch(make_page(Searcher(db, **load)), server_name=host, server_port=port)
+        launch(make_page(Searcher(db, **load)), own_hosts(host, public_host), server_name=host, server_port=port)
 
 
 def check_free(host: str, port: int) -> None:
@@ -94,11 +96,12 @@ def check_free(host: str, port: int) -> None:
         ) from error
 
 
-def launch(page: gr.Blocks, **options: Any) -> None:
+def launch(page: gr.Blocks, hosts: Collection[str] | None = None, **options: Any) -> None:
     """Show a page until SIGINT, without requests to other machines, and print where.
 
     Args:
         page (`gradio.Blocks`): What `make_page` returns.
+        hosts (`Collection[str]`, *optional*): Names that the page has (default: any).
         options: For `gradio.Blocks.launch`. On Spaces, the address is in the environment.
     """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -119,7 +122,7 @@ def launch(page: gr.Blocks, **options: Any) -> None:
         ssr_mode=False,
         footer_links=[],
         max_file_size=MAX_UPLOAD,
-        app_kwargs={"middleware": [Middleware(OwnOnly)]},
+        app_kwargs={"middleware": [Middleware(OwnOnly, hosts=hosts)]},
         quiet=True,  # Gradio would advise to share the page
         prevent_thread_lock=True,
         **options,

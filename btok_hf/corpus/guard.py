@@ -1,6 +1,8 @@
 """Middleware of the page of `btok app`: it refuses requests of other sites, and sets a Content-Security-Policy."""
 
 import re
+from collections.abc import Collection
+from ipaddress import ip_address
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
@@ -15,10 +17,12 @@ class OwnOnly:
 
     Args:
         app (`ASGIApp`): The page.
+        hosts (`Collection[str]`, *optional*): Names and addresses in `Host` that are answered (default: all).
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, hosts: Collection[str] | None = None) -> None:
         self.app = app
+        self.hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_policy(message: Message) -> None:
@@ -26,20 +30,44 @@ class OwnOnly:
                 MutableHeaders(scope=message)["Content-Security-Policy"] = POLICY
             await send(message)
 
-        refusal = reason(scope["path"], Headers(scope=scope)) if scope["type"] in ("http", "websocket") else None
+        asked = scope["type"] in ("http", "websocket")
+        refusal = reason(scope["path"], Headers(scope=scope), self.hosts) if asked else None
         if refusal:
             await PlainTextResponse(refusal, 403)(scope, receive, send)
         else:
             await self.app(scope, receive, send_with_policy)
 
 
-def reason(path: str, headers: Headers) -> str | None:
+def own_hosts(host: str, public: str | None = None) -> set[str] | None:
+    """What `Host` may be for a page that listens on `host`, or `None` if it may be anything.
+
+    The owner of a site can point its name at an address of this machine, so that browsers take the page for a part of
+    that site (DNS rebinding). Then the name in `Host` is that of the site. A page that others may reach is called by
+    names that are not known here.
+
+    Args:
+        host (`str`): Name or address that the page listens on.
+        public (`str`, *optional*): Name under which a proxy shows the page.
+    """
+    try:
+        loopback = host == "localhost" or ip_address(host).is_loopback
+    except ValueError:  # another name
+        loopback = False
+    names = ["localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host, *([public] if public else [])]
+    return set(map(_name, names)) if loopback else None
+
+
+def reason(path: str, headers: Headers, hosts: Collection[str] | None = None) -> str | None:
     """Why a request is refused, or `None`.
 
     Args:
         path (`str`): Path of the request.
         headers (`Headers`): Its headers.
+        hosts (`Collection[str]`, *optional*): As in `OwnOnly`.
     """
+    name = _name(headers.get("host", ""))
+    if hosts is not None and name not in hosts:
+        return f"this page is not called {name!r}; behind a proxy, start it with --public-host {name}"
     # Gradio would fetch the address and pass on its content.
     if re.search(r"/(file|proxy)[=/]+\w+:", path):
         return "addresses are not opened"
@@ -49,3 +77,8 @@ def reason(path: str, headers: Headers) -> str | None:
     if origin is None or headers.get("sec-fetch-site") == "same-origin" or origin.partition("://")[2] in own:
         return None
     return "other sites may not use this page; a proxy must pass the header Host on as it is"
+
+
+def _name(host: str) -> str:
+    """`Host` without its port."""
+    return re.sub(r":\d*$", "", host).lower()
