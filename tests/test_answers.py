@@ -15,7 +15,8 @@ from support import ROOT
 from support.corpus import embed, pdf
 
 from btok_hf.corpus.answers import MAX_CONDITION, Answers, said
-from btok_hf.corpus.index import FRESH, Index
+from btok_hf.corpus.database import FRESH
+from btok_hf.corpus.index import Index
 from btok_hf.corpus.search import Searcher
 
 MODEL = ROOT / "benchmarks" / "unified" / "models" / "btok-small"

@@ -7,7 +7,6 @@ import threading
 import time
 from decimal import Decimal
 
-import lancedb
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -16,6 +15,7 @@ from support.units import random_vectors, rows_of, write_units
 from transformers import Qwen2VLConfig
 
 from btok_hf.corpus import index as module
+from btok_hf.corpus.database import FRESH
 from btok_hf.corpus.index import Index
 
 VECTORS = random_vectors(300)
@@ -351,14 +351,6 @@ def test_after_a_kill_the_next_run_goes_on(tmp_path):
     assert state(index) == {f"a{number}": new[number] for number in range(50, 300)}
 
 
-def test_one_run_writes_at_a_time(tmp_path):
-    """Two that add the same rows would double them."""
-    out, path = write(tmp_path, rows(range(20))), tmp_path / "db"
-    with module._alone(str(path)), pytest.raises(RuntimeError, match=r"Another btok index is writing to .*db\. Wait"):
-        Index.build(out, path)
-    assert Index.build(out, path)[0].count() == 20
-
-
 def test_units_that_are_written_meanwhile_are_not_deleted(tmp_path, monkeypatch):
     """Ids and missing units are read at one time: rows of a unit that comes later must stay."""
     path = tmp_path / "db"
@@ -418,7 +410,7 @@ def test_a_reader_sees_new_rows_and_loses_none(tmp_path):
     thread.start()
     for end in (200, 300):
         Index.build(write(tmp_path, rows(range(end))), path)
-        time.sleep(module.FRESH.total_seconds() + 0.2)
+        time.sleep(FRESH.total_seconds() + 0.2)
     ended.set()
     thread.join()
     assert {100, 200, 300} <= set(counts) and counts == sorted(counts)
@@ -431,21 +423,6 @@ def test_delete(tmp_path):
     assert index.delete(["it's", "'; --", "nothing", "' OR '1'='1"]) == 2
     assert sorted(state(index)) == ["a", 'b"c'] and index.delete([]) == 0
     assert Index.build(tmp_path / "out", tmp_path / "db")[1].added == 2  # the units still have them
-
-
-# ---------------------------------------------------------------- other databases
-
-
-def test_only_databases_of_btok_index_are_opened(tmp_path):
-    for path in (tmp_path / "nothing", tmp_path):
-        with pytest.raises(FileNotFoundError, match="no database of btok index"):
-            Index.open(path)
-    assert not (tmp_path / "nothing").exists()
-    lancedb.connect(tmp_path).create_table("items", [{"id": "a"}])
-    with pytest.raises(ValueError, match="did not write"):
-        Index.open(tmp_path)
-    with pytest.raises(FileNotFoundError, match="holds no corpus"):
-        Index.build(tmp_path / "nothing", tmp_path / "db")
 
 
 def test_many_ids_are_deleted_in_several_statements(tmp_path):
@@ -465,3 +442,18 @@ def test_an_index_is_trained_again_if_asked(tmp_path, monkeypatch):
     first = files()
     assert files() == first
     assert files(rebuild=True) - first
+
+
+def test_rows_are_looked_up_by_an_index_of_ids(tmp_path):
+    """Without it, a look-up reads all ids. Databases that were written without it get one."""
+    out, path = write(tmp_path, rows(range(20))), tmp_path / "db"
+
+    def plan(index):
+        return index._table.search().where("id = 'a7'").limit(1).explain_plan()
+
+    index = Index.build(out, path)[0]
+    assert "ScalarIndexQuery" in plan(index) and index.get("a7")[0].id == "a7"
+    index._table.drop_index("id_idx")
+    assert "ScalarIndexQuery" not in plan(Index.open(path))
+    index = Index.build(write(tmp_path, rows(range(5, 30))), path)[0]
+    assert "ScalarIndexQuery" in plan(index) and [index.get(key)[0].id for key in ("a7", "a29")] == ["a7", "a29"]

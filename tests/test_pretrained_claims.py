@@ -77,8 +77,8 @@ def test_the_table_has_scores_and_differences_of_the_seeds_that_both_have(tmp_pa
     labels = {"last-token": "last token", "btok": "BToks"}
     count = len(tasks()[TASK].queries)
     for seed, rank in ((0, 2), (1, 4)):
-        write(tmp_path, "last-token", seed, [rank] * count)
-        write(tmp_path, "btok", seed, [1] * count)
+        write(tmp_path, "last-token", seed, [rank] * count, precision="bf16")
+        write(tmp_path, "btok", seed, [1] * count, precision="fp32")
     write(tmp_path, "btok", 2, [9] * count)  # has no partner: (100 + 100 + 100 / 9) / 3
     found = claims.results(tmp_path, [*labels, "mean"])
     assert {arm: list(parts) for arm, parts in found.items()} == {"last-token": [0, 1], "btok": [0, 1, 2]}
@@ -86,7 +86,7 @@ def test_the_table_has_scores_and_differences_of_the_seeds_that_both_have(tmp_pa
     assert f"| {TASK} | 37.5 ± 0.0 | 70.4 ± 0.0 |" in text and "| seeds | 0, 1 | 0, 1, 2 |" in text
     # The gains are 50 and 75. Student's t of one degree of freedom is 12.706, times 12.5, their standard error.
     assert "| BToks − last token | 0, 1 | +62.5 ± 0.0 | +62.50 | 158.83 | 0.00 |" in text
-    assert "300 steps of 64 rows; a GPU." in text
+    assert "300 steps of 64 rows; bf16, fp32, precision not recorded; a GPU." in text
 
 
 def test_runs_of_different_settings_are_not_compared(tmp_path):

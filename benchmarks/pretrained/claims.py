@@ -163,9 +163,12 @@ def table(found: dict[str, dict[int, dict]], labels: dict[str, str]) -> str:
             cells = [listed(seeds), *cells, f"{mean.mean():+.2f}", of_seeds(mean), f"{width:.2f}", need]
             lines.append(f"| {labels[arm]} − {labels[other]} | {' | '.join(cells)} |")
     settings = one["settings"]
+    runs = [run for parts in found.values() for run in parts.values()]
+    precisions = sorted({run.get("precision", "precision not recorded") for run in runs})
     lines += [
         "",
-        f"{settings['max_steps']} steps of {settings['per_device_train_batch_size']} rows; {one['machine']}.",
+        f"{settings['max_steps']} steps of {settings['per_device_train_batch_size']} rows; {', '.join(precisions)}; "
+        f"{one['machine']}.",
     ]
     return "\n".join(lines) + "\n"
 

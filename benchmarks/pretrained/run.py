@@ -301,6 +301,7 @@ def run(options: argparse.Namespace) -> None:
         "machine": torch.cuda.get_device_name()
         if on_gpu
         else f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "precision": "bf16" if half() else "fp32",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "losses": [
             {key: entry[key] for key in ("step", "loss", "infonce", "condensation") if key in entry}

@@ -11,31 +11,28 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 try:
-    import lancedb
     import pyarrow as pa
-    from lancedb.index import FTS, IvfFlat, IvfRq
+    from lancedb.index import FTS, BTree, IvfFlat, IvfRq
     from lancedb.query import MatchQuery
 except ModuleNotFoundError as error:
     raise ImportError(f"The index needs the package {error.name}: pip install 'btok-hf[corpus]'.") from error
 
 from btok_hf.corpus.conditions import named_condition, whole
+from btok_hf.corpus.database import SETTINGS, TABLE, connect, find_table, lock
 from btok_hf.corpus.stream import Changes, Held, RowStream, check_same_corpus, database_settings, wanted_ids
 from btok_hf.corpus.units import read_units
 from btok_hf.corpus.vectors import Precision, bits, check_dimensions, cut, load
 
-TABLE, LOCK = "items", ".btok.lock"
-SETTINGS = b"btok"
 # Columns with a meaning. All others are metadata of the user's table.
 COLUMNS = ("id", "kind", "source", "page", "content_hash", "text", "thumbnail", "row_hash", "vector")
 
@@ -53,8 +50,6 @@ RRF = 60
 PROBES = 40
 # Old versions of the table are removed after this time. A search that takes longer could miss its files.
 KEEP = timedelta(hours=1)
-# Readers look for new rows this often.
-FRESH = timedelta(seconds=1)
 
 
 @dataclass(frozen=True)
@@ -106,7 +101,7 @@ class Index:
         Raises:
             FileNotFoundError: There is no database of `btok index`.
         """
-        table = _find_table(str(path))
+        table = find_table(str(path))
         if table is None:
             raise FileNotFoundError(f"{path} holds no database of btok index. Write one: btok index OUT --db {path}")
         return cls(str(path), table)
@@ -141,7 +136,7 @@ class Index:
         """
         wanted, missing = wanted_ids(str(out))
         corpus, batches = read_units(str(out))
-        table = _find_table(str(path))
+        table = find_table(str(path))
         if table is None:
             if dimensions is not None:
                 check_dimensions(corpus, dimensions)
@@ -156,10 +151,10 @@ class Index:
                         "another database."
                     )
         stream = RowStream(batches, settings)
-        with _alone(str(path)):
+        with lock(str(path)):
             if table is None:
                 schema = stream.schema.with_metadata({SETTINGS: json.dumps(settings)})
-                table = _connect(str(path)).create_table(TABLE, schema=schema)
+                table = connect(str(path)).create_table(TABLE, schema=schema)
             table.checkout_latest()
             # Compared by `==`: maps that are equal have several hashes.
             there, now = ({column.name: column.type for column in schema} for schema in (table.schema, stream.schema))
@@ -185,8 +180,10 @@ class Index:
         return index, changes, stream.sample
 
     def _update_indexes(self, rebuild: bool) -> None:
-        """Bring the indexes of words and vectors up to date. Rows that are not in them yet are found, but slowly."""
+        """Bring all indexes up to date. Rows that are not in them yet are found, but slowly."""
         have = {column for entry in self._table.list_indices() for column in entry.columns}
+        if "id" not in have:  # without it, `get`, and each chunk of rows to replace or delete, would read all ids
+            self._table.create_index("id", config=BTree())
         if "text" not in have:
             # No stemming and no stop words, which belong to one language. ICU finds the words of all scripts.
             words = FTS(base_tokenizer="icu", stem=False, remove_stop_words=False)
@@ -365,36 +362,3 @@ def _hits(found: pa.Table, scores: Sequence[float]) -> list[Hit]:
         Hit(**{name: row[name] for name in shown}, score=score, metadata={name: row[name] for name in names})
         for row, score in zip(rows, scores)
     ]
-
-
-def _connect(path: str) -> Any:
-    return lancedb.connect(path, read_consistency_interval=FRESH)
-
-
-@contextmanager
-def _alone(path: str) -> Iterator[None]:
-    """Lock a folder for one writer: two that add the same rows would duplicate them. A killed process frees it."""
-    if "://" in path:
-        yield
-        return
-    Path(path).mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(Path(path, LOCK), timeout=0):
-            yield
-    except Timeout as error:
-        raise RuntimeError(
-            f"Another btok index is writing to {path}. Wait until it has ended, and run the command again."
-        ) from error
-
-
-def _find_table(path: str) -> Any:
-    """The table of a database, or `None`."""
-    if "://" not in path and not Path(path, f"{TABLE}.lance").is_dir():
-        return None  # `connect` would make the folder
-    database = _connect(path)
-    if TABLE not in database.list_tables().tables:
-        return None
-    table = database.open_table(TABLE)
-    if SETTINGS not in (table.schema.metadata or {}):
-        raise ValueError(f"{path} holds a table {TABLE!r} that btok index did not write. Name another database.")
-    return table
