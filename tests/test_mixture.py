@@ -46,6 +46,22 @@ def test_a_mixture_of_own_files_and_sources(tmp_path):
             load_mixture(entries, tmp_path)
 
 
+def test_a_wrong_file_is_named_before_the_first_is_loaded(tmp_path, monkeypatch):
+    Dataset.from_list([{"query": "a", "positive": "b"}]).to_json(tmp_path / "mine.jsonl")
+    (tmp_path / "empty.csv").touch()
+    monkeypatch.setattr("btok_hf.training.mixture.load_pairs", lambda *given, **more: pytest.fail("loaded"))
+    for wrong, message in (
+        ("missing.csv", r"'.*missing\.csv' does not exist"),
+        ("empty.csv", "is empty"),
+        ("mine.jsonl", "has no split: only datasets have"),
+    ):
+        entries = {"a": str(tmp_path / "mine.jsonl"), "b": {"file": str(tmp_path / wrong)}}
+        if wrong == "mine.jsonl":
+            entries["b"]["split"] = "train"
+        with pytest.raises((FileNotFoundError, ValueError), match=message):
+            load_mixture(entries)
+
+
 def test_the_recipe_is_the_papers_mixture():
     recipe = yaml.safe_load(RECIPE.read_text())
     weights = {name: entry["weight"] for name, entry in recipe.items()}

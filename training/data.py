@@ -61,9 +61,30 @@ def load_pairs(
         FileNotFoundError, ValueError: No such file, configuration or split, an unknown format, wrong columns, or an
             argument that a file or folder cannot have.
     """
-    suffix = Path(source).suffix.lower()
     chosen = {key: value for key, value in {"name": name, "split": split, "revision": revision}.items() if value}
-    if suffix in FORMATS:
+    check_source(source, **chosen)
+    suffix = Path(source).suffix.lower()
+    if suffix not in FORMATS:
+        return _with_columns(load_dataset(source, **{"split": "train", **chosen}), columns, source)
+    with _named_file(source):
+        dataset = _read_file(source, FORMATS[suffix])
+    dataset = _with_columns(dataset, columns, source)
+    with _named_file(source):
+        return _with_own_paths(dataset, Path(source).resolve().parent)
+
+
+def check_source(source: str, **chosen: str) -> None:
+    """Refuse a source or argument of `load_pairs` that is wrong whatever it holds. Nothing is loaded.
+
+    Args:
+        source (`str`): As in `load_pairs`.
+        chosen (`str`): The `name`, `split` and `revision` that are given.
+
+    Raises:
+        FileNotFoundError, ValueError: No such file, an empty one, an unknown format, or an argument that a file or
+            folder cannot have.
+    """
+    if Path(source).suffix.lower() in FORMATS:
         if not Path(source).is_file():
             raise FileNotFoundError(
                 f"Pair file {source!r} does not exist. Check the path; relative paths start at the current folder."
@@ -72,17 +93,12 @@ def load_pairs(
             raise ValueError(f"Pair file {source!r} has no {' or '.join(chosen)}: only datasets have. Leave it out.")
         if Path(source).stat().st_size == 0:
             raise ValueError(f"Pair file {source!r} is empty.")
-        with _named_file(source):
-            dataset = _read_file(source, FORMATS[suffix])
-        dataset = _with_columns(dataset, columns, source)
-        with _named_file(source):
-            return _with_own_paths(dataset, Path(source).resolve().parent)
-    if Path(source).is_file():
+    elif Path(source).is_file():
         raise ValueError(f"Pair file {source!r} has an unknown format. Use one of {', '.join(FORMATS)}.")
-    if Path(source).is_dir() and revision:
-        raise ValueError(f"The folder {source!r} has no revision, got {revision!r}. Only datasets of the Hub have.")
-    dataset = load_dataset(source, **{"split": "train", **chosen})
-    return _with_columns(dataset, columns, source)
+    elif Path(source).is_dir() and "revision" in chosen:
+        raise ValueError(
+            f"The folder {source!r} has no revision, got {chosen['revision']!r}. Only datasets of the Hub have."
+        )
 
 
 def _with_columns(dataset: Dataset, columns: Mapping[str, str] | None, source: str) -> Dataset:

@@ -12,7 +12,7 @@ import yaml
 from datasets import Dataset
 
 from btok_hf.training.condensation_config import CONDENSE, CondensationConfig
-from btok_hf.training.data import FORMATS, load_pairs
+from btok_hf.training.data import FORMATS, check_source, load_pairs
 from btok_hf.training.sources import SOURCES, load_source
 
 # A file, a Hub id or a source's name; a dict of it with other keys; `None`: the dataset's name says it.
@@ -96,6 +96,9 @@ def load_mixture(train_files: str | Mapping[str, Entry], root: Path | str | None
         raise ValueError(
             f"Some datasets have a weight, but {', '.join(missing)} have none. Give all a weight, or none."
         )
+    for name, file in files.items():  # all of them before the first is loaded, which may take long
+        if file not in SOURCES:
+            check_source(file, **{key: value for key, value in chosen[name].items() if value and key != "columns"})
     datasets = {
         name: load_source(file, root) if file in SOURCES else load_pairs(file, **chosen[name])
         for name, file in files.items()
