@@ -53,6 +53,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=2_000_000, help="rows of the table")
     count = parser.parse_args().rows
+    if count < 4 * CHUNK:
+        parser.error(f"--rows must be at least {4 * CHUNK}, of which {CHUNK} are replaced twice, got {count}")
     ids = [f"folder-{number % 97}/file-{number:09d}.txt" for number in range(count)]
     with tempfile.TemporaryDirectory() as folder:
         texts = [f"some text {number}" for number in range(count)]

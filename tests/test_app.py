@@ -232,6 +232,8 @@ def test_an_address_is_tried_before_anything_is_loaded(corpus, taken):
         with pytest.raises(ValueError, match=re.escape(says)) as error:
             check_free(host, port)
         assert "Give another --port or --host" in str(error.value)
+    with pytest.raises(ValueError, match="IPv6 addresses, got --host ::1"):
+        check_free("::1", 7860)
     command = [sys.executable, "-m", "btok_hf", "app", "--db", "nowhere", "--port", str(taken)]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 1 and f"port {taken} (Address already in use)" in run.stderr

@@ -374,8 +374,10 @@ def test_only_an_epoch_of_training_must_be_complete(repo, tmp_path):
         return CondensationTrainer(model=model, args=args, train_dataset=train, eval_dataset=uneven)
 
     for train in (uneven, {"a": uneven, "b": even}):
+        refused = trainer(train)
         with pytest.raises(ValueError, match=r"cannot fill 9 batches of 4 .*the 36 rows give 9 groups"):
-            trainer(train).get_train_dataloader()
+            refused.get_train_dataloader()
+        assert list(refused.get_eval_dataloader(refused.train_dataset))
     for of_mixture in (trainer(even), trainer({"a": uneven, "b": even}, dataset_weights={"a": 1.0, "b": 1.0})):
         assert len(list(of_mixture.get_train_dataloader())) >= 5 and list(of_mixture.get_eval_dataloader())
 

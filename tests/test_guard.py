@@ -47,21 +47,40 @@ def test_other_sites_are_refused(client, headers):
         assert "access-control-allow-origin" not in answer.headers
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LOCALHOST", "127.1", "127.0.0.2"])
 def test_a_page_for_this_machine_has_no_other_names(host):
     """The owner of a site may point its name at 127.0.0.1. Then its scripts have the origin of the page."""
     routes = [Route("/", lambda request: PlainTextResponse("served"))]
     guarded = [Middleware(OwnOnly, hosts=own_hosts(host, "Search.example.org:8443"))]
     client = TestClient(Starlette(routes=routes, middleware=guarded))
-    for name in ("127.0.0.1:7860", "localhost", "LOCALHOST:80", "[::1]:7860", "search.example.org", "[::1]"):
+    names = (
+        "127.0.0.1:7860",
+        "localhost",
+        "LOCALHOST:80",
+        "localhost.:80",
+        "[::1]:7860",
+        "search.example.org",
+        "[::1]",
+    )
+    for name in (*names, host):
         assert client.get("/", headers={"host": name}).text == "served"
-    for name in ("evil.example:7860", "evil.example", "127.0.0.1.evil.example", "localhost:80@evil.example", ""):
+    for name in ("evil.example:7860", "evil.example", "127.0.0.1.evil.example"):
         answer = client.get("/", headers={"host": name, "x-forwarded-host": "localhost"})
-        assert answer.status_code == 403 and "--public-host" in answer.text
+        assert answer.status_code == 403 and answer.text.endswith(f"--public-host {name.split(':')[0]}")
+    for name in ("", ":80", "::1", "a b", "localhost:80@evil.example", "localhost/evil"):
+        answer = client.get("/", headers={"host": name})
+        assert answer.status_code == 403 and answer.text.endswith("use its own address")
 
 
-def test_a_page_for_others_has_any_name():
-    assert own_hosts("0.0.0.0") is own_hosts("192.168.1.5") is own_hosts("workstation") is None
+def test_a_page_for_others_has_any_name_unless_one_is_given():
+    assert own_hosts("0.0.0.0") is own_hosts("192.168.1.5") is None
+    assert {"search.example.org", "0.0.0.0"} <= own_hosts("0.0.0.0", "search.example.org")
+
+
+@pytest.mark.parametrize("given", ["https://a.org", "a.org/", "a.org,b.org", "bücher.de", "fe80::1", ":8443", ""])
+def test_a_public_host_is_a_host(given):
+    with pytest.raises(ValueError, match=f"such as search.example.org .*got {given!r}"):
+        own_hosts("127.0.0.1", given)
 
 
 def test_addresses_are_refused(client):

@@ -86,7 +86,7 @@ def test_the_table_has_scores_and_differences_of_the_seeds_that_both_have(tmp_pa
     assert f"| {TASK} | 37.5 ± 0.0 | 70.4 ± 0.0 |" in text and "| seeds | 0, 1 | 0, 1, 2 |" in text
     # The gains are 50 and 75. Student's t of one degree of freedom is 12.706, times 12.5, their standard error.
     assert "| BToks − last token | 0, 1 | +62.5 ± 0.0 | +62.50 | 158.83 | 0.00 |" in text
-    assert "300 steps of 64 rows; bf16, fp32, precision not recorded; a GPU." in text
+    assert "300 steps of 64 rows; a GPU; bf16 (last token), fp32 (BToks), precision not recorded (BToks)." in text
 
 
 def test_runs_of_different_settings_are_not_compared(tmp_path):

@@ -191,9 +191,7 @@ class CondensationTrainer(PublishingTrainer):
         sampler = self.args.batch_sampler
         if sampler in (BatchSamplers.NO_DUPLICATES, BatchSamplers.NO_DUPLICATES_HASHED):
             hashed = sampler == BatchSamplers.NO_DUPLICATES_HASHED
-            data = self.train_dataset
-            trained_on = any(dataset is part for part in (data.values() if isinstance(data, dict) else [data]))
-            complete = trained_on and not self.args.dataset_weights  # with weights, rows are read again
+            complete = self._builds_training and not self.args.dataset_weights  # with weights, rows are read again
             return GroupBatchSampler(dataset, *args, **kwargs, precompute_hashes=hashed, complete=complete)
         return super().get_batch_sampler(dataset, *args, **kwargs)
 
@@ -201,9 +199,10 @@ class CondensationTrainer(PublishingTrainer):
         """The seed of the order of rows. Sentence-Transformers passes its samplers `seed` alone."""
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
-    def _build_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+    def _build_dataloader(self, dataset: Any, batch_size: int, dataset_kind: str) -> DataLoader:
         """As in Sentence-Transformers, with numbered rows, which errors of the collator name."""
-        loader = super()._build_dataloader(*args, **kwargs)
+        self._builds_training = dataset_kind == "train"  # the same rows may also be evaluated
+        loader = super()._build_dataloader(dataset, batch_size, dataset_kind)
         return DataLoader(
             NumberedRows(cast(Any, loader.dataset)),
             batch_sampler=loader.batch_sampler,

@@ -163,12 +163,16 @@ def table(found: dict[str, dict[int, dict]], labels: dict[str, str]) -> str:
             cells = [listed(seeds), *cells, f"{mean.mean():+.2f}", of_seeds(mean), f"{width:.2f}", need]
             lines.append(f"| {labels[arm]} − {labels[other]} | {' | '.join(cells)} |")
     settings = one["settings"]
-    runs = [run for parts in found.values() for run in parts.values()]
-    precisions = sorted({run.get("precision", "precision not recorded") for run in runs})
+    of_precision: dict[str, list[str]] = {}
+    for arm, parts in found.items():
+        for precision in sorted({run.get("precision", "precision not recorded") for run in parts.values()}):
+            of_precision.setdefault(precision, []).append(labels[arm])
+    several = len(of_precision) > 1
+    said = [f"{name} ({', '.join(those)})" if several else name for name, those in of_precision.items()]
     lines += [
         "",
-        f"{settings['max_steps']} steps of {settings['per_device_train_batch_size']} rows; {', '.join(precisions)}; "
-        f"{one['machine']}.",
+        f"{settings['max_steps']} steps of {settings['per_device_train_batch_size']} rows; {one['machine']}; "
+        f"{', '.join(said)}.",
     ]
     return "\n".join(lines) + "\n"
 

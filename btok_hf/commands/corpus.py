@@ -236,7 +236,7 @@ def app_command(commands: Any) -> None:
     parser.add_argument("--device", help="device of the model (default: a GPU if there is one)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=7860, help="port to listen on (default: %(default)s)")
-    parser.add_argument("--public-host", help="name under which a proxy on this machine shows the page")
+    parser.add_argument("--public-host", help="the host that browsers ask for, if a proxy shows the page")
 
 
 def run_app(db: str, host: str, port: int, **load: Any) -> None:

@@ -67,23 +67,29 @@ def serve(db: str, host: str, port: int, public_host: str | None = None, **load:
     Args:
         db (`str`): Folder or address of the database.
         host, port: Where to listen.
-        public_host (`str`, *optional*): Name under which a proxy shows the page.
+        public_host (`str`, *optional*): As in `own_hosts`.
         load: For `Searcher`.
 
     Raises:
-        ValueError: Nothing can listen there.
+        ValueError: Nothing can listen there, or `public_host` is no host.
     """
-    check_free(host, port)  # before the model is loaded, because that takes a while
+    # Before the model is loaded, because that takes a while.
+    check_free(host, port)
+    hosts = own_hosts(host, public_host)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the folder is removed then too
     if parent := os.environ.get("GRADIO_TEMP_DIR"):
         os.makedirs(parent, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="btok-app-", dir=parent) as own:
         os.environ["GRADIO_TEMP_DIR"] = own  # Gradio reads it when a page is made
-        launch(make_page(Searcher(db, **load)), own_hosts(host, public_host), server_name=host, server_port=port)
+        launch(make_page(Searcher(db, **load)), hosts, server_name=host, server_port=port)
 
 
 def check_free(host: str, port: int) -> None:
     """Raise `ValueError` if no server can listen on an address."""
+    if ":" in host:
+        raise ValueError(
+            f"Gradio does not listen on IPv6 addresses, got --host {host}. Give a name or an IPv4 address."
+        )
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as tried:

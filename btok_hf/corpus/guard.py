@@ -1,6 +1,7 @@
 """Middleware of the page of `btok app`: it refuses requests of other sites, and sets a Content-Security-Policy."""
 
 import re
+import socket
 from collections.abc import Collection
 from ipaddress import ip_address
 
@@ -8,6 +9,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+HOST = re.compile(r"[a-z\d_.-]+")  # a name or an IPv4 address
 POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
 
 
@@ -42,19 +44,28 @@ def own_hosts(host: str, public: str | None = None) -> set[str] | None:
     """What `Host` may be for a page that listens on `host`, or `None` if it may be anything.
 
     The owner of a site can point its name at an address of this machine, so that browsers take the page for a part of
-    that site (DNS rebinding). Then the name in `Host` is that of the site. A page that others may reach is called by
-    names that are not known here.
+    that site (DNS rebinding). Then the name in `Host` is that of the site. A page that other machines reach may be
+    called by names that are not known here, so it needs `public` for this.
 
     Args:
         host (`str`): Name or address that the page listens on.
-        public (`str`, *optional*): Name under which a proxy shows the page.
+        public (`str`, *optional*): The host that browsers ask for, e.g. that of a proxy.
+
+    Raises:
+        ValueError: `public` is no host.
     """
+    if public is not None and not HOST.fullmatch(_name(public)):
+        raise ValueError(
+            "--public-host is the host of the address that browsers ask for, such as search.example.org (names with "
+            f"other letters as xn--…), got {public!r}. Leave out https:// and what follows the host."
+        )
     try:
-        loopback = host == "localhost" or ip_address(host).is_loopback
-    except ValueError:  # another name
-        loopback = False
-    names = ["localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host, *([public] if public else [])]
-    return set(map(_name, names)) if loopback else None
+        addresses = {ip_address(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
+    except OSError:  # nothing can listen there
+        addresses = set()
+    loopback = all(address.is_loopback for address in addresses)
+    names = ["localhost", "127.0.0.1", "[::1]", host, *([public] if public else [])]
+    return set(map(_name, names)) if loopback or public else None
 
 
 def reason(path: str, headers: Headers, hosts: Collection[str] | None = None) -> str | None:
@@ -67,7 +78,8 @@ def reason(path: str, headers: Headers, hosts: Collection[str] | None = None) ->
     """
     name = _name(headers.get("host", ""))
     if hosts is not None and name not in hosts:
-        return f"this page is not called {name!r}; behind a proxy, start it with --public-host {name}"
+        advice = f", or start it with --public-host {name}" if HOST.fullmatch(name) else ""
+        return f"this page is not called {name!r}: use its own address{advice}"
     # Gradio would fetch the address and pass on its content.
     if re.search(r"/(file|proxy)[=/]+\w+:", path):
         return "addresses are not opened"
@@ -80,5 +92,5 @@ def reason(path: str, headers: Headers, hosts: Collection[str] | None = None) ->
 
 
 def _name(host: str) -> str:
-    """`Host` without its port."""
-    return re.sub(r":\d*$", "", host).lower()
+    """`Host` without its port and the dot that may end a name."""
+    return re.sub(r":\d*$", "", host).lower().removesuffix(".")
