@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.pretrained import base, claims
-from benchmarks.pretrained.run import ARMS, add_tokens, arguments, mean_of_all_tokens
+from benchmarks.pretrained.run import ARMS, add_tokens, arguments, condense_by
 from benchmarks.pretrained.tasks import tasks
 from btok_hf import BTokSentenceTransformer
 from tests.support.pretrained import random_tower, write_llama
@@ -137,21 +137,24 @@ def test_the_table_of_what_is_decoded_has_the_means_of_the_arms_that_decode(tmp_
         claims.decoded(tmp_path)
 
 
-def test_the_mean_is_that_of_all_tokens(built, tmp_path, capsys):
-    add_tokens(built, tmp_path, ARMS["mean"], seed=0)
+@pytest.mark.parametrize("name", ["mean", "last-word"])
+def test_arms_that_pool_otherwise(built, tmp_path, capsys, name):
+    add_tokens(built, tmp_path, ARMS[name], seed=0)
     model = BTokSentenceTransformer(str(tmp_path), device="cpu")
     texts = ["the cell", "a wave moves energy, not matter"]
-    with patch("btok_hf.transformer.condense", mean_of_all_tokens):
+    with patch("btok_hf.transformer.condense", condense_by(ARMS[name].pooling)):
         found = model.encode(texts, convert_to_tensor=True)
     for text, vector in zip(texts, found):
         with torch.no_grad():
             batch = model.preprocess([text])
             ids, mask = batch["input_ids"], batch["attention_mask"]
             states = model[0].model(input_ids=ids, attention_mask=mask).last_hidden_state[0]
-        torch.testing.assert_close(vector, torch.nn.functional.normalize(states.mean(0), dim=0), atol=1e-5, rtol=1e-5)
+        assert model.tokenizer.decode(ids[0]).endswith(' means in one word: "' + model.tokenizer.eos_token)
+        right = states.mean(0) if name == "mean" else states[-2]
+        torch.testing.assert_close(vector, torch.nn.functional.normalize(right, dim=0), atol=1e-5, rtol=1e-5)
     with pytest.raises(SystemExit):
-        arguments(["--arm", "mean", "--save"])
-    assert "--save cannot export mean" in capsys.readouterr().err
+        arguments(["--arm", name, "--save"])
+    assert f"--save cannot export {name}" in capsys.readouterr().err
 
 
 def test_every_arm_of_a_table_can_be_run(capsys):

@@ -36,7 +36,9 @@ RESULTS = PRETRAINED / "claims"
 TABLES = {
     "arms": {
         "last-token": "last token",
+        "last-word": "last word",
         "mean": "mean of all tokens",
+        "btok-k1": "one BTok",
         "btok": "BToks",
         "btok-unmasked": "BToks + condensation, no mask",
         "btok-condensation": "BToks + condensation",

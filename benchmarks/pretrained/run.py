@@ -78,12 +78,14 @@ class Arm(NamedTuple):
     mask: bool = True
     suffix: str | None = SUFFIX
     lasts: float = 1.0  # share of the steps that have condensation
-    all_tokens: bool = False  # the embedding is the mean over all tokens, of the prompt and the suffix too
+    pooling: str | None = None  # one of POOLINGS, in place of that of the library
 
 
 ARMS = {
     "last-token": Arm(0),
-    "mean": Arm(0, all_tokens=True),
+    "last-word": Arm(0, pooling="last word"),
+    "mean": Arm(0, pooling="mean"),
+    "btok-k1": Arm(1),
     "btok": Arm(4),
     "btok-unmasked": Arm(4, 1.0, mask=False),
     "btok-condensation": Arm(4, 1.0),
@@ -104,16 +106,34 @@ def prompts(arm: Arm) -> dict[str, str]:
     return {"query": "The question", "document": "The text", **{kind: f"The {kind}" for kind in (*kinds, PICTURE)}}
 
 
-def mean_of_all_tokens(model, inputs, target_ids=None, labels=None, **_) -> Condensed:
-    """In place of `btok_hf.condensation.condense`: the mean of the last hidden states of all tokens, normalised."""
-    backbone = backbone_and_head(model)[0]
-    nothing = torch.empty(len(inputs["input_ids"]), 0, dtype=torch.long)
-    packed, ends = _pack(backbone, inputs, nothing, nothing.bool())
-    hidden = _forward(backbone, packed).float()
+def mean_of_all_tokens(hidden: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Of the prompt and the suffix too. The sum is as good: it is normalised."""
     rows = torch.arange(len(ends)).repeat_interleave(F.pad(ends, (1, 0)).diff()).to(hidden.device)
-    # The sum is as good as the mean: it is normalised.
-    sums = hidden.new_zeros(len(ends), hidden.shape[1]).index_add(0, rows, hidden)
-    return Condensed(F.normalize(sums, dim=-1), hidden.new_zeros(0))
+    return hidden.new_zeros(len(ends), hidden.shape[1]).index_add(0, rows, hidden)
+
+
+def last_word(hidden: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """The suffix's last token, whose state predicts the word that was asked for. The end token follows it."""
+    return hidden[(ends - 2).to(hidden.device)]
+
+
+POOLINGS = {
+    "mean": mean_of_all_tokens,
+    "last word": last_word,
+}  # of packed states, shape (tokens, hidden), and row ends
+
+
+def condense_by(pooling: str):
+    """In place of `btok_hf.condensation.condense`: the same forward, with one of `POOLINGS`."""
+
+    def condense(model, inputs, target_ids=None, labels=None, **_) -> Condensed:
+        backbone = backbone_and_head(model)[0]
+        nothing = torch.empty(len(inputs["input_ids"]), 0, dtype=torch.long)
+        packed, ends = _pack(backbone, inputs, nothing, nothing.bool())
+        hidden = _forward(backbone, packed).float()
+        return Condensed(F.normalize(POOLINGS[pooling](hidden, ends), dim=-1), hidden.new_zeros(0))
+
+    return condense
 
 
 def add_tokens(base: Path, output_dir: Path, arm: Arm, seed: int) -> None:
@@ -273,8 +293,7 @@ def run(options: argparse.Namespace) -> None:
     )
     trained = time.perf_counter()
     checkpoints = list(Path(trainer.args.output_dir).glob("checkpoint-*"))
-    pooling = patch("btok_hf.transformer.condense", mean_of_all_tokens) if arm.all_tokens else nullcontext()
-    with pooling:
+    with patch("btok_hf.transformer.condense", condense_by(arm.pooling)) if arm.pooling else nullcontext():
         if options.steps:
             trainer.train(resume_from_checkpoint=bool(checkpoints))
         trained = time.perf_counter() - trained
@@ -348,7 +367,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "pretrained")
     parser.add_argument("--results", type=Path, help="folder of the result: benchmarks/results/pretrained")
     options = parser.parse_args(words)
-    if options.save and ARMS[options.arm].all_tokens:
+    if options.save and ARMS[options.arm].pooling:
         parser.error(f"--save cannot export {options.arm}: its pooling is that of no exported model. Leave it out.")
     low, high = options.passage
     if not 0 < low <= high:
