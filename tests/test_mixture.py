@@ -38,6 +38,7 @@ def test_a_mixture_of_own_files_and_sources(tmp_path):
     assert load_mixture({"CIRR": None}, tmp_path)[0]["CIRR"][0]["query"] == {"text": "a"}
     for entries, message in (
         ({"a": {"file": mine, "weight": 1}, "CIRR": {}}, "but CIRR have none. Give all"),
+        ({"a": {"file": "org/pairs", "revision": 12}}, "'a': revision must be a text, got 12. Put it in quotation"),
         ({"a": {"file": mine, "wieght": 1}}, r"'a' has unknown keys \['wieght'\]"),
         ({"a": {"file": mine, "condense": "postive"}}, "'a': condense must be one of positive, query"),
         ({"ImageNet": {"weight": 1}}, r"'ImageNet' is not a pair file, .* or known source. Known .* ImageNet_1K"),

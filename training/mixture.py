@@ -82,6 +82,9 @@ def load_mixture(train_files: str | Mapping[str, Entry], root: Path | str | None
                 raise ValueError(f"Dataset {name!r}: condense must be one of {', '.join(CONDENSE)}, got {side!r}.")
             condense[name] = side
         chosen[name] = {key: entry.pop(key) for key in OF_DATASETS if key in entry}
+        for key, value in chosen[name].items():
+            if key != "columns" and not isinstance(value, str | None):  # YAML reads 1 and 12e3 as numbers
+                raise ValueError(f"Dataset {name!r}: {key} must be a text, got {value!r}. Put it in quotation marks.")
         if entry:
             raise ValueError(
                 f"Dataset {name!r} has unknown keys {sorted(entry)}. Known are file, weight, condense, "

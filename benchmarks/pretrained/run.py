@@ -314,6 +314,7 @@ def run(options: argparse.Namespace) -> None:
         "passage": options.passage,
         "start": options.start and options.start.name,
         "settings": settings,
+        # Of this process: after a kill, of the steps since the checkpoint.
         "train_minutes": round(trained / 60, 2),
         "minutes": round((time.perf_counter() - started) / 60, 2),
         "peak_gb": round(torch.cuda.max_memory_reserved() / 1e9, 1) if on_gpu else None,
