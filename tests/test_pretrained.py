@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -202,6 +203,17 @@ def test_the_model_is_built_from_base_and_adapters_or_refused(
     base.build(llama_gguf[0], other, tmp_path / "other")
     with pytest.raises(ValueError, match="another base"):
         model.build(tmp_path / "other", tmp_path / "wrong", tmp_path / "adapters")
+    monkeypatch.setattr(model, "add_tokens", partial(run.add_tokens, sources=["lists"]))
+    with pytest.raises(ValueError, match=r"of \['short text'.*'prompt list'.*: other prompts"):
+        model.build(built, tmp_path / "asked", tmp_path / "adapters")
+
+
+def test_the_kept_vectors_are_of_the_prompts_that_a_model_is_built_with(built, tmp_path):
+    run.add_tokens(built, tmp_path, run.ARMS[model.ARM], model.SEED)
+    recorded = read_golden(model.ADAPTERS / model.GOLDEN)["inputs"]
+    words = {row["prompt"] for row in recorded if "prompt" in row}  # prompts of the same words are one input
+    assert words == set(BTokSentenceTransformer(str(tmp_path)).prompts.values())
+    assert "list" in run.prompts(run.ARMS[model.ARM], ["lists"])
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")  # a random model decodes any bytes

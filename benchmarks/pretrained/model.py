@@ -59,7 +59,7 @@ def build(base_dir: str | Path, output_dir: str | Path, adapters: str | Path = A
         `float`: The largest difference to the recorded golden vectors; `None` if none are recorded.
 
     Raises:
-        ValueError: The vectors differ from the recorded ones: another base, or other adapters.
+        ValueError: The vectors differ from the recorded ones: another base, or other adapters or prompts.
     """
     adapters, output_dir = Path(adapters), Path(output_dir)
     with tempfile.TemporaryDirectory() as folder:
@@ -80,10 +80,13 @@ def build(base_dir: str | Path, output_dir: str | Path, adapters: str | Path = A
     if not (adapters / GOLDEN).exists():
         return None
     recorded, written = (read_golden(path / GOLDEN)["inputs"] for path in (adapters, output_dir))
+    names, found = ([row["name"] for row in inputs] for inputs in (recorded, written))
+    if names != found:
+        raise ValueError(f"The recorded vectors are of {names}, those of {output_dir} of {found}: other prompts.")
     difference = max(
         np.abs(np.subtract(row["embedding"], other["embedding"])).max() for row, other in zip(recorded, written)
     )
-    if len(recorded) != len(written) or difference > TOLERANCE:
+    if difference > TOLERANCE:
         raise ValueError(
             f"The vectors of {output_dir} differ from the recorded ones by {difference:.1e}: {base_dir} is another "
             "base. Remove it and build it again with python -m benchmarks.pretrained.base."

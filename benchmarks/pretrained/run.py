@@ -16,6 +16,7 @@ import platform
 import random
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -98,11 +99,14 @@ ARMS = {
 }
 
 
-def prompts(arm: Arm) -> dict[str, str]:
-    """The words before texts of each kind, e.g. "The term". With the suffix they ask for the meaning in one word."""
+def prompts(arm: Arm, sources: Iterable[str] = ()) -> dict[str, str]:
+    """The words before texts of each kind, e.g. "The term". With the suffix they ask for the meaning in one word.
+
+    `sources` are those beside `WEIGHTS`, whose prompts every model has because all tasks are scored.
+    """
     if arm.suffix is None:
         return {}
-    kinds = dict.fromkeys(kind for pair in KINDS.values() for kind in pair)
+    kinds = dict.fromkeys(kind for source in (*WEIGHTS, *sources) for kind in KINDS[source])
     return {"query": "The question", "document": "The text", **{kind: f"The {kind}" for kind in (*kinds, PICTURE)}}
 
 
@@ -136,8 +140,8 @@ def condense_by(pooling: str):
     return condense
 
 
-def add_tokens(base: Path, output_dir: Path, arm: Arm, seed: int) -> None:
-    """Write the untrained model of an arm."""
+def add_tokens(base: Path, output_dir: Path, arm: Arm, seed: int, sources: Iterable[str] = ()) -> None:
+    """Write the untrained model of an arm, with the `prompts` of these sources."""
     add_bottleneck_tokens(
         base,
         output_dir,
@@ -145,7 +149,7 @@ def add_tokens(base: Path, output_dir: Path, arm: Arm, seed: int) -> None:
         suffix=arm.suffix,
         noise_std=NOISE,
         seed=seed,
-        prompts=prompts(arm),
+        prompts=prompts(arm, sources),
     )
 
 
@@ -241,16 +245,16 @@ def run(options: argparse.Namespace) -> None:
     if options.start:
         start = options.start / "adapters"
     elif not (start / "config.json").exists():
-        add_tokens(options.base, start, arm, options.seed)
+        add_tokens(options.base, start, arm, options.seed, options.sources)
     model = BTokSentenceTransformer(str(start))
     found = training_rows(options.dev, options.seed, options.passage)
     asked, condensed = (lists.tasks(split), lists.NAME) if "lists" in options.sources else (tasks(split), TASK)
     parts = {source: split_books(found[source], source, source in options.by_book) for source in options.sources}
     sets = {title: Dataset.from_list(part) for named in parts.values() for title, part in named.items()}
-    words, weights, condense = {}, {}, {}
+    words, weights, condense, words_before = {}, {}, {}, prompts(arm, options.sources)
     for source, named in parts.items():
         for title, part in named.items():
-            words[title] = dict(zip(("query", "positive"), (prompts(arm).get(kind, "") for kind in KINDS[source])))
+            words[title] = dict(zip(("query", "positive"), (words_before.get(kind, "") for kind in KINDS[source])))
             weights[title] = (WEIGHTS | OTHERS)[source] * len(part) / len(found[source])
             condense[title] = CONDENSE[source]
     settings = {
@@ -309,7 +313,7 @@ def run(options: argparse.Namespace) -> None:
         "arm": options.arm,
         "seed": options.seed,
         **arm._asdict(),
-        "prompts": prompts(arm),
+        "prompts": words_before,
         "rank": adapter_config(model.transformer.model).r,
         "passage": options.passage,
         "start": options.start and options.start.name,
