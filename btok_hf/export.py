@@ -22,7 +22,7 @@ from btok_hf.backbones import family_of
 from btok_hf.encoding import PackedEncoder
 from btok_hf.files import check_writable, explain_full_disk, write_files, write_json
 from btok_hf.golden_writer import write_golden_vectors
-from btok_hf.hub_card.card import ADAPTER_RELEASE, render_card
+from btok_hf.hub_card.card import ADAPTER_RELEASE, files_of_card, render_card
 from btok_hf.hub_names import is_hub_id
 from btok_hf.modeling import modeling_btok
 from btok_hf.stock_pipeline import modules, write_pipeline
@@ -264,9 +264,21 @@ def write_repository(
         processor.tokenizer.backend_tokenizer.no_padding()
         processor.save_pretrained(output_dir)
         write_pipeline(output_dir, config, model, prompts, requirements)
+        _remove_other_card(output_dir, files)
         write_files(output_dir, files)
         write_json(output_dir / MODULES, modules())
     return output_dir
+
+
+def _remove_other_card(output_dir: Path, files: Mapping[str, str | bytes]) -> None:
+    """Remove what an earlier card brought, so that nobody publishes the scores or licence of another model."""
+    card, earlier = files.get("README.md"), output_dir / "README.md"
+    card = card.encode() if isinstance(card, str) else card
+    if card is None or not earlier.exists() or earlier.read_bytes() == card:
+        return
+    for path in files_of_card(output_dir):
+        if path.relative_to(output_dir).as_posix() not in files:
+            path.unlink()
 
 
 def _write_config(output_dir: Path, config: PreTrainedConfig, tokenizer: Any, dtype: torch.dtype) -> None:

@@ -24,6 +24,7 @@ PLACEHOLDER = "path-of-this-repository"
 # Packages that the snippets need, with the versions that this package requires.
 SNIPPET_REQUIREMENTS = ("sentence-transformers", "transformers", "torch", "torchvision", "pillow")
 ADAPTER_RELEASE = "5.18"  # of transformers, that loads adapters
+PATTERNS = ("assets/loss.png", "assets/example_[0-9]*.png", ".eval_results/*.yaml")  # what `card_files` writes beside
 # An input of a snippet: paths of images in the repository, and text.
 Example = tuple[list[str], str | None]
 # Inputs of the snippets if there is no evaluation data.
@@ -120,6 +121,16 @@ def apache_license() -> str:
     installed = metadata.distribution("btok-hf").read_text("licenses/LICENSE")
     assert installed is not None  # pyproject.toml lists it in license-files
     return installed
+
+
+def files_of_card(folder: Path) -> list[Path]:
+    """Files beside the card in a folder that `card_files` wrote: licence, scores, pictures.
+
+    The licence is listed if it is the text of Apache-2.0; another one was put there by somebody.
+    """
+    found = [path for pattern in PATTERNS for path in folder.glob(pattern)]
+    licence = folder / "LICENSE"
+    return found + [licence] * (licence.is_file() and licence.read_bytes() == apache_license().encode())
 
 
 def for_hub(card: str, repo_id: str) -> str:

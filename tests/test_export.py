@@ -17,6 +17,7 @@ from support.repositories import TEXTS, add_noise, contents, differences
 
 import btok_hf
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_adapters, export_model
+from btok_hf.hub_card.card import apache_license
 
 
 @pytest.mark.parametrize("untied", [False, True])
@@ -151,6 +152,21 @@ def test_a_model_that_is_saved_again_keeps_its_card(repo, tmp_path, caplog):
         other = export_model(BTokSentenceTransformer(first, device="cpu", **options), tmp_path / "other")
         assert "No training is recorded" in (other / "README.md").read_text("utf-8")
         assert f"The README.md of {first} is not kept" in caplog.text
+
+
+def test_another_card_takes_away_what_an_earlier_one_brought(repo, tmp_path):
+    model = BTokSentenceTransformer(repo, device="cpu")
+    brought = {"LICENSE": apache_license(), "assets/example_2.png": b"2", ".eval_results/x.yaml": "score: 61"}
+    mine = {"assets/example_mine.png": b"3", "notes.txt": "x"}
+    folder = export_model(model, tmp_path, files={"README.md": "one", **brought, **mine})
+    export_model(model, tmp_path, files={"README.md": "one"})
+    assert all((folder / name).exists() for name in (*brought, *mine))
+    export_model(model, tmp_path, files={"README.md": "two", "assets/example_2.png": b"4"})
+    assert {name for name in brought if (folder / name).exists()} == {"assets/example_2.png"}
+    assert all((folder / name).exists() for name in mine)
+    (folder / "LICENSE").write_text("MIT")
+    export_model(model, tmp_path)
+    assert (folder / "LICENSE").read_text() == "MIT" and not (folder / "assets" / "example_2.png").exists()
 
 
 def test_the_card_of_a_model_that_changed_is_not_kept(exported, with_adapters, tmp_path):
