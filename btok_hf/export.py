@@ -58,7 +58,8 @@ def export_model(
 
     Args:
         model (`BTokSentenceTransformer`): The model to publish.
-        output_dir (`str` or `Path`): Folder to write. Files of an earlier export are overwritten.
+        output_dir (`str` or `Path`): Folder to write. Files of an earlier export are overwritten. Its licence (if
+            Apache-2.0), scores and example pictures are removed if it had another card.
         files (`dict[str, str | bytes]`, *optional*): Additional files by relative path, e.g. `README.md`, `LICENSE`.
             Default: the README.md that the model was loaded with, its licence and pictures, if it is the same model;
             otherwise a README.md that describes the model without results.
