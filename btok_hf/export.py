@@ -275,7 +275,7 @@ def _remove_other_card(output_dir: Path, files: Mapping[str, str | bytes]) -> No
     """Remove what an earlier card brought, so that nobody publishes the scores or licence of another model."""
     card, earlier = files.get("README.md"), output_dir / "README.md"
     card = card.encode() if isinstance(card, str) else card
-    if card is None or not earlier.exists() or earlier.read_bytes() == card:
+    if card is None or not earlier.is_file() or earlier.read_bytes() == card:
         return
     for path in files_of_card(output_dir):
         if path.relative_to(output_dir).as_posix() not in files:
