@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from benchmarks import ROOT
 from benchmarks.pretrained import half
-from benchmarks.pretrained.run import KINDS, PICTURE
+from benchmarks.pretrained.run import ARMS, PICTURE, prompts
 from benchmarks.pretrained.tower import WEIGHTS, merge, text_vectors
 from benchmarks.pretrained.views import SOURCES, Picture, Recorded, pictures, tower_states
 from btok_hf import BTokSentenceTransformer
@@ -266,8 +266,7 @@ def train(model: BTokSentenceTransformer, options: argparse.Namespace) -> list[d
 
     Returns the losses of each step through the language model.
     """
-    kinds = {*CALLED, *(kind for pair in KINDS.values() for kind in pair)}
-    if not kinds <= model.prompts.keys():
+    if not prompts(ARMS["btok"]).keys() <= model.prompts.keys():
         raise ValueError(
             f"The model must have the prompts that run.py gives it, got {', '.join(model.prompts) or 'none'}. Train "
             "it with python -m benchmarks.pretrained.run --save."
