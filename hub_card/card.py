@@ -24,7 +24,7 @@ PLACEHOLDER = "path-of-this-repository"
 # Packages that the snippets need, with the versions that this package requires.
 SNIPPET_REQUIREMENTS = ("sentence-transformers", "transformers", "torch", "torchvision", "pillow")
 ADAPTER_RELEASE = "5.18"  # of transformers, that loads adapters
-PATTERNS = ("assets/loss.png", "assets/example_[0-9]*.png", ".eval_results/*.yaml")  # what `card_files` writes beside
+OF_CARD = ("assets/loss.png", "assets/example_[0-9]*.png", ".eval_results/*.yaml")  # what `card_files` writes beside
 # An input of a snippet: paths of images in the repository, and text.
 Example = tuple[list[str], str | None]
 # Inputs of the snippets if there is no evaluation data.
@@ -128,7 +128,7 @@ def files_of_card(folder: Path) -> list[Path]:
 
     The licence is listed if it is the text of Apache-2.0; another one was put there by somebody.
     """
-    found = [path for pattern in PATTERNS for path in folder.glob(pattern)]
+    found = [path for pattern in OF_CARD for path in folder.glob(pattern)]
     licence = folder / "LICENSE"
     return found + [licence] * (licence.is_file() and licence.read_bytes() == apache_license().encode())
 

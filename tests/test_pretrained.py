@@ -151,6 +151,8 @@ def test_a_run_goes_on_with_the_adapters_of_another(trained, tmp_path, monkeypat
     )
     options = [*words.split(), "1e-9", "--by-book", "terms", "--start", str(before), "--output", str(tmp_path)]
     run.run(run.arguments(options))
+    with pytest.raises(ValueError, match=r"adapters has no prompts \['definitions', 'list'\].*without --start"):
+        run.run(run.arguments([*options, "--sources", "lists", "--tag=-lists"]))
     result = json.loads((tmp_path / "btok-condensation-on-s0.json").read_text())
     assert (result["start"], result["rank"]) == (before.name, 2)
     first, second = (

@@ -247,11 +247,14 @@ def run(options: argparse.Namespace) -> None:
     elif not (start / "config.json").exists():
         add_tokens(options.base, start, arm, options.seed, options.sources)
     model = BTokSentenceTransformer(str(start))
+    words_before = prompts(arm, options.sources)
+    if lacking := words_before.keys() - model.prompts.keys():  # they would be scored without
+        raise ValueError(f"{start} has no prompts {sorted(lacking)}. Start a run of these --sources without --start.")
     found = training_rows(options.dev, options.seed, options.passage)
     asked, condensed = (lists.tasks(split), lists.NAME) if "lists" in options.sources else (tasks(split), TASK)
     parts = {source: split_books(found[source], source, source in options.by_book) for source in options.sources}
     sets = {title: Dataset.from_list(part) for named in parts.values() for title, part in named.items()}
-    words, weights, condense, words_before = {}, {}, {}, prompts(arm, options.sources)
+    words, weights, condense = {}, {}, {}
     for source, named in parts.items():
         for title, part in named.items():
             words[title] = dict(zip(("query", "positive"), (words_before.get(kind, "") for kind in KINDS[source])))
