@@ -257,13 +257,21 @@ def test_lists_hold_the_definitions_of_their_terms_and_pools_share_no_term():
 
 def test_a_run_on_lists_is_scored_and_decoded_on_lists(built, tmp_path, monkeypatch):
     few = lists.lists("test", seed=0)[:12]
-    monkeypatch.setattr(lists, "lists", lambda split, seed: few)
+    monkeypatch.setattr(lists, "lists", lambda split, seed: [row.copy() for row in few])  # a run changes them
     lists.tasks.cache_clear()
-    words = "--arm btok-condensation --steps 2 --batch 4 --rank 2 --sources lists --only list --decoded 3"
+    words = "--arm btok-condensation --steps 2 --batch 4 --rank 2 --sources lists --only list --decoded 3 --save"
     options = run.arguments([*words.split(), *f"--base {built} --results {tmp_path} --output {tmp_path}".split()])
     run.run(options)
-    lists.tasks.cache_clear()
     result = json.loads((tmp_path / "btok-condensation-s0.json").read_text())
+    weights = load_file(tmp_path / "btok-condensation-s0" / "adapters" / model.WEIGHTS)
+    # As if it was killed between its last step and its result: it is scored as it was trained.
+    (tmp_path / "btok-condensation-s0.json").unlink()
+    run.run(options)
+    again = json.loads((tmp_path / "btok-condensation-s0.json").read_text())
+    for name, tensor in load_file(tmp_path / "btok-condensation-s0" / "adapters" / model.WEIGHTS).items():
+        torch.testing.assert_close(tensor, weights[name], rtol=0, atol=0)
+    assert [again[key] for key in ("ranks", "decoded")] == [result[key] for key in ("ranks", "decoded")]
+    lists.tasks.cache_clear()
     assert list(result["ranks"]) == [lists.NAME] and len(result["ranks"][lists.NAME]) == len(few)
     assert result["decoded"]["definitions"] == 3 and result["settings"]["condense"] == {"lists": "query"}
     assert result["prompts"]["list"] == "The list"

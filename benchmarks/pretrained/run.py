@@ -33,6 +33,7 @@ from benchmarks.pretrained import half, lists
 from benchmarks.pretrained.base import OUTPUT
 from benchmarks.pretrained.tasks import encoder, module_text, ranks, rows, tasks
 from benchmarks.pretrained.tokens import TASK, of_decoded
+from benchmarks.unified.base import train
 from benchmarks.unified.inputs import cut
 from benchmarks.unified.tasks import Task
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model
@@ -299,10 +300,9 @@ def run(options: argparse.Namespace) -> None:
         else LoraConfig(r=options.rank, lora_alpha=2 * options.rank, lora_dropout=0.0),
     )
     trained = time.perf_counter()
-    checkpoints = list(Path(trainer.args.output_dir).glob("checkpoint-*"))
     with patch("btok_hf.transformer.condense", condense_by(arm.pooling)) if arm.pooling else nullcontext():
         if options.steps:
-            trainer.train(resume_from_checkpoint=bool(checkpoints))
+            train(trainer)
         trained = time.perf_counter() - trained
         with torch.autocast(model.device.type, torch.bfloat16, enabled=half()):
             scored = ranks(encoder(model), {name: task for name, task in asked.items() if options.only in name})

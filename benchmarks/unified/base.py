@@ -14,7 +14,9 @@ from pathlib import Path
 
 import jinja2
 from datasets import Dataset
-from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
+from transformers import AutoProcessor, Qwen2VLForConditionalGeneration, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
 
 from benchmarks import ROOT
 from benchmarks.unified.inputs import books
@@ -134,7 +136,7 @@ def make(size, output):
     )
     loss = Generation(model, mini_batch_size=BASE_BATCH, condensation_weight=1.0, condensation_mask=False)
     trainer = Generative(model=model, args=args, train_dataset=sets, loss=loss)
-    trainer.train(resume_from_checkpoint=any(Path(args.output_dir).glob("checkpoint-*")) or None)
+    train(trainer)
     AutoProcessor.from_pretrained(start / "random").save_pretrained(folder)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-8:]
     parameters = sum(p.numel() for p in model.parameters())
@@ -152,6 +154,18 @@ def make(size, output):
     base.generation_config = model.transformer.generation_config
     base.save_pretrained(folder)
     return folder
+
+
+def train(trainer):
+    """Train, or go on from the last checkpoint of a run that was killed, which may be the end of its training."""
+    output = Path(trainer.args.output_dir)
+    checkpoint = get_last_checkpoint(output) if output.exists() else None
+    if checkpoint and int(checkpoint.rpartition("-")[2]) == trainer.args.max_steps:
+        # The trainer refuses to resume where no step is left. It was killed before its result was written.
+        trainer._load_from_checkpoint(checkpoint)
+        trainer.state = TrainerState.load_from_json(Path(checkpoint, TRAINER_STATE_NAME))
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def text_columns(part):
