@@ -93,7 +93,8 @@ def add_adapters(backbone: PreTrainedModel, lm_head: torch.nn.Module | None, pef
 
     Raises:
         ValueError: The model has adapters, `lora_dropout` is above 0, `trainable_token_indices` or `embed_tokens` are
-            set in `peft_config`, other adapters than LoRA, or an option of LoRA that could not be exported.
+            set in `peft_config`, modules that do not exist, other adapters than LoRA, or an option of LoRA that could
+            not be exported.
     """
     check_exportable(peft_config)
     if has_adapters(backbone):
@@ -101,7 +102,7 @@ def add_adapters(backbone: PreTrainedModel, lm_head: torch.nn.Module | None, pef
             "The model has adapters already. To train them further, leave peft_config out; to add new ones, merge "
             "these first: btok export."
         )
-    if "embed_tokens" in (peft_config.modules_to_save or ()):
+    if any(name.rpartition(".")[2] == "embed_tokens" for name in peft_config.modules_to_save or ()):
         raise ValueError(
             "modules_to_save must not name embed_tokens: the rows of the Bottleneck Tokens are trained without it. "
             "Leave it out."
@@ -119,6 +120,16 @@ def add_adapters(backbone: PreTrainedModel, lm_head: torch.nn.Module | None, pef
             f"trainable_token_indices must be unset, got {peft_config.trainable_token_indices}: it is set to the "
             "Bottleneck Tokens here. Leave it out."
         )
+    # PEFT passes over names that match nothing, as long as one does.
+    targets = [] if isinstance(peft_config.target_modules, str) else peft_config.target_modules
+    modules = [f".{name}" for name, _ in backbone.named_modules()]
+    for option, names in (("target_modules", targets), ("modules_to_save", peft_config.modules_to_save or [])):
+        if absent := [name for name in sorted(names) if not any(part.endswith(f".{name}") for part in modules)]:
+            raise ValueError(
+                f"{option} of peft_config must name modules of {type(backbone).__name__}, got {', '.join(absent)}: "
+                "nothing has this name, so nothing would be trained for it. The head of the language model is not a "
+                "part of it and stays frozen. Leave it out, or correct it."
+            )
     if backbone.config.btok_num_tokens:
         peft_config.trainable_token_indices = {"embed_tokens": list(bottleneck_token_ids(backbone.config))}
     add_adapters_in_fp32(backbone, peft_config)

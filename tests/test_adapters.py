@@ -28,6 +28,11 @@ def test_add_adapter_is_peft_config(repo, tmp_path):
         model.add_adapter(LoraConfig(lora_dropout=0.3))
     with pytest.raises(ValueError, match="modules_to_save must not name embed_tokens"):
         model.add_adapter(LoraConfig(modules_to_save=["embed_tokens"]))
+    with pytest.raises(ValueError, match="modules_to_save must not name embed_tokens"):
+        model.add_adapter(LoraConfig(modules_to_save=["language_model.embed_tokens"]))
+    for option in ("target_modules", "modules_to_save"):
+        with pytest.raises(ValueError, match=rf"{option} of peft_config must name .*, got lm_head, roj: nothing"):
+            model.add_adapter(LoraConfig(**{"target_modules": ["q_proj"], option: ["q_proj", "lm_head", "roj"]}))
     model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
     before = {name: p.detach().clone() for name, p in model.named_parameters() if "trainable_tokens_delta" in name}
     args = config(tmp_path, per_device_train_batch_size=6, max_steps=2, learning_rate=1e-2)

@@ -155,6 +155,11 @@ def test_splits_to_evaluate_on_are_not_trained_on():
     splits = DatasetDict({"train": text_pairs(2), "test": text_pairs(2)})
     with pytest.raises(ValueError, match=r"train_dataset has the splits train, test, and each would .*\['train'\]"):
         checked_datasets("train_dataset", splits, None)
+    for name in ("dev", "val", "valid", "eval", "validation_matched"):
+        with pytest.raises(ValueError, match=f"has the splits train, {name}, and each"):
+            checked_datasets("train_dataset", DatasetDict({"train": text_pairs(2), name: text_pairs(2)}), None)
+    sources = DatasetDict({"validated": text_pairs(2), "devices": text_pairs(2)})
+    assert list(checked_datasets("train_dataset", sources, None)) == ["validated", "devices"]
     assert list(checked_datasets("eval_dataset", splits, None)) == ["train", "test"]
     assert list(checked_datasets("train_dataset", dict(splits), None)) == ["train", "test"]
 
@@ -177,6 +182,8 @@ def test_columns():
     with pytest.raises(ValueError, match=r"'d' has the columns .*missing \['positive'\]; unknown \['anchor'\]"):
         check_columns(["query", "anchor"], "d")
     assert check_columns(["query", "positive", "negatives", "negative_groups"])[2:] == ["negatives"]
+    with pytest.raises(ValueError, match=r"unknown \['negative_id', 'negative_image'\]"):
+        check_columns(["query", "positive", "negative", "negative_id", "negative_image"])
     with pytest.raises(ValueError, match="negative_groups, but not negatives"):
         check_columns(["query", "positive", "negative_groups"])
 

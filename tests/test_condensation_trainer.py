@@ -14,6 +14,7 @@ from datasets import Dataset, Features, Image, Value, concatenate_datasets
 from packaging.version import Version
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from support.gradients import assert_same_gradients, named_gradients
 from support.media import image
 from support.processes import TORCHRUN, run_script
@@ -405,6 +406,32 @@ def test_rows_without_a_group_are_refused(repo, tmp_path):
         trainer.get_train_dataloader()
 
 
+@pytest.mark.parametrize(
+    ("options", "evaluated", "says"),
+    [
+        ({"per_device_train_batch_size": 1}, None, r"'train_dataset' has one row .*always be 0. Raise"),
+        (
+            {"dataloader_drop_last": True},
+            text_pairs(4),
+            r"'eval_dataset' has 4 rows to evaluate, fewer than a batch of 8",
+        ),
+        ({"batch_sampler": "no_duplicates"}, {"a": text_pairs(8)}, "compares rows by the column group"),
+    ],
+)
+def test_batches_that_train_or_measure_nothing_are_refused(repo, tmp_path, options, evaluated, says):
+    model = BTokSentenceTransformer(repo, device="cpu")
+    rows = text_pairs(8).add_column("group", list(range(8)))
+
+    def trainer(rows):
+        data = {"train_dataset": rows, "eval_dataset": evaluated}
+        return CondensationTrainer(model=model, args=config(tmp_path, max_steps=1, **options), **data)
+
+    with pytest.raises(ValueError, match=says):
+        trainer(rows)
+    if evaluated is None:  # a hard negative is something to compare
+        trainer(rows.add_column("negative", [f"another {row}" for row in range(8)]))
+
+
 def test_a_given_loss_keeps_its_settings(repo, tmp_path):
     model = BTokSentenceTransformer(repo, device="cpu")
     loss = CondensationLoss(model, condensation_weight=0.25)
@@ -446,7 +473,20 @@ def test_metrics_of_several_evaluators(repo, tmp_path):
     evaluators = [retrieval_evaluator(text_pairs(), name=name) for name in ("first", "second")]
     trainer = checkpointed_trainer(repo, tmp_path, evaluator=evaluators)
     found = trainer.evaluate_retrieval()
-    assert list(found) == [name for part in evaluators for name in metric_names(part, trainer.model)]
+    names = [name for part in evaluators for name in metric_names(part, trainer.model)]
+    assert list(found) == [*names, "sequential_score"]
+
+
+def test_metrics_of_an_evaluator_without_a_name_beside_datasets_to_evaluate(repo, tmp_path):
+    evaluator = InformationRetrievalEvaluator({"q": "a"}, {"d": "a", "e": "b"}, {"q": {"d"}}, write_csv=False)
+    datasets = {"first": text_pairs(4), "second": text_pairs(4)}
+    data = {"train_dataset": text_pairs(), "eval_dataset": datasets}
+    model = BTokSentenceTransformer(repo, device="cpu")
+    trainer = CondensationTrainer(model=model, args=config(tmp_path), evaluator=evaluator, **data)
+    found = trainer.evaluate_retrieval()
+    assert found == pytest.approx(evaluator(trainer.model)) and found["cosine_ndcg@10"] > 0
+    (log,) = trainer.state.log_history
+    assert log["eval_cosine_ndcg@10"] == found["cosine_ndcg@10"]
 
 
 def test_a_best_checkpoint_that_cannot_be_loaded_is_an_error(repo, tmp_path):

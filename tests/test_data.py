@@ -295,6 +295,32 @@ def test_a_file_is_read_once_and_again_when_its_pictures_come(tmp_path, own_cach
     assert found == {"bytes": None, "path": str(tmp_path / "b.png")}
 
 
+def test_a_file_of_a_dict_needs_no_suffix(tmp_path, monkeypatch):
+    image(40, 40).save(tmp_path / "0001", "png")
+    cells = [{"image": "0001", "text": "0001"}, {"image": ["0001", "0002"]}, "0001"]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(json.dumps({"query": "q", "positive": cell}) for cell in cells))
+    there = str(tmp_path / "0001")
+    found = [{"image": there, "text": "0001"}, {"image": [there, "0002"]}, {"text": "0001"}]
+    assert load_pairs(str(path))["positive"] == found
+
+
+TEXTS = ["0001", "null", "true", "1e5", "[1]", '{"image": "a.png"}', '"quoted"', "NaN", "plain", "a.png"]
+
+
+@pytest.mark.parametrize("other", [[{"image": "a.png"}], [{"image": "7"}, {"image": ["a.png", "b.png"]}]])
+def test_a_text_beside_dicts_stays_a_text_whatever_it_looks_like(tmp_path, other):
+    """`datasets` stores such columns as JSON, and texts that are JSON as what they stand for."""
+    path = tmp_path / "pairs.jsonl"
+    cells = [*other, *TEXTS]
+    rows = [{"query": "q", "positive": cell, "negatives": [cell, "x"]} for cell in cells]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    expected = [*other, *({"text": text} for text in TEXTS[:-2]), *TEXTS[-2:]]
+    for found in (load_pairs(str(path)), load_pairs(str(path)).map(lambda row: {"target": "t"})):
+        assert list(found["positive"]) == expected
+        assert list(found["negatives"]) == [[cell, "x"] for cell in expected]
+
+
 def test_texts_of_json_lines_that_look_like_dates_are_texts(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text(

@@ -97,6 +97,16 @@ def test_images_groups_and_copies_as_by_brute_force(model, tmp_path):
     assert re.search(r"10 rows with \d+ negatives", text) and "left out by group" in text
 
 
+def test_groups_are_equal_as_in_training(model, tmp_path):
+    """Also if they are lists, as those of JSON lines may be."""
+    names = ["a", "b", "c", "d"]
+    pairs = Dataset.from_dict({"query": [f"{name}?" for name in names], "positive": names})
+    grouped = pairs.add_column("group", [["x", "y"], ["x", "y"], ["x"], ["z"]])
+    report = mine_hard_negatives(grouped, model, tmp_path / "out.parquet", num_negatives=3)
+    assert report.left_out["group"] == 2 and report.negatives == {2: 2, 3: 2}
+    assert load_pairs(str(tmp_path / "out.parquet"))[0]["negative_groups"] in ([["x"], ["z"]], [["z"], ["x"]])
+
+
 def test_dicts_and_paths_stay_what_they_are_and_train(model, repo, tmp_path):
     for index, word in enumerate(WORDS):
         PIL.Image.fromarray(colours(56 + 28 * (index % 5), 56)).save(tmp_path / f"{word}.png")

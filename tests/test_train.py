@@ -305,9 +305,10 @@ def test_metrics_are_known_before_anything_is_evaluated(repo, tmp_path):
     assert set(names) == set(evaluator(model))
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps", "max_steps": 1}
 
-    def trainer(evaluator, **options):
+    def trainer(evaluator, evaluated=None, **options):
         args = config(tmp_path, **best, **options)
-        return CondensationTrainer(model=model, args=args, train_dataset=text_pairs(4), evaluator=evaluator)
+        data = {"train_dataset": text_pairs(4), "eval_dataset": evaluated}
+        return CondensationTrainer(model=model, args=args, evaluator=evaluator, **data)
 
     chosen = trainer(evaluator).args
     assert chosen.metric_for_best_model == "pairs_cosine_ndcg@10" and chosen.greater_is_better
@@ -316,6 +317,30 @@ def test_metrics_are_known_before_anything_is_evaluated(repo, tmp_path):
         trainer(evaluator, metric_for_best_model="nonsense")
     with pytest.raises(ValueError, match=r"no eval_dataset to measure it on. Name a metric of the evaluator"):
         trainer([evaluator, evaluator])
+    several = {"a": text_pairs(4), "b": text_pairs(4)}
+    for given in (evaluator, None):
+        with pytest.raises(ValueError, match=r"must be one of a_loss, b_loss.*got 'loss'"):
+            trainer(given, several)
+        assert trainer(given, several, metric_for_best_model="eval_b_loss").args.greater_is_better is False
+        with pytest.raises(ValueError, match=r"must be one of loss.*got 'ndcg@10'"):
+            trainer(given, text_pairs(4), metric_for_best_model="ndcg@10")
+    assert trainer(evaluator, text_pairs(4)).args.metric_for_best_model == "loss"  # as in transformers
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode"),
+    [(None, "max"), ("pairs_cosine_map@100", "max"), ("loss", "min")],
+    ids=["default", "map", "loss"],
+)
+def test_a_scheduler_that_waits_for_a_plateau_knows_which_way_the_metric_goes(repo, tmp_path, metric, mode):
+    args = config(
+        tmp_path, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps", metric_for_best_model=metric
+    )
+    data = {"train_dataset": text_pairs(4), "eval_dataset": text_pairs(4) if metric == "loss" else None}
+    evaluator, model = retrieval_evaluator(text_pairs(4)), BTokSentenceTransformer(repo, device="cpu")
+    trainer = CondensationTrainer(model=model, args=args, evaluator=evaluator, **data)
+    trainer.create_optimizer_and_scheduler(1)
+    assert trainer.lr_scheduler.mode == mode
 
 
 def test_a_run_that_is_stopped_exports_nothing(repo, tmp_path):

@@ -4,6 +4,7 @@ What a cell may hold is in `data.py`, how it is read in `btok_hf/inputs.py`.
 """
 
 import os
+import re
 from collections.abc import Collection, Iterator
 from itertools import repeat
 from typing import Any
@@ -22,6 +23,8 @@ from btok_hf.training.cells import as_stored
 from btok_hf.training.condensation_config import CONDENSE, CondensationConfig
 from btok_hf.training.condensation_loss import CondensationLoss
 
+HELD_OUT = re.compile(r"(test|valid|validation|val|dev|eval|evaluation)([_.-]|$)")  # names of splits
+OF_FILES = ("image", "video", "url", "path")  # keys of a dict, or of a part of a chat message, that name a file
 NOT_EMBEDDED = ("target", "group", "negative_groups", "dataset_name")  # columns of pairs
 
 
@@ -82,7 +85,7 @@ def checked_datasets(part: str, given: Any, args: Any) -> Any:
     Raises:
         ValueError: As in `check_rows` and `check_targets`; splits to evaluate on among the training data.
     """
-    if part == "train_dataset" and isinstance(given, DatasetDict) and {"test", "validation"} & set(given):
+    if part == "train_dataset" and isinstance(given, DatasetDict) and any(map(HELD_OUT.match, given)):
         raise ValueError(
             f"train_dataset has the splits {', '.join(given)}, and each would be trained on. Give one of them, as "
             "dataset['train'], or a plain dict of the datasets to train on."
@@ -123,7 +126,7 @@ def check_columns(columns: Collection[str], dataset_name: str | None = None) -> 
 def negative_columns(columns: Collection[str]) -> list[str]:
     """The columns of hard negatives."""
     embedded = (name for name in columns if name not in NOT_EMBEDDED)
-    return [name for name in embedded if name in ("negative", "negatives") or name.startswith("negative_")]
+    return [name for name in embedded if re.fullmatch(r"negatives|negative(_\d+)?", name)]
 
 
 def first_rows(parts: Dataset | dict[str, Dataset] | None) -> list[dict[str, Any]]:
@@ -340,7 +343,7 @@ def _paths(value: Any, is_file: bool = False) -> Iterator[str]:
         if value["bytes"] is None and value["path"] and "://" not in value["path"]:
             yield value["path"]
     elif isinstance(value, dict):
-        for key in ("image", "video", "url", "path"):  # of a dict, or of a part of a chat message
+        for key in OF_FILES:
             yield from _paths(value.get(key), is_file=True)
         if isinstance(value.get("content"), list):
             yield from _paths(value["content"])

@@ -5,7 +5,6 @@ handled in `checkpoints.py`.
 """
 
 import shutil
-from collections.abc import Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -45,7 +44,7 @@ from btok_hf.training.condensation_loss import CondensationLoss
 from btok_hf.training.parallel import check_parallelism
 from btok_hf.training.prompts import training_prompts
 from btok_hf.training.publishing import PublishingTrainer, choose_best_metric
-from btok_hf.training.sampler import GroupBatchSampler, MixtureBatchSampler, check_full_batches, check_mixture
+from btok_hf.training.sampler import GroupBatchSampler, MixtureBatchSampler, check_batches
 
 if TYPE_CHECKING:  # slow to import, or imported where it is used
     from peft import LoraConfig
@@ -98,8 +97,7 @@ class CondensationTrainer(PublishingTrainer):
                 f"hub_strategy must be end, got {HubStrategy(args.hub_strategy).value}: checkpoints are not complete "
                 "repositories. Call trainer.push_to_hub() after training; `btok train` has every_save too."
             )
-        if kwargs.get("eval_dataset") is None:
-            choose_best_metric(args, kwargs.get("evaluator"), model)
+        choose_best_metric(args, kwargs.get("evaluator"), model, kwargs.get("eval_dataset"))
         if peft_config is not None:
             add_adapters(model.transformer.model, model.transformer.lm_head, peft_config)
         elif any(p.requires_grad and p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
@@ -134,13 +132,7 @@ class CondensationTrainer(PublishingTrainer):
                 # The row's own columns: a transform may change those of the dataset.
                 check_columns(row, row.get("dataset_name"))
                 self.data_collator([{**row, "row": 0}])
-        parts = self.train_dataset if isinstance(self.train_dataset, dict) else {"train_dataset": self.train_dataset}
-        rows = {name: len(cast(Sized, dataset)) for name, dataset in parts.items() if dataset is not None}
-        if not self.args.dataset_weights:
-            if rows and self.args.dataloader_drop_last:  # Sentence-Transformers sets it for several processes
-                check_full_batches(rows, self.args.train_batch_size, self.args.world_size)
-        elif rows:
-            check_mixture(rows, self._weights(), self.args.train_batch_size, self._num_batches(), self.args.block_size)
+        check_batches(self, self.args, self._weights(), self._num_batches())
 
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()

@@ -26,7 +26,15 @@ from btok_hf.content import content_hash
 from btok_hf.evaluation.metrics import ranking_keys
 from btok_hf.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from btok_hf.training.cells import MEDIA_ROWS, TEXT_ROWS, StoredInputs, as_input, as_stored, with_features
-from btok_hf.training.checks import NOT_EMBEDDED, check_columns, check_rows, group_hash, stored_cells
+from btok_hf.training.checks import (
+    NOT_EMBEDDED,
+    OF_FILES,
+    check_columns,
+    check_rows,
+    group_hash,
+    holds_json,
+    stored_cells,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -128,32 +136,44 @@ def _named_file(source: str) -> Iterator[None]:
 
 def _read_file(source: str, kind: str) -> Dataset:
     dataset = load_dataset(kind, data_files=glob.escape(str(source)), split="train", **_options(source))
-    plain = _without_dates(dataset.features)
-    if plain == dataset.features or kind != "json":
+    plain = datasets.Features({name: _as_text(feature) for name, feature in dataset.features.items()})
+    # A tuple, because `datasets` reads the file once for each part of a list of arguments.
+    mixed = tuple(name for name, feature in plain.items() if holds_json(feature) and name not in NOT_EMBEDDED)
+    if kind != "json" or (plain == dataset.features and not mixed):
         return dataset
-    # The JSON reader takes texts such as 2026-11-26 for dates.
-    options = {"path": str(Path(source).resolve()), "modified": Path(source).stat().st_mtime_ns}
+    # The JSON reader takes texts such as 2026-11-26 for dates, and 0001 and null for values, in a column with dicts.
+    options = {"path": str(Path(source).resolve()), "modified": Path(source).stat().st_mtime_ns, "mixed": mixed}
     return cast(Dataset, Dataset.from_generator(_json_rows, features=plain, gen_kwargs=options))
 
 
-def _without_dates(feature: Any) -> Any:
-    """A feature with texts in place of dates: pairs hold no dates, so what looks like one is a text."""
+def _as_text(feature: Any) -> Any:
+    """A feature without dates: pairs hold none, so what looks like one is a text. Of mixed dicts, all is JSON."""
     if isinstance(feature, datasets.Value) and feature.dtype.startswith(("timestamp", "date", "time")):
         return datasets.Value("string")
     if isinstance(feature, dict):
-        return type(feature)({name: _without_dates(part) for name, part in feature.items()})
-    return datasets.List(_without_dates(feature.feature)) if isinstance(feature, datasets.List) else feature
+        return datasets.Json() if holds_json(feature) else {name: _as_text(part) for name, part in feature.items()}
+    return datasets.List(_as_text(feature.feature)) if isinstance(feature, datasets.List) else feature
 
 
-def _json_rows(path: str, modified: int) -> Iterator[dict[str, Any]]:
-    """The rows of a file of JSON lines, or of one JSON list. `modified` makes a changed file another dataset."""
+def _json_rows(path: str, modified: int, mixed: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """The rows of a file of JSON lines, or of one JSON list. `modified` makes a changed file another dataset.
+
+    In the columns `mixed`, texts that are JSON themselves become dicts.
+    """
     with open(path, encoding="utf-8-sig") as file:
         start = file.read(1024).lstrip()
         file.seek(0)
-        if start.startswith("["):
-            yield from json.load(file)
-        else:
-            yield from (json.loads(line) for line in file if line.strip())
+        rows = json.load(file) if start.startswith("[") else (json.loads(line) for line in file if line.strip())
+        for row in rows:
+            yield row | {name: _not_json(row[name]) for name in mixed if name in row}
+
+
+def _not_json(cell: Any) -> Any:
+    """A cell whose texts `datasets` stores as texts. It would take those that are JSON for what they stand for."""
+    if isinstance(cell, list):
+        return [_not_json(part) for part in cell]
+    is_json = isinstance(cell, str) and datasets.Json().encode_example(cell) == cell
+    return {"text": cell} if is_json else cell
 
 
 def _with_own_paths(dataset: Dataset, folder: Path) -> Dataset:
@@ -180,18 +200,24 @@ def _resolve_row(row: dict[str, Any], folder: Path, columns: list[str]) -> dict[
     return {name: _resolve(row[name], folder, []) for name in columns}
 
 
-def _resolve(value: Any, folder: Path, found: list[str]) -> Any:
-    """A cell with the absolute paths of files that lie in `folder`. The names of these files are added to `found`."""
+def _resolve(value: Any, folder: Path, found: list[str], is_file: bool = False) -> Any:
+    """A cell with the absolute paths of files that lie in `folder`. The names of these files are added to `found`.
+
+    With `is_file`, every string is a path, whatever its suffix.
+    """
     if isinstance(value, str):
-        named = len(value) < MAX_PATH and Path(value).suffix.lower() in IMAGE_SUFFIXES + VIDEO_SUFFIXES
-        if not named or Path(value).is_absolute() or not (folder / value).is_file():
+        named = is_file or Path(value).suffix.lower() in IMAGE_SUFFIXES + VIDEO_SUFFIXES
+        if not named or len(value) >= MAX_PATH or Path(value).is_absolute() or not (folder / value).is_file():
             return value
         found.append(value)
         return str(folder / value)
     if isinstance(value, list) and isinstance(next(filter(None, value), None), (str, dict)):  # no frames
-        return [_resolve(part, folder, found) for part in value]
+        return [_resolve(part, folder, found, is_file) for part in value]
     if isinstance(value, dict) and value.get("bytes") is None:  # in a dict, text is never a path
-        return {key: part if key == "text" else _resolve(part, folder, found) for key, part in value.items()}
+        return {
+            key: part if key == "text" else _resolve(part, folder, found, is_file=key in OF_FILES)
+            for key, part in value.items()
+        }
     return value
 
 

@@ -26,7 +26,7 @@ from btok_hf.content import content_hash
 from btok_hf.evaluation.metrics import check_embeddings
 from btok_hf.files import check_writable, replacing
 from btok_hf.training.cells import MEDIA_ROWS, TEXT_ROWS, as_input, as_stored, decode_cell
-from btok_hf.training.checks import check_rows
+from btok_hf.training.checks import check_rows, group_hash
 
 ROWS = 1024  # that are written at a time
 BYTES = 2**28  # of negatives that are written at a time
@@ -127,11 +127,11 @@ def mine_hard_negatives(
     sides = {name: _Side(pairs, name) for name in ("query", "positive")}
     if not sides["query"].rows:
         raise ValueError("The pairs have no row with a query. Give them queries, or another file.")
+    excluded = _FalseNegatives(pairs, sides["query"], sides["positive"])
     queries = sides["query"].embed(model.encode_query, batch_size)
     corpus = sides["positive"].embed(model.encode_document, batch_size)
     report, rng = MiningReport(), random.Random(seed)
     found: list[list[int]] = []
-    excluded = _FalseNegatives(pairs, sides["query"], sides["positive"])
     search = _faiss_search(corpus) if use_faiss else _torch_search(corpus)
     for start in trange(0, len(queries), faiss_batch_size, desc="Searching"):
         numbers = range(start, min(start + faiss_batch_size, len(queries)))
@@ -276,8 +276,9 @@ class _FalseNegatives:
     def __init__(self, pairs: Dataset, queries: _Side, candidates: _Side) -> None:
         self._queries, self._candidates = queries, candidates
         self._number = {content: number for number, content in enumerate(candidates.hashes)}
-        self._groups = pairs["group"] if "group" in pairs.column_names else [None] * len(pairs)
-        self._of_group: dict[Any, set[int]] = defaultdict(set)
+        groups = pairs["group"] if "group" in pairs.column_names else [None] * len(pairs)
+        self._groups = [None if group is None else group_hash(group) for group in groups]
+        self._of_group: dict[int, set[int]] = defaultdict(set)
         for row, group in enumerate(self._groups):
             if group is not None and candidates.numbers[row] >= 0:
                 self._of_group[group].add(int(candidates.numbers[row]))

@@ -10,9 +10,10 @@ import torch
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
+from sentence_transformers.util.distributed import distributed_evaluation
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, SchedulerType
 from transformers.utils import logging
 
 from btok_hf.export import export_model
@@ -28,11 +29,6 @@ if TYPE_CHECKING:  # slow to import, or imported where it is used
 
 logger = logging.get_logger(__name__)
 
-# What the Trainer adds to the metrics of an evaluator, whose name may be "eval".
-OF_TRAINER = [
-    f"eval_{name}" for name in ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-]
-
 
 class PublishingTrainer(LoggingTrainer):
     """The part of `CondensationTrainer` that evaluates, exports and pushes."""
@@ -41,18 +37,23 @@ class PublishingTrainer(LoggingTrainer):
     args: CondensationConfig
 
     def evaluate_retrieval(self) -> dict[str, float]:
-        """The metrics of the evaluator by the evaluator's names; empty without one. All processes must call it."""
+        """The metrics of the evaluator by the evaluator's names; empty without one. All processes must call it.
+
+        They are logged as the Trainer logs them, with `eval_` in front.
+        """
         if self.evaluator is None:
             return {}
-        evaluator: Any = self.evaluator  # evaluators have a name, but not in the annotations of their base class
-        if self.is_fsdp_enabled and not self._is_sharded():
-            # Before training. The Trainer would shard the model, which accelerate refuses without an optimizer.
-            return dict(evaluator(self.model.to(self.args.device)))
-        own = tuple(f"{part.name}_" for part in getattr(evaluator, "evaluators", [evaluator]))
-        found = {key: value for key, value in self.evaluate().items() if key not in OF_TRAINER}
-        # The Trainer prefixes names with "eval_" unless they begin with it.
-        metrics = {key if key.startswith(own) else key.removeprefix("eval_"): value for key, value in found.items()}
-        return {key: value for key, value in metrics.items() if key.startswith(own)}
+        # `evaluate` would run an evaluator once for each dataset of a dict, and shard a model for FSDP, which
+        # accelerate refuses without an optimizer: before training.
+        if not self._is_sharded():
+            self.model.to(self.args.device)
+        alone = not self.is_fsdp_enabled and not self.is_deepspeed_enabled  # as the Trainer calls it
+        with distributed_evaluation(self.model, enabled=alone) as runs:
+            found: Any = self.evaluator(self.model) if runs else {}
+        found = broadcast_object_list([found])[0]
+        metrics = found if isinstance(found, dict) else {"evaluator": found}
+        self.log({name if name.startswith("eval_") else f"eval_{name}": value for name, value in metrics.items()})
+        return dict(metrics)
 
     def export(self, output_dir: Path | str, card: "CardArguments | None" = None, **details: Any) -> None:
         """Write the repository to publish, as `btok_hf.export_model` does, with a card that describes this training.
@@ -235,25 +236,42 @@ class PushEverySave(TrainerCallback):
         self.executor.shutdown()  # waits for the push, because the final export writes the same folder
 
 
-def choose_best_metric(args: CondensationConfig, evaluator: Any, model: BTokSentenceTransformer) -> None:
-    """Settle `metric_for_best_model` where only an evaluator measures: nDCG@10 of `retrieval_evaluator` by default.
+def choose_best_metric(
+    args: CondensationConfig, evaluator: Any, model: BTokSentenceTransformer, evaluated: Any
+) -> None:
+    """Settle `metric_for_best_model`: nDCG@10 of `retrieval_evaluator` by default, where only an evaluator measures.
+
+    A scheduler that waits for a plateau is told whether the metric rises or falls as a model gets better.
+
+    Args:
+        args (`CondensationConfig`): Arguments, which are changed in place.
+        evaluator: That of the trainer, if it has one.
+        model (`BTokSentenceTransformer`): The model.
+        evaluated (`Dataset` or `dict[str, Dataset]`, *optional*): The `eval_dataset`.
 
     Raises:
-        ValueError: A metric that is not measured; or none is named, and the evaluator is of another kind.
+        ValueError: A metric that is not measured; or none is named, and it cannot be chosen.
     """
     best = args.metric_for_best_model
-    if not best or evaluator is None:
+    if not best or (evaluator is None and evaluated is None):
         return
     names = metric_names(evaluator, model) if isinstance(evaluator, PairEvaluator) else []
-    if best == "loss" and names:  # the Trainer's default with load_best_model_at_end
+    losses = [f"{name}_loss" for name in evaluated] if isinstance(evaluated, dict) else ["loss"]
+    losses = losses if evaluated is not None else []
+    if best == "loss" and names and not losses:  # the Trainer's default with load_best_model_at_end
         args.metric_for_best_model = next(name for name in names if name.endswith("ndcg@10"))
         args.greater_is_better = True
-    elif best == "loss":
+    elif best == "loss" and not losses:
         raise ValueError(
             "metric_for_best_model is the loss, as by default, but there is no eval_dataset to measure it on. Name a "
             "metric of the evaluator."
         )
-    elif names and not {best, best.removeprefix("eval_")} & set(names):
+    elif (evaluator is None or names) and not {best, best.removeprefix("eval_")} & {*names, *losses}:
         raise ValueError(
-            f"metric_for_best_model must be one of {', '.join(names)}, got {best!r}. Set it to one of them."
+            f"metric_for_best_model must be one of {', '.join([*losses, *names])}, got {best!r}. Set it to one of "
+            "them."
         )
+    if args.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU:
+        # torch's default is "min", also for a metric that rises.
+        mode = {"mode": "max" if args.greater_is_better else "min"}
+        args.lr_scheduler_kwargs = mode | dict(args.lr_scheduler_kwargs or {})

@@ -13,13 +13,57 @@ import numpy as np
 import torch
 from datasets import Dataset
 from sentence_transformers.base.sampler import (
+    BatchSamplers,
     DefaultBatchSampler,
     MultiDatasetDefaultBatchSampler,
     NoDuplicatesBatchSampler,
 )
 from torch.utils.data import BatchSampler, ConcatDataset
 
-from btok_hf.training.checks import group_hash
+from btok_hf.training.checks import first_rows, group_hash, negative_columns
+from btok_hf.training.condensation_config import CondensationConfig
+
+
+def check_batches(trainer: Any, args: CondensationConfig, weights: Mapping[str, float], num_batches: int) -> None:
+    """Refuse batches that would train or measure nothing, before the first of them is drawn.
+
+    Args:
+        trainer (`CondensationTrainer`): Its datasets and its loss are set up.
+        args (`CondensationConfig`): Its arguments.
+        weights, num_batches: As in `MixtureBatchSampler`, if datasets have weights.
+
+    Raises:
+        ValueError: Batches of one row; incomplete batches are dropped and a dataset has no other; datasets to evaluate
+            that `no_duplicates` cannot draw from; weights that do not fit.
+    """
+    trained, evaluated = (
+        {} if part is None else part if isinstance(part, dict) else {name: part}
+        for name, part in (("train_dataset", trainer.train_dataset), ("eval_dataset", trainer.eval_dataset))
+    )
+    rows = {name: len(dataset) for name, dataset in trained.items()}
+    if weights:
+        if rows:
+            check_mixture(rows, weights, args.train_batch_size, num_batches, args.block_size)
+    elif rows and args.dataloader_drop_last:  # Sentence-Transformers sets it for several processes
+        check_full_batches(rows, args.train_batch_size, args.world_size)
+    if args.train_batch_size == 1 and not (trainer.loss.gather_across_devices and args.world_size > 1):
+        for row in first_rows(trainer.train_dataset):
+            if not negative_columns(row):
+                raise ValueError(
+                    f"A batch of {row.get('dataset_name', 'train_dataset')!r} has one row (per_device_train_batch_size"
+                    "=1) and no hard negatives: InfoNCE has nothing to compare, and its loss would always be 0. Raise "
+                    "per_device_train_batch_size, which gradient_accumulation_steps does not replace; memory is set "
+                    "by mini_batch_size."
+                )
+    for name, dataset in evaluated.items():
+        if args.dataloader_drop_last and len(dataset) < args.eval_batch_size:
+            raise ValueError(
+                f"{name!r} has {len(dataset)} rows to evaluate, fewer than a batch of {args.eval_batch_size}, and "
+                "incomplete batches are dropped (dataloader_drop_last, always so with several processes): nothing "
+                "would be measured. Give it more rows, or lower per_device_eval_batch_size."
+            )
+        if args.batch_sampler in (BatchSamplers.NO_DUPLICATES, BatchSamplers.NO_DUPLICATES_HASHED):
+            groups_of(dataset)
 
 
 def check_mixture(
@@ -79,6 +123,23 @@ def check_full_batches(rows: Mapping[str, int], batch_size: int, processes: int)
 PASSES = 3  # Sentence-Transformers shuffles and reads the rows up to so many times to fill an epoch without duplicates
 
 
+def groups_of(dataset: Dataset) -> list[int]:
+    """A hash of each row's `group`, for `no_duplicates`; raises `ValueError` without groups, or a row without one."""
+    if "group" not in dataset.column_names:
+        raise ValueError(
+            f"batch_sampler=no_duplicates compares rows by the column group, but the dataset has only "
+            f"{dataset.column_names}. Add group (rows of one group answer each other's queries), or leave "
+            "batch_sampler out: mask_false_negatives already masks copies of a positive."
+        )
+    groups = dataset["group"]
+    if any(group is None for group in groups):
+        raise ValueError(
+            "batch_sampler=no_duplicates treats rows without a group as rows of one group: a batch would hold "
+            "only one of them. Give each row a group, or leave batch_sampler out."
+        )
+    return [group_hash(group) for group in groups]
+
+
 class GroupBatchSampler(NoDuplicatesBatchSampler):
     """Batches with at most one row of each `group`. An epoch that cannot be filled is an error.
 
@@ -96,19 +157,8 @@ class GroupBatchSampler(NoDuplicatesBatchSampler):
     """
 
     def __init__(self, dataset: Dataset, *args: Any, complete: bool = True, **kwargs: Any) -> None:
-        if "group" not in dataset.column_names:
-            raise ValueError(
-                f"batch_sampler=no_duplicates compares rows by the column group, but the dataset has only "
-                f"{dataset.column_names}. Add group (rows of one group answer each other's queries), or leave "
-                "batch_sampler out: mask_false_negatives already masks copies of a positive."
-            )
-        groups = [None if group is None else group_hash(group) for group in dataset["group"]]
+        groups = groups_of(dataset)
         rows_of_group = Counter(groups)
-        if None in rows_of_group:
-            raise ValueError(
-                "batch_sampler=no_duplicates treats rows without a group as rows of one group: a batch would hold "
-                "only one of them. Give each row a group, or leave batch_sampler out."
-            )
         super().__init__(Dataset.from_dict({"group": groups}), *args, **kwargs)
         self.complete = complete
         if not complete:
