@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from btok_hf.backbones import family_of
 from btok_hf.features import IGNORED, MEDIA_KEYS, ROW_KEYS, to_device
@@ -203,8 +203,9 @@ def reconstruct(
 ) -> list[list[int]]:
     """Decode the text that the Bottleneck Tokens encode. The decoded tokens attend to them and not to the input.
 
-    Use it to inspect what an embedding keeps. Decoding is greedy and runs the full batch for every token: nothing is
-    cached.
+    Use it to inspect what an embedding keeps. Decoding is greedy. The encoded side runs once, because what follows
+    needs only the keys and values of the Bottleneck Tokens. Families with other mixers than attention run the full
+    batch for every token.
 
     Args:
         model, inputs, lm_head: As in [`condense`].
@@ -224,11 +225,20 @@ def reconstruct(
     # whose token rows are close to the last hidden states, would repeat it. With K = 0 it is the token that ends rows.
     tokens = set(bottleneck_token_ids(backbone.config)) - {stop_id}
     excluded = [*family_of(backbone.config).placeholders(backbone.config), *tokens]
-    ids = torch.tensor([prompt_ids] * len(inputs["input_ids"]))
-    for _ in range(max_new_tokens):
-        packed, ends = _pack(backbone, inputs, ids, torch.ones_like(ids, dtype=torch.bool))
-        hidden = _forward(backbone, packed)
-        logits = hidden[(ends - 1 + ids.shape[1]).to(hidden.device)] @ head.T.to(hidden.dtype)
+    ids = torch.tensor([prompt_ids] * len(inputs["input_ids"]), dtype=torch.long)
+    cache = None if family_of(backbone.config).mixers else DynamicCache()
+    for count in range(max_new_tokens):
+        if cache is None or count == 0:
+            packed, ends = _pack(backbone, inputs, ids, torch.ones_like(ids, dtype=torch.bool))
+            last = (ends - 1 + ids.shape[1]).to(packed["input_ids"].device)
+            states = _forward(backbone, packed, cache)[last]
+        else:
+            place = packed["position_ids"][..., 0, last, None] + count
+            states = _continue(backbone, ids[:, -1:], place, cache)
+        if cache is not None and count == 0:
+            tokens_and_prompt = len(bottleneck_token_ids(backbone.config)) + len(prompt_ids)
+            cache = _rows_of(cache, last[:, None] + torch.arange(1 - tokens_and_prompt, 1, device=last.device))
+        logits = states @ head.T.to(states.dtype)
         logits[:, excluded] = -torch.inf
         ids = torch.cat([ids, logits.argmax(1)[:, None].cpu()], 1)
         if (ids[:, len(prompt_ids) :] == stop_id).any(1).all():
@@ -314,8 +324,8 @@ def _pack(
     return packed, starts + prefix_lengths
 
 
-def _forward(backbone: Backbone, packed: dict[str, Any]) -> Tensor:
-    """Last hidden states of the packed rows. Shape (length, hidden)."""
+def _forward(backbone: Backbone, packed: dict[str, Any], cache: DynamicCache | None = None) -> Tensor:
+    """Last hidden states of the packed rows. Shape (length, hidden). A cache takes their keys and values."""
     # Not restored after this call, because activation checkpointing reads it again in the backward pass.
     family = family_of(backbone.config)
     language_model = family.language_model(backbone)
@@ -323,4 +333,29 @@ def _forward(backbone: Backbone, packed: dict[str, Any]) -> Tensor:
     pack_mixers(language_model, family.mixers)
     if family.packs_images:
         cast(PreTrainedModel, family.vision_tower(backbone)).config._attn_implementation = VISION_ATTENTION
-    return backbone(**packed, use_cache=False, vision_layouts={}).last_hidden_state[0]
+    kept = {"use_cache": cache is not None, "past_key_values": cache}
+    return backbone(**packed, **kept, vision_layouts={}).last_hidden_state[0]
+
+
+def _rows_of(cache: DynamicCache, columns: Tensor) -> DynamicCache | None:
+    """The keys and values in these columns `(batch, kept)` of packed rows, as a batch; `None` if there are none."""
+    if not cache.get_seq_length():  # with activation checkpointing, in training mode
+        return None
+    rows = DynamicCache()
+    for number, layer in enumerate(cache.layers):
+        rows.update(*(states[0][:, columns].transpose(0, 1) for states in (layer.keys, layer.values)), number)
+    return rows
+
+
+def _continue(backbone: Backbone, ids: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+    """The last hidden state of one more token a row, `(batch, hidden)`, after those in the cache.
+
+    It attends to all of them, so that no mask is needed.
+    """
+    output = backbone(
+        input_ids=to_device(ids, positions.device),
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return output.last_hidden_state[:, 0]

@@ -8,14 +8,14 @@ import torch
 from support import tiny
 from support.gradients import assert_same_gradients
 from support.inputs import TARGETS, process, rows, targets
-from support.media import video
+from support.media import image, video
 from support.oracle import layer_by_layer, positions_of
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from benchmarks.dense_mask import dense_condensation_mask
-from btok_hf import add_bottleneck_tokens
+from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, condensation
 from btok_hf.backbones import FAMILIES, family_of
 from btok_hf.condensation import _forward, condense, linear_cross_entropy, reconstruct
 from btok_hf.modeling.inputs_btok import last_positions
@@ -328,10 +328,37 @@ def test_wrong_shapes_are_refused(repo):
         condense(AutoModel.from_pretrained(repo), inputs, target_ids, labels[:, 1:])
 
 
+@pytest.mark.parametrize("backbone", tiny.BACKBONES)
+def test_decoding_reads_the_input_once(repos, backbone, monkeypatch):
+    """What it keeps of the input gives the tokens that the whole input gives."""
+    model = BTokSentenceTransformer(repos[backbone], device="cpu")
+    with torch.no_grad():  # rows of a random model differ little
+        for parameter in model.transformer.model.parameters():
+            parameter *= 2
+    inputs = model.preprocess(["a b", "a longer text of several words", {"image": image(56, 84), "text": "c"}])
+    text = model.transformer.config.get_text_config()
+    head = torch.randn(text.vocab_size, text.hidden_size, generator=torch.Generator().manual_seed(0))  # no repetitions
+    lengths, forward = [], condensation._forward
+
+    def counted(backbone, packed, cache=None):
+        lengths.append(packed["input_ids"].shape[1])
+        return forward(backbone, packed, cache)
+
+    monkeypatch.setattr(condensation, "_forward", counted)
+
+    def decoded():
+        return reconstruct(model.transformer.model, inputs, [5, 6], -1, max_new_tokens=6, lm_head=head)
+
+    found = decoded()
+    mixes = bool(family_of(model.transformer.config).mixers)
+    assert len(lengths) == (6 if mixes else 1)
+    monkeypatch.setattr(condensation, "_rows_of", lambda cache, columns: None)
+    assert decoded() == found and all(len(set(row)) > 2 for row in found)
+    assert mixes or len({tuple(row) for row in found}) == 3
+
+
 def test_reconstruction_is_the_likeliest_token_by_token(repo):
     """Each decoded token has the lowest loss of the whole vocabulary in the forward that training uses."""
-    from btok_hf import BTokSentenceTransformer
-
     model, processor = AutoModelForImageTextToText.from_pretrained(repo), AutoProcessor.from_pretrained(repo)
     inputs = process(processor, rows("image"), "left")
     prompt = processor.tokenizer("<|im_start|>assistant\n")["input_ids"]

@@ -351,6 +351,21 @@ def test_after_a_kill_the_next_run_goes_on(tmp_path):
     assert state(index) == {f"a{number}": new[number] for number in range(50, 300)}
 
 
+def test_rows_of_a_run_beside_it_are_not_deleted(tmp_path, monkeypatch):
+    """The other run ends before this one may write."""
+    path, lock = tmp_path / "db", module.lock
+    Index.build(write(tmp_path, rows(range(100))), path)
+
+    def after_another_run(given):
+        monkeypatch.setattr(module, "lock", lock)
+        assert Index.build(write(tmp_path, rows(range(150))), path)[1].added == 50
+        return lock(given)
+
+    monkeypatch.setattr(module, "lock", after_another_run)
+    index, changes, _ = Index.build(tmp_path / "out", path)
+    assert index.count() == 150 and changes.deleted == 0
+
+
 def test_units_that_are_written_meanwhile_are_not_deleted(tmp_path, monkeypatch):
     """Ids and missing units are read at one time: rows of a unit that comes later must stay."""
     path = tmp_path / "db"

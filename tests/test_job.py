@@ -5,11 +5,16 @@ import os
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 from support.corpus import embed, read, same, write_files
 from support.repositories import edit
 
+from btok_hf.corpus import rows
+from btok_hf.corpus.embed import Embedder
 from btok_hf.corpus.job import Options, make_plan
 from btok_hf.corpus.tables import Columns
+from btok_hf.corpus.units import Corpus
+from btok_hf.corpus.workers import run
 from btok_hf.model_info import identify
 
 
@@ -60,7 +65,7 @@ def test_another_process_leaves_cleaning_to_the_first(folder, tmp_path, repo):
     assert len(before - set(os.listdir(tmp_path / "out" / "units"))) == 1
 
 
-def test_failed_rows_are_tried_again_on_request(folder, tmp_path, repo):
+def test_failed_rows_are_tried_again_on_request(folder, tmp_path, repo, monkeypatch):
     (folder / "texts" / "3.txt").write_text(" ")
     assert embed(folder, tmp_path / "out", repo, unit_rows=3).keys() == {"texts/3.txt"}
     assert embed(folder, tmp_path / "out", repo, unit_rows=3).keys() == {"texts/3.txt"}  # of the last run
@@ -68,6 +73,24 @@ def test_failed_rows_are_tried_again_on_request(folder, tmp_path, repo):
     assert make_plan(str(folder), str(tmp_path / "out"), options).missing == []
     again = make_plan(str(folder), str(tmp_path / "out"), options, retry_failed=True)
     assert len(again.missing) == 1 and "texts/3.txt" in again.missing[0].files
+    assert Corpus(str(tmp_path / "out")).has(again.missing[0].name)  # until it is replaced
+    before = {row["id"] for row in read(tmp_path / "out").values()}
+    with pytest.raises(RuntimeError, match="nosuch"):
+        run(str(folder), str(tmp_path / "out"), options.replace(device="nosuch"), retry_failed=True)
+    assert {row["id"] for row in read(tmp_path / "out").values()} == before
+    monkeypatch.setattr(rows, "_text", lambda content: "repaired")
+    assert embed(folder, tmp_path / "out", repo, unit_rows=3, retry_failed=True) == {}
+    assert read(tmp_path / "out")["texts/3.txt"]["text"] == "repaired"
+    assert make_plan(str(folder), str(tmp_path / "out"), options, retry_failed=True).missing == []
+
+
+def test_a_model_that_changes_during_a_run_is_refused(folder, tmp_path, copied):
+    """By a worker that starts later, or on another machine."""
+    plan = make_plan(str(folder), str(tmp_path / "out"), Options(str(copied), unit_rows=3, device="cpu"))
+    weights = load_file(copied / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, copied / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"the model here is \w+, and this run embeds with"):
+        Embedder(plan.job)
 
 
 @pytest.mark.parametrize(

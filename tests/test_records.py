@@ -1,5 +1,8 @@
 """Records of tables: lines of JSON and CSV from a byte on, parquet from a row on."""
 
+import io
+from types import SimpleNamespace
+
 import fsspec
 import numpy as np
 import pyarrow as pa
@@ -29,6 +32,20 @@ def test_json_lines(tmp_path):
     assert wrong[0].startswith("the line is not JSON") and wrong[1].endswith("but list") and wrong[2].endswith("str")
     for index, (start, _) in enumerate(found):  # reading may start at any record
         assert records(path, start) == found[index:]
+
+
+def test_lines_are_read_in_blocks(tmp_path):
+    """A file of fsspec copies a whole block for each line."""
+
+    class Remote(io.BytesIO):
+        def readline(self, size=-1):
+            raise AssertionError("line by line")
+
+        __next__ = readline
+
+    for suffix, content in ((".jsonl", b'{"a": 1}\n{"a": 2}\n'), (".csv", b"a\n1\n2\n")):
+        fs = SimpleNamespace(open=lambda path, mode, content=content: Remote(content))
+        assert len(list(line_records(f"x{suffix}", File(fs, f"x{suffix}")))) == 2
 
 
 def test_a_json_list_is_refused_with_a_way_out(tmp_path):

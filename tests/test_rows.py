@@ -1,7 +1,9 @@
 """A row: reading, hashing and decoding its content; pages of PDFs."""
 
 import base64
+import ftplib
 import io
+from types import SimpleNamespace
 
 import fsspec
 import numpy as np
@@ -92,6 +94,19 @@ def test_a_text_file(tmp_path):
 def test_what_cannot_be_read_is_noted(parts, reason):
     row = prepared(parts)
     assert reason in row.error and row.item is None and row.parts == {} and not row.error.startswith("[Errno")
+
+
+@pytest.mark.parametrize("kind", ["text", "image", "video"])
+def test_errors_of_network_libraries_are_of_their_row(kind):
+    """Those of httpx and ftplib are no `OSError`."""
+
+    class Broken(io.BytesIO):
+        def read(self, size=-1):
+            raise ftplib.error_perm("550 gone")
+
+    fs = SimpleNamespace(open=lambda path, mode: Broken())
+    row = prepare(Row("a", kind, {kind: File(fs, "far/a")}), Reading(10_000))
+    assert row.error == "'far/a' cannot be read (error_perm: 550 gone)"
 
 
 def test_an_empty_pdf(tmp_path):

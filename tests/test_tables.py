@@ -143,6 +143,31 @@ def test_broken_rows_do_not_move_the_others(tmp_path):
     assert rows[3].id == "1" and "cells are empty" in rows[3].error
 
 
+def test_values_that_python_cannot_hold_cost_their_row_alone(tmp_path):
+    words = pa.array([b"a", b"b\xe9", b"c", b"d", b"e"]).view(pa.string())
+    notes = pa.array([b"a", b"b", b"c\xe9", b"d", b"e"]).view(pa.string())
+    days = pa.array([0, 0, 0, 2**31 - 1, 0], pa.int32()).view(pa.date32())
+    pq.write_table(pa.table({"words": words, "note": notes, "day": days}), tmp_path / "a.parquet")
+    found = rows_of(source(tmp_path / "a.parquet", Columns("words", metadata=("note", "day")), unit_rows=5))
+    assert [row.text for row in found] == ["a", None, None, None, "e"]
+    assert [row.error and row.error.split(" (")[0] for row in found] == [
+        None,
+        *(f"its column {name} cannot be read" for name in ("words", "note", "day")),
+        None,
+    ]
+
+
+def test_a_row_that_no_reader_takes_fails_alone(tmp_path):
+    lines = ['{"words": "a"}', '{"words": ' + "[" * 10**5 + "]" * 10**5 + "}", '{"words": "c"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    found = rows_of(source(tmp_path / "a.jsonl", Columns("words")))
+    assert [row.text for row in found] == ["a", None, "c"] and "not JSON" in found[1].error
+    addresses = ["github://x/y.png", "dir://x", "nosuch://x"]
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"pic": address}) for address in addresses))
+    for row, address in zip(rows_of(source(tmp_path / "b.jsonl", Columns(image="pic"))), addresses):
+        assert row.error and (address in row.error or "nosuch" in row.error)
+
+
 def test_a_quotation_mark_that_is_not_closed_is_named_before_work(tmp_path):
     """The csv module takes all that follows for one cell."""
     path = tmp_path / "a.csv"

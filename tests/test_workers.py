@@ -82,7 +82,7 @@ def test_a_rank_does_the_work_of_those_that_died(texts, whole, repo, tmp_path, m
     monkeypatch.setenv("WORLD_SIZE", "3")
     embed(texts, tmp_path / "out", repo, unit_rows=4)
     assert same(read(tmp_path / "out"), whole)
-    with pytest.raises(ValueError, match="--retry-failed removes units"):
+    with pytest.raises(ValueError, match="--retry-failed embeds units that are there"):
         embed(texts, tmp_path / "out", repo, retry_failed=True)
 
 
@@ -94,13 +94,21 @@ def test_ranks():
 
 
 def test_each_rank_begins_with_units_of_its_own():
-    orders = [list(in_order(UNITS, Rank(index, 3, 0))) for index in range(3)]
+    def order_of(own, written=()):
+        return list(in_order(UNITS, own, lambda: set(written)))
+
+    orders = [order_of(Rank(index, 3, 0)) for index in range(3)]
     assert all(sorted(order) == sorted(UNITS) for order in orders)
     shares = [[unit for unit in order if workers.owner(unit, 3) == index] for index, order in enumerate(orders)]
     assert all(order[: len(share)] == share for order, share in zip(orders, shares))  # own units first, in order
     assert sorted(chain(*shares)) == sorted(UNITS) and min(map(len, shares)) > 8
     assert orders[0][len(shares[0]) :] != [unit for unit in UNITS if unit not in shares[0]]
-    assert list(in_order(UNITS, Rank())) == UNITS
+    assert order_of(Rank()) == UNITS
+    # What others have written is asked for once, when the own units are done, and not unit by unit.
+    left = order_of(Rank(0, 3, 0), {unit.name for unit in shares[1]})
+    assert left[: len(shares[0])] == shares[0] and sorted(left) == sorted(set(UNITS) - set(shares[1]))
+    later = in_order(UNITS, Rank(0, 3, 0), lambda: pytest.fail("too early"))
+    assert [next(later) for _ in shares[0]] == shares[0]
 
 
 def test_the_summary_groups_errors(tmp_path, repo, capsys):
@@ -189,6 +197,28 @@ def test_a_unit_that_kills_its_workers_costs_no_other(ray):
     with workers._Bar(units, Rank()) as bar:
         counts, lost = workers._deal(ray, [remote.remote(), remote.remote()], units, bar)
     assert lost == [units[2]] and counts == Counts(5, 0, 0)
+
+
+@pytest.mark.parametrize("broken", [1, 2])
+def test_a_worker_that_cannot_start_costs_no_unit(ray, tmp_path, broken):
+    unit_of, counts_of = namedtuple("Unit", ("name", "rows")), namedtuple("Counts", ("rows", "failed", "reused"))
+    units = [unit_of(f"{index:08x}", 1) for index in range(6)]
+
+    class Worker:
+        def __init__(self, number):
+            if number < broken:
+                raise ValueError("the model here is another one")
+
+        def embed(self, given):
+            return counts_of(1, 0, 0)
+
+    remote = ray.remote(max_restarts=-1, max_task_retries=1)(Worker)
+    with workers._Bar(units, Rank()) as bar:
+        if broken == 2:
+            with pytest.raises(RuntimeError, match=r"(?s)No worker of Ray could start\..*the model here"):
+                workers._deal(ray, [remote.remote(0), remote.remote(1)], units, bar)
+        else:
+            assert workers._deal(ray, [remote.remote(0), remote.remote(1)], units, bar) == (Counts(6, 0, 0), [])
 
 
 def test_a_unit_whose_node_is_gone_is_given_to_another_worker():

@@ -1,5 +1,7 @@
 """The LanceDB database that `btok index` writes: opened, told from others, locked for one writer."""
 
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -47,6 +49,7 @@ def lock(path: str) -> Iterator[None]:
     if "://" in path:
         yield
         return
+    is_new = not Path(path).exists()
     Path(path).mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(Path(path, LOCK), timeout=0):
@@ -55,3 +58,6 @@ def lock(path: str) -> Iterator[None]:
         raise RuntimeError(
             f"Another btok index is writing to {path}. Wait until it has ended, and run the command again."
         ) from error
+    finally:
+        if is_new and set(os.listdir(path)) <= {LOCK}:  # a run that wrote nothing leaves nothing
+            shutil.rmtree(path)

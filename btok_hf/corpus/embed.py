@@ -20,6 +20,7 @@ from btok_hf.corpus.listing import Unit
 from btok_hf.corpus.rows import Known, Reading, Row, pages, prepare
 from btok_hf.corpus.units import Corpus, unit_schema
 from btok_hf.inputs import shown
+from btok_hf.model_info import identify
 from btok_hf.sentence_transformer import BTokSentenceTransformer
 
 # The most that is decoded for one call of the model. As much again is decoded while the model runs.
@@ -52,6 +53,9 @@ class Embedder:
 
     Args:
         job (`Job`): The job.
+
+    Raises:
+        ValueError: The model is another one than when the run was planned.
     """
 
     def __init__(self, job: Job) -> None:
@@ -59,6 +63,12 @@ class Embedder:
         self.job, self.source, self.corpus = job, job.source(), Corpus(job.out)
         self.schema = unit_schema(job.dimensions, job.metadata)
         with named_source(options.model):
+            here = identify(options.model, options.revision)[0]
+            if here != job.revision:  # on another machine, or changed since
+                raise ValueError(
+                    f"the model here is {here}, and this run embeds with {job.revision}. Give every machine the same "
+                    "folder, and change none while a run uses it"
+                )
             self.model = BTokSentenceTransformer(
                 options.model,
                 revision=options.revision,
@@ -103,7 +113,7 @@ class Embedder:
         """Units as lists of prepared rows; `True` with the last of a unit, `None` for one that is written already."""
         with ThreadPoolExecutor(self.job.options.threads) as pool:
             for unit in units:
-                if self.corpus.has(unit.name):
+                if unit.name not in self.job.again and self.corpus.has(unit.name):
                     yield unit, None, True
                     continue
                 chunk: list[Row] = []

@@ -134,24 +134,24 @@ class Index:
             RuntimeError: Another process is writing to the same folder.
             ValueError: Rows of another model than the database's, ids that are not unique, or no rows.
         """
-        wanted, missing = wanted_ids(str(out))
-        corpus, batches = read_units(str(out))
-        table = find_table(str(path))
-        if table is None:
-            if dimensions is not None:
-                check_dimensions(corpus, dimensions)
-            settings = database_settings(corpus, precision or "float32", dimensions)
-        else:
-            settings = cls(str(path), table).settings
-            check_same_corpus(corpus, settings, str(path))
-            for name, given in (("precision", precision), ("dimensions", dimensions)):
-                if given not in (None, settings[name]):
-                    raise ValueError(
-                        f"{path} stores vectors with {name} {settings[name]}, got {given}. Leave {name} out, or write "
-                        "another database."
-                    )
-        stream = RowStream(batches, settings)
-        with lock(str(path)):
+        with lock(str(path)):  # before anything is read: rows that another run adds meanwhile would be deleted
+            wanted, missing = wanted_ids(str(out))
+            corpus, batches = read_units(str(out))
+            table = find_table(str(path))
+            if table is None:
+                if dimensions is not None:
+                    check_dimensions(corpus, dimensions)
+                settings = database_settings(corpus, precision or "float32", dimensions)
+            else:
+                settings = cls(str(path), table).settings
+                check_same_corpus(corpus, settings, str(path))
+                for name, given in (("precision", precision), ("dimensions", dimensions)):
+                    if given not in (None, settings[name]):
+                        raise ValueError(
+                            f"{path} stores vectors with {name} {settings[name]}, got {given}. Leave {name} out, or "
+                            "write another database."
+                        )
+            stream = RowStream(batches, settings)
             if table is None:
                 schema = stream.schema.with_metadata({SETTINGS: json.dumps(settings)})
                 table = connect(str(path)).create_table(TABLE, schema=schema)

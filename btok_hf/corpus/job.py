@@ -80,6 +80,8 @@ class Job(NamedTuple):
         options (`Options`): With the commit of a model on the Hub as `revision`.
         dimensions (`int`): Dimensions of an embedding.
         metadata (`dict[str, pyarrow.DataType]`): Columns that are taken from a table.
+        revision (`str`): The identity of the model (`btok_hf.model_info.identify`).
+        again (`frozenset[str]`): Names of units that are there, and are embedded again.
     """
 
     given: str
@@ -87,6 +89,8 @@ class Job(NamedTuple):
     options: Options
     dimensions: int
     metadata: Mapping[str, pa.DataType]
+    revision: str
+    again: frozenset[str] = frozenset()
 
     def source(self) -> FolderSource | TableSource:
         """The source of the rows."""
@@ -180,12 +184,10 @@ def make_plan(given: str, out: str, options: Options, *, clean: bool = True, ret
         corpus.remove(stale)
         if isinstance(source, TableSource):
             source.forget()
-    if retry_failed:
-        failed = corpus.failed(names)
-        corpus.remove(failed)
-        written -= failed
-    job = Job(found.address, corpus.store.address, options, dimensions, source.metadata)
-    missing = [unit for unit in units if unit.name not in written]
+    # They stay until they are replaced: a try that fails must not cost the rows that they have.
+    again = frozenset(corpus.failed(names) if retry_failed else ())
+    job = Job(found.address, corpus.store.address, options, dimensions, source.metadata, revision, again)
+    missing = [unit for unit in units if unit.name not in written - again]
     return Plan(job, units, missing, len(stale), dict(found.skipped), is_new)
 
 

@@ -1,12 +1,13 @@
 """Reading the records of a table: parquet from a row on, lines of JSON and CSV from a byte on."""
 
 import csv
+import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +17,7 @@ from btok_hf.corpus.rows import File
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 # Rows that are in memory at once, encoded; and the buffer of a parquet file.
 READ_ROWS, BUFFER = 32, 2**23
+LINES = 2**20  # bytes of lines that are read at once
 # Types in which values of JSON are stored. Lists and objects are kept as JSON text.
 JSON_TYPES = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}
 
@@ -36,7 +38,8 @@ def line_records(path: str, file: File, offset: int = 0) -> Iterator[tuple[int, 
         ValueError: JSON that is one list; two columns of one name; a quotation mark in CSV that is not closed.
     """
     delimiter = DELIMITERS.get(Path(path).suffix.lower())
-    with file.open() as opened:
+    # fsspec's files copy a whole block for each line that they give.
+    with file.open() as raw, io.BufferedReader(cast(io.RawIOBase, raw), LINES) as opened:
         if delimiter is None:
             opened.seek(offset)
             yield from _json_records(path, opened, offset)
@@ -92,6 +95,28 @@ class ParquetCursor:
         self._opened.close()
 
 
+def cells_of(batch: pa.RecordBatch) -> list[dict[str, Any] | str]:
+    """The rows of a batch as dicts of their cells; of a row that Python cannot hold, what is wrong with it.
+
+    These are texts that are not UTF-8, and times that are out of the range of `datetime`.
+    """
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError) as error:
+        if len(batch) > 1:
+            return [row for index in range(len(batch)) for row in cells_of(batch.slice(index, 1))]
+        column = next((name for name in batch.schema.names if not _is_readable(batch.column(name))), "")
+        return [f"its column {column} cannot be read ({error})"]
+
+
+def _is_readable(array: pa.Array) -> bool:
+    try:
+        array.to_pylist()
+    except (ValueError, OverflowError):
+        return False
+    return True
+
+
 def _json_records(path: str, opened: Any, offset: int) -> Iterator[tuple[int, Callable[[], Any]]]:
     for line in opened:
         start, offset = offset, offset + len(line)
@@ -107,7 +132,7 @@ def _json_records(path: str, opened: Any, offset: int) -> Iterator[tuple[int, Ca
 def _parsed(line: bytes) -> dict[str, Any] | str:
     try:
         record = json.loads(line.decode("utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return f"the line is not JSON ({error})"
     return record if isinstance(record, dict) else f"the line is not a JSON object, but {type(record).__name__}"
 

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, BinaryIO, NamedTuple
@@ -36,16 +36,28 @@ class File(NamedTuple):
     path: str
 
     def open(self) -> BinaryIO:
-        return self.fs.open(self.path, "rb")
+        with file_errors(self.path):
+            return self.fs.open(self.path, "rb")
 
     def read(self) -> bytes:
-        with closing(self.open()) as file:
+        with file_errors(self.path), closing(self.open()) as file:
             return file.read()
 
     def chunks(self) -> Iterator[bytes]:
-        with closing(self.open()) as file:
+        with file_errors(self.path), closing(self.open()) as file:
             while chunk := file.read(CHUNK):
                 yield chunk
+
+
+@contextmanager
+def file_errors(path: str) -> Iterator[None]:
+    """Raise errors that a file system has of its own, such as those of network libraries, as `OSError`."""
+    try:
+        yield
+    except (*ROW_ERRORS, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        raise OSError(f"{path!r} cannot be read ({type(error).__name__}: {error})") from error
 
 
 @dataclass(slots=True)
@@ -213,7 +225,8 @@ def _decode(key: str, part: Any, reading: Reading) -> Any:
     """A part as `encode` takes it."""
     if key == "text" or isinstance(part, Image.Image):
         return part
-    with closing(io.BytesIO(part) if isinstance(part, bytes) else part.open()) as file:
+    errors = file_errors(part.path) if isinstance(part, File) else nullcontext()
+    with errors, closing(io.BytesIO(part) if isinstance(part, bytes) else part.open()) as file:
         if not file.read(1):
             raise ValueError(EMPTY)
         file.seek(0)

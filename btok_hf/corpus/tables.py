@@ -19,8 +19,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from btok_hf.corpus.listing import Input, Unit, check_packages, name_of, skipped_in_words
-from btok_hf.corpus.records import BUFFER, DELIMITERS, ParquetCursor, json_array, line_records, wider, widest
-from btok_hf.corpus.rows import File, Row
+from btok_hf.corpus.records import (
+    BUFFER,
+    DELIMITERS,
+    ParquetCursor,
+    cells_of,
+    json_array,
+    line_records,
+    wider,
+    widest,
+)
+from btok_hf.corpus.rows import File, Row, file_errors
 from btok_hf.corpus.units import SCANS, Store, check_column_names
 from btok_hf.download import REMOTE
 from btok_hf.input_kinds import is_cell
@@ -312,7 +321,8 @@ class TableSource:
         if not isinstance(value, str) or value.startswith(REMOTE):
             return value
         if "://" in value:
-            return File(*fsspec.core.url_to_fs(value))
+            with file_errors(value):
+                return File(*fsspec.core.url_to_fs(value))
         if os.path.isabs(value):
             return File(self.input.fs, value)
         return self.input.file(str(PurePosixPath(path).parent / value))
@@ -344,8 +354,12 @@ class TableSource:
                 name: batch.column(name).cast(kind, safe=not pa.types.is_floating(kind))
                 for name, kind in self.metadata.items()
             }
-            for index, record in enumerate(batch.select(list(dict.fromkeys(embedded))).to_pylist()):
-                yield record, {name: array.slice(index, 1) for name, array in arrays.items()}
+            copied = cells_of(pa.RecordBatch.from_pydict(arrays)) if arrays else [{}] * len(batch)
+            for index, record in enumerate(cells_of(batch.select(list(dict.fromkeys(embedded))))):
+                if isinstance(wrong := copied[index], str):  # searching could not show it
+                    yield wrong, {}
+                else:
+                    yield record, {name: array.slice(index, 1) for name, array in arrays.items()}
 
 
 def _stored_kind(kind: pa.DataType) -> pa.DataType:

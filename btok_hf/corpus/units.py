@@ -219,9 +219,9 @@ class Corpus:
         """
         if errors:  # first, so that a unit with failed rows always has it
             self.store.write(f"{ERRORS}/{name}.json", json.dumps(errors, indent=1, ensure_ascii=False).encode())
-        else:  # one may be left of a process that was killed before it wrote the unit
-            self.store.remove(f"{ERRORS}/{name}.json")
         self.store.write(f"{UNITS}/{name}.parquet", table)
+        if not errors:  # of the unit that it replaces, or of a process that was killed before it wrote the unit
+            self.store.remove(f"{ERRORS}/{name}.json")
 
     def failed(self, names: Iterable[str]) -> set[str]:
         """Those of these units that have failed rows."""

@@ -5,7 +5,7 @@ import random
 import re
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -48,7 +48,7 @@ def rank(environment: Mapping[str, str] = os.environ) -> Rank:
     return Rank()
 
 
-def in_order(units: Sequence[Unit], own: Rank) -> Iterator[Unit]:
+def in_order(units: Sequence[Unit], own: Rank, written: Callable[[], Collection[str]]) -> Iterator[Unit]:
     """All units: those of a rank, then those of the others, in an order of its own.
 
     Units are dealt by their names, so that ranks that list the input a moment apart agree. A rank that is done helps
@@ -58,12 +58,16 @@ def in_order(units: Sequence[Unit], own: Rank) -> Iterator[Unit]:
     Args:
         units (`Sequence[Unit]`): Units.
         own (`Rank`): The rank.
+        written (`Callable`): Gives the names of the units that are there, in one request. It is called when the own
+            units are done, and others that are there are left out.
 
     Returns:
         Iterator of `Unit`
     """
     yield from (unit for unit in units if owner(unit, own.total) == own.number)
     others = [unit for unit in units if owner(unit, own.total) != own.number]
+    there = written() if others else ()
+    others = [unit for unit in others if unit.name not in there]
     random.Random(own.number).shuffle(others)
     yield from others
 
@@ -128,7 +132,7 @@ def run(
     """
     own = rank() if ray is None else Rank()
     if retry_failed and own.total > 1:
-        raise ValueError("--retry-failed removes units, so run it in one process, or with --ray.")
+        raise ValueError("--retry-failed embeds units that are there, so run it in one process, or with --ray.")
     if workers is not None and ray is None:
         raise ValueError("--workers counts workers of Ray. Add --ray, or start several processes with torchrun.")
     plan = make_plan(given, out, options, clean=own.number == 0, retry_failed=retry_failed)
@@ -143,7 +147,8 @@ def run(
                 counts, lost = _run_on_ray(plan.job, plan.missing, ray, workers, bar)
         elif plan.missing:
             with _Bar(plan.missing, own) as bar:
-                counts = Embedder(_on_own_device(plan.job, own)).embed(in_order(plan.missing, own), bar.report)
+                units = in_order(plan.missing, own, Corpus(out).written)
+                counts = Embedder(_on_own_device(plan.job, own)).embed(units, bar.report)
     except BaseException:
         if plan.is_new:  # what was wrong may be a setting
             Corpus(out).release()
@@ -204,7 +209,11 @@ def _run_on_ray(
 
 
 def _deal(ray: Any, workers: Iterable[Any], units: Sequence[Unit], bar: _Bar) -> tuple[Counts, list[Unit]]:
-    """Give each idle worker the next unit, until all are written."""
+    """Give each idle worker the next unit, until all are written.
+
+    Raises:
+        RuntimeError: No worker could be made.
+    """
     queue, idle = deque(units), deque(workers)
     running: dict[Any, tuple[Any, Unit, float]] = {}  # by the result to come: worker, unit, start
     counts, lost, slowest = Counts(), [], 0.0
@@ -216,14 +225,20 @@ def _deal(ray: Any, workers: Iterable[Any], units: Sequence[Unit], bar: _Bar) ->
         ready, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
         for result in ready:
             at, unit, start = running.pop(result)
-            idle.append(at)
             try:
                 of_unit = ray.get(result)
-            except ray.exceptions.RayActorError:
+            except ray.exceptions.RayActorError as error:
+                if error.actor_init_failed:  # for instance without a model: its unit is not to blame
+                    queue.appendleft(unit)
+                    if not idle and not running:
+                        raise RuntimeError(f"No worker of Ray could start. {error}") from error
+                    continue
+                idle.append(at)
                 if waiting.pop(unit.name, None):
                     lost.append(unit)
                     bar.report(unit, 0, True)
                 continue
+            idle.append(at)
             slowest = max(slowest, time.monotonic() - start)
             if waiting.pop(unit.name, None):
                 counts = counts.plus(of_unit)
