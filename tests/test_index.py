@@ -351,6 +351,21 @@ def test_after_a_kill_the_next_run_goes_on(tmp_path):
     assert state(index) == {f"a{number}": new[number] for number in range(50, 300)}
 
 
+def test_an_index_is_trained_again_after_a_run_that_was_killed_before(tmp_path, monkeypatch):
+    path, update = tmp_path / "db", module.Index._update_indexes
+    monkeypatch.setattr(module, "EXACT_NUMBERS", 1)
+    table = type(Index.build(write(tmp_path, rows(range(100))), path)[0]._table)
+    create, trained = table.create_index, []
+    monkeypatch.setattr(table, "create_index", lambda *args, **kw: trained.append(args[1]) or create(*args, **kw))
+    for count, expected in ((250, ["vector"]), (300, [])):  # more than half of the table, and less
+        monkeypatch.setattr(module.Index, "_update_indexes", lambda index, rebuild: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            Index.build(write(tmp_path, rows(range(count))), path)
+        monkeypatch.setattr(module.Index, "_update_indexes", update)
+        trained.clear()
+        assert Index.build(tmp_path / "out", path)[0].count() == count and trained == expected
+
+
 def test_rows_of_a_run_beside_it_are_not_deleted(tmp_path, monkeypatch):
     """The other run ends before this one may write."""
     path, lock = tmp_path / "db", module.lock

@@ -176,12 +176,12 @@ class Index:
             if not changes.missing:
                 changes.deleted = index.delete(held.gone)
             changes.failed = stream.failed
-            index._update_indexes(rebuild or changes.added + changes.replaced > index.count() // 2)
+            index._update_indexes(rebuild)
         return index, changes, stream.sample
 
     def _update_indexes(self, rebuild: bool) -> None:
         """Bring all indexes up to date. Rows that are not in them yet are found, but slowly."""
-        have = {column for entry in self._table.list_indices() for column in entry.columns}
+        have = {column: entry.name for entry in self._table.list_indices() for column in entry.columns}
         if "id" not in have:  # without it, `get`, and each chunk of rows to replace or delete, would read all ids
             self._table.create_index("id", config=BTree())
         if "text" not in have:
@@ -189,6 +189,9 @@ class Index:
             words = FTS(base_tokenizer="icu", stem=False, remove_stop_words=False)
             self._table.create_index("text", config=words)
         large = self.count() * self.settings["dimensions"] > EXACT_NUMBERS
+        if "vector" in have:  # also rows of a run that was killed before it came here
+            new = self._table.index_stats(have["vector"]).num_unindexed_rows
+            rebuild = rebuild or new > self.count() // 2
         if large and (rebuild or "vector" not in have):
             binary = self.settings["precision"] == "binary"
             config = IvfFlat(distance_type="hamming") if binary else IvfRq(distance_type="cosine", num_bits=1)
