@@ -342,7 +342,7 @@ def _rows_of(cache: DynamicCache, columns: Tensor) -> DynamicCache | None:
     if not cache.get_seq_length():  # with activation checkpointing, in training mode
         return None
     rows = DynamicCache()
-    for number, layer in enumerate(cache.layers):
+    for number, layer in enumerate(cast(list[Any], cache.layers)):
         rows.update(*(states[0][:, columns].transpose(0, 1) for states in (layer.keys, layer.values)), number)
     return rows
 

@@ -409,27 +409,38 @@ def test_rows_without_a_group_are_refused(repo, tmp_path):
 @pytest.mark.parametrize(
     ("options", "evaluated", "says"),
     [
-        ({"per_device_train_batch_size": 1}, None, r"'train_dataset' has one row .*always be 0. Raise"),
         (
-            {"dataloader_drop_last": True},
+            {"per_device_train_batch_size": 1, "condensation_steps": 0},
+            None,
+            r"'train_dataset' has one row .*is always 0. Raise",
+        ),
+        (
+            {"dataloader_drop_last": True, "eval_strategy": "epoch"},
             text_pairs(4),
             r"'eval_dataset' has 4 rows to evaluate, fewer than a batch of 8",
         ),
-        ({"batch_sampler": "no_duplicates"}, {"a": text_pairs(8)}, "compares rows by the column group"),
+        (
+            {"batch_sampler": "no_duplicates", "eval_strategy": "epoch"},
+            {"a": text_pairs(8)},
+            "compares rows by the column group",
+        ),
     ],
 )
 def test_batches_that_train_or_measure_nothing_are_refused(repo, tmp_path, options, evaluated, says):
     model = BTokSentenceTransformer(repo, device="cpu")
     rows = text_pairs(8).add_column("group", list(range(8)))
 
-    def trainer(rows):
+    def trainer(rows, **changed):
         data = {"train_dataset": rows, "eval_dataset": evaluated}
-        return CondensationTrainer(model=model, args=config(tmp_path, max_steps=1, **options), **data)
+        return CondensationTrainer(model=model, args=config(tmp_path, max_steps=1, **{**options, **changed}), **data)
 
     with pytest.raises(ValueError, match=says):
         trainer(rows)
-    if evaluated is None:  # a hard negative is something to compare
+    if evaluated is None:  # a hard negative is something to compare, and condensation trains a row alone
         trainer(rows.add_column("negative", [f"another {row}" for row in range(8)]))
+        trainer(rows, condensation_steps=None)
+    else:
+        trainer(rows, eval_strategy="no")
 
 
 def test_a_given_loss_keeps_its_settings(repo, tmp_path):
@@ -478,12 +489,13 @@ def test_metrics_of_several_evaluators(repo, tmp_path):
 
 
 def test_metrics_of_an_evaluator_without_a_name_beside_datasets_to_evaluate(repo, tmp_path):
-    evaluator = InformationRetrievalEvaluator({"q": "a"}, {"d": "a", "e": "b"}, {"q": {"d"}}, write_csv=False)
+    evaluator = InformationRetrievalEvaluator({"q": "a"}, {"d": "a", "e": "b"}, {"q": {"d"}})
     datasets = {"first": text_pairs(4), "second": text_pairs(4)}
     data = {"train_dataset": text_pairs(), "eval_dataset": datasets}
     model = BTokSentenceTransformer(repo, device="cpu")
     trainer = CondensationTrainer(model=model, args=config(tmp_path), evaluator=evaluator, **data)
     found = trainer.evaluate_retrieval()
+    assert [path.suffix for path in (tmp_path / "out" / "eval").iterdir()] == [".csv"]  # as in a training
     assert found == pytest.approx(evaluator(trainer.model)) and found["cosine_ndcg@10"] > 0
     (log,) = trainer.state.log_history
     assert log["eval_cosine_ndcg@10"] == found["cosine_ndcg@10"]

@@ -65,7 +65,7 @@ def test_another_process_leaves_cleaning_to_the_first(folder, tmp_path, repo):
     assert len(before - set(os.listdir(tmp_path / "out" / "units"))) == 1
 
 
-def test_failed_rows_are_tried_again_on_request(folder, tmp_path, repo, monkeypatch):
+def test_failed_rows_are_tried_again_on_request(folder, tmp_path, repo, monkeypatch, caplog):
     (folder / "texts" / "3.txt").write_text(" ")
     assert embed(folder, tmp_path / "out", repo, unit_rows=3).keys() == {"texts/3.txt"}
     assert embed(folder, tmp_path / "out", repo, unit_rows=3).keys() == {"texts/3.txt"}  # of the last run
@@ -78,6 +78,15 @@ def test_failed_rows_are_tried_again_on_request(folder, tmp_path, repo, monkeypa
     with pytest.raises(RuntimeError, match="nosuch"):
         run(str(folder), str(tmp_path / "out"), options.replace(device="nosuch"), retry_failed=True)
     assert {row["id"] for row in read(tmp_path / "out").values()} == before
+
+    def fail(content):
+        raise OSError("network is down")
+
+    monkeypatch.setattr(rows, "_text", fail)
+    assert embed(folder, tmp_path / "out", repo, unit_rows=3, retry_failed=True).keys() == {"texts/3.txt"}
+    found = read(tmp_path / "out")
+    assert [name for name, row in found.items() if row["embedding"] is None] == ["texts/3.txt"]
+    assert "rows fail now and did not before" in caplog.text and "network is down" in caplog.text
     monkeypatch.setattr(rows, "_text", lambda content: "repaired")
     assert embed(folder, tmp_path / "out", repo, unit_rows=3, retry_failed=True) == {}
     assert read(tmp_path / "out")["texts/3.txt"]["text"] == "repaired"

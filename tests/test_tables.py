@@ -147,6 +147,10 @@ def test_values_that_python_cannot_hold_cost_their_row_alone(tmp_path):
     words = pa.array([b"a", b"b\xe9", b"c", b"d", b"e"]).view(pa.string())
     notes = pa.array([b"a", b"b", b"c\xe9", b"d", b"e"]).view(pa.string())
     days = pa.array([0, 0, 0, 2**31 - 1, 0], pa.int32()).view(pa.date32())
+    zone = pa.array([0], pa.timestamp("us", "GMT+1"))
+    pq.write_table(pa.table({"words": ["a"], "at": zone}), tmp_path / "b.parquet")
+    (found,) = rows_of(source(tmp_path / "b.parquet", Columns("words", metadata=("at",))))
+    assert "its column at cannot be read" in found.error
     pq.write_table(pa.table({"words": words, "note": notes, "day": days}), tmp_path / "a.parquet")
     found = rows_of(source(tmp_path / "a.parquet", Columns("words", metadata=("note", "day")), unit_rows=5))
     assert [row.text for row in found] == ["a", None, None, None, "e"]

@@ -296,8 +296,8 @@ class _FalseNegatives:
         """Reason by candidate."""
         reasons: dict[int, str] = {}
         for row in self._queries.rows[query]:
-            if self._groups[row] is not None:
-                reasons |= dict.fromkeys(self._of_group[self._groups[row]], "group")
+            if (group := self._groups[row]) is not None:
+                reasons |= dict.fromkeys(self._of_group[group], "group")
         reasons |= dict.fromkeys(self.positives(query), "content")
         own = self._number.get(self._queries.hashes[query])
         return reasons if own is None else {**reasons, own: "content"}

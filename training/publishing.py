@@ -48,8 +48,12 @@ class PublishingTrainer(LoggingTrainer):
         if not self._is_sharded():
             self.model.to(self.args.device)
         alone = not self.is_fsdp_enabled and not self.is_deepspeed_enabled  # as the Trainer calls it
+        folder = Path(self.args.output_dir, "eval") if self.is_world_process_zero() else None
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+        at: Any = {"output_path": folder and str(folder), "epoch": self.state.epoch, "steps": self.state.global_step}
         with distributed_evaluation(self.model, enabled=alone) as runs:
-            found: Any = self.evaluator(self.model) if runs else {}
+            found: Any = self.evaluator(self.model, **at) if runs else {}
         found = broadcast_object_list([found])[0]
         metrics = found if isinstance(found, dict) else {"evaluator": found}
         self.log({name if name.startswith("eval_") else f"eval_{name}": value for name, value in metrics.items()})
@@ -273,5 +277,5 @@ def choose_best_metric(
         )
     if args.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU:
         # torch's default is "min", also for a metric that rises.
-        mode = {"mode": "max" if args.greater_is_better else "min"}
-        args.lr_scheduler_kwargs = mode | dict(args.lr_scheduler_kwargs or {})
+        given: Any = args.lr_scheduler_kwargs or {}  # a dict by now, also if it was given as JSON
+        args.lr_scheduler_kwargs = {"mode": "max" if args.greater_is_better else "min", **given}

@@ -19,9 +19,12 @@ from sentence_transformers.base.sampler import (
     NoDuplicatesBatchSampler,
 )
 from torch.utils.data import BatchSampler, ConcatDataset
+from transformers.utils import logging
 
 from btok_hf.training.checks import first_rows, group_hash, negative_columns
 from btok_hf.training.condensation_config import CondensationConfig
+
+logger = logging.get_logger(__name__)
 
 
 def check_batches(trainer: Any, args: CondensationConfig, weights: Mapping[str, float], num_batches: int) -> None:
@@ -33,8 +36,8 @@ def check_batches(trainer: Any, args: CondensationConfig, weights: Mapping[str, 
         weights, num_batches: As in `MixtureBatchSampler`, if datasets have weights.
 
     Raises:
-        ValueError: Batches of one row; incomplete batches are dropped and a dataset has no other; datasets to evaluate
-            that `no_duplicates` cannot draw from; weights that do not fit.
+        ValueError: Batches of one row without condensation; incomplete batches are dropped and a dataset has no
+            other; datasets to evaluate that `no_duplicates` cannot draw from; weights that do not fit.
     """
     trained, evaluated = (
         {} if part is None else part if isinstance(part, dict) else {name: part}
@@ -47,15 +50,19 @@ def check_batches(trainer: Any, args: CondensationConfig, weights: Mapping[str, 
     elif rows and args.dataloader_drop_last:  # Sentence-Transformers sets it for several processes
         check_full_batches(rows, args.train_batch_size, args.world_size)
     if args.train_batch_size == 1 and not (trainer.loss.gather_across_devices and args.world_size > 1):
+        condensed = trainer.loss.condensation_weight and args.condensation_steps != 0
         for row in first_rows(trainer.train_dataset):
             if not negative_columns(row):
-                raise ValueError(
+                problem = (
                     f"A batch of {row.get('dataset_name', 'train_dataset')!r} has one row (per_device_train_batch_size"
-                    "=1) and no hard negatives: InfoNCE has nothing to compare, and its loss would always be 0. Raise "
+                    "=1) and no hard negatives: InfoNCE has nothing to compare, and its loss is always 0. Raise "
                     "per_device_train_batch_size, which gradient_accumulation_steps does not replace; memory is set "
                     "by mini_batch_size."
                 )
-    for name, dataset in evaluated.items():
+                if not condensed:
+                    raise ValueError(problem)
+                logger.warning(problem)
+    for name, dataset in evaluated.items() if args.eval_strategy != "no" else ():
         if args.dataloader_drop_last and len(dataset) < args.eval_batch_size:
             raise ValueError(
                 f"{name!r} has {len(dataset)} rows to evaluate, fewer than a batch of {args.eval_batch_size}, and "
@@ -131,7 +138,7 @@ def groups_of(dataset: Dataset) -> list[int]:
             f"{dataset.column_names}. Add group (rows of one group answer each other's queries), or leave "
             "batch_sampler out: mask_false_negatives already masks copies of a positive."
         )
-    groups = dataset["group"]
+    groups = dataset["group"][:]
     if any(group is None for group in groups):
         raise ValueError(
             "batch_sampler=no_duplicates treats rows without a group as rows of one group: a batch would hold "

@@ -1,7 +1,6 @@
 """The LanceDB database that `btok index` writes: opened, told from others, locked for one writer."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -53,11 +52,13 @@ def lock(path: str) -> Iterator[None]:
     Path(path).mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(Path(path, LOCK), timeout=0):
-            yield
+            try:
+                yield
+            finally:
+                if is_new and os.listdir(path) == [LOCK]:  # a run that wrote nothing leaves nothing
+                    Path(path, LOCK).unlink()
+                    os.rmdir(path)
     except Timeout as error:
         raise RuntimeError(
             f"Another btok index is writing to {path}. Wait until it has ended, and run the command again."
         ) from error
-    finally:
-        if is_new and set(os.listdir(path)) <= {LOCK}:  # a run that wrote nothing leaves nothing
-            shutil.rmtree(path)

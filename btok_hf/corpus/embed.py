@@ -18,10 +18,12 @@ from btok_hf.arguments import named_source
 from btok_hf.corpus.job import Job
 from btok_hf.corpus.listing import Unit
 from btok_hf.corpus.rows import Known, Reading, Row, pages, prepare
-from btok_hf.corpus.units import Corpus, unit_schema
+from btok_hf.corpus.units import Corpus, embedded, unit_schema
 from btok_hf.inputs import shown
 from btok_hf.model_info import identify
 from btok_hf.sentence_transformer import BTokSentenceTransformer
+
+logger = logging.getLogger(__name__)
 
 # The most that is decoded for one call of the model. As much again is decoded while the model runs.
 CHUNK_ROWS, CHUNK_BYTES = 256, 128 * 2**20
@@ -105,9 +107,21 @@ class Embedder:
                 writer.add(rows)
                 counts = counts.plus(of_chunk)
                 if last:
-                    self.corpus.write(unit.name, *writer.finish())
+                    self._write(unit, *writer.finish())
             report(unit, len(rows or ()), last)
         return counts
+
+    def _write(self, unit: Unit, table: bytes, errors: Mapping[str, str]) -> None:
+        """Write a unit, unless it is embedded again and rows fail that did not before."""
+        if unit.name in self.job.again:
+            lost = self.corpus.embedded(unit.name) - embedded(io.BytesIO(table))
+            if lost:
+                logger.warning(
+                    f"{len(lost)} rows fail now and did not before, the first {min(lost)!r}: {errors.get(min(lost))}. "
+                    "Their unit stays as it was."
+                )
+                return
+        self.corpus.write(unit.name, table, errors)
 
     def _chunks(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, list[Row] | None, bool]]:
         """Units as lists of prepared rows; `True` with the last of a unit, `None` for one that is written already."""

@@ -184,7 +184,7 @@ def make_plan(given: str, out: str, options: Options, *, clean: bool = True, ret
         corpus.remove(stale)
         if isinstance(source, TableSource):
             source.forget()
-    # They stay until they are replaced: a try that fails must not cost the rows that they have.
+    # They stay until they are replaced: a run that fails must not cost the rows that they have.
     again = frozenset(corpus.failed(names) if retry_failed else ())
     job = Job(found.address, corpus.store.address, options, dimensions, source.metadata, revision, again)
     missing = [unit for unit in units if unit.name not in written - again]

@@ -17,6 +17,7 @@ from btok_hf.corpus.rows import File
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 # Rows that are in memory at once, encoded; and the buffer of a parquet file.
 READ_ROWS, BUFFER = 32, 2**23
+NOT_PYTHON = (ValueError, OverflowError, KeyError)  # what Arrow raises for values that Python cannot hold
 LINES = 2**20  # bytes of lines that are read at once
 # Types in which values of JSON are stored. Lists and objects are kept as JSON text.
 JSON_TYPES = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}
@@ -98,11 +99,11 @@ class ParquetCursor:
 def cells_of(batch: pa.RecordBatch) -> list[dict[str, Any] | str]:
     """The rows of a batch as dicts of their cells; of a row that Python cannot hold, what is wrong with it.
 
-    These are texts that are not UTF-8, and times that are out of the range of `datetime`.
+    These are texts that are not UTF-8, and times that are out of the range of `datetime` or in an unknown zone.
     """
     try:
         return batch.to_pylist()
-    except (ValueError, OverflowError) as error:
+    except NOT_PYTHON as error:
         if len(batch) > 1:
             return [row for index in range(len(batch)) for row in cells_of(batch.slice(index, 1))]
         column = next((name for name in batch.schema.names if not _is_readable(batch.column(name))), "")
@@ -112,7 +113,7 @@ def cells_of(batch: pa.RecordBatch) -> list[dict[str, Any] | str]:
 def _is_readable(array: pa.Array) -> bool:
     try:
         array.to_pylist()
-    except (ValueError, OverflowError):
+    except NOT_PYTHON:
         return False
     return True
 

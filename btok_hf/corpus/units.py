@@ -11,15 +11,17 @@ other units; those of its old content are not in the plan, are never read, and a
 """
 
 import contextlib
+import io
 import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
@@ -209,6 +211,11 @@ class Corpus:
         """Whether a unit is there."""
         return self.store.exists(f"{UNITS}/{name}.parquet")
 
+    def embedded(self, name: str) -> set[str]:
+        """The ids of the rows of a unit that have an embedding; none if there is no such unit."""
+        content = self.store.read(f"{UNITS}/{name}.parquet")
+        return set() if content is None else embedded(io.BytesIO(content))
+
     def write(self, name: str, table: bytes, errors: Mapping[str, str]) -> None:
         """Write a unit.
 
@@ -252,6 +259,12 @@ class Corpus:
                     of_row = sum(group.total_byte_size for group in groups) // (parquet.metadata.num_rows or 1)
                     rows = max(1, min(BATCH_ROWS, BATCH_BYTES // (of_row or 1)))
                     yield from parquet.iter_batches(rows, columns=columns)
+
+
+def embedded(file: BinaryIO) -> set[str]:
+    """The ids of the rows of a unit's file that have an embedding."""
+    table = pq.read_table(file, columns=["id", "error"])
+    return set(table.filter(pc.is_null(table["error"]))["id"].to_pylist())
 
 
 def holds_corpus(fs: Any, folder: str) -> bool:
