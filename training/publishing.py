@@ -45,9 +45,9 @@ class PublishingTrainer(LoggingTrainer):
             return {}
         # `evaluate` would run an evaluator once for each dataset of a dict, and shard a model for FSDP, which
         # accelerate refuses without an optimizer: before training.
-        if not self._is_sharded():
-            self.model.to(self.args.device)
         alone = not self.is_fsdp_enabled and not self.is_deepspeed_enabled  # as the Trainer calls it
+        if not alone and not self._is_sharded():  # the Trainer has not placed it yet
+            self.model.to(self.args.device)
         folder = Path(self.args.output_dir, "eval") if self.is_world_process_zero() else None
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
