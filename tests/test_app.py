@@ -5,8 +5,6 @@ import shutil
 import signal
 import socket
 import stat
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from html import unescape
 
@@ -15,7 +13,7 @@ import pytest
 from gradio_client import handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
-from support import ROOT
+from support import ROOT, forks
 from support.app import page
 
 from btok_hf.corpus.app import check_free, make_page, plain
@@ -234,8 +232,7 @@ def test_an_address_is_tried_before_anything_is_loaded(corpus, taken):
         assert "Give another --port or --host" in str(error.value)
     with pytest.raises(ValueError, match="IPv6 addresses, got --host ::1"):
         check_free("::1", 7860)
-    command = [sys.executable, "-m", "btok_hf", "app", "--db", "nowhere", "--port", str(taken)]
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = forks.run("-m", "btok_hf", "app", "--db", "nowhere", "--port", taken)
     assert run.returncode == 1 and f"port {taken} (Address already in use)" in run.stderr
 
 

@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from support import forks
 from support.mmeb_tree import looks
 from support.publishing import as_pushed, head, served
 from support.repositories import contents
@@ -176,7 +177,7 @@ def test_options_of_app(btok, monkeypatch):
 def test_packages_that_a_command_needs_are_named(words, module, message):
     """In a process of its own: here they are imported already."""
     code = f"import sys; sys.modules['{module}'] = None; from btok_hf.cli import main; main({words.split()!r})"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    run = forks.run("-c", code)
     assert run.returncode and re.search(message, run.stderr), run.stderr
 
 

@@ -1,10 +1,8 @@
 """Private methods of other packages that are overridden."""
 
-import subprocess
-import sys
-
 import pytest
 from sentence_transformers import SentenceTransformer
+from support import forks
 
 from btok_hf.compat import require_methods
 
@@ -32,5 +30,5 @@ def test_an_override_that_would_never_be_called_is_an_error_at_import(module, na
         f"        delattr(base, {name!r})\n"
         "import btok_hf.sentence_transformer\n"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    run = forks.run("-c", code)
     assert run.returncode and f"has no method {cls}.{name}, which btok-hf overrides" in run.stderr

@@ -7,7 +7,7 @@ import torch
 from support import tiny
 from support.gradients import assert_same_gradients, named_gradients
 from support.media import image, video
-from support.processes import TORCHRUN, run_script
+from support.processes import run_two
 from support.training import batch_features, collator, reference_loss
 from torch.nn import functional as F
 
@@ -306,7 +306,7 @@ def test_matryoshka_dimensions_are_trained_through_gradcache(repo, mini_batch_si
 def two_processes(repo, tmp_path_factory):
     """Folder of what two processes wrote: gradients with DDP and FSDP2, and the error for unequal work."""
     folder = tmp_path_factory.mktemp("two_processes")
-    run_script("two_processes.py", repo, folder, launcher=TORCHRUN, check=True)
+    run_two("two_processes.py", repo, folder)
     return folder
 
 

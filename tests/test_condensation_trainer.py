@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from support.gradients import assert_same_gradients, named_gradients
 from support.media import image
-from support.processes import TORCHRUN, run_script
+from support.processes import run_two
 from support.source_tree import all_sources
 from support.training import checkpointed_trainer, config, losses, reference_loss, text_pairs
 
@@ -157,7 +157,7 @@ def test_resuming_ends_where_an_uninterrupted_run_does(either, tmp_path, lora):
 def test_training_in_two_processes_equals_one_whole_and_resumed(repo, tmp_path):
     one = checkpointed_trainer(repo, tmp_path / "one")
     one.train()
-    run_script("two_trainers.py", repo, tmp_path, launcher=TORCHRUN, check=True)
+    run_two("two_trainers.py", repo, tmp_path)
     whole, resumed, mixed, mixed_resumed = json.loads((tmp_path / "losses.json").read_text())
     assert len(mixed) == 6 and mixed_resumed == pytest.approx(mixed, rel=1e-6)
     assert whole == pytest.approx(losses(one), rel=1e-5) and resumed == pytest.approx(whole, rel=1e-6)

@@ -1,7 +1,6 @@
 """The examples run as they are described: search, the notebook, the command line of fine-tuning."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import nbformat
 import pytest
 from PIL import Image
 from sentence_transformers import SentenceTransformer
-from support import ROOT
+from support import ROOT, forks
 from support.media import image
 
 from examples import search
@@ -105,14 +104,14 @@ def test_the_notebook_runs_in_a_fresh_kernel():
 
 @pytest.mark.parametrize("script", ["finetune.py", "demo.py", "prepare_emoji.py"])
 def test_scripts_explain_themselves(script):
-    run = subprocess.run([sys.executable, EXAMPLES / script, "--help"], capture_output=True, text=True, check=True)
+    run = forks.run(EXAMPLES / script, "--help", check=True)
     assert "usage:" in run.stdout and f"python examples/{script}" in run.stdout
 
 
 def test_fine_tuning_checks_the_pairs_before_it_writes(bases, tmp_path):
     (tmp_path / "pairs.csv").write_text("question,positive\na,b\n")
-    command = [sys.executable, "examples/finetune.py", tmp_path / "pairs.csv", tmp_path / "mine"]
-    run = subprocess.run([*command, "--base", bases["qwen2_vl"]], cwd=ROOT, capture_output=True, text=True)
+    command = ["examples/finetune.py", tmp_path / "pairs.csv", tmp_path / "mine"]
+    run = forks.run(*command, "--base", bases["qwen2_vl"], cwd=ROOT)
     assert run.returncode == 1 and "error: Dataset" in run.stderr and "Traceback" not in run.stderr
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("mine")] == []
 
@@ -121,12 +120,9 @@ def test_the_example_fine_tunes_on_a_csv_of_texts_and_image_paths(bases, tmp_pat
     image(60, 50).save(tmp_path / "a.png")
     rows = ["query,positive", "a red cat,yes", f"{tmp_path}/a.png,noise", "one more,no"]
     (tmp_path / "pairs.csv").write_text("\n".join(rows) + "\n")
-    command = [sys.executable, "examples/finetune.py", tmp_path / "pairs.csv", tmp_path / "mine"]
-    command += ["--base", bases["qwen2_vl"]]
+    command = ["examples/finetune.py", tmp_path / "pairs.csv", tmp_path / "mine", "--base", bases["qwen2_vl"]]
     for steps in ("2", "3"):  # the second run continues the first
-        subprocess.run(
-            [*command, "--steps", steps], cwd=ROOT, check=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"}
-        )
+        forks.run(*command, "--steps", steps, cwd=ROOT, check=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
     card = (tmp_path / "mine" / "README.md").read_text()
     assert "No training is recorded" not in card and "| pairs | training | 3 rows |" in card
     model = SentenceTransformer(str(tmp_path / "mine"), device="cpu")

@@ -1,8 +1,6 @@
 """A corpus as a database: building, bringing up to date, searching."""
 
 import datetime
-import subprocess
-import sys
 import threading
 import time
 from decimal import Decimal
@@ -11,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from lancedb.index import IvfRq
+from support import forks
 from support.units import random_vectors, rows_of, write_units
 from transformers import Qwen2VLConfig
 
@@ -343,7 +342,7 @@ def test_after_a_kill_the_next_run_goes_on(tmp_path):
     )
     new = [f"new {text}" for text in TEXTS]
     out = write(tmp_path, rows(range(50, 300), new))
-    assert subprocess.run([sys.executable, "-c", code, out, path]).returncode == -9
+    assert forks.run("-c", code, out, path).returncode == -9
     between = state(Index.open(path))
     assert between == {f"a{number}": new[number] if number >= 50 else TEXTS[number] for number in range(250)}
     index, changes, _ = Index.build(out, path)

@@ -1,8 +1,6 @@
 """The embedding function of LanceDB, in a table of a user's own."""
 
 import io
-import subprocess
-import sys
 
 import lancedb
 import numpy as np
@@ -10,6 +8,7 @@ import pytest
 from lancedb.embeddings import get_registry
 from lancedb.pydantic import LanceModel, Vector
 from PIL import Image
+from support import forks
 
 import btok_hf.corpus.lancedb  # noqa: F401  registers it
 
@@ -78,5 +77,5 @@ def test_another_process_opens_the_table_once_the_module_is_imported(database):
         "import btok_hf.corpus.lancedb\n"
         "print(len(connection.open_table('texts').search('x').limit(2).to_list()))\n"
     )
-    run = subprocess.run([sys.executable, "-c", code, database], capture_output=True, text=True)
+    run = forks.run("-c", code, database)
     assert run.stdout == "'btok'\n2\n", run.stderr

@@ -16,7 +16,7 @@ import transformers
 from packaging.version import Version
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from support import ROOT, tiny
+from support import ROOT, forks, tiny
 from support.inputs import process, rows, text_inputs
 from transformers import (
     AutoConfig,
@@ -324,7 +324,7 @@ def test_an_older_transformers_is_told_what_is_needed(tmp_path):
         "import remote.modeling_btok\n"
     )
     shutil.copytree(tmp_path, tmp_path / "remote")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    done = forks.run("-c", script, cwd=tmp_path)
     assert "transformers>=5.17 is required" in done.stderr, done.stderr
 
 

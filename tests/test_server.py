@@ -6,8 +6,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
+from support.forks import Fork
 from support.inputs import TOLERANCE
 from support.media import image
 from support.pictures import MEDIA
@@ -356,7 +355,7 @@ def test_rows_of_a_killed_client_leave_the_queue(server):
         f"httpx.post('{server.base_url}/v1/embeddings', json={{'input': ['long ' * 800] * 256}}, timeout=300)\n"
     )
     tokens = _metric(server, "btok_tokens_total")
-    client = subprocess.Popen([sys.executable, "-c", code])
+    client = Fork(["-c", code])
     while not _metric(server, "btok_rows"):
         assert client.poll() is None
     client.kill()

@@ -2,12 +2,10 @@
 
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import yaml
-from support import ROOT
+from support import ROOT, forks
 from support.app import page
 from support.repositories import contents
 
@@ -28,11 +26,10 @@ def test_the_space_is_described_as_the_hub_wants_it():
 @pytest.fixture(scope="module")
 def space(tmp_path_factory):
     folder = tmp_path_factory.mktemp("space")
-    command = [sys.executable, "-m", "examples.space.prepare", folder / "space", "--each", "8"]
-    command += ["--model", search.SMALL]
+    command = ["-m", "examples.space.prepare", folder / "space", "--each", "8", "--model", search.SMALL]
     (folder / "space" / "model").mkdir(parents=True)
     (folder / "space" / "model" / "model-00001-of-00002.safetensors").touch()  # of an earlier model
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    forks.run(*command, cwd=ROOT, check=True)
     (folder / "uploads").mkdir()
     return folder
 

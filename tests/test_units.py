@@ -3,13 +3,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import fsspec
 import pyarrow as pa
 import pytest
+from support import forks
 from support.corpus import embed, read, write_files
 
 from btok_hf.corpus.units import UNIT_COLUMNS, Corpus, Store, locate, read_units, unit_schema
@@ -50,7 +49,7 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path):
         "os.fsync = lambda file: os.kill(os.getpid(), 9)\n"
         "store.write('unit', b'new')\n"
     )
-    process = subprocess.run([sys.executable, "-c", code, tmp_path / "out"])
+    process = forks.run("-c", code, tmp_path / "out")
     assert process.returncode == -signal.SIGKILL
     store = Store(str(tmp_path / "out"))
     assert store.read("unit") == b"old" and len(os.listdir(tmp_path / "out")) == 2

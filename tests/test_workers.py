@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.corpus import embed, read, same, write_files, write_texts
+from support.forks import Fork
 
 from btok_hf.corpus import workers
 from btok_hf.corpus.embed import Counts
@@ -24,10 +24,8 @@ UNITS = [Unit(f"{index * 2654435761 % 2**32:08x}", 1, (f"{index}.txt",)) for ind
 
 
 def start(given, out, repo, *flags, **variables):
-    command = [sys.executable, "-m", "btok_hf", "embed", given, out, "--model", repo, "--device", "cpu", *flags]
-    return subprocess.Popen(
-        list(map(str, command)), env={**os.environ, **variables}, stderr=subprocess.PIPE, text=True
-    )
+    command = ["-m", "btok_hf", "embed", given, out, "--model", repo, "--device", "cpu", *flags]
+    return Fork(command, {**os.environ, **variables})
 
 
 def wait_for_units(out, count, seconds=120):
@@ -56,7 +54,6 @@ def test_a_killed_run_goes_on_where_it_was(texts, whole, repo, tmp_path, capfd):
     wait_for_units(out, 3)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    process.stderr.close()
     written = {path: path.stat().st_mtime_ns for path in (out / "units").glob("*.parquet")}
     assert len(written) >= 3 and len(read(out)) < len(whole)
     embed(texts, out, repo, unit_rows=4)
@@ -72,8 +69,7 @@ def test_ranks_beside_each_other_give_what_one_process_gives(texts, whole, repo,
     monkeypatch.setenv("WORLD_SIZE", "2")
     embed(texts, out, repo, unit_rows=4)
     assert same(read(out), whole)  # whoever is done first has seen to all units
-    errors = other.communicate()[1]
-    assert other.returncode == 0, errors
+    assert other.wait(120) == 0
     assert same(read(out), whole)
 
 

@@ -3,12 +3,13 @@
 import os
 import socket
 import subprocess
-import sys
 import time
 from contextlib import contextmanager
 
 import httpx
 from gradio_client import Client
+
+from support.forks import Fork
 
 
 @contextmanager
@@ -24,9 +25,7 @@ def page(command, folder, **environment):
     given["GRADIO_SERVER_PORT"] = str(port)
     words = [word.replace("PORT", str(port)) for word in map(str, command)]
     with open(folder / "log", "wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, *words], env={**os.environ, **given}, stdout=log, stderr=subprocess.STDOUT
-        )
+        process = Fork(words, {**os.environ, **given}, stdout=log, stderr=subprocess.STDOUT)
     try:
         url = f"http://127.0.0.1:{port}"
         _wait_for(url, process, folder / "log")

@@ -15,11 +15,11 @@ import os
 import re
 import socket
 import struct
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+from support import forks
 
 OWNER_TOKEN, STRANGER_TOKEN = "hf_" + "oWnEr" * 7, "hf_" + "sTrAn" * 7
 USERS = {OWNER_TOKEN: ("owner", ["org"]), STRANGER_TOKEN: ("stranger", [])}
@@ -137,13 +137,7 @@ class HubServer:
 
     def run(self, *command, home, token=OWNER_TOKEN, input=None, check=True, **variables):
         """Run Python with these arguments in a client process. It must print no token and, with `check`, succeed."""
-        run = subprocess.run(
-            [sys.executable, *map(str, command)],
-            env=self.environment(home, token, **variables),
-            input=input,
-            capture_output=True,
-            text=True,
-        )
+        run = forks.run(*command, env=self.environment(home, token, **variables), input=input)
         assert not any(secret in run.stdout + run.stderr for secret in USERS), "a token was printed"
         assert not check or run.returncode == 0, run.stdout + run.stderr
         return run

@@ -1,4 +1,4 @@
-"""Run by test_mmeb.py, alone or under torchrun: `btok mmeb` with a function as the model.
+"""Run by test_mmeb.py, alone or in two processes: `btok mmeb` with a function as the model.
 
 Arguments: root, output, datasets, and which write of embeddings is cut off by a kill (0: none). Every process writes
 how many inputs it encoded, the exit status, and whether the process group is still there.

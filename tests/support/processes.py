@@ -1,26 +1,44 @@
 """Scripts of this folder in processes of their own."""
 
 import os
-import subprocess
+import socket
 import sys
+import time
 
 from torch import distributed
 
 from support import ROOT
+from support.forks import Fork, run
 
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
 
-
-def run_script(name, *arguments, launcher=(), **options):
-    """Run a script, by name.
-
-    Args:
-        launcher (`Sequence[str]`): Arguments of the interpreter before the script; `TORCHRUN`: two processes.
-        options: Of `subprocess.run`.
-    """
+def script(name, *arguments):
+    """The arguments of the interpreter for a script, by name, and its environment."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
-    command = [sys.executable, *launcher, str(ROOT / "tests" / "support" / name), *map(str, arguments)]
-    return subprocess.run(command, env=environment, text=True, timeout=300, **options)
+    return [str(ROOT / "tests" / "support" / name), *map(str, arguments)], environment
+
+
+def run_script(name, *arguments):
+    """Run a script, by name, and wait."""
+    command, environment = script(name, *arguments)
+    return run(*command, env=environment)
+
+
+def run_two(name, *arguments):
+    """Run a script in two processes of a group, with the variables that torchrun sets. Both must succeed."""
+    command, environment = script(name, *arguments)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    environment |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    both = [Fork(command, {**environment, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
+    try:
+        end = time.monotonic() + 300
+        while None in (statuses := [fork.poll() for fork in both]) and not any(statuses):
+            assert time.monotonic() < end, statuses
+        assert statuses == [0, 0], statuses
+    finally:
+        for fork in both:
+            fork.kill()
 
 
 def leave():

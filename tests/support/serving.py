@@ -5,8 +5,6 @@ import io
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -14,6 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import numpy as np
+
+from support.forks import Fork
 
 
 @contextmanager
@@ -24,8 +24,8 @@ def served(repo, *flags, key=None):
         port = free.getsockname()[1]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment |= {} if key is None else {"BTOK_API_KEY": key}
-    command = [sys.executable, "-m", "btok_hf", "serve", str(repo), "--name", "tiny", "--device", "cpu"]
-    process = subprocess.Popen([*command, "--port", str(port), *map(str, flags)], env=environment)
+    command = ["-m", "btok_hf", "serve", repo, "--name", "tiny", "--device", "cpu", "--port", port, *flags]
+    process = Fork(command, environment)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             client.process, client.port = process, port

@@ -1,4 +1,4 @@
-"""Run by test_condensation_loss.py under torchrun: the gradients of half a batch in each of two processes."""
+"""Run by test_condensation_loss.py in two processes: the gradients of half a batch in each of two processes."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Run by test_condensation_trainer.py under torchrun: the trainer in two processes, whole and resumed."""
+"""Run by test_condensation_trainer.py in two processes: the trainer, whole and resumed."""
 
 import json
 import sys
