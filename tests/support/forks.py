@@ -3,7 +3,7 @@
 A fresh interpreter spends ten seconds on imports where a fork spends three, and the tests start more than a hundred.
 `run` and `Fork` take the arguments of the interpreter. This file, run as a script, is the process that forks. What it
 imports reads no variable of Hugging Face, so that a command's environment counts as in a fresh interpreter. Who tests
-what is imported, or gives flags to the interpreter, needs `subprocess`.
+what is imported, or gives flags to the interpreter, needs `subprocess`. Linux only.
 """
 
 import functools

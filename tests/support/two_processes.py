@@ -1,4 +1,4 @@
-"""Run by test_condensation_loss.py in two processes: the gradients of half a batch in each of two processes."""
+"""Run by test_condensation_loss.py in two processes: the gradients of half a batch in each."""
 
 import sys
 from pathlib import Path
