@@ -282,7 +282,8 @@ def find_base(adapters: str, base: str) -> str:
     Raises:
         FileNotFoundError: The base is a folder and is in none of these places.
     """
-    path, above = Path(base), Path(adapters).resolve().parents[:3]
+    path = Path(base)
+    above = () if is_hub_id(adapters) else Path(adapters).resolve().parents[:3]
     # runs/a/start, recorded in full or from the working directory, lies beside runs/a/checkpoint-100. The working
     # directory comes after that: it may be that of another run. The path a/start could also be the id of a repository
     # on the Hub: then only the whole path counts.

@@ -19,7 +19,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from btok_hf.arguments import check_loading
 from btok_hf.backbones import family_of
-from btok_hf.export import write_repository
+from btok_hf.export import check_empty, write_repository
 from btok_hf.family import Family
 from btok_hf.modeling.modeling_btok import StockModel, load_stock_model
 from btok_hf.weights import untied_head
@@ -143,8 +143,7 @@ def add_bottleneck_tokens(
     check_loading(prompts, {})
     if noise_std < 0:
         raise ValueError(f"noise_std must be 0 or more, got {noise_std}.")
-    if Path(output_dir, "config.json").exists():
-        raise ValueError(f"{output_dir} already holds a model. Remove it or name another output_dir.")
+    check_empty(output_dir)
     on_hub = not Path(base).exists()
     if on_hub:  # all files are read from the same commit, which is recorded in the configuration
         hub_kwargs["revision"] = extract_commit_hash(cached_file(base, "config.json", **hub_kwargs), None)
@@ -175,6 +174,12 @@ def add_bottleneck_tokens(
                 f"{base} already has Bottleneck Tokens and the {name} {own!r}, got {name}={given!r}. Use its {name}, "
                 "or start from a base without Bottleneck Tokens."
             )
+
+    settings: dict[str, Any] = {"prompts": prompts}
+    if present and prompts is None:  # its instructions are part of its embeddings as its tokens are
+        name, missing_is_fine = "config_sentence_transformers.json", {"_raise_exceptions_for_missing_entries": False}
+        saved = cached_file(base, name, **hub_kwargs, **missing_is_fine)
+        settings = {} if saved is None else json.loads(Path(saved).read_text("utf-8"))
 
     model, _ = load_stock_model(base, config, dtype=dtype, **hub_kwargs)
     if not present:
@@ -211,7 +216,7 @@ def add_bottleneck_tokens(
         processor,
         lm_head=untied_head(model),
         generation_config=model.generation_config,
-        prompts=prompts,
+        settings=settings,
     )
 
 

@@ -20,7 +20,7 @@ from transformers.utils.hub import extract_commit_hash
 from btok_hf.adapters import check_exportable, find_base, load_adapters
 from btok_hf.backbones import family_of
 from btok_hf.bottleneck import ORDERS, bottleneck_token, check_base, cut_on_the_left, embedding_chat_template, escapes
-from btok_hf.export import write_repository
+from btok_hf.export import check_empty, write_repository
 from btok_hf.family import Family
 from btok_hf.files import check_writable
 from btok_hf.golden_writer import write_golden_vectors
@@ -74,8 +74,7 @@ def convert_checkpoint(
         OSError: A file is missing, or `output_dir` cannot be written to.
     """
     checkpoint = str(checkpoint)
-    if Path(output_dir, "config.json").exists():
-        raise ValueError(f"{output_dir} already holds a model. Remove it or name another output_dir.")
+    check_empty(output_dir)
     check_writable(output_dir)
     adapters = _read_adapters(checkpoint, hub_kwargs)
     source, its_kwargs = checkpoint, hub_kwargs

@@ -26,7 +26,7 @@ from btok_hf.hub_card.card import ADAPTER_RELEASE, files_of_card, render_card
 from btok_hf.hub_names import is_hub_id
 from btok_hf.modeling import modeling_btok
 from btok_hf.stock_pipeline import modules, write_pipeline
-from btok_hf.weights import MAX_SHARD_SIZE, names_on_disk, plan_shards, write_weights
+from btok_hf.weights import MAX_SHARD_SIZE, WEIGHT_FILES, names_on_disk, plan_shards, write_weights
 
 if TYPE_CHECKING:  # BTokSentenceTransformer imports this module
     from sentence_transformers import SentenceTransformer
@@ -75,11 +75,12 @@ def export_model(
     module = _own_module(model)
     if has_adapters(module.model):
         base = str(adapter_config(module.model).base_model_name_or_path)
-        if Path(base).resolve() == Path(output_dir).resolve():
-            raise ValueError(
-                f"output_dir must not be the base model of the adapters, got {output_dir}: their checkpoints would be "
-                "applied to merged weights. Choose another folder."
-            )
+        for source, what in (
+            (base, "the base model of the adapters, got {}: their checkpoints would be applied to merged weights"),
+            (module.adapters_from, "where the adapters are from, got {}: training could not resume from them"),
+        ):
+            if source and Path(source).resolve() == Path(output_dir).resolve():
+                raise ValueError(f"output_dir must not be {what.format(output_dir)}. Choose another folder.")
     output_dir = write_repository(
         output_dir,
         module.model,
@@ -142,8 +143,6 @@ def export_adapters(
             "Adapters with use_dora=True cannot be exported: stock loaders ignore the magnitudes of DoRA "
             "(transformers 5.23) and would give other vectors. Export the merged model with export_model."
         )
-    if Path(output_dir, "config.json").exists():
-        raise ValueError(f"{output_dir} contains a merged model, which loaders would prefer. Choose another folder.")
     output_dir = write_repository(
         output_dir, backbone, module.processor, adapters_only=True, base_model=base, model=model, files=files
     )
@@ -152,6 +151,12 @@ def export_adapters(
     here = {"base_model_name_or_path": base, "revision": None}
     write_json(path, json.loads(path.read_text("utf-8")) | here)
     return output_dir
+
+
+def check_empty(output_dir: str | Path) -> None:
+    """Raise `ValueError` if a folder holds a model or adapters, which another repository would replace."""
+    if any(Path(output_dir, name).exists() for name in ("config.json", "adapter_config.json")):
+        raise ValueError(f"{output_dir} already holds a model. Remove it or name another output_dir.")
 
 
 def _own_module(model: "SentenceTransformer") -> Any:
@@ -171,7 +176,7 @@ def write_repository(
     adapters_only: bool = False,
     base_model: str | None = None,
     model: "SentenceTransformer | None" = None,
-    prompts: Mapping[str, str | None] | None = None,
+    settings: Mapping[str, Any] | None = None,
     files: Mapping[str, str | bytes] | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
 ) -> Path:
@@ -186,7 +191,8 @@ def write_repository(
         adapters_only (`bool`): Write only the adapters of the backbone.
         base_model (`str`, *optional*): Hub id of their base, for the card.
         model (`BTokSentenceTransformer`, *optional*): Source of prompts, similarity and dimensions.
-        prompts (`dict[str, str]`, *optional*): Prompts if there is no `model`.
+        settings (`dict`, *optional*): The same if there is no `model`: `prompts`, `default_prompt_name`,
+            `similarity_fn_name`, `truncate_dim`.
         files (`dict[str, str | bytes]`, *optional*): Additional files by relative path.
         max_shard_size (`str`): Maximum size of a weight file.
 
@@ -195,15 +201,22 @@ def write_repository(
 
     Raises:
         OSError: `output_dir` cannot be written to, or the disk is full.
-        ValueError: `max_shard_size` is not a size, or the model has further modules.
+        TypeError: Content of `files` that is neither `str` nor `bytes`.
+        ValueError: `max_shard_size` is not a size, the model has further modules, or its adapters would lie beside
+            the weights of a model.
     """
     check_writable(output_dir)
+    for name, content in (files or {}).items():
+        if not isinstance(content, (str, bytes)):
+            raise TypeError(f"files must hold str or bytes, got {type(content).__name__} for {name!r}. Read the file.")
     if model is not None and len(model) > 1:
         raise ValueError(
             f"The model has {len(model)} modules, but a repository holds the first alone. Remove the others, and "
             "append them to what SentenceTransformer loads from it."
         )
     output_dir = Path(output_dir)
+    if adapters_only and (output_dir / "config.json").exists():
+        raise ValueError(f"{output_dir} contains a merged model, which loaders would prefer. Choose another folder.")
     config = backbone.config
     # transformers 5.17 leaves adapters random when it loads them, and only warns.
     release = max(modeling_btok.needed_release(config), ADAPTER_RELEASE if adapters_only else "")
@@ -223,7 +236,7 @@ def write_repository(
         card = render_card(
             config,
             processor,
-            model.prompts if model is not None else prompts or {},
+            model.prompts if model is not None else (settings or {}).get("prompts") or {},
             of_adapters=adapters_only,
             adapter_base=base_model or (base if is_hub_id(base) else None),
         )
@@ -246,8 +259,9 @@ def write_repository(
                 (output_dir / MODULES).unlink(missing_ok=True)
                 # Golden vectors belong to the old weights, too. Loaders could prefer old weights in another number
                 # of files, or old adapters.
-                for path in (*output_dir.glob("model*.safetensors*"), *output_dir.glob("adapter_*")):
-                    path.unlink()
+                for pattern in WEIGHT_FILES:
+                    for path in output_dir.glob(pattern):
+                        path.unlink()
                 (output_dir / golden.FILE_NAME).unlink(missing_ok=True)
                 for path in Path(folder).iterdir():
                     path.replace(output_dir / path.name)
@@ -264,7 +278,8 @@ def write_repository(
         processor.tokenizer.backend_tokenizer.no_truncation()
         processor.tokenizer.backend_tokenizer.no_padding()
         processor.save_pretrained(output_dir)
-        write_pipeline(output_dir, config, model, prompts, requirements)
+        sizes = getattr(config, "matryoshka_dimensions", None) if adapters_only else None
+        write_pipeline(output_dir, config, model, settings, requirements, sizes)
         _remove_other_card(output_dir, files)
         write_files(output_dir, files)
         write_json(output_dir / MODULES, modules())

@@ -11,16 +11,19 @@
 import json
 import re
 import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
+from huggingface_hub.utils.sha import git_hash
 from safetensors import SafetensorError, safe_open
 
 from btok_hf import golden
-from btok_hf.hub_card.card import for_hub
+from btok_hf.hub_card.card import OF_CARD, apache_license, for_hub
 from btok_hf.hub_names import is_hub_id, known_tokens, scrub, without_secrets
+from btok_hf.stock_pipeline import modules
+from btok_hf.weights import WEIGHT_FILES
 
 # Files of a training folder that are not part of the exported repository.
 NOT_PUBLISHED = [
@@ -33,7 +36,14 @@ NOT_PUBLISHED = [
     "*__pycache__/*",
 ]
 # Files of an earlier push that are deleted if this push has none of that name. Loaders would use the old ones.
-REPLACED = ["model*.safetensors", "model.safetensors.index.json", "adapter_*", golden.FILE_NAME]
+REPLACED = [*WEIGHT_FILES, golden.FILE_NAME]
+# Those that are deleted if the weights are others: readers would take them for what this model does.
+OF_WEIGHTS = [*OF_CARD, "metrics.json"]
+# What stock loaders read beside the weights.
+OF_PIPELINE = [
+    *("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "chat_template.jinja"),
+    *("processor_config.json", "tokenizer.json", "tokenizer_config.json"),
+]
 # Adapters have none of these.
 OF_MERGED = ["config.json", "modeling_btok.py", "inputs_btok.py", "generation_config.json"]
 RESULTS_FOLDER = ".eval_results"  # where the Hub looks for results
@@ -51,6 +61,9 @@ def push(
     token: str | None = None,
 ) -> str:
     """Upload an exported repository to the Hub in one commit, without hidden files, checkpoints, optimizer states.
+
+    What loaders would read of an earlier push is deleted. If the weights are others, so are its scores, its pictures
+    and its licence (if Apache-2.0).
 
     Args:
         path (`str` or `Path`): Folder written by `export_model`, `export_adapters` or `add_bottleneck_tokens`.
@@ -88,15 +101,13 @@ def push(
             )
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        present = (name for name in api.list_repo_files(repo_id, revision=revision) if "/" not in name)
-        of_merged = OF_MERGED if "adapter_config.json" in files else []
-        stale = set(filter_repo_objects(present, allow_patterns=REPLACED + of_merged))
+        tree = api.list_repo_tree(repo_id, revision=revision, recursive=True)
+        present = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+        added = [CommitOperationAdd(name, _content(path, name, repo_id)) for name in files]
+        stale = _stale(present, added)
         commit = api.create_commit(
             repo_id,
-            [
-                *(CommitOperationAdd(name, _content(path, name, repo_id)) for name in files),
-                *(CommitOperationDelete(path_in_repo=name) for name in sorted(stale - set(files))),
-            ],
+            [*added, *(CommitOperationDelete(path_in_repo=name) for name in sorted(stale - set(files)))],
             commit_message=commit_message,
             revision=revision,
             create_pr=create_pr,
@@ -117,6 +128,22 @@ def push(
     ) from cause
 
 
+def _stale(present: Mapping[str, RepoFile], added: Sequence[CommitOperationAdd]) -> set[str]:
+    """Files of an earlier push that would be wrong beside those of this one."""
+    names = {operation.path_in_repo for operation in added}
+    in_root = [name for name in present if "/" not in name]
+    stale = set(filter_repo_objects(in_root, allow_patterns=REPLACED))
+    if "adapter_config.json" in names:
+        stale |= set(filter_repo_objects(in_root, allow_patterns=OF_MERGED))
+    hashes = {name: entry.lfs.sha256 for name, entry in present.items() if entry.lfs}
+    weights = [operation for operation in added if operation.path_in_repo.endswith(".safetensors")]
+    if any(hashes.get(operation.path_in_repo) != operation.upload_info.sha256.hex() for operation in weights):
+        stale |= set(filter_repo_objects(present, allow_patterns=OF_WEIGHTS))
+        if "LICENSE" in present and present["LICENSE"].blob_id == git_hash(apache_license().encode()):
+            stale.add("LICENSE")
+    return stale
+
+
 def _is_private(part: str) -> bool:
     """Whether a file or folder of this name is not part of a repository: hidden ones, and checkpoints at any depth."""
     return part.startswith("checkpoint-") or (part.startswith(".") and part != RESULTS_FOLDER)
@@ -124,6 +151,12 @@ def _is_private(part: str) -> bool:
 
 def _files_to_publish(path: Path, secrets: Collection[str]) -> list[str]:
     """Relative paths of the files to upload. Raises `ValueError` if the repository is not complete."""
+    everything = sorted(
+        file.relative_to(path).as_posix()
+        for file in path.rglob("*")
+        if file.is_file() and not any(_is_private(part) for part in file.relative_to(path).parts)
+    )
+    files = list(filter_repo_objects(everything, ignore_patterns=NOT_PUBLISHED))
     adapter = path / "adapter_config.json"
     is_adapter = adapter.is_file()
     required = [adapter.name, "adapter_model.safetensors"] if is_adapter else ["config.json"]
@@ -137,27 +170,28 @@ def _files_to_publish(path: Path, secrets: Collection[str]) -> list[str]:
         code = [f"{name.split('.')[0]}.py" for name in auto_map.values()]
         texts = [(path / name).read_text("utf-8") for name in code if (path / name).is_file()]
         required += code + [f"{name}.py" for text in texts for name in re.findall(r"^from \.(\w+) import", text, re.M)]
-    required += ["modules.json", "config_sentence_transformers.json", "chat_template.jinja"]
-    missing = [name for name in required if not (path / name).is_file()]
-    if missing:
+    required += [f"{module['path']}/config.json" for module in modules() if module["path"]]
+    if missing := [name for name in [*required, *OF_PIPELINE] if name not in files]:
         raise ValueError(
-            f"{path} is not an exported repository: {', '.join(missing)} missing. Write one with "
-            "btok_hf.export_model, or from a training checkpoint with: btok export CHECKPOINT FOLDER"
+            f"{path} is not an exported repository: {', '.join(missing)} missing (folders that are links are not "
+            "followed). Write one with btok_hf.export_model, or from a training checkpoint with: btok export "
+            "CHECKPOINT FOLDER"
         )
     if is_adapter:
-        base = json.loads(adapter.read_text("utf-8"))["base_model_name_or_path"]
+        config = json.loads(adapter.read_text("utf-8"))
+        base, revision = config["base_model_name_or_path"], config.get("revision")
         if not is_hub_id(base):
             raise ValueError(
                 f"The base model of the adapters in {path} must be a Hub id, got {base!r}, which nobody else can "
                 "load. Export the merged model with: btok export CHECKPOINT FOLDER; or, if the base is on the Hub, "
                 "the adapters alone with --adapter-only --base-model HUB_ID"
             )
-    everything = sorted(
-        file.relative_to(path).as_posix()
-        for file in path.rglob("*")
-        if file.is_file() and not any(_is_private(part) for part in file.relative_to(path).parts)
-    )
-    files = list(filter_repo_objects(everything, ignore_patterns=NOT_PUBLISHED))
+        if revision not in (None, "main"):
+            raise ValueError(
+                f"The adapters in {path} were trained on revision {revision!r} of {base}, and stock loaders would "
+                "take its main branch. Export the merged model with: btok export CHECKPOINT FOLDER; or the adapters "
+                "with --adapter-only and, as --base-model, the id of a repository whose main branch it is."
+            )
     for name in files:
         if name.endswith(".safetensors"):
             try:

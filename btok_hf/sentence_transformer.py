@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from huggingface_hub.utils import validate_repo_id
+from torch import Tensor
 
 from btok_hf.adapters import add_adapters, has_adapters
 from btok_hf.arguments import check_loading, named_damage
@@ -65,6 +66,10 @@ class BTokSentenceTransformer(PackedEncoder):
     ) -> None:
         model_name_or_path = str(model_name_or_path)
         check_loading(prompts, hub_kwargs)
+        if Path(model_name_or_path).is_dir():  # what is saved names the folder itself
+            model_name_or_path = str(Path(model_name_or_path, hub_kwargs.pop("subfolder", None) or ""))
+            if not Path(model_name_or_path).is_dir():
+                raise FileNotFoundError(f"There is no folder {model_name_or_path}. Correct subfolder.")
         with named_damage(model_name_or_path):
             module = BottleneckTransformer.load(
                 model_name_or_path, model_kwargs=model_kwargs, processor_kwargs=processor_kwargs, **hub_kwargs
@@ -72,6 +77,8 @@ class BTokSentenceTransformer(PackedEncoder):
             saved = BottleneckTransformer.load_config(
                 model_name_or_path, config_filename="config_sentence_transformers.json", **hub_kwargs
             )
+            if sizes := saved.get("matryoshka_dimensions"):  # of adapters, which have no configuration of their own
+                module.config.matryoshka_dimensions = sizes
             longest = module.max_seq_length
             if max_seq_length is not None:
                 module.max_seq_length = max_seq_length
@@ -91,6 +98,7 @@ class BTokSentenceTransformer(PackedEncoder):
             longest,
             module.image_limits.max_pixels,
         )
+        self._versions = [_version(parameter) for parameter in self.parameters()]
         self._loaded_card: LoadedCard | None = None
         if not has_adapters(module.model):  # their card tells how to load adapters
             self._loaded_card = LoadedCard(model_name_or_path, hub_kwargs, None if processor_kwargs else described)
@@ -198,6 +206,7 @@ class BTokSentenceTransformer(PackedEncoder):
             shorter, larger or smaller inputs.
         """
         trained = not self._model_card_text or "generated_from_trainer" in self.model_card_data.tags
+        trained |= any(_version(now) > before for now, before in zip(self.parameters(), self._versions))
         if self._loaded_card is None or trained or has_adapters(self.transformer.model):
             return None
         limits = self.max_seq_length, self.transformer.image_limits.max_pixels
@@ -231,3 +240,8 @@ class BTokSentenceTransformer(PackedEncoder):
             model=self,
             files=self.kept_card() if create_model_card else {},  # a card that exists stays
         )
+
+
+def _version(parameter: Tensor) -> int:
+    """How often a tensor was changed in place."""
+    return 0 if parameter.is_inference() else parameter._version

@@ -4,7 +4,7 @@ Word weights of 1 for the Bottleneck Tokens and of 0 for all other tokens make t
 Bottleneck Tokens alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +39,9 @@ def write_pipeline(
     output_dir: Path,
     config: PreTrainedConfig,
     model: "SentenceTransformer | None",
-    prompts: Mapping[str, str | None] | None,
+    settings: Mapping[str, Any] | None,
     requirements: Mapping[str, Any],
+    trained_dimensions: Sequence[int] | None = None,
 ) -> None:
     """Write the settings of the modules, and those of the whole model. `modules.json` is not among them.
 
@@ -48,9 +49,13 @@ def write_pipeline(
         output_dir (`Path`): Folder to write.
         config (`PreTrainedConfig`): Configuration of the model.
         model (`BTokSentenceTransformer`, *optional*): Source of prompts, similarity and dimensions.
-        prompts (`dict[str, str]`, *optional*): Prompts if there is no `model`.
+        settings (`dict`, *optional*): The same by name if there is no `model`.
         requirements (`dict`): Releases of packages that Sentence-Transformers checks before it loads the weights.
+        trained_dimensions (`list[int]`, *optional*): Sizes that adapters were trained for. Their repository has no
+            `config.json`, where those of a merged model are.
     """
+    names = ("prompts", "default_prompt_name", "similarity_fn_name", "truncate_dim")
+    own = dict(settings or {}) if model is None else {name: getattr(model, name) for name in names}
     text_config = config.get_text_config()
     forward = {"method": "forward", "method_output_name": "last_hidden_state"}
     modalities = ("text", "image", *(["video"] if family_of(config).video else []), "message")
@@ -70,11 +75,12 @@ def write_pipeline(
         {
             "model_type": "SentenceTransformer",
             "__version__": {"transformers": transformers.__version__, "pytorch": torch.__version__},
-            "prompts": model.prompts if model is not None else _with_defaults(prompts or {}),
-            "default_prompt_name": None if model is None else model.default_prompt_name,
-            "similarity_fn_name": "cosine" if model is None else model.similarity_fn_name,
-            "truncate_dim": None if model is None else model.truncate_dim,
+            "prompts": _with_defaults(own.get("prompts") or {}),
+            "default_prompt_name": own.get("default_prompt_name"),
+            "similarity_fn_name": own.get("similarity_fn_name") or "cosine",
+            "truncate_dim": own.get("truncate_dim"),
             "requirements": requirements,
+            **({"matryoshka_dimensions": list(trained_dimensions)} if trained_dimensions else {}),
         },
     )
     # One character per vocabulary entry: "B" for a Bottleneck Token, "." for any other.

@@ -30,7 +30,7 @@ from btok_hf.modeling.modeling_btok import LOADING, bottleneck_token_ids, load_s
 from btok_hf.weights import untied_head
 
 require_methods(Transformer, "_load_config", "_load_model")
-HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 
 
 class BottleneckTransformer(Transformer):
@@ -52,13 +52,15 @@ class BottleneckTransformer(Transformer):
         self, model_name_or_path: str, backend: str, config_kwargs: dict[str, Any]
     ) -> tuple[PreTrainedConfig, bool]:
         """The configuration, for adapters that of their base, and whether there are adapters."""
-        hub = {key: value for key, value in config_kwargs.items() if key in HUB_ARGUMENTS}
+        hub = {key: value for key, value in config_kwargs.items() if key in HUB_ARGUMENTS and value}
+        self.adapters_from = None
         if find_adapter_config_file(model_name_or_path, **hub) is None:
             self.base_revision = config_kwargs.get("revision")  # of what adapters are added to
             return super()._load_config(model_name_or_path, backend, config_kwargs)
         from peft import PeftConfig
 
         saved = PeftConfig.from_pretrained(model_name_or_path, **hub)
+        self.adapters_from = model_name_or_path
         self._base = find_base(model_name_or_path, saved.base_model_name_or_path)
         self.base_revision = saved.revision  # that of the call is one of the adapters
         of_base = {key: value for key, value in config_kwargs.items() if key != "subfolder"}
@@ -80,7 +82,8 @@ class BottleneckTransformer(Transformer):
         model_kwargs.pop("trust_remote_code", None)
         source, adapter_kwargs = model_name_or_path, {}
         if is_peft_model:
-            adapter_kwargs = {key: model_kwargs[key] for key in HUB_ARGUMENTS if key in model_kwargs}
+            adapter_kwargs = {key: model_kwargs[key] for key in HUB_ARGUMENTS if model_kwargs.get(key)}
+            model_kwargs.pop("subfolder", None)
             model_kwargs["revision"] = self.base_revision
             source = self._base
         with LOADING:
@@ -89,6 +92,8 @@ class BottleneckTransformer(Transformer):
             self.lm_head = None if "lm_head.weight" in info["missing_keys"] else untied_head(model)
             self.generation_config = model.generation_config
             backbone = model.model
+            if subfolder := model_kwargs.get("subfolder"):  # adapters name it, so that nobody takes the root for it
+                backbone.name_or_path = f"{source}/{subfolder}"
             if is_peft_model:
                 load_adapters(backbone, model_name_or_path, **adapter_kwargs)
         return backbone

@@ -20,6 +20,14 @@ from btok_hf.modeling.modeling_btok import LOADING, StockModel
 
 # Large enough for a 2B model in one file. An export holds one shard of merged tensors in memory.
 MAX_SHARD_SIZE = "5GB"
+# Files that loaders read weights from, in a folder or in the root of a repository.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "adapter_config.json",
+    "adapter_model.*",
+)
 
 
 def untied_head(model: StockModel) -> torch.nn.Linear | None:
@@ -60,11 +68,20 @@ def names_on_disk(
 
     Returns:
         `dict[str, str]`: Name in memory by name on disk.
+
+    Raises:
+        ValueError: Names that the class does not have, or too few.
     """
     # Copying through to_dict drops the attention implementation, which transformers would not accept in a new model.
     with LOADING, torch.device("meta"):
         model = model_class(type(config).from_dict(config.to_dict()))
     marked = {name: torch.empty(0, device="meta") for name in names}
+    if wrong := sorted((marked.keys() ^ model.state_dict().keys()) - {"lm_head.weight"}):
+        raise ValueError(
+            f"The model has other tensors than a {model_class.__name__}: {len(wrong)}, e.g. {wrong[0]}. Nobody could "
+            "load them. Add adapters with model.add_adapter or peft_config, not with peft.get_peft_model, and load "
+            "the model again after its layers were replaced."
+        )
     in_memory = {id(tensor): name for name, tensor in marked.items()}
     return {name: in_memory[id(tensor)] for name, tensor in revert_weight_conversion(model, marked).items()}
 

@@ -133,6 +133,13 @@ def files_of_card(folder: Path) -> list[Path]:
     return found + [licence] * (licence.is_file() and licence.read_bytes() == apache_license().encode())
 
 
+# What snippets begin with if they load files from the Hub.
+IMPORT, BEFORE = (
+    "from huggingface_hub import snapshot_download\n",
+    ("from sentence_transformers import SentenceTransformer\n\nfolder", "from transformers import AutoModel,"),
+)
+
+
 def for_hub(card: str, repo_id: str) -> str:
     """A card whose snippets load the repository from the Hub, in place of a path that the reader has to fill in.
 
@@ -142,12 +149,25 @@ def for_hub(card: str, repo_id: str) -> str:
     """
     if f'folder = "{PLACEHOLDER}"' in card:
         card = card.replace(f'folder = "{PLACEHOLDER}"', f'folder = snapshot_download("{repo_id}")')
-        for first in (
-            "from sentence_transformers import SentenceTransformer\n\nfolder",
-            "from transformers import AutoModel,",
-        ):
-            card = card.replace(first, f"from huggingface_hub import snapshot_download\n{first}")
+        for first in BEFORE:
+            card = card.replace(first, f"{IMPORT}{first}")
     return card.replace(PLACEHOLDER, repo_id)
+
+
+def for_folder(card: str, repo_id: str) -> str:
+    """A card of a repository on the Hub as it was before `for_hub`, so that it can be pushed to another.
+
+    Args:
+        card (`str`): A card. Only its snippets change: what names the base or the data stays.
+        repo_id (`str`): Hub id of its repository.
+    """
+    if f'snapshot_download("{repo_id}")' in card:
+        for first in BEFORE:
+            card = card.replace(f"{IMPORT}{first}", first)
+    card = card.replace(f'snapshot_download("{repo_id}")', f'"{PLACEHOLDER}"')
+    return card.replace(f'"{repo_id}"', f'"{PLACEHOLDER}"').replace(
+        f"btok verify {repo_id}`", f"btok verify {PLACEHOLDER}`"
+    )
 
 
 def render_card(

@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 
 from sentence_transformers.util import load_file_path
 
+from btok_hf.hub_card.card import for_folder
+from btok_hf.hub_names import is_hub_id
+
 logger = logging.getLogger(__name__)
 
 # Pictures of the repository that a card shows or loads: in Markdown, and in its snippets.
@@ -47,7 +50,8 @@ class LoadedCard:
     """
 
     def __init__(self, source: str, hub_kwargs: Mapping[str, Any], described: Described | None) -> None:
-        self.source, self.hub_kwargs, self.described = source, hub_kwargs, described
+        self.source = str(Path(source).resolve()) if Path(source).is_dir() else source
+        self.hub_kwargs, self.described = hub_kwargs, described
         card = self._read("README.md")
         self.text = None if card is None else card.decode("utf-8", errors="replace")
 
@@ -78,4 +82,6 @@ class LoadedCard:
         found = {name: self._read(name) for name in ("LICENSE", *sorted(set(PICTURES.findall(self.text))))}
         if gone := [name for name in found if found[name] is None and name != "LICENSE"]:
             logger.warning(f"The README.md of {self.source} shows {', '.join(gone)}, which cannot be found there.")
-        return {"README.md": self.text, **{name: content for name, content in found.items() if content is not None}}
+        # Snippets load the repository that the card is in, not the one it comes from.
+        card = for_folder(self.text, self.source) if is_hub_id(self.source) else self.text
+        return {"README.md": card, **{name: content for name, content in found.items() if content is not None}}

@@ -114,7 +114,8 @@ def load_stock_model(
         model, info = load(source, *args, **kwargs)
     if getattr(model, "_hf_peft_config_loaded", False):  # their tensors would be saved under names that none knows
         raise ValueError(
-            f"{source} holds adapters beside its weights (adapter_config.json). Remove them, or merge them into it."
+            f"{source} holds adapters beside its weights (adapter_config.json). Move adapter_* to a folder of "
+            "their own, or merge them into it."
         )
     missing = sorted(info["missing_keys"] - (set() if needs_head else {"lm_head.weight"}))
     mismatched = sorted(str(key) for key in info["mismatched_keys"])

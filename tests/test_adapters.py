@@ -18,7 +18,7 @@ from support.pictures import colours
 from support.training import config, text_pairs
 
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_adapters, export_model
-from btok_hf.adapters import MergedTensors, has_adapters
+from btok_hf.adapters import MergedTensors, find_base, has_adapters
 from btok_hf.training import CondensationTrainer
 
 
@@ -237,6 +237,16 @@ def test_the_base_of_the_same_run_comes_before_that_of_the_working_directory(rep
     monkeypatch.chdir(tmp_path / "other")
     again = BTokSentenceTransformer(tmp_path / "one" / "run" / "checkpoint-2", device="cpu")
     np.testing.assert_allclose(again.encode(["a b"]), model.encode(["a b"]), atol=2e-6)
+
+
+def test_the_base_of_adapters_on_the_hub_is_not_looked_for_here(repo, tmp_path, monkeypatch):
+    (tmp_path / "org").mkdir()
+    (tmp_path / "org" / "start").symlink_to(repo)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    assert find_base("org/lora", "org/start") == "org/start"
+    with pytest.raises(FileNotFoundError, match="which is in none of these places: a/run/start"):
+        find_base("org/lora", "a/run/start")
 
 
 def test_the_base_is_found_when_the_run_was_moved(repo, tmp_path, monkeypatch):

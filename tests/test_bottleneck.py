@@ -224,6 +224,21 @@ def test_a_suffix_is_in_every_row_and_is_never_cut(bases, tmp_path, num_tokens):
             add_bottleneck_tokens(repo, tmp_path / "other")
 
 
+def test_a_base_with_tokens_keeps_its_instructions(bases, tmp_path):
+    base = add_bottleneck_tokens(bases["qwen2_vl"], tmp_path / "base", prompts={"query": "Q:"}, noise_std=0.5)
+    changed = {"default_prompt_name": "query", "truncate_dim": 16}
+    edit(base, "config_sentence_transformers.json", lambda config: config.update(changed))
+    expected = SentenceTransformer(str(base), device="cpu")
+    for model in (
+        SentenceTransformer(str(add_bottleneck_tokens(base, tmp_path / "again")), device="cpu"),
+        BTokSentenceTransformer(tmp_path / "again", device="cpu"),
+    ):
+        for name in ("encode", "encode_query"):
+            np.testing.assert_allclose(getattr(model, name)(["a"]), getattr(expected, name)(["a"]), atol=2e-6)
+    other = BTokSentenceTransformer(add_bottleneck_tokens(base, tmp_path / "other", prompts={"query": "R:"}))
+    assert other.prompts["query"] == "R:" and other.default_prompt_name is None
+
+
 def test_prompts_by_the_names_of_encode_document(bases, tmp_path):
     """An empty prompt of another name would come first."""
     prompts = {"query": "Q:", "passage": "P:"}

@@ -23,7 +23,7 @@ from support.cards import (
 from trl import TrlParser
 
 from btok_hf import add_bottleneck_tokens
-from btok_hf.hub_card.card import PLACEHOLDER, CardArguments, for_hub, render_card
+from btok_hf.hub_card.card import PLACEHOLDER, CardArguments, for_folder, for_hub, render_card
 from btok_hf.hub_card.training_run import card_files
 
 
@@ -149,3 +149,4 @@ def test_on_the_hub_snippets_name_the_repository(model, images):
     assert code.count('folder = snapshot_download("org/model")') == (2 if images else 0)
     assert code.count("from huggingface_hub import snapshot_download\n") == (2 if images else 0)
     assert for_hub(pushed, "org/other") == pushed
+    assert for_folder(pushed, "org/model") == card and for_folder(pushed, "org/other") == pushed

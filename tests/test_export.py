@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense
 from support import tiny
@@ -17,7 +17,9 @@ from support.repositories import TEXTS, add_noise, contents, differences
 
 import btok_hf
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_adapters, export_model
+from btok_hf.files import write_files
 from btok_hf.hub_card.card import apache_license
+from btok_hf.training import CondensationLoss
 
 
 @pytest.mark.parametrize("untied", [False, True])
@@ -172,6 +174,13 @@ def test_another_card_takes_away_what_an_earlier_one_brought(repo, tmp_path):
 def test_the_card_of_a_model_that_changed_is_not_kept(exported, with_adapters, tmp_path):
     model = BTokSentenceTransformer(exported, device="cpu")
     assert model.kept_card() is not None
+    model.encode(["a"])
+    model.half().float()
+    assert model.kept_card() is not None
+    with torch.no_grad():  # a training loop of one's own
+        model[0].model.language_model.norm.weight.mul_(2)
+    assert model.kept_card() is None
+    model = BTokSentenceTransformer(exported, device="cpu")
     model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
     assert model.kept_card() is None
     with_adapters.save_pretrained(str(tmp_path / "adapters"))
@@ -254,3 +263,84 @@ def test_further_modules_are_refused_instead_of_lost(repo, tmp_path):
         with pytest.raises(ValueError, match="The model has 2 modules, but a repository holds the first alone"):
             write(str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_adapters_are_saved_in_a_folder_of_their_own(copied, with_adapters, repo, tmp_path):
+    """Beside a model nobody could load them, or a push would take both."""
+    with pytest.raises(ValueError, match="contains a merged model"):
+        with_adapters.save_pretrained(str(copied))
+    assert not (copied / "adapter_config.json").exists()
+    with_adapters.save_pretrained(str(tmp_path / "adapters"))
+    saved = contents(tmp_path / "adapters")
+    loaded = BTokSentenceTransformer(tmp_path / "adapters", device="cpu")
+    with pytest.raises(ValueError, match=r"must not be where the adapters are from, got .*could not resume"):
+        export_model(loaded, tmp_path / "adapters")
+    with pytest.raises(ValueError, match="already holds a model"):
+        add_bottleneck_tokens(repo, tmp_path / "adapters")
+    assert contents(tmp_path / "adapters") == saved
+
+
+def test_files_of_other_names_stay(repo, tmp_path):
+    """Only those go that a loader would read as weights."""
+    others = {
+        "model_ema.safetensors": b"1",
+        "model.fp16.safetensors": b"2",
+        "adapter_notes.md": b"3",
+        "adapter_x/y": b"4",
+    }
+    write_files(tmp_path, {**others, "adapter_model.safetensors": b"5"})
+    export_model(BTokSentenceTransformer(repo, device="cpu"), tmp_path)
+    found = contents(tmp_path)
+    assert all(found[name] == content for name, content in others.items())
+    assert "adapter_model.safetensors" not in found
+
+
+def test_content_of_files_is_checked_before_anything_is_written(exported, copied):
+    with pytest.raises(TypeError, match=r"files must hold str or bytes, got PosixPath for 'README\.md'"):
+        export_model(BTokSentenceTransformer(exported, device="cpu"), copied, files={"README.md": Path("x")})
+    assert contents(copied) == contents(exported)
+
+
+def test_sizes_that_adapters_were_trained_for(repo, tmp_path):
+    model = BTokSentenceTransformer(repo, device="cpu")
+    CondensationLoss(model, matryoshka_dims=[32, 64])
+    model.add_adapter(LoraConfig(r=2))
+    model.save(tmp_path / "adapters")
+    again = BTokSentenceTransformer(tmp_path / "adapters", device="cpu")
+    again.save(tmp_path / "again")
+    export_model(BTokSentenceTransformer(tmp_path / "again", device="cpu"), tmp_path / "merged")
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["matryoshka_dimensions"] == [32, 64]
+    assert "matryoshka_dimensions" not in (tmp_path / "merged" / "config_sentence_transformers.json").read_text()
+    stock = SentenceTransformer(str(tmp_path / "merged"), device="cpu")
+    np.testing.assert_allclose(stock.encode(TEXTS), again.encode(TEXTS), atol=2e-6)
+
+
+def test_layers_that_peft_replaced_by_itself_are_not_saved(repo, tmp_path):
+    model = BTokSentenceTransformer(repo, device="cpu")
+    get_peft_model(model[0].model, LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"other tensors than a Qwen2VLFor.*model\.add_adapter"):
+        model.save(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_subfolder_is_a_folder(copied, exported, with_adapters, tmp_path):
+    """Adapters that are added to it belong to it, not to the model around it."""
+    add_noise(copied, 0.3)
+    shutil.copytree(exported, copied / "inner")
+    with_adapters.save_pretrained(str(copied / "lora"))
+    model = BTokSentenceTransformer(copied, subfolder="inner", device="cpu")
+    model.add_adapter(LoraConfig(r=2, init_lora_weights=False))
+    model.save(tmp_path / "saved")
+    for source, subfolder, expected in ((tmp_path / "saved", None, model), (copied, "lora", with_adapters)):
+        loaded = BTokSentenceTransformer(source, subfolder=subfolder, device="cpu")
+        np.testing.assert_allclose(loaded.encode(TEXTS), expected.encode(TEXTS), atol=2e-6)
+    with pytest.raises(FileNotFoundError, match=r"There is no folder .*nothing\. Correct subfolder"):
+        BTokSentenceTransformer(copied, subfolder="nothing", device="cpu")
+
+
+def test_a_card_is_found_from_another_folder(copied, tmp_path, monkeypatch):
+    write_files(copied, {"LICENSE": "MIT"})
+    monkeypatch.chdir(copied.parent)
+    model = BTokSentenceTransformer(copied.name, device="cpu")
+    monkeypatch.chdir("/")
+    assert model.kept_card()["LICENSE"] == b"MIT"

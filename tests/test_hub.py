@@ -5,16 +5,20 @@ Client processes have their own environment, because huggingface_hub reads it wh
 
 import hashlib
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 from support.hub_server import OWNER_TOKEN, STRANGER_TOKEN, HubServer, blob_oid
 from support.publishing import LOAD, as_pushed, head, retry_command, served
-from support.repositories import TEXTS, add_noise, contents
+from support.repositories import TEXTS, add_noise, contents, edit
 
 import btok_hf
 from btok_hf import BTokSentenceTransformer
+from btok_hf.files import write_files
+from btok_hf.hub_card.card import apache_license
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -272,3 +276,88 @@ def test_a_push_that_is_always_reset_ends_with_the_folder_whole(endless_resets, 
     server.faults = {}
     server.run(*retry_command(run.stderr), home=home)
     assert served(server, "org/broken") == as_pushed(exported, "org/broken")
+
+
+@pytest.mark.parametrize(
+    "name", ["sentence_bert_config.json", "tokenizer.json", "processor_config.json", "1_WordWeights/config.json"]
+)
+def test_a_folder_that_stock_loaders_would_read_otherwise_is_not_pushed(copied, name):
+    """Without the first, they average all tokens and say nothing."""
+    (copied / name).unlink()
+    with pytest.raises(ValueError, match=f"is not an exported repository: {name} missing"):
+        btok_hf.push(copied, "org/model")
+
+
+def test_folders_that_are_links_are_not_left_out_silently(copied, tmp_path):
+    (copied / "1_WordWeights").rename(tmp_path / "elsewhere")
+    (copied / "1_WordWeights").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"1_WordWeights/config\.json missing \(folders that are links"):
+        btok_hf.push(copied, "org/model")
+
+
+def test_adapters_of_a_revision_are_not_pushed(with_adapters, tmp_path):
+    """Stock loaders would add them to the main branch."""
+    with_adapters.save_pretrained(str(tmp_path))
+    edit(tmp_path, "adapter_config.json", lambda config: config.update(base_model_name_or_path="org/x", revision="v1"))
+    with pytest.raises(ValueError, match="trained on revision 'v1' of org/x, and stock loaders would take its main"):
+        btok_hf.push(tmp_path, "org/lora")
+
+
+def test_scores_and_licence_go_with_the_weights_that_they_belong_to(hub, exported, copied, tmp_path):
+    """They stay if the card alone is another. What others put into the repository stays in any case."""
+    brought = {".eval_results/x.yaml": "score: 61", "LICENSE": apache_license(), "assets/loss.png": "1"}
+    mine = {"assets/mine.png": "2", "docs/metrics.json": "3"}
+    write_files(copied, {**brought, **mine, "metrics.json": "{}"})
+    brought["metrics.json"] = "{}"
+    hub.run("-m", "btok_hf", "push", copied, "org/scored", home=tmp_path)
+    hub.run("-m", "btok_hf", "push", exported, "org/scored", home=tmp_path)
+    assert {*brought, *mine} <= served(hub, "org/scored").keys()
+    other = Path(shutil.copytree(exported, tmp_path / "other"))
+    add_noise(other, 0.1)
+    hub.run("-m", "btok_hf", "push", other, "org/scored", home=tmp_path)
+    assert {*brought, *mine} & served(hub, "org/scored").keys() == mine.keys()
+    write_files(copied, {"LICENSE": "MIT"})
+    hub.run("-m", "btok_hf", "push", copied, "org/scored", home=tmp_path)
+    hub.run("-m", "btok_hf", "push", other, "org/scored", home=tmp_path)
+    assert served(hub, "org/scored")["LICENSE"] == b"MIT"
+
+
+def test_a_copy_of_a_repository_names_itself(hub, exported, tmp_path):
+    """Snippets of a card that is kept load the repository that it is in."""
+    code = (
+        "import sys; from btok_hf import BTokSentenceTransformer, export_model, push\n"
+        "push(sys.argv[1], 'org/first')\n"
+        "model = BTokSentenceTransformer('org/first', device='cpu')\n"
+        "push(export_model(model, sys.argv[2]), 'org/second'); model.push_to_hub('org/third')\n"
+    )
+    hub.run("-c", code, exported, tmp_path / "copy", home=tmp_path / "home")
+    assert (tmp_path / "copy" / "README.md").read_text() == (exported / "README.md").read_text()
+    for name in ("second", "third"):
+        card = served(hub, f"org/{name}")["README.md"].decode()
+        assert f'SentenceTransformer("org/{name}")' in card and "org/first" not in card
+
+
+def test_a_subfolder_of_a_repository(hub, exported, with_adapters, tmp_path):
+    """Adapters beside other weights in the root; and adapters whose base is in a subfolder name it."""
+    expected = with_adapters.encode(TEXTS)
+    with_adapters.save_pretrained(str(tmp_path / "lora"))
+    code = (
+        "import json, sys; from huggingface_hub import HfApi; from peft import LoraConfig\n"
+        "from btok_hf import BTokSentenceTransformer\n"
+        "base, lora, saved, texts = *sys.argv[1:4], json.loads(sys.argv[4])\n"
+        "api = HfApi(); api.create_repo('org/parts')\n"
+        "for folder, name in (base, 'whole'), (lora, 'lora'):\n"
+        "    api.upload_folder(repo_id='org/parts', folder_path=folder, path_in_repo=name)\n"
+        "model = BTokSentenceTransformer('org/parts', subfolder='lora', device='cpu')\n"
+        "vectors = model.encode(texts).tolist()\n"
+        "model = BTokSentenceTransformer('org/parts', subfolder='whole', device='cpu')\n"
+        "model.add_adapter(LoraConfig(r=2)); model.save(saved)\n"
+        "print('\\n' + json.dumps(vectors))\n"
+    )
+    arguments = (exported, tmp_path / "lora", tmp_path / "saved", json.dumps(TEXTS))
+    run = hub.run("-c", code, *arguments, home=tmp_path / "home")
+    assert np.abs(np.array(json.loads(run.stdout.splitlines()[-1])) - expected).max() <= 2e-6
+    config = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/parts/whole"
+    with pytest.raises(ValueError, match="must be a Hub id, got 'org/parts/whole'"):
+        btok_hf.push(tmp_path / "saved", "org/lora")
