@@ -164,7 +164,7 @@ class PackedEncoder(SentenceTransformer):
         device = self._resolve_inference_device(device)
         self.eval()
         token_ids = bottleneck_token_ids(cast(PreTrainedConfig, self.config))
-        around = estimate_tokens(prompt or "", self.processor) + len(token_ids) + 4
+        around = estimate_tokens({"text": prompt or ""}, self.processor) + len(token_ids) + 4
         longest = self.max_seq_length or math.inf
         tokens = [min(around + estimate_tokens(item, self.processor), longest) for item in inputs]
 

@@ -48,11 +48,13 @@ PART_KEYS = {"text": ("text",), "image": ("image", "url", "path", "base64"), "vi
 
 
 class _Short(reprlib.Repr):
-    """Shows arrays by type and shape: their values would say little, and take long to print."""
+    """Shows arrays and images by type and size: their values would say little, and take long to print."""
 
     def repr1(self, x: Any, level: int) -> str:
         if isinstance(x, Array):
             return f"<{type(x).__name__} of {x.dtype}, shape {tuple(x.shape)}>"
+        if isinstance(x, Image.Image):
+            return f"<image of {x.width} x {x.height}, mode {x.mode}>"
         return super().repr1(x, level)
 
 

@@ -24,6 +24,7 @@ VIDEO_SUFFIXES = (".mp4", ".m4v", ".avi", ".mov", ".wmv", ".flv", ".mkv", ".webm
 VIDEO_FRAMES = 8
 FRAMES = (Image.Image, np.ndarray, torch.Tensor)
 ORIENTATION = 0x0112  # EXIF tag
+BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # TIFF tags
 SUBFILE_TYPE, REDUCED_OR_MASK = 0x00FE, 0b101  # TIFF tag, and its bits for what is no page
 MIN_FPS, MAX_FPS = 0.001, 1000  # processors turn frame numbers into seconds
 MAX_RATIO = 200  # of a longer to a shorter side; Qwen-VL's processors accept no more
@@ -163,6 +164,17 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
+def _scale_transparent(image: Image.Image) -> None:
+    """Give a PNG file the colour that stands for transparent in 8 bits, as Pillow gives its pixels."""
+    colour, tile = image.info.get("transparency"), getattr(image, "tile", None)  # empty once the image is loaded
+    if image.format == "PNG" and tile and isinstance(colour, (int, tuple)):
+        stored = str(tile[0][3])  # Pillow's name of the pixels in the file
+        if isinstance(colour, int):
+            image.info["transparency"] = colour * {"L;2": 85, "L;4": 17}.get(stored, 1)
+        elif stored == "RGB;16B":
+            image.info["transparency"] = tuple(value >> 8 for value in colour)
+
+
 def as_rgb(image: Image.Image) -> Image.Image:
     """The picture that a person sees: upright (EXIF), transparency on white, 8 bits per colour.
 
@@ -176,6 +188,9 @@ def as_rgb(image: Image.Image) -> Image.Image:
         ValueError: The image is closed or truncated, or its mode has more than 8 bits and an unknown range.
     """
     try:
+        tags = getattr(image, "tag_v2", {})  # of a TIFF file, before a copy loses them
+        bits, inverted = tags.get(BITS_PER_SAMPLE, (16,))[0], tags.get(PHOTOMETRIC) == 0
+        _scale_transparent(image)
         image.load()
         if _orientation(image) != 1:
             image = ImageOps.exif_transpose(image)
@@ -187,8 +202,13 @@ def as_rgb(image: Image.Image) -> Image.Image:
         array = np.asarray(image)
         # Pillow reads 16-bit files as 32-bit integers (mode I) too.
         wide = image.mode.startswith("I;16") or (image.mode == "I" and 255 < array.max() < 2**16 and array.min() >= 0)
-        scaled = np.rint(array / 257).astype(np.uint8) if wide else as_uint8(array)
-        return Image.fromarray(scaled).convert("RGB")
+        if not wide:
+            return Image.fromarray(as_uint8(array)).convert("RGB")
+        # Pillow gives the stored numbers of these, of TIFF files of 12 bits or with 0 for white too.
+        top = 2**bits - 1 if image.mode.startswith("I;16") and bits < 16 else 2**16 - 1
+        array = top - array if inverted and image.mode.startswith("I;16") else array
+        array = np.where(array == image.info.get("transparency"), top, array)
+        return Image.fromarray(np.rint(array / (top / 255)).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

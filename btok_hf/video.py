@@ -60,7 +60,7 @@ def read_video(
             stream = container.streams.video[0]
             # Packets are counted without decoding, so that only the kept frames are in memory. A file that was cut
             # without encoding it again has packets that no player shows.
-            shown = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
+            shown = [packet.pts for packet in container.demux(stream) if _is_shown(packet, stream)]
             total = len(shown)
             container.seek(0)
             wanted = set(np.linspace(0, total - 1, min(num_frames, total)).astype(int).tolist())
@@ -71,8 +71,7 @@ def read_video(
                 if time.monotonic() > end:
                     raise ValueError(f"decoding it takes more than {most_seconds:g} seconds")
                 if index in wanted:
-                    # Phones store frames as the sensor lies, with a rotation in degrees counter-clockwise.
-                    frames.append(np.rot90(_pixels(frame, stream), round(frame.rotation / 90)))
+                    frames.append(_upright(_pixels(frame, stream), frame))
             fps = _frame_rate(shown, stream)
     except Exception as error:  # PyAV has types of its own, and raises others too
         # FFmpeg's own MemoryError is a size that no file has.
@@ -92,6 +91,24 @@ def read_video(
 def _check_pixels(sized: Any, count: int, most: float) -> None:
     if sized.width * sized.height * count > most:
         raise ValueError(f"its {count} frames of {sized.width} x {sized.height} have more than {most} pixels")
+
+
+def _is_shown(packet: Any, stream: Any) -> bool:
+    """Whether a packet holds a frame that players show."""
+    if not packet.size or packet.is_discard:
+        return False
+    # VP8 stores frames that are only referred to as packets of their own, without the bit for shown (RFC 6386, 9.1).
+    return stream.codec_context.name != "vp8" or bool(bytes(packet)[0] & 0x10)
+
+
+def _upright(pixels: np.ndarray, frame: Any) -> np.ndarray:
+    """The pixels of a frame as players show them: phones store frames as the sensor lies, some mirrored."""
+    matrix, turns = frame.side_data.get("DISPLAYMATRIX"), round(frame.rotation / 90)  # counter-clockwise
+    if matrix is not None:
+        a, b, _, c, d = np.frombuffer(bytes(matrix), "<i4")[:5].astype(float)
+        if a * d < b * c:  # mirrored, which FFmpeg's angle leaves out
+            pixels, turns = pixels[:, ::-1], turns + 2
+    return np.rot90(pixels, turns)
 
 
 def _pixels(frame: Any, stream: Any) -> np.ndarray:
@@ -140,6 +157,7 @@ def read_frames(folder: str | Path, num_frames: int | None = VIDEO_FRAMES) -> Vi
         raise FileNotFoundError(f"Folder of frames {str(folder)!r} has no images. Unpack its archive again.")
     names.sort(key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
     kept = len(names) if num_frames is None else min(num_frames, len(names))
-    wanted = np.linspace(0, len(names) - 1, max(2, kept)).astype(int)
+    wanted = np.linspace(0, len(names) - 1, kept).astype(int).tolist()
+    wanted *= 2 if kept == 1 else 1
     frames = np.stack([np.asarray(read_image(folder / names[index])) for index in wanted])
     return video_input(frames, fps=2.0)

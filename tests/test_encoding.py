@@ -170,3 +170,10 @@ def test_messages_among_other_inputs_may_come_first(model):
 
 def test_the_old_name_of_inputs(model):
     np.testing.assert_allclose(model.encode(sentences=["a"]), model.encode(["a"]), atol=TOLERANCE)
+
+
+def test_an_instruction_is_no_file(model, tmp_path, monkeypatch):
+    """Clients of a server choose it."""
+    image(60, 60).save(tmp_path / "a.png")
+    monkeypatch.setattr("btok_hf.lengths._file_tokens", lambda *given: pytest.fail("a file was opened"))
+    model.encode(["a"], prompt=str(tmp_path / "a.png"))

@@ -1,5 +1,7 @@
 """Bounds of the server. `test_cli.py` sets each by its flag."""
 
+import math
+
 import pytest
 
 from btok_hf.serving.limits import Limits
@@ -10,6 +12,7 @@ from btok_hf.serving.limits import Limits
     [
         {"max_rows": 0},
         {"timeout": -1.0},
+        {"timeout": math.inf},
         {"max_rows": 9, "queue_rows": 8},
         {"max_image_pixels": 10**9},
         {"max_body": 2**30},

@@ -1,6 +1,8 @@
 """Images, frames and their metadata."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -166,3 +168,63 @@ def test_frames_of_several_types_keep_their_ranges():
     others = [frame / 255, (frame.astype(np.uint16) * 257), torch.tensor(frame), Image.fromarray(frame)]
     for other in others:
         assert (frames_as_rgb([frame, other]) == frame).all()
+
+
+def png(bits, colour, row, transparent):
+    """A PNG file of 32 x 32 pixels. Pillow writes none of 2 bits, and none of 16 with a transparent colour."""
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", 32, 32, bits, colour, 0, 0, 0)),
+        (b"tRNS", transparent),
+        (b"IDAT", zlib.compress((b"\0" + row) * 32)),
+        (b"IEND", b""),
+    ]
+    parts = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize(
+    ("bits", "colour", "row", "clear", "other"),
+    [
+        (1, 0, b"\0" * 4, 0, 1),
+        (2, 0, b"\x55" * 8, 1, 2),
+        (4, 0, b"\x77" * 16, 7, 8),
+        (8, 0, b"\x64" * 32, 100, 101),
+        (16, 0, struct.pack(">H", 30_000) * 32, 30_000, 30_001),
+        (16, 2, struct.pack(">HHH", 30_000, 9, 9) * 32, (30_000, 9, 9), (40_000, 9, 9)),
+    ],
+)
+def test_a_transparent_colour_is_white_in_every_depth(bits, colour, row, clear, other):
+    """Also the second time that an opened image is read."""
+    for transparent, white in ((clear, True), (other, False)):
+        values = transparent if isinstance(transparent, tuple) else (transparent,)
+        opened = Image.open(io.BytesIO(png(bits, colour, row, struct.pack(f">{len(values)}H", *values))))
+        for _ in range(2):
+            assert (np.asarray(as_rgb(opened)) == 255).all() == white
+
+
+def tiff(bits, photometric, content):
+    """A TIFF file of 16 x 16 pixels of grey."""
+    tags = [(256, 16), (257, 16), (258, bits), (259, 1), (262, photometric), (273, 122), (277, 1), (278, 16)]
+    tags.append((279, len(content)))
+    entries = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + content
+
+
+def test_grey_of_12_bits_and_grey_whose_zero_is_white():
+    values = np.arange(256).reshape(16, 16)
+    high, low = values // 16, values % 16
+    pairs = [high[:, ::2] * 16 + low[:, ::2], high[:, ::2] * 16 + high[:, 1::2], low[:, 1::2] * 16 + high[:, 1::2]]
+    twelve = np.stack(pairs, -1).astype(np.uint8).tobytes()  # 4,095 / 255 times each value, so that the ends are exact
+    files = {
+        "12 bits": tiff(12, 1, twelve),
+        "16 bits": tiff(16, 1, (values * 257).astype("<u2").tobytes()),
+        "16 bits, zero is white": tiff(16, 0, (65_535 - values * 257).astype("<u2").tobytes()),
+        "8 bits, zero is white": tiff(8, 0, (255 - values).astype(np.uint8).tobytes()),
+    }
+    for name, content in files.items():
+        read = np.asarray(read_image(io.BytesIO(content)))[..., 0].astype(int)
+        assert np.abs(read - values).max() <= (1 if name == "12 bits" else 0), name
+        assert (read[0, 0], read[-1, -1]) == (0, 255), name

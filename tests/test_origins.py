@@ -49,8 +49,9 @@ def test_pixels_are_bounded_before_they_are_decoded():
     frames = "data:video/jpeg;base64," + ",".join([png(image(28, 28))] * 2)
     with pytest.raises(ValueError, match="more than 1567 pixels in all"):
         Origins(1567, 10**6, 60).video(frames)
-    video, pixels = Origins(1568, 10**6, 60).video(frames)
-    assert len(video) == 2 and pixels == 1568
+    reserved = []
+    video, pixels = Origins(1568, 10**6, 60).video(frames, reserve=reserved.append)
+    assert len(video) == 2 and pixels == 1568 and reserved == [784, 784]  # the end of a request ends the reading
 
 
 def test_pixels_of_a_request_are_counted_together():

@@ -128,4 +128,11 @@ def test_pixels_are_counted_part_by_part_before_they_are_decoded():
     request = EmbeddingRequest.model_validate({"messages": [parts]})
     with pytest.raises(KeyError, match="full"):
         request.rows(LIMITS, Origins(10**6, 10**6, 60), more_pixels)
-    assert counted == [28 * 28, 2 * 28 * 28]
+    assert counted == [28 * 28, 28 * 28]  # of the image, and of the first of two frames
+
+
+def test_frames_of_a_message_are_bounded_before_the_first_is_opened():
+    url = "data:video/jpeg;base64," + ",".join("x" * 3000)
+    content = [{"type": "video_url", "video_url": {"url": url}}] * 2
+    with pytest.raises(ValueError, match="have 6000 frames, more than 4096"):
+        rows(messages=[{"role": "user", "content": content}])

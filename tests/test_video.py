@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import struct
 from fractions import Fraction
 
 import av
@@ -43,6 +44,7 @@ def test_frames(tmp_path, repos, count, kept):
     video = read_frames(tmp_path)
     np.testing.assert_array_equal(video["array"], np.stack([np.asarray(colours[number]) for number in kept]))
     assert len(read_frames(tmp_path, None)["array"]) == max(2, count)
+    assert np.array_equal(read_frames(tmp_path, 1)["array"], np.stack([colours[0]] * 2))
     for backbone in tiny.WITH_VIDEO:  # no processor samples them again
         features = BTokSentenceTransformer(repos[backbone], device="cpu").preprocess([{"video": video}])
         if "video_grid_thw" in features:
@@ -59,6 +61,54 @@ def test_rotated_videos_are_upright():
         rotated["array"], np.rot90(stored["array"], -1, axes=(1, 2))
     )  # clockwise, as players show it
     assert rotated["video_metadata"] == stored["video_metadata"]
+
+
+def test_mirrored_videos_are_as_players_show_them():
+    """All matrices of right angles, written into the header (ISO/IEC 14496-12, 6.2.2)."""
+    content = (MEDIA / "rotated.mp4").read_bytes()
+    start = content.index(b"tkhd") + 4 + 40
+    stored = read_video(MEDIA / "upright.mp4")["array"]
+    expected = {
+        (1, 0, 0, 1): stored,
+        (-1, 0, 0, 1): stored[:, :, ::-1],
+        (1, 0, 0, -1): stored[:, ::-1],
+        (-1, 0, 0, -1): stored[:, ::-1, ::-1],
+        (0, 1, 1, 0): stored.swapaxes(1, 2),
+        (0, 1, -1, 0): np.rot90(stored, -1, axes=(1, 2)),
+        (0, -1, 1, 0): np.rot90(stored, 1, axes=(1, 2)),
+        (0, -1, -1, 0): stored[:, ::-1, ::-1].swapaxes(1, 2),
+    }
+    for (a, b, c, d), frames in expected.items():
+        matrix = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+        video = read_video(io.BytesIO(content[:start] + matrix + content[start + 36 :]))
+        assert np.array_equal(video["array"], frames), (a, b, c, d)
+
+
+def test_hidden_frames_of_vp8_are_no_frames(tmp_path):
+    """Encoders store them to refer to them. Here some frames are stored once more, with the bit for shown cleared."""
+    with av.open(str(tmp_path / "shown.webm"), "w") as container:
+        stream = container.add_stream("libvpx", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for index in range(20):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(image(64, 64, index)))))
+        container.mux(stream.encode())
+    with av.open(str(tmp_path / "shown.webm")) as source, av.open(str(tmp_path / "hidden.webm"), "w") as container:
+        stream = container.add_stream_from_template(source.streams.video[0])
+        for index, packet in enumerate(packet for packet in source.demux(video=0) if packet.size):
+            content = bytes(packet)
+            if index % 4 == 3:
+                hidden = av.Packet(bytes([content[0] & ~0x10]) + content[1:])
+                hidden.pts, hidden.dts, hidden.time_base, hidden.stream = (
+                    packet.pts - 9,
+                    packet.dts - 9,
+                    packet.time_base,
+                    stream,
+                )
+                container.mux(hidden)
+            packet.stream = stream
+            container.mux(packet)
+    shown, hidden = (read_video(tmp_path / f"{name}.webm", num_frames=20) for name in ("shown", "hidden"))
+    assert len(hidden["array"]) == 20 and hidden["video_metadata"] == shown["video_metadata"]
 
 
 def test_frames_that_no_player_shows_are_not_sampled():

@@ -1,5 +1,6 @@
 """The bounds of `btok serve`. Each field of `Limits` is also a flag, with the same default."""
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -16,7 +17,7 @@ class Limits:
     The time of a request is from its first byte to its answer.
 
     Raises:
-        ValueError: A bound that is not above 0, or a request that would never fit.
+        ValueError: A bound that is not above 0 and finite, or a request that would never fit.
     """
 
     max_rows: int = _bound(256, "most rows of a request")
@@ -31,8 +32,8 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not value > 0:
-                raise ValueError(f"{name} must be above 0, got {value}.")
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, got {value}.")
         for name in ("rows", "body", "image_pixels"):
             single, total = f"max_{name}", f"queue_{name.removeprefix('image_')}"
             if (asked := getattr(self, single)) > (most := getattr(self, total)):

@@ -73,9 +73,9 @@ class Origins:
         Args:
             url (`str`): As of an image, or `data:video/jpeg;base64,FRAME,FRAME,…`: images, two a second.
             taken (`int`): Pixels of the rest of the request.
-            reserve (`Callable`, *optional*): Called with the number of pixels before they are decoded. For a file it
-                is called once more afterwards, with the difference to what was decoded. It is above 0 only for a
-                file of one frame, which is doubled. An error of it ends the reading.
+            reserve (`Callable`, *optional*): Called with the number of pixels before they are decoded, for images of
+                each. For a file it is called once more afterwards, with the difference to what was decoded. It is
+                above 0 only for a file of one frame, which is doubled. An error of it ends the reading.
 
         Raises:
             ValueError: It may not be opened, is too large, or is no video.
@@ -85,8 +85,8 @@ class Origins:
         frames, pixels = [], 0
         for frame in url.removeprefix(FRAMES).split(","):
             frames.append(self._opened(_decoded(frame), taken + pixels))
-            pixels += frames[-1].width * frames[-1].height
-        reserve(pixels)
+            reserve(size := frames[-1].width * frames[-1].height)  # each, so that the end of a request ends it
+            pixels += size
         return frames, pixels
 
     def _video_file(self, content: bytes, left: int, reserve: Reserve) -> tuple[Any, int]:

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from btok_hf.inputs import ImageLimits, check_input, read_text
 from btok_hf.serving.origins import FRAMES, WEB, Origins, Reserve
 
-MOST_PARTS = 4096  # of a message; a request of --max-body could hold a million
+MOST_PARTS = 4096  # of a message, and frames of its videos; a request of --max-body could hold a million
 
 
 class _Strict(BaseModel):
@@ -208,6 +208,9 @@ def _read(message: Message, origins: Origins, reserve: Reserve) -> dict[str, Any
     """A user message with the files of its images and videos, in their order."""
     content: list[dict[str, Any]] = []
     pixels = 0
+    videos = [part.video_url.url for part in message.parts() if isinstance(part, VideoPart)]
+    if (frames := sum(url.count(",") for url in videos if url.startswith(FRAMES))) > MOST_PARTS:
+        raise ValueError(f"the videos of a request have {frames} frames, more than {MOST_PARTS}. Send fewer")
     for part in message.parts():
         if isinstance(part, TextPart):
             content.append({"type": "text", "text": part.text})

@@ -19,6 +19,7 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from PIL import Image
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
 
@@ -279,6 +280,8 @@ def serve(
     api_key = os.environ.get(KEY)
     if api_key is not None and (not api_key or api_key != api_key.strip()):
         raise ValueError(f"{KEY} is set, but empty or with white space around it. Give a key, or unset it for none.")
+    # Pillow's own bound is for applications without one. Origins checks images before they are decoded.
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, limits.max_image_pixels)
     origins = Origins(limits.max_image_pixels, limits.max_body, limits.timeout, hosts, folder)
     app = make_app(ServedModel(repo, **load), name or repo, limits, origins, api_key)
     # h11 bounds the size of headers, httptools does not. After SIGTERM, all that outlasts the timeout is a client that
