@@ -79,7 +79,7 @@ def export_model(
             (base, "the base model of the adapters, got {}: their checkpoints would be applied to merged weights"),
             (module.adapters_from, "where the adapters are from, got {}: training could not resume from them"),
         ):
-            if source and Path(source).resolve() == Path(output_dir).resolve():
+            if source and Path(source).is_dir() and Path(source).resolve() == Path(output_dir).resolve():
                 raise ValueError(f"output_dir must not be {what.format(output_dir)}. Choose another folder.")
     output_dir = write_repository(
         output_dir,

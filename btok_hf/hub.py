@@ -157,6 +157,12 @@ def _files_to_publish(path: Path, secrets: Collection[str]) -> list[str]:
         if file.is_file() and not any(_is_private(part) for part in file.relative_to(path).parts)
     )
     files = list(filter_repo_objects(everything, ignore_patterns=NOT_PUBLISHED))
+    linked = (folder.relative_to(path) for folder in path.rglob("*") if folder.is_symlink() and folder.is_dir())
+    if links := [str(folder) for folder in linked if not any(map(_is_private, folder.parts))]:
+        raise ValueError(
+            f"{path} has links to folders, whose files would not be uploaded: {', '.join(sorted(links))}. Copy them "
+            "there, or remove the links."
+        )
     adapter = path / "adapter_config.json"
     is_adapter = adapter.is_file()
     required = [adapter.name, "adapter_model.safetensors"] if is_adapter else ["config.json"]
@@ -173,9 +179,8 @@ def _files_to_publish(path: Path, secrets: Collection[str]) -> list[str]:
     required += [f"{module['path']}/config.json" for module in modules() if module["path"]]
     if missing := [name for name in [*required, *OF_PIPELINE] if name not in files]:
         raise ValueError(
-            f"{path} is not an exported repository: {', '.join(missing)} missing (folders that are links are not "
-            "followed). Write one with btok_hf.export_model, or from a training checkpoint with: btok export "
-            "CHECKPOINT FOLDER"
+            f"{path} is not an exported repository: {', '.join(missing)} missing. Write one with "
+            "btok_hf.export_model, or from a training checkpoint with: btok export CHECKPOINT FOLDER"
         )
     if is_adapter:
         config = json.loads(adapter.read_text("utf-8"))

@@ -5,12 +5,14 @@ vectors. Its one module is in `btok_hf/transformer.py`, `encode` in `btok_hf/enc
 `btok_hf/export.py`.
 """
 
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+import torch
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from btok_hf.hub import MESSAGE, push
 from btok_hf.hub_card.kept import Described, LoadedCard
 from btok_hf.input_kinds import Input
 from btok_hf.inputs import shown
+from btok_hf.modeling.modeling_btok import bottleneck_token_ids
 from btok_hf.transformer import BottleneckTransformer
 
 if TYPE_CHECKING:
@@ -66,10 +69,13 @@ class BTokSentenceTransformer(PackedEncoder):
     ) -> None:
         model_name_or_path = str(model_name_or_path)
         check_loading(prompts, hub_kwargs)
-        if Path(model_name_or_path).is_dir():  # what is saved names the folder itself
-            model_name_or_path = str(Path(model_name_or_path, hub_kwargs.pop("subfolder", None) or ""))
+        subfolder = hub_kwargs.pop("subfolder", None)
+        if subfolder and Path(model_name_or_path).is_dir():  # what is saved names the folder itself
+            model_name_or_path = os.path.join(model_name_or_path, subfolder)
             if not Path(model_name_or_path).is_dir():
                 raise FileNotFoundError(f"There is no folder {model_name_or_path}. Correct subfolder.")
+        elif subfolder:
+            hub_kwargs["subfolder"] = subfolder
         with named_damage(model_name_or_path):
             module = BottleneckTransformer.load(
                 model_name_or_path, model_kwargs=model_kwargs, processor_kwargs=processor_kwargs, **hub_kwargs
@@ -98,9 +104,9 @@ class BTokSentenceTransformer(PackedEncoder):
             longest,
             module.image_limits.max_pixels,
         )
-        self._versions = [_version(parameter) for parameter in self.parameters()]
         self._loaded_card: LoadedCard | None = None
         if not has_adapters(module.model):  # their card tells how to load adapters
+            self._loaded_values = self._values()
             self._loaded_card = LoadedCard(model_name_or_path, hub_kwargs, None if processor_kwargs else described)
             self._model_card_text = self._loaded_card.text  # type: ignore[assignment]  # declared without a type there
 
@@ -150,6 +156,12 @@ class BTokSentenceTransformer(PackedEncoder):
         Args:
             adapter_config (`LoraConfig`): As in `peft.LoraConfig`.
         """
+        if self.transformer.subfolder:
+            raise ValueError(
+                f"The model is from the subfolder {self.transformer.subfolder} of a repository, which checkpoints of "
+                "adapters cannot name as their base. Download it (huggingface_hub.snapshot_download), and load the "
+                "folder."
+            )
         add_adapters(self.transformer.model, self.transformer.lm_head, adapter_config)
 
     def push_to_hub(  # type: ignore[override]
@@ -195,6 +207,13 @@ class BTokSentenceTransformer(PackedEncoder):
             if not failed:
                 shutil.rmtree(folder.parent)
 
+    def _values(self) -> list[Tensor]:
+        """Some values of every parameter, and the rows of the Bottleneck Tokens: what training changes."""
+        table = cast(Tensor, self.transformer.model.get_input_embeddings().weight)
+        rows = table[bottleneck_token_ids(self.transformer.config)]
+        parameters = [parameter.detach().reshape(-1) for parameter in self.parameters() if not parameter.is_meta]
+        return [rows.detach().cpu(), *(flat[:: len(flat) // 64 + 1].clone().cpu() for flat in parameters)]
+
     def kept_card(self) -> dict[str, str | bytes] | None:
         """The card that the model was loaded with, its licence and its pictures, to be saved with it again.
 
@@ -206,8 +225,10 @@ class BTokSentenceTransformer(PackedEncoder):
             shorter, larger or smaller inputs.
         """
         trained = not self._model_card_text or "generated_from_trainer" in self.model_card_data.tags
-        trained |= any(_version(now) > before for now, before in zip(self.parameters(), self._versions))
         if self._loaded_card is None or trained or has_adapters(self.transformer.model):
+            return None
+        before, now = self._loaded_values, self._values()
+        if len(before) != len(now) or not all(map(_same, before, now)):  # by a loop of one's own, or a merge
             return None
         limits = self.max_seq_length, self.transformer.image_limits.max_pixels
         return self._loaded_card.files(Described(self.prompts, self.default_prompt_name, self.truncate_dim, *limits))
@@ -242,6 +263,6 @@ class BTokSentenceTransformer(PackedEncoder):
         )
 
 
-def _version(parameter: Tensor) -> int:
-    """How often a tensor was changed in place."""
-    return 0 if parameter.is_inference() else parameter._version
+def _same(before: Tensor, now: Tensor) -> bool:
+    """Whether values are the same in the precision that they have now."""
+    return before.shape == now.shape and torch.equal(before.to(now.dtype), now)

@@ -53,9 +53,10 @@ class BottleneckTransformer(Transformer):
     ) -> tuple[PreTrainedConfig, bool]:
         """The configuration, for adapters that of their base, and whether there are adapters."""
         hub = {key: value for key, value in config_kwargs.items() if key in HUB_ARGUMENTS and value}
-        self.adapters_from = None
+        self.adapters_from = self.subfolder = None
         if find_adapter_config_file(model_name_or_path, **hub) is None:
             self.base_revision = config_kwargs.get("revision")  # of what adapters are added to
+            self.subfolder = config_kwargs.get("subfolder")
             return super()._load_config(model_name_or_path, backend, config_kwargs)
         from peft import PeftConfig
 
@@ -92,8 +93,6 @@ class BottleneckTransformer(Transformer):
             self.lm_head = None if "lm_head.weight" in info["missing_keys"] else untied_head(model)
             self.generation_config = model.generation_config
             backbone = model.model
-            if subfolder := model_kwargs.get("subfolder"):  # adapters name it, so that nobody takes the root for it
-                backbone.name_or_path = f"{source}/{subfolder}"
             if is_peft_model:
                 load_adapters(backbone, model_name_or_path, **adapter_kwargs)
         return backbone

@@ -175,10 +175,15 @@ def test_the_card_of_a_model_that_changed_is_not_kept(exported, with_adapters, t
     model = BTokSentenceTransformer(exported, device="cpu")
     assert model.kept_card() is not None
     model.encode(["a"])
-    model.half().float()
+    model.half()
     assert model.kept_card() is not None
-    with torch.no_grad():  # a training loop of one's own
-        model[0].model.language_model.norm.weight.mul_(2)
+    model = BTokSentenceTransformer(exported, device="cpu")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)  # a training loop of one's own
+    model(model.preprocess(["a"]))["sentence_embedding"][0, 0].backward()
+    optimizer.step()
+    assert model.kept_card() is None
+    model = BTokSentenceTransformer(exported, device="cpu")
+    model[0].model.get_input_embeddings().weight.data[model.config.btok_token_ids[0], 0] += 1e-3
     assert model.kept_card() is None
     model = BTokSentenceTransformer(exported, device="cpu")
     model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))

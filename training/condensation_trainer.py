@@ -18,7 +18,7 @@ from torch.utils.data import BatchSampler, ConcatDataset, DataLoader
 from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import logging
 
-from btok_hf.adapters import add_adapters, has_adapters
+from btok_hf.adapters import has_adapters
 from btok_hf.condensation import check_head
 from btok_hf.features import PIXEL_KEYS
 from btok_hf.files import check_writable, nearest_existing
@@ -99,7 +99,7 @@ class CondensationTrainer(PublishingTrainer):
             )
         choose_best_metric(args, kwargs.get("evaluator"), model, kwargs.get("eval_dataset"))
         if peft_config is not None:
-            add_adapters(model.transformer.model, model.transformer.lm_head, peft_config)
+            model.add_adapter(peft_config)
         elif any(p.requires_grad and p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
             logger.warning(
                 "The trained weights have half precision, which rounds most optimizer steps to zero. Load the model "

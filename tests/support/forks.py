@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import types
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 _starting = threading.Lock()  # one server, though tests ask from several threads
 IMPORTED = ("torch", "torch._dynamo", "torchvision", "scipy.sparse", "sklearn.metrics", "pandas", "pyarrow.dataset")
@@ -115,8 +115,9 @@ def serve(requests):
                     pid, answer = children.pop(key.fd)
                     events.unregister(key.fd)
                     os.close(key.fd)
-                    answer.sendall(b"%d" % os.waitpid(pid, 0)[1])
-                    answer.close()
+                    status = os.waitpid(pid, 0)[1]
+                    with suppress(OSError), answer:  # nobody may wait any more
+                        answer.sendall(b"%d" % status)
                     continue
                 message, files, _, _ = socket.recv_fds(requests, 1 << 20, 4)
                 if not message:
@@ -132,7 +133,8 @@ def serve(requests):
                 for file in files[:3]:
                     os.close(file)
                 answer = socket.socket(fileno=files[3])
-                answer.sendall(b"%d" % pid)
+                with suppress(OSError):
+                    answer.sendall(b"%d" % pid)
                 children[ended := os.pidfd_open(pid)] = pid, answer
                 events.register(ended, selectors.EVENT_READ)
 
