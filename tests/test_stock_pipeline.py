@@ -17,7 +17,7 @@ def read(folder, name):
 @pytest.mark.parametrize("backbone", tiny.BACKBONES)
 def test_the_mean_is_that_of_the_bottleneck_tokens(repos, backbone, tmp_path):
     config = AutoConfig.from_pretrained(repos[backbone])
-    write_pipeline(tmp_path, config, None, {"passage": "P. "}, {"transformers": {"specifier": ">=5.17"}})
+    write_pipeline(tmp_path, config, None, {"prompts": {"passage": "P. "}}, {"transformers": {"specifier": ">=5.17"}})
     weights = read(tmp_path, "1_WordWeights/config.json")
     assert [index for index, word in enumerate(weights["vocab"]) if word == "B"] == config.btok_token_ids
     assert len(weights["vocab"]) == config.get_text_config().vocab_size and weights["unknown_word_weight"] == 0
