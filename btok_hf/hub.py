@@ -158,7 +158,8 @@ def _files_to_publish(path: Path, secrets: Collection[str]) -> list[str]:
     )
     files = list(filter_repo_objects(everything, ignore_patterns=NOT_PUBLISHED))
     linked = (folder.relative_to(path) for folder in path.rglob("*") if folder.is_symlink() and folder.is_dir())
-    if links := [str(folder) for folder in linked if not any(map(_is_private, folder.parts))]:
+    links = [folder.as_posix() for folder in linked if not any(map(_is_private, folder.parts))]
+    if links := [name for name in links if list(filter_repo_objects([f"{name}/"], ignore_patterns=NOT_PUBLISHED))]:
         raise ValueError(
             f"{path} has links to folders, whose files would not be uploaded: {', '.join(sorted(links))}. Copy them "
             "there, or remove the links."

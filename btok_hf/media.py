@@ -207,7 +207,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
         # Pillow gives the stored numbers of these, of TIFF files of 12 bits or with 0 for white too.
         top = 2**bits - 1 if image.mode.startswith("I;16") and bits < 16 else 2**16 - 1
         array = top - array if inverted and image.mode.startswith("I;16") else array
-        array = np.where(array == image.info.get("transparency"), top, array)
+        if (clear := image.info.get("transparency")) is not None:
+            array = np.where(array == clear, top, array)
         return Image.fromarray(np.rint(array / (top / 255)).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")

@@ -227,11 +227,11 @@ class BTokSentenceTransformer(PackedEncoder):
         trained = not self._model_card_text or "generated_from_trainer" in self.model_card_data.tags
         if self._loaded_card is None or trained or has_adapters(self.transformer.model):
             return None
-        before, now = self._loaded_values, self._values()
-        if len(before) != len(now) or not all(map(_same, before, now)):  # by a loop of one's own, or a merge
-            return None
+        before, now = self._loaded_values, self._values()  # not the same after a loop of one's own, or a merge
+        same = len(before) == len(now) and all(map(_same, before, now))
         limits = self.max_seq_length, self.transformer.image_limits.max_pixels
-        return self._loaded_card.files(Described(self.prompts, self.default_prompt_name, self.truncate_dim, *limits))
+        described = Described(self.prompts, self.default_prompt_name, self.truncate_dim, *limits)
+        return self._loaded_card.files(described if same else None)
 
     def save(
         self,

@@ -52,7 +52,7 @@ class BottleneckTransformer(Transformer):
         self, model_name_or_path: str, backend: str, config_kwargs: dict[str, Any]
     ) -> tuple[PreTrainedConfig, bool]:
         """The configuration, for adapters that of their base, and whether there are adapters."""
-        hub = {key: value for key, value in config_kwargs.items() if key in HUB_ARGUMENTS and value}
+        hub = {key: value for key, value in config_kwargs.items() if key in HUB_ARGUMENTS and value is not None}
         self.adapters_from = self.subfolder = None
         if find_adapter_config_file(model_name_or_path, **hub) is None:
             self.base_revision = config_kwargs.get("revision")  # of what adapters are added to
@@ -83,7 +83,7 @@ class BottleneckTransformer(Transformer):
         model_kwargs.pop("trust_remote_code", None)
         source, adapter_kwargs = model_name_or_path, {}
         if is_peft_model:
-            adapter_kwargs = {key: model_kwargs[key] for key in HUB_ARGUMENTS if model_kwargs.get(key)}
+            adapter_kwargs = {key: model_kwargs[key] for key in HUB_ARGUMENTS if model_kwargs.get(key) is not None}
             model_kwargs.pop("subfolder", None)
             model_kwargs["revision"] = self.base_revision
             source = self._base

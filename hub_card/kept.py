@@ -60,11 +60,11 @@ class LoadedCard:
         path = load_file_path(self.source, name, **self.hub_kwargs)
         return None if path is None else Path(path).read_bytes()
 
-    def files(self, now: Described) -> dict[str, str | bytes] | None:
+    def files(self, now: Described | None) -> dict[str, str | bytes] | None:
         """The card with its licence and its pictures, to be written to another repository.
 
         Args:
-            now (`Described`): The settings of the model now.
+            now (`Described`, *optional*): The settings of the model now. `None`: its weights were changed.
 
         Returns:
             `dict[str, str | bytes]`, *optional*: Content by path. `None` if there is no card, or if it describes other
@@ -72,9 +72,9 @@ class LoadedCard:
         """
         if self.text is None:
             return None
-        if self.described != now:
+        if now is None or self.described != now:
             logger.warning(
-                f"The README.md of {self.source} is not kept: it describes other prompts, truncate_dim, "
+                f"The README.md of {self.source} is not kept: it describes other weights, prompts, truncate_dim, "
                 "max_seq_length or pixels. A new one is written, without results and licence. To state them, export "
                 "with files."
             )

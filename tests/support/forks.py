@@ -1,6 +1,6 @@
 """Python commands in processes of their own that need not import torch first: forks of a process that has.
 
-A fresh interpreter spends ten seconds on imports where a fork spends three, and the tests start more than a hundred.
+A fresh interpreter spends three times as long on imports as a fork, and most of a test's time (docs/experiments.md).
 `run` and `Fork` take the arguments of the interpreter. This file, run as a script, is the process that forks. What it
 imports reads no variable of Hugging Face, so that a command's environment counts as in a fresh interpreter. Who tests
 what is imported, or gives flags to the interpreter, needs `subprocess`. Linux only.

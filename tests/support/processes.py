@@ -35,6 +35,7 @@ def run_two(name, *arguments):
         end = time.monotonic() + 300
         while None in (statuses := [fork.poll() for fork in both]) and not any(statuses):
             assert time.monotonic() < end, statuses
+            time.sleep(0.05)
         assert statuses == [0, 0], statuses
     finally:
         for fork in both:
