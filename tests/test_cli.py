@@ -19,7 +19,7 @@ from btok_hf import BTokSentenceTransformer, cli
 from btok_hf.commands import repositories
 from btok_hf.corpus.job import Options
 from btok_hf.corpus.tables import Columns
-from btok_hf.evaluation import mmeb
+from btok_hf.evaluation import mmeb, models
 from btok_hf.model_info import identify
 from btok_hf.serving.gate import Limits
 
@@ -172,6 +172,7 @@ def test_options_of_app(btok, monkeypatch):
         ("train --config a.yaml", "trl", r"btok train needs the package trl: pip install 'btok-hf\[train\]'"),
         ("mine a.jsonl b.parquet --model m", "datasets", r"btok mine needs the package datasets: pip install"),
         ("mmeb --model m --data d --output o", "accelerate", r"pip install 'btok-hf\[evaluation\]'"),
+        ("mmeb --model m --data d --output o", "matplotlib", r"pip install 'btok-hf\[evaluation\]'"),
     ],
 )
 def test_packages_that_a_command_needs_are_named(words, module, message):
@@ -280,24 +281,29 @@ def test_options_of_mmeb(tmp_path, repo, bases, monkeypatch):
             loaded.append((name, *arguments, options))
             return looks
 
-        monkeypatch.setattr(mmeb, name, load)
+        monkeypatch.setattr(models, name, load)
+    monkeypatch.setattr(models, "_image_size", lambda model: {"longest_edge": 3136})
     monkeypatch.setattr(mmeb, "evaluate", lambda *given, **options: evaluated.append((given, options)) or ({}, {}))
     base, fixed = bases["qwen2_vl"], ["--data", "in", "--output", "out"]
     assert cli.main(["mmeb", "--model", repo, *fixed]) == 0
     given = (
         "--revision v1 --dtype bfloat16 --max-pixels 3136 --modality image,visdoc --datasets MSVD,OK-VQA --limit 7 "
     )
-    given += "--batch-tokens 99 --prompt Find. --cache kept --eval-task overall"
+    given += "--batch-tokens 99 --prompt Find. --cache kept --eval-task overall --trust-remote-code"
     assert cli.main(["mmeb", "--model", base, *fixed, *given.split()]) == 0
     loads = {"revision": None, "device": str(mmeb.processes().device)}
-    loads |= {"model_kwargs": {"dtype": "auto"}, "processor_kwargs": {}}
+    loads |= {"model_kwargs": {"dtype": "auto"}, "processor_kwargs": {}, "trust_remote_code": False}
     chosen = {"revision": "v1", "model_kwargs": {"dtype": "bfloat16"}, "processor_kwargs": {"max_pixels": 3136}}
+    chosen["trust_remote_code"] = True
     assert loaded == [("BTokSentenceTransformer", repo, loads), ("SentenceTransformer", base, loads | chosen)]
     options = dict.fromkeys(("datasets", "modalities", "limit", "prompt", "cache_dir", "eval_task"))
     options |= {"batch_tokens": 16384, "name": Path(repo).name}
     chosen = {"datasets": ["MSVD", "OK-VQA"], "modalities": ["image", "visdoc"], "limit": 7, "batch_tokens": 99}
     chosen |= {"prompt": "Find.", "cache_dir": "kept", "eval_task": "overall", "name": Path(base).name}
     assert evaluated == [((looks, "in", "out"), options), ((looks, "in", "out"), options | chosen)]
+    fixed = ["--data", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    monkeypatch.chdir(repo)
+    assert cli.main(["mmeb", "--model", ".", *fixed]) == 0 and evaluated[-1][1]["name"] == Path(repo).name
 
 
 # ---------------------------------------------------------------- a corpus

@@ -1,8 +1,9 @@
 """SQL conditions of people: brackets, ends, kinds, and what errors say of them."""
 
+import lancedb
 import pytest
 
-from btok_hf.corpus.conditions import condition, named_condition, whole
+from btok_hf.corpus.conditions import FUNCTIONS, check_functions, condition, named_condition, whole
 
 
 def test_conditions_are_joined_and_end_with_their_brackets():
@@ -22,6 +23,50 @@ def test_brackets_that_do_not_match_are_refused(where):
 @pytest.mark.parametrize("where", ["a = '('", "a = 'it''s ('", '"a(" = 1', "`a)` = 1", "a = 1 /* ( */", "((a) = (1))"])
 def test_brackets_in_texts_names_and_comments_are_none(where):
     assert where in whole(where)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "array_length(array_repeat(id, 100000000000)) > 0",
+        "length(REPEAT (id, 9)) > 0",
+        'length("repeat"(id, 9)) > 0',
+        "length(`repeat` (id, 9)) > 0",
+        "length(lpad\n(id, 9)) > 0",
+        "id = $$'$$ OR length(repeat(id, 9)) > 0 OR id = $$'$$",
+    ],
+)
+def test_functions_that_allocate_what_they_are_asked_for_are_refused(where):
+    with pytest.raises(ValueError, match=r"uses (array_repeat|repeat|lpad) before a bracket.*: abs, "):
+        check_functions(where)
+
+
+@pytest.mark.parametrize("where", ["/* /* */ ' */ a", "repeat/**/(id, 9) = ''", "repeat -- x\n(id, 9) = ''"])
+def test_comments_could_hide_functions(where):
+    with pytest.raises(ValueError, match="comment, which is allowed only at its end"):
+        check_functions(where)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "kind = 'text') OR (kind = 'video'",
+        "id LIKE '%' -- all",
+        "lower(text) LIKE '%a%' AND NOT (page IN (1, 2)) OR (page BETWEEN (1) AND (2))",
+        "CASE WHEN (page > 1) THEN (1) ELSE (2) END = CAST(page AS decimal(10, 2))",
+        "array_has(tags, 'new') AND date_trunc('day', at) < date '2026-01-01' AND (a).b = 1",
+    ],
+)
+def test_what_people_write_is_allowed(where):
+    check_functions(where)
+
+
+def test_functions_that_are_allowed_are_known_to_the_database(tmp_path):
+    table = lancedb.connect(tmp_path).create_table("items", [{"id": "a"}])
+    for name in (*FUNCTIONS.split(), "nonsense"):
+        with pytest.raises((ValueError, RuntimeError)) as error:  # of their arguments
+            table.count_rows(f"{name}(id, id, id, id, id, id, id) = 1")
+        assert ("Invalid function" in str(error.value)) == (name == "nonsense")
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,11 @@ def test_fingerprints_tell_models_apart(repo, repos, model, monkeypatch, tmp_pat
         assert found not in known
         known.add(found)
 
+    class Lower(BTokSentenceTransformer):
+        def encode(self, inputs, **kwargs):
+            return super().encode([text.lower() for text in inputs], **kwargs)
+
+    add(Lower(repo, device="cpu"))
     add(model, "Find it.")
     stock = SentenceTransformer(repo, device="cpu")
     add(stock)

@@ -248,6 +248,35 @@ def test_another_prompt(mmeb_root, tmp_path, repo):
         prompts.clear()
 
 
+def test_candidates_of_queries_are_read_in_parts(mmeb_root, tmp_path, monkeypatch):
+    datasets = ["OK-VQA", "CIRR", "MomentSeeker"]
+    expected, _ = evaluate(looks, mmeb_root, tmp_path / "one", datasets=datasets, name="looks")
+    read, vectors = [], embeddings.EmbeddingStore.vectors
+    monkeypatch.setattr(mmeb, "POOL", 3)
+    monkeypatch.setattr(embeddings.EmbeddingStore, "vectors", lambda *given: read.append(given[1]) or vectors(*given))
+    scores, _ = evaluate(looks, mmeb_root, tmp_path / "two", datasets=datasets, name="looks")
+    assert scores == expected and len(read) > 2 * len(datasets)  # queries, and parts of candidates
+    for dataset in datasets:
+        (one,), (two,) = ((tmp_path / run).glob(f"*/{dataset}_pred.jsonl") for run in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "candidates, parts",
+    [
+        ([], [(0, 0)]),
+        (["ab", "ab", "ab"], [(0, 3)]),
+        (["ab", "cd", "ef"], [(0, 1), (1, 2), (2, 3)]),
+        (["ab", "bc", "cd"], [(0, 2), (2, 3)]),
+        (["abcdefg", "a", "b"], [(0, 1), (1, 3)]),
+        (["a", "abcdefg", "b"], [(0, 1), (1, 2), (2, 3)]),
+    ],
+)
+def test_parts_of_queries(candidates, parts, monkeypatch):
+    monkeypatch.setattr(mmeb, "POOL", 3)
+    assert list(mmeb._parts(candidates)) == parts
+
+
 def test_a_model_that_tells_nothing_apart_scores_as_chance(tmp_path):
     """Datasets list the right answer first, and equal candidates must not be ranked in their order."""
     write_dataset(tmp_path, "OK-VQA", count=60)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from btok_hf.corpus.records import ParquetCursor, json_array, line_records, wider
+from btok_hf.corpus.records import ParquetCursor, line_records
 from btok_hf.corpus.rows import File
 
 LOCAL = fsspec.filesystem("file")
@@ -75,38 +75,6 @@ def test_tab_separated_and_long_cells(tmp_path):
     long = "x" * 300_000
     assert records(write(tmp_path / "a.tsv", f"a\tb\n{long}\t2\n".encode()))[0][1] == {"a": long, "b": "2"}
     assert records(write(tmp_path / "a.csv", b"")) == []
-
-
-@pytest.mark.parametrize(
-    "values, kind",
-    [
-        ([None, None], pa.null()),
-        ([1, None, 2], pa.int64()),
-        ([1, 2.5], pa.float64()),
-        ([2.5, 1], pa.float64()),
-        ([True, False], pa.bool_()),
-        ([True, 1], pa.string()),
-        ([1, "a"], pa.string()),
-        (["a", 1], pa.string()),
-        ([[1], None], pa.string()),
-        ([1, 2**70], pa.string()),
-        ([2**60, 0.5], pa.float64()),
-    ],
-)
-def test_types_of_json(values, kind):
-    found = pa.null()
-    for value in values:
-        found = wider(found, value)
-    assert found == kind
-    kind = pa.string() if kind == pa.null() else kind
-    assert all(len(json_array(value, kind)) == 1 and json_array(value, kind).type == kind for value in values)
-
-
-def test_values_of_json():
-    assert json_array({"a": ["ä"]}, pa.string()).to_pylist() == ['{"a": ["ä"]}']
-    assert json_array("\ud800", pa.string()).to_pylist() == ["?"]
-    assert json_array(7, pa.float64()).to_pylist() == [7.0]
-    assert json_array(None, pa.int64()).to_pylist() == [None]
 
 
 # ---------------------------------------------------------------- parquet

@@ -211,19 +211,21 @@ def vllm(monkeypatch):
     )
 
 
-def test_every_part_is_registered(vllm, caplog):
+@pytest.mark.parametrize("release", ["0.32.1", "0.33.0"])
+def test_every_part_is_registered(vllm, caplog, release):
+    vllm.root.__version__ = release
     vllm_plugin.register()
     assert set(vllm.renderers.renderers) == {"btok"} and len(vllm.configs) == len(vllm_plugin.FAMILIES)
     assert not caplog.records
 
 
 def test_another_release_of_vllm_is_left_as_it_is(vllm, caplog):
-    vllm.root.__version__ = "0.33.0"
+    vllm.root.__version__ = "0.34.0"
     vllm_plugin.register()
     assert not vllm.renderers.renderers and not vllm.configs
     (line,) = caplog.messages
-    assert line.startswith("btok-hf does not support vLLM 0.33.0 (it is written for vLLM 0.32)")
-    assert "install vLLM 0.32 for them. Other models are not affected." in line
+    assert line.startswith("btok-hf does not support vLLM 0.34.0 (it is written for vLLM 0.32 and 0.33)")
+    assert "install vLLM 0.33 for them. Other models are not affected." in line
 
 
 @pytest.mark.parametrize("missing", ["module", "attribute"])

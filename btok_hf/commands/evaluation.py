@@ -28,6 +28,9 @@ def mmeb_command(commands: Any) -> None:
     parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
     parser.add_argument("--dtype", default="auto", help="dtype of the weights (default: the checkpoint's)")
     parser.add_argument("--max-pixels", type=int, help="reduce larger images and frames to this many pixels")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code of the model's repository; ours need none"
+    )
     parser.add_argument("--prompt", help="instruction for every input (default: the model's default)")
     parser.add_argument("--eval-task", help="task id from the benchmark's eval.yaml on the Hub; writes .eval_results")
     parser.add_argument("--cache", help="folder for embeddings (default: embeddings in the output folder)")
@@ -44,6 +47,7 @@ def run_mmeb(
     revision: str | None,
     dtype: str,
     max_pixels: int | None,
+    trust_remote_code: bool,
     modality: list[str] | None,
     cache: str | None,
     **options: Any,
@@ -51,7 +55,7 @@ def run_mmeb(
     with needing("btok mmeb", "evaluation"):
         from accelerate import PartialState
 
-        from btok_hf.evaluation import mmeb
+        from btok_hf.evaluation import mmeb, models
         from btok_hf.files import check_writable
 
     # Before the model is loaded.
@@ -60,11 +64,15 @@ def run_mmeb(
         raise FileNotFoundError(f"There is no folder {data!r} with the benchmark. docs/evaluation.md downloads it.")
     check_writable(output)
     with named_source(model):
-        loaded = mmeb.load_model(
-            model, revision=revision, dtype=dtype, max_pixels=max_pixels, device=str(mmeb.processes().device)
+        loaded = models.load_model(
+            model,
+            revision=revision,
+            dtype=dtype,
+            max_pixels=max_pixels,
+            device=str(mmeb.processes().device),
+            trust_remote_code=trust_remote_code,
         )
-    _, errors = mmeb.evaluate(
-        loaded, data, output, modalities=modality, name=Path(model).name, cache_dir=cache, **options
-    )
+    name = Path(model).resolve().name if Path(model).exists() else Path(model).name
+    _, errors = mmeb.evaluate(loaded, data, output, modalities=modality, name=name, cache_dir=cache, **options)
     PartialState().destroy_process_group()  # without it, torch aborts some processes at exit
     return int(bool(errors))

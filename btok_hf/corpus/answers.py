@@ -15,15 +15,17 @@ from urllib.parse import quote
 
 import gradio as gr
 from gradio.processing_utils import save_pil_to_cache
+from PIL import Image
 
 from btok_hf.corpus import cards, originals
-from btok_hf.corpus.conditions import condition
+from btok_hf.corpus.conditions import check_functions, condition
 from btok_hf.corpus.index import Hit
 from btok_hf.corpus.search import Searcher
 from btok_hf.corpus.units import KINDS
 
 MAX_TEXT = 10_000  # characters of a query; models cut texts long before
 MAX_CONDITION = 1000  # characters; one of a megabyte ends the process, from within the database's library
+MAX_PIXELS = 50_000_000  # of a picture; 20 kB can hold 177 million, which keep everybody waiting for half a minute
 LOG = logging.getLogger(__name__)
 
 
@@ -87,7 +89,10 @@ class Answers:
         text = (text or "").strip()
         if len(text) > MAX_TEXT:
             raise ValueError(f"The text has {len(text):,} characters; at most {MAX_TEXT:,} are allowed. Shorten it.")
-        given = {"image": self._uploaded(picture), "video": self._uploaded(clip), "text": text}
+        image = self._uploaded(picture)
+        if image is not None:
+            _check_size(image)
+        given = {"image": image, "video": self._uploaded(clip), "text": text}
         query: dict[str, Any] = {key: value for key, value in given.items() if value}
         if not query:
             raise ValueError("There is nothing to search for. Type a text, or give a picture or a clip.")
@@ -112,6 +117,7 @@ class Answers:
                 f"The condition has {len(where):,} characters; at most {MAX_CONDITION:,} are allowed. Shorten it."
             )
         if where and where.strip():
+            check_functions(where)
             self.index.count(where)
         return condition(kinds, where)
 
@@ -178,3 +184,16 @@ class Answers:
         if originals.is_video(row, path):
             return {"video": path, **item}
         return {"image": originals.as_picture(path, row.page), **item}
+
+
+def _check_size(path: Path) -> None:
+    """Raise `ValueError` for a picture that takes long to decode. One that is none is refused when it is read."""
+    try:
+        with Image.open(path) as picture:
+            width, height = picture.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"The picture has {width:,} x {height:,} pixels; at most {MAX_PIXELS:,} are allowed. Reduce it."
+        )

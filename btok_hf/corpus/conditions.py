@@ -8,6 +8,39 @@ from contextlib import contextmanager
 QUOTED = re.compile(r"'(?:[^']|'')*'|\"[^\"]*\"|`[^`]*`|--[^\n]*|/\*.*?\*/", re.DOTALL)
 
 
+# Functions that a stranger's condition may use. Others allocate as much as they are asked to, such as `repeat`, and
+# end the process when there is not so much.
+FUNCTIONS = (
+    "abs array_has array_has_all array_has_any array_length btrim char_length coalesce contains date_part date_trunc "
+    "ends_with greatest least length lower ltrim nullif octet_length position regexp_like round rtrim starts_with "
+    "strpos to_date to_timestamp upper"
+)
+# What else may stand before a bracket: words of SQL, and types that have a length.
+WORDS = (
+    "and any as between by case cast char date decimal distinct else exists extract from ilike in interval is like "
+    "not numeric or some then timestamp varchar when"
+)
+
+
+def check_functions(where: str) -> None:
+    """Refuse functions that are not in `FUNCTIONS`.
+
+    Strings are not left out: where one ends is for the database's parser to say, and a condition could show it less of
+    them than is seen here. For the same reason there are no comments, except at the end.
+
+    Raises:
+        ValueError: Another function, or a comment that something may follow.
+    """
+    if "/*" in where or re.search(r"--.*\n", where):
+        raise ValueError("The condition has a comment, which is allowed only at its end, after --. Leave it out.")
+    used = {name.lower() for name in re.findall(r"(\w+)[\"`\]]?\s*\(", where)}
+    if unknown := sorted(used - {*FUNCTIONS.split(), *WORDS.split()}):
+        raise ValueError(
+            f"The condition uses {', '.join(unknown)} before a bracket, which is not allowed here. Allowed functions: "
+            f"{', '.join(FUNCTIONS.split())}."
+        )
+
+
 def whole(where: str) -> str:
     """A condition in brackets, so that it is parsed to its end. LanceDB silently ignores what follows a `;`.
 

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -19,8 +19,6 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 READ_ROWS, BUFFER = 32, 2**23
 NOT_PYTHON = (ValueError, OverflowError, KeyError)  # what Arrow raises for values that Python cannot hold
 LINES = 2**20  # bytes of lines that are read at once
-# Types in which values of JSON are stored. Lists and objects are kept as JSON text.
-JSON_TYPES = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}
 
 
 def line_records(path: str, file: File, offset: int = 0) -> Iterator[tuple[int, Callable[[], dict[str, Any] | str]]]:
@@ -193,29 +191,3 @@ def _is_open(lines: list[str], delimiter: str) -> bool:
         return not list(csv.reader(lines, delimiter=delimiter, strict=True))
     except csv.Error as error:
         return "unexpected end" in str(error)
-
-
-def wider(kind: pa.DataType, value: Any) -> pa.DataType:
-    """The type of a column once it holds one more value of JSON. Mixed values are kept as JSON text."""
-    if value is None:
-        return kind
-    fits = type(value) is not int or -(2**63) <= value < 2**63
-    return widest((kind, JSON_TYPES.get(type(value), pa.string()) if fits else pa.string()))
-
-
-def widest(kinds: Iterable[pa.DataType]) -> pa.DataType:
-    """The type that holds values of all these types of JSON."""
-    found = set(kinds) - {pa.null()}
-    if len(found) > 1:
-        return pa.float64() if found == {pa.int64(), pa.float64()} else pa.string()
-    return found.pop() if found else pa.null()
-
-
-def json_array(value: Any, kind: pa.DataType) -> pa.Array:
-    """A value of JSON as an array of one."""
-    if kind == pa.string() and value is not None:
-        value = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        value = value.encode("utf-8", "replace").decode()  # lone surrogates
-    if kind == pa.float64() and value is not None:
-        value = float(value)  # Arrow refuses integers that a float rounds
-    return pa.array([value], kind)

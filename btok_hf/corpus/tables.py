@@ -8,7 +8,7 @@ import base64
 import csv
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -18,17 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from btok_hf.corpus.columns import json_cells, kept_type, parquet_cells, stored_type, wider, widest
 from btok_hf.corpus.listing import Input, Unit, check_packages, name_of, skipped_in_words
-from btok_hf.corpus.records import (
-    BUFFER,
-    DELIMITERS,
-    ParquetCursor,
-    cells_of,
-    json_array,
-    line_records,
-    wider,
-    widest,
-)
+from btok_hf.corpus.records import BUFFER, DELIMITERS, ParquetCursor, cells_of, line_records
 from btok_hf.corpus.rows import File, Row, file_errors
 from btok_hf.corpus.units import SCANS, Store, check_column_names
 from btok_hf.download import REMOTE
@@ -155,15 +147,13 @@ class TableSource:
         """
         for name, kind in self.metadata.items():
             before = held.get(name, str(kind))
-            if before == "string" and pa.types.is_primitive(kind):
-                self.metadata[name] = pa.string()
-            elif before == "double" and pa.types.is_integer(kind):
-                self.metadata[name] = pa.float64()
-            elif before != str(kind):
+            kept = kept_type(kind, before)
+            if kept is None:
                 raise ValueError(
                     f"The column {name} of --columns is stored as {before}, but is {kind} with the tables that there "
                     f"are now. Write it as {before} in the new tables, or embed all of them into another folder."
                 )
+            self.metadata[name] = kept
 
     def forget(self) -> None:
         """Remove the scans of tables that are gone."""
@@ -211,11 +201,9 @@ class TableSource:
             if path.lower().endswith(".parquet"):
                 with file.open() as opened, pq.ParquetFile(opened, buffer_size=BUFFER, pre_buffer=False) as parquet:
                     for batch in parquet.iter_batches(columns=[column]):
-                        yield from (str(id) for id in batch.column(0).to_pylist() if id is not None)
+                        yield from _ids_of(cells_of(batch), column)
             else:
-                records = (parse() for _, parse in line_records(path, file))
-                ids = (record.get(column) for record in records if isinstance(record, dict))
-                yield from (str(id) for id in ids if id is not None)
+                yield from _ids_of((parse() for _, parse in line_records(path, file)), column)
         except (pa.ArrowException, OSError):
             return
 
@@ -228,7 +216,7 @@ class TableSource:
                     rows, schema = parquet.metadata.num_rows, parquet.schema_arrow
                 starts = [0] * -(-rows // self.unit_rows)
                 self._check(path, schema.names)
-                types = {name: _stored_kind(schema.field(name).type) for name in self.columns.metadata}
+                types = {name: self._stored_type(path, schema.field(name)) for name in self.columns.metadata}
             else:
                 seen, wrong = set[str](), ""
                 types = dict.fromkeys(self.columns.metadata, pa.null())
@@ -262,6 +250,17 @@ class TableSource:
             raise ValueError(
                 f"The table {path} has no column {', '.join(missing)}. Its columns are {', '.join(sorted(names))}."
             )
+        if twice := [name for name in self.columns.names() if list(names).count(name) > 1]:
+            raise ValueError(f"The table {path} has several columns {', '.join(twice)}. Rename all but one.")
+
+    @staticmethod
+    def _stored_type(path: str, column: pa.Field) -> pa.DataType:
+        try:
+            return stored_type(column.type)
+        except ValueError as error:
+            raise ValueError(
+                f"The column {column.name} of {path} cannot be copied: {error}. Cast it, or leave it out of --columns."
+            ) from error
 
     def rows(self, unit: Unit) -> Iterator[Row]:
         """The rows of a unit. Files that they name are not read yet."""
@@ -294,9 +293,10 @@ class TableSource:
         text = values.get("text")
         name = f"{path}#row={number}"
         if self.columns.id:
-            if record.get(self.columns.id) is None:
-                return self._failed(path, number, f"the row has no {self.columns.id}", metadata)
-            name = str(record[self.columns.id])
+            id = _id_of(record.get(self.columns.id))
+            if id is None:
+                return self._failed(path, number, f"the row has no {self.columns.id} that can be read", metadata)
+            name = id
         if not values:
             return self._failed(path, number, "the row has no content: its cells are empty", metadata, name)
         for each in text if isinstance(text, list) else [text or ""]:
@@ -339,8 +339,8 @@ class TableSource:
         records = line_records(path, self.input.file(path), unit.offset)
         for _, (_, parse) in zip(range(unit.rows), records):
             record = parse()
-            values = record if isinstance(record, dict) else {}
-            yield record, {name: json_array(values.get(name), kind) for name, kind in self.metadata.items()}
+            cells = json_cells(record if isinstance(record, dict) else {}, self.metadata)
+            yield (record, cells) if isinstance(cells, dict) else (cells, {})
 
     def _parquet_records(self, path: str, unit: Unit) -> Iterator[tuple[dict[str, Any] | str, dict[str, Any]]]:
         if self._cursor is None or not self._cursor.reaches(path, unit.first):
@@ -349,23 +349,25 @@ class TableSource:
             self._cursor = ParquetCursor(path, self.input.file(path), self.columns.names(), unit.first)
         embedded = [*self.columns.parts().values(), *([self.columns.id] if self.columns.id else [])]
         for batch in self._cursor.take(unit.first, unit.rows):
-            # Of large integers a float keeps the first digits; other values that do not fit are errors.
-            arrays = {
-                name: batch.column(name).cast(kind, safe=not pa.types.is_floating(kind))
-                for name, kind in self.metadata.items()
-            }
-            copied = cells_of(pa.RecordBatch.from_pydict(arrays)) if arrays else [{}] * len(batch)
-            for index, record in enumerate(cells_of(batch.select(list(dict.fromkeys(embedded))))):
-                if isinstance(wrong := copied[index], str):  # searching could not show it
-                    yield wrong, {}
-                else:
-                    yield record, {name: array.slice(index, 1) for name, array in arrays.items()}
+            records = cells_of(batch.select(list(dict.fromkeys(embedded))))
+            for record, copied in zip(records, parquet_cells(batch, self.metadata)):
+                yield (record, copied) if isinstance(copied, dict) else (copied, {})
 
 
-def _stored_kind(kind: pa.DataType) -> pa.DataType:
-    """The type of a column in units: of categories that of their values, of views that of plain strings."""
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return pa.string() if pa.types.is_string_view(kind) else kind
+def _ids_of(records: Iterable[dict[str, Any] | str], column: str) -> Iterator[str]:
+    """The ids of rows, without those that fail later."""
+    ids = (_id_of(record.get(column)) for record in records if isinstance(record, dict))
+    yield from (id for id in ids if id is not None)
+
+
+def _id_of(value: Any) -> str | None:
+    """A cell as an id. Of bytes, as some writers store strings, their text, if it is UTF-8."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return None
+    return None if value is None else str(value)
 
 
 def _stored(value: Any) -> Any:

@@ -3,6 +3,7 @@
 The order of an evaluation is in `mmeb.py`; ranking and scores are in `metrics.py`.
 """
 
+import inspect
 import json
 import os
 from collections import deque
@@ -74,6 +75,7 @@ def fingerprint(model: SentenceTransformer, prompt: str | None = None) -> str:
         "versions": installed(),
         "adapters": _adapters(model),
         "modules": [(type(module).__module__, type(module).__qualname__, _options(module)) for module in model],
+        **_own_class(model),
         "config": {k: v for k, v in options.items() if k not in ("_name_or_path", "transformers_version")},
         "max_seq_length": model.max_seq_length,
         "truncate_dim": model.truncate_dim,
@@ -96,6 +98,18 @@ def fingerprint(model: SentenceTransformer, prompt: str | None = None) -> str:
 def installed() -> dict[str, str]:
     """Versions of the packages that embeddings depend on, with those that read images and videos."""
     return {**{name: version(name) for name in ("btok-hf", "pillow")}, **versions()}
+
+
+def _own_class(model: SentenceTransformer) -> dict[str, Any]:
+    """A class of a user's own, which may embed otherwise, with its code. Those of the two libraries embed alike."""
+    kind = type(model)
+    if kind.__module__.partition(".")[0] in ("btok_hf", "sentence_transformers"):
+        return {}
+    try:
+        code = inspect.getsource(kind)
+    except (OSError, TypeError):  # written into an interpreter
+        code = None
+    return {"class": (kind.__module__, kind.__qualname__, code)}
 
 
 def _options(module: torch.nn.Module) -> Any:

@@ -12,10 +12,10 @@ The command line is `btok mmeb`. Encoding is in `embeddings.py`, metrics in `met
 
 import json
 import logging
-import re
 import traceback
-from collections.abc import Callable, Collection, Mapping, Sized
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Sized
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,15 +24,14 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
-from transformers.utils import cached_file
 
 from btok_hf.evaluation import report
-from btok_hf.evaluation.embeddings import EmbeddingStore, Encoder, fingerprint, hash_of, installed, task_inputs
+from btok_hf.evaluation.embeddings import EmbeddingStore, Encoder, fingerprint, hash_of, task_inputs
 from btok_hf.evaluation.loading import load_task
 from btok_hf.evaluation.metrics import rank, score
+from btok_hf.evaluation.models import check_inputs, metadata_of, name_of, settings_of
 from btok_hf.evaluation.tasks import TASKS, Task
 from btok_hf.files import replacing
-from btok_hf.sentence_transformer import BTokSentenceTransformer
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +39,7 @@ logger = logging.getLogger(__name__)
 # full rankings of 100,000 pages for thousands of queries take gigabytes.
 FULL_RANKING, RANKING_DEPTH = 2000, 100
 BLOCK = 2048  # candidates that are ranked at once
+POOL = 16384  # candidates of queries that have their own, whose vectors are in memory at once
 
 Model = SentenceTransformer | Callable[[list[dict[str, Any]]], Any]
 
@@ -66,8 +66,9 @@ def evaluate(
     `accelerate.PartialState().destroy_process_group()`. Otherwise torch aborts some processes when they exit.
 
     Args:
-        model (`SentenceTransformer` or `Callable`): Anything with Sentence-Transformers' `encode`, or a function from
-            a list of inputs (dicts of `text`, `image`, `video`, decoded) to an array of shape `(inputs, dimension)`.
+        model (`SentenceTransformer` or `Callable`): A model that embeds a text together with an image or video, or a
+            function from a list of inputs (dicts of `text`, `image`, `video`, decoded) to an array of shape `(inputs,
+            dimension)`.
         root (`str` or `Path`): Folder of the benchmark, as for `load_task`.
         output_dir (`str` or `Path`): For `{modality}/{dataset}_score.json` and `_pred.jsonl`, `run.json`, `report.md`,
             `report.png`, `leaderboard/{name}.json` and `.eval_results/mmeb-v2.yaml`. A line of `_pred.jsonl` holds the
@@ -90,14 +91,20 @@ def evaluate(
         `tuple[dict[str, dict[str, float]], dict[str, str]]`: Scores and errors, by dataset.
 
     Raises:
-        ValueError: Unknown datasets, a function without a name, or an `output_dir` of another model.
+        ValueError: Unknown datasets, a function without a name, a model that cannot embed a text together with an
+            image or video, or an `output_dir` of another model.
     """
     names = chosen(datasets, modalities)
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be 1 or more, got {limit}. Leave it out to score every query.")
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens must be 1 or more, got {batch_tokens}.")
-    encoder_model = cast(SentenceTransformer, model) if hasattr(model, "encode") else None  # None: a function
+    encoder_model = model if isinstance(model, SentenceTransformer) else None  # None: a function
+    if encoder_model is None and hasattr(model, "encode"):
+        raise ValueError(
+            f"The model must be a SentenceTransformer or a function, got {type(model).__name__}. Pass a function that "
+            "calls its encode, with a name."
+        )
     if encoder_model is None and not name:
         raise ValueError(
             "A function needs a name, under which its embeddings are kept: pass name, and change it whenever the "
@@ -105,7 +112,9 @@ def evaluate(
         )
     if encoder_model is None and prompt is not None:
         raise ValueError(f"A function gets no prompt, got {prompt!r}. Leave it out, and put it before texts yourself.")
-    name = name or _name(cast(SentenceTransformer, model))
+    if encoder_model is not None:
+        check_inputs(encoder_model, {TASKS[dataset].modality for dataset in names}, prompt)
+    name = name or name_of(cast(SentenceTransformer, model))
     state = processes()
     output_dir, root = Path(output_dir), Path(root)
     if encoder_model is None:
@@ -115,7 +124,7 @@ def evaluate(
             prompt = encoder_model.prompts.get(encoder_model.default_prompt_name)
         key = fingerprint(encoder_model, prompt)
     if state.is_main_process:
-        settings = {} if encoder_model is None else _settings(encoder_model)
+        settings = {} if encoder_model is None else settings_of(encoder_model)
         identity = {"model": name, "fingerprint": key, "prompt": prompt, "limit": limit}
         _claim(output_dir / "run.json", identity, settings)
         unused = [] if encoder_model is None else [n for n in ("query", "document") if encoder_model.prompts.get(n)]
@@ -166,7 +175,7 @@ def evaluate(
     if state.is_main_process:
         dimension = _remembered(output_dir / "run.json", "embedding_dimension", store.dimension)
         known = {"model_name": name.rsplit("/", 1)[-1], "embedding_dimension": dimension}
-        known |= {} if encoder_model is None else _metadata(encoder_model)
+        known |= {} if encoder_model is None else metadata_of(encoder_model)
         _report(output_dir, errors, known | dict(metadata or {}), limit, eval_task)
     return scores, errors
 
@@ -223,18 +232,6 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
         file.write(json.dumps(content, indent=2).encode())
 
 
-def _settings(model: SentenceTransformer) -> dict[str, Any]:
-    """What a reader of the scores needs to repeat them, apart from the weights."""
-    return {
-        "revision": getattr(model.config, "_commit_hash", None),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "max_pixels": getattr(getattr(model[0], "image_limits", None), "max_pixels", None),
-        "max_seq_length": model.max_seq_length,
-        "truncate_dim": model.truncate_dim,
-        "versions": installed(),
-    }
-
-
 def _explain(dataset: str, error: Exception) -> str:
     text = str(error)
     if not isinstance(error, (ValueError, OSError)):  # not an error of the data
@@ -273,15 +270,18 @@ def _score(task: Task, store: EmbeddingStore, folder: Path) -> None:
         blocks = (store.vectors(keys[start : start + BLOCK]) for start in range(0, len(keys), BLOCK))
         rankings = [[names[position] for position in row] for row in rank(queries, blocks, _depth(names))]
     else:
-        vectors, places = store.vectors(keys), {name: place for place, name in enumerate(names)}
         # Candidates are ordered by a hash of their names: many datasets list the right one first, and of equally
         # similar candidates the first one ranks higher.
         order = {name: hash_of(name) for name in names}
-        rankings = []
-        for vector, query in zip(queries, task.queries):
-            own = sorted(names if query.candidates is None else query.candidates, key=order.__getitem__)
-            best = rank(vector[None], [vectors[[places[name] for name in own]]], _depth(own))[0]
-            rankings.append([own[position] for position in best])
+        own = [names if query.candidates is None else query.candidates for query in task.queries]
+        of_name, rankings = dict(zip(names, keys)), []
+        for start, stop in _parts(own):
+            places = {name: place for place, name in enumerate(dict.fromkeys(chain.from_iterable(own[start:stop])))}
+            vectors = store.vectors([of_name[name] for name in places])
+            for vector, candidates in zip(queries[start:stop], own[start:stop]):
+                ordered = sorted(candidates, key=order.__getitem__)
+                best = rank(vector[None], [vectors[[places[name] for name in ordered]]], _depth(ordered))[0]
+                rankings.append([ordered[position] for position in best])
     scores = score(rankings, [query.relevance for query in task.queries])
     with replacing(folder / f"{task.name}_pred.jsonl") as file:
         for ranking, query in zip(rankings, task.queries):
@@ -293,21 +293,20 @@ def _score(task: Task, store: EmbeddingStore, folder: Path) -> None:
         file.write(json.dumps(scores, indent=4).encode())
 
 
+def _parts(candidates: Sequence[Collection[str]]) -> Iterator[tuple[int, int]]:
+    """Starts and ends of parts of the queries that have at most `POOL` candidates together, or are one query."""
+    start, pool = 0, set[str]()
+    for stop, own in enumerate(candidates):
+        grown = pool.union(own)
+        if len(grown) > POOL and stop > start:
+            yield start, stop
+            start, grown = stop, set(own)
+        pool = grown
+    yield start, len(candidates)
+
+
 def _depth(candidates: Sized) -> int:
     return len(candidates) if len(candidates) <= FULL_RANKING else RANKING_DEPTH
-
-
-def _name(model: SentenceTransformer) -> str:
-    return re.sub(r".*/(?=.)", "", str(model.config.name_or_path).rstrip("/")) if model.config is not None else "model"
-
-
-def _metadata(model: SentenceTransformer) -> dict[str, Any]:
-    """The fields of the leaderboard that can be read from a model."""
-    return {
-        "model_backbone": getattr(model.config, "btok_base_model", None) or getattr(model.config, "model_type", None),
-        "model_size": round(sum(parameter.numel() for parameter in model.parameters()) / 1e9, 2),
-        "max_length_tokens": model.max_seq_length,
-    }
 
 
 def _report(
@@ -335,35 +334,3 @@ def _report(
     if eval_task and summary.overall is not None:
         with replacing(output_dir / ".eval_results" / "mmeb-v2.yaml") as file:
             file.write(report.eval_results(scores, task_id=eval_task).encode())
-
-
-def load_model(
-    repo: Path | str,
-    *,
-    revision: str | None = None,
-    dtype: str = "auto",
-    max_pixels: int | None = None,
-    device: str | None = None,
-) -> SentenceTransformer:
-    """Load a model to evaluate. A model with Bottleneck Tokens gets this library's wrapper, which encodes unpadded.
-
-    Args:
-        repo (`str` or `Path`): Folder or Hub id of any Sentence-Transformers model.
-        revision (`str`, *optional*): Branch, tag or commit on the Hub.
-        dtype (`str`): Precision to load in. Default: the checkpoint's.
-        max_pixels (`int`, *optional*): Larger images and frames are reduced to this many pixels. Default: the model's.
-        device (`str`, *optional*): Device to load it on. Default: the choice of Sentence-Transformers.
-
-    Returns:
-        `SentenceTransformer`: The model.
-    """
-    config = cached_file(repo, "config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
-    with_tokens = config is not None and "btok_token_ids" in json.loads(Path(config).read_text("utf-8"))
-    model_class = BTokSentenceTransformer if with_tokens else SentenceTransformer
-    return model_class(
-        str(repo),
-        revision=revision,
-        device=device,
-        model_kwargs={"dtype": dtype},
-        processor_kwargs={} if max_pixels is None else {"max_pixels": max_pixels},
-    )

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+from matplotlib.figure import Figure
 
 from btok_hf.evaluation.tasks import TASKS
 
@@ -228,7 +229,7 @@ def leaderboard(scores: Scores, metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def picture(scores: Scores, *, name: str) -> bytes:
-    """A bar chart of the averages beside published ones. Needs matplotlib (the `evaluation` extra).
+    """A bar chart of the averages beside published ones.
 
     Args:
         scores (`dict[str, dict[str, float]]`): By dataset.
@@ -240,8 +241,6 @@ def picture(scores: Scores, *, name: str) -> bytes:
     Raises:
         ValueError: No modality is complete.
     """
-    from matplotlib.figure import Figure
-
     summary = summarise(scores)
     ours = [*summary.modalities.values(), summary.overall]
     titles = [*MODALITIES.values(), "Overall"]

@@ -15,7 +15,7 @@ from typing import Any
 
 from btok_hf.serving import MODE, SETTINGS
 
-VLLM = "0.32"  # the only release that this code is tested with: it uses names that are not public
+RELEASES = ("0.32", "0.33")  # those that this code is tested with: it uses names that are not public
 FAMILIES = ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3_5", "InternVL", "Idefics3", "SmolVLM", "Lfm2Vl")
 RECURRENT = ("Qwen3_5",)
 # Frames without times count as two per second in this library, and none is left out. vLLM would count one per second
@@ -37,8 +37,8 @@ def register() -> None:
         import vllm
 
         found = vllm.__version__
-        if found.split(".")[:2] != VLLM.split("."):
-            raise ImportError(f"it is written for vLLM {VLLM}")
+        if ".".join(found.split(".")[:2]) not in RELEASES:
+            raise ImportError(f"it is written for vLLM {' and '.join(RELEASES)}")
         from vllm import ModelRegistry
         from vllm.model_executor.models.config import MODELS_CONFIG_MAP
         from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
@@ -54,7 +54,7 @@ def register() -> None:
             "for them. Other models are not affected.",
             found,
             error,
-            VLLM,
+            RELEASES[-1],
         )
         return
     tokenizers[MODE] = ("vllm.tokenizers.hf", "CachedHfTokenizer")

@@ -12,7 +12,7 @@ import sys
 import torch
 
 from btok_hf import cli
-from btok_hf.evaluation import embeddings, mmeb
+from btok_hf.evaluation import embeddings, models
 from support.mmeb_tree import looks
 
 seen = []
@@ -38,7 +38,7 @@ def main(root, output, datasets, kill):
     if int(kill):
         embeddings.ROWS_PER_FILE = 2
         os.replace = lambda draft, path: replace_or_die(draft, path, int(kill))
-    mmeb.load_model = lambda *arguments, **options: counted
+    models.load_model = lambda *arguments, **options: counted
     status = cli.main(["mmeb", "--model", "looks", "--data", root, "--output", output, "--datasets", datasets])
     with open(f"{output}.{os.environ.get('RANK', 0)}.json", "w") as file:
         json.dump([len(seen), status, torch.distributed.is_initialized()], file)

@@ -471,14 +471,14 @@ def test_without_the_plugin_vllm_refuses_the_model(export, folder, flags, says):
 
 def test_in_another_release_of_vllm_nothing_is_registered():
     code = (
-        "import vllm; vllm.__version__ = '0.33.0'\n"
+        "import vllm; vllm.__version__ = '0.34.0'\n"
         "from btok_hf.serving.vllm_plugin import register; register()\n"
         "from vllm.renderers.registry import RENDERER_REGISTRY\n"
         "names = [*vllm.ModelRegistry.get_supported_archs(), *RENDERER_REGISTRY.renderers]\n"
         "assert not [name for name in names if 'btok' in name.lower()]\n"
     )
     run = subprocess.run([str(PYTHON), "-c", code], capture_output=True, text=True, env=environment(VLLM_PLUGINS=""))
-    assert run.returncode == 0 and "does not support vLLM 0.33.0" in run.stdout + run.stderr, run.stderr[-4000:]
+    assert run.returncode == 0 and "does not support vLLM 0.34.0" in run.stdout + run.stderr, run.stderr[-4000:]
 
 
 def test_dimensions_of_the_repository_and_frames_that_a_client_chooses(export, folder):
