@@ -34,6 +34,10 @@ def test_brackets_in_texts_names_and_comments_are_none(where):
         "length(`repeat` (id, 9)) > 0",
         "length(lpad\n(id, 9)) > 0",
         "id = $$'$$ OR length(repeat(id, 9)) > 0 OR id = $$'$$",
+        "id = E'a ' || repeat(id, 9) || 'b'",
+        r"id = '\' || repeat(id, 9) || '",
+        "id = 'a' || repeat(id, 9) || '",
+        """id = "'" || repeat(id, 9) || "'" """,
     ],
 )
 def test_functions_that_allocate_what_they_are_asked_for_are_refused(where):
@@ -52,6 +56,7 @@ def test_comments_could_hide_functions(where):
     [
         "kind = 'text') OR (kind = 'video'",
         "id LIKE '%' -- all",
+        "text LIKE '%f(x) and it''s g(x)%' AND id <> 'alert(1)'",
         "lower(text) LIKE '%a%' AND NOT (page IN (1, 2)) OR (page BETWEEN (1) AND (2))",
         "CASE WHEN (page > 1) THEN (1) ELSE (2) END = CAST(page AS decimal(10, 2))",
         "array_has(tags, 'new') AND date_trunc('day', at) < date '2026-01-01' AND (a).b = 1",

@@ -25,15 +25,18 @@ WORDS = (
 def check_functions(where: str) -> None:
     """Refuse functions that are not in `FUNCTIONS`.
 
-    Strings are not left out: where one ends is for the database's parser to say, and a condition could show it less of
-    them than is seen here. For the same reason there are no comments, except at the end.
+    Comments are refused, except at the end, and strings looked into unless it is plain where they end: the database's
+    parser may see less of them than this function does.
 
     Raises:
         ValueError: Another function, or a comment that something may follow.
     """
-    if "/*" in where or re.search(r"--.*\n", where):
+    if "/*" in where or re.search(r"--[^\r\n]*[\r\n]", where):
         raise ValueError("The condition has a comment, which is allowed only at its end, after --. Leave it out.")
-    used = {name.lower() for name in re.findall(r"(\w+)[\"`\]]?\s*\(", where)}
+    bare = re.sub(r"'(?:[^']|'')*'", "\0", where)
+    if re.search(r"[\\$\"`]", where) or re.search(r"'|\w\0", bare):  # escapes, other quotes, strings such as E'…'
+        bare = where
+    used = {name.lower() for name in re.findall(r"(\w+)[\"`\]]?\s*\(", bare)}
     if unknown := sorted(used - {*FUNCTIONS.split(), *WORDS.split()}):
         raise ValueError(
             f"The condition uses {', '.join(unknown)} before a bracket, which is not allowed here. Allowed functions: "
