@@ -15,7 +15,7 @@ from btok_hf.evaluation.embeddings import installed
 from btok_hf.media import video_input
 from btok_hf.sentence_transformer import BTokSentenceTransformer
 
-SIDE = 112  # pixels of what a model is tried with
+SIDE, FRAMES = 112, 8  # pixels and frames of what a model is tried with; some take no clip that is shorter
 
 
 def load_model(
@@ -80,7 +80,7 @@ def check_inputs(model: SentenceTransformer, modalities: Collection[str], prompt
     if {"image", "visdoc"} & set(modalities):
         media["image"] = picture
     if "video" in modalities:
-        media["video"] = video_input(np.stack([np.asarray(picture)] * 2), 2.0)
+        media["video"] = video_input(np.stack([np.asarray(picture)] * FRAMES), 2.0)
     for kind, content in media.items():
         item: Any = {kind: content, "text": "What is it?"}
         try:
