@@ -33,6 +33,7 @@ def test_brackets_in_texts_names_and_comments_are_none(where):
         'length("repeat"(id, 9)) > 0',
         "length(`repeat` (id, 9)) > 0",
         "length(lpad\n(id, 9)) > 0",
+        "regexp_like(id, id || '(a{100}){2000}')",
         "id = $$'$$ OR length(repeat(id, 9)) > 0 OR id = $$'$$",
         "id = E'a ' || repeat(id, 9) || 'b'",
         r"id = '\' || repeat(id, 9) || '",
@@ -41,7 +42,7 @@ def test_brackets_in_texts_names_and_comments_are_none(where):
     ],
 )
 def test_functions_that_allocate_what_they_are_asked_for_are_refused(where):
-    with pytest.raises(ValueError, match=r"uses (array_repeat|repeat|lpad) before a bracket.*: abs, "):
+    with pytest.raises(ValueError, match=r"uses (array_repeat|repeat|lpad|regexp_like) before a bracket.*: abs, "):
         check_functions(where)
 
 

@@ -9,10 +9,10 @@ QUOTED = re.compile(r"'(?:[^']|'')*'|\"[^\"]*\"|`[^`]*`|--[^\n]*|/\*.*?\*/", re.
 
 
 # Functions that a stranger's condition may use. Others allocate as much as they are asked to, such as `repeat`, and
-# end the process when there is not so much.
+# end the process when there is not so much. So does `regexp_like`, which keeps a compiled pattern for every row.
 FUNCTIONS = (
     "abs array_has array_has_all array_has_any array_length btrim char_length coalesce contains date_part date_trunc "
-    "ends_with greatest least length lower ltrim nullif octet_length position regexp_like round rtrim starts_with "
+    "ends_with greatest least length lower ltrim nullif octet_length position round rtrim starts_with "
     "strpos to_date to_timestamp upper"
 )
 # What else may stand before a bracket: words of SQL, and types that have a length.
