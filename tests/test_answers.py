@@ -132,6 +132,19 @@ def test_a_picture_that_takes_long_to_decode_is_refused(answers, folder):
         answers.search("", str(path), None, [], "", False, 3)
 
 
+def test_a_clip_that_takes_long_to_decode_is_refused(answers, folder, monkeypatch):
+    path = folder / "cache" / "large clip.png"  # FFmpeg reads a picture as a clip of one frame
+    path.parent.mkdir(exist_ok=True)
+    Image.new("1", (10_001, 10_000)).save(path)
+    with pytest.raises(ValueError, match=r"large clip.*1 frames of 10001 x 10000 have more than 100000000 pixels"):
+        answers.search("", None, str(path), [], "", False, 3)
+    shutil.copy(FILES / "octopus.mp4", path)
+    assert answers.search("", None, str(path), [], "", False, 3)[0].count("data-id") == 3
+    monkeypatch.setattr("btok_hf.corpus.answers.MAX_CLIP_SECONDS", 0.0)
+    with pytest.raises(ValueError, match="decoding it takes more than 0 seconds"):
+        answers.search("", None, str(path), [], "", False, 3)
+
+
 # ---------------------------------------------------------------- hits in large
 
 

@@ -130,6 +130,13 @@ def test_a_zone_that_is_not_known_is_refused():
     assert stored_type(pa.timestamp("us", "+01:00")) == pa.timestamp("us", "+01:00")
 
 
+def test_views_of_lists_are_refused():
+    """pyarrow cannot read parts of them, so neither their rows one by one."""
+    for kind in (pa.list_view(pa.int8()), pa.large_list_view(pa.string()), pa.list_(pa.list_view(pa.int8()))):
+        with pytest.raises(ValueError, match="of which pyarrow cannot read parts"):
+            stored_type(kind)
+
+
 def test_a_value_of_parquet_that_does_not_fit_costs_its_row_alone():
     days = [0] * 40
     days[7] = 2**62

@@ -1,5 +1,6 @@
 """Stored embeddings: keys of inputs and models, batches, damaged files."""
 
+import inspect
 import json
 import os
 import re
@@ -95,7 +96,13 @@ def test_fingerprints_tell_models_apart(repo, repos, model, monkeypatch, tmp_pat
         def encode(self, inputs, **kwargs):
             return super().encode([text.lower() for text in inputs], **kwargs)
 
+    class LowerStill(Lower):
+        pass
+
     add(Lower(repo, device="cpu"))
+    add(LowerStill(repo, device="cpu"))
+    monkeypatch.setattr(inspect, "getsource", lambda kind: kind.__name__ + " was edited" * (kind is Lower))
+    add(LowerStill(repo, device="cpu"))
     add(model, "Find it.")
     stock = SentenceTransformer(repo, device="cpu")
     add(stock)

@@ -22,10 +22,13 @@ from btok_hf.corpus.conditions import check_functions, condition
 from btok_hf.corpus.index import Hit
 from btok_hf.corpus.search import Searcher
 from btok_hf.corpus.units import KINDS
+from btok_hf.video import read_video
 
 MAX_TEXT = 10_000  # characters of a query; models cut texts long before
 MAX_CONDITION = 1000  # characters; one of a megabyte ends the process, from within the database's library
-MAX_PIXELS = 50_000_000  # of a picture; 20 kB can hold 177 million, which keep everybody waiting for half a minute
+# A file of 20 kB can hold 177 million pixels, which keep everybody waiting (docs/experiments.md, 2026-11-30).
+MAX_PIXELS, MAX_CLIP_PIXELS = 50_000_000, 100_000_000  # of a picture; of the frames of a clip, e.g. eight of 4K
+MAX_CLIP_SECONDS = 30.0  # of decoding
 LOG = logging.getLogger(__name__)
 
 
@@ -89,17 +92,14 @@ class Answers:
         text = (text or "").strip()
         if len(text) > MAX_TEXT:
             raise ValueError(f"The text has {len(text):,} characters; at most {MAX_TEXT:,} are allowed. Shorten it.")
-        image = self._uploaded(picture)
-        if image is not None:
-            _check_size(image)
-        given = {"image": image, "video": self._uploaded(clip), "text": text}
+        given = {"image": self._uploaded(picture), "video": self._uploaded(clip), "text": text}
         query: dict[str, Any] = {key: value for key, value in given.items() if value}
         if not query:
             raise ValueError("There is nothing to search for. Type a text, or give a picture or a clip.")
         if words and not text:
             raise ValueError("There are no words to match. Type a text, or untick it.")
         start, filter = time.perf_counter(), self._filter(kinds, where)
-        hits = self.searcher.search(**query, k=int(k), where=filter, hybrid=words)
+        hits = self.searcher.search(**_bounded(query), k=int(k), where=filter, hybrid=words)
         return *self._found(hits, start, words), query, gr.update(visible=False)
 
     def _uploaded(self, path: str | None) -> Path | None:
@@ -117,7 +117,7 @@ class Answers:
                 f"The condition has {len(where):,} characters; at most {MAX_CONDITION:,} are allowed. Shorten it."
             )
         if where and where.strip():
-            check_functions(where)
+            check_functions(where, self.columns)
             self.index.count(where)
         return condition(kinds, where)
 
@@ -184,6 +184,16 @@ class Answers:
         if originals.is_video(row, path):
             return {"video": path, **item}
         return {"image": originals.as_picture(path, row.page), **item}
+
+
+def _bounded(query: dict[str, Any]) -> dict[str, Any]:
+    """A query with the frames of its clip. Raises `ValueError` if its picture or clip takes long to decode."""
+    if "image" in query:
+        _check_size(query["image"])
+    if "video" not in query:
+        return query
+    frames = read_video(query["video"], most_pixels=MAX_CLIP_PIXELS, most_seconds=MAX_CLIP_SECONDS)
+    return {**query, "video": frames}
 
 
 def _check_size(path: Path) -> None:

@@ -25,8 +25,10 @@ def stored_type(kind: pa.DataType) -> pa.DataType:
         of decimals of 32 and 64 bits that of 128, and of lists of one length a list of any, unless they hold numbers.
 
     Raises:
-        ValueError: Times in a zone that is not known.
+        ValueError: Times in a zone that is not known, or views of lists, of which pyarrow cannot read parts.
     """
+    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
+        raise ValueError(f"it is {kind}, of which pyarrow cannot read parts")
     if pa.types.is_timestamp(kind):
         try:
             pa.scalar(0, kind).as_py()

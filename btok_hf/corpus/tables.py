@@ -26,6 +26,7 @@ from btok_hf.corpus.units import SCANS, Store, check_column_names
 from btok_hf.download import REMOTE
 from btok_hf.input_kinds import is_cell
 
+BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
 PARTS = ("image", "video", "text")  # in the order of a row
 SUFFIXES = (".parquet", ".jsonl", ".json", *DELIMITERS)
 
@@ -151,7 +152,7 @@ class TableSource:
             if kept is None:
                 raise ValueError(
                     f"The column {name} of --columns is stored as {before}, but is {kind} with the tables that there "
-                    f"are now. Write it as {before} in the new tables, or embed all of them into another folder."
+                    f"are now. Embed all of them into another folder, or write it as {before} in the new tables."
                 )
             self.metadata[name] = kept
 
@@ -216,6 +217,7 @@ class TableSource:
                     rows, schema = parquet.metadata.num_rows, parquet.schema_arrow
                 starts = [0] * -(-rows // self.unit_rows)
                 self._check(path, schema.names)
+                self._check_id(path, schema)
                 types = {name: self._stored_type(path, schema.field(name)) for name in self.columns.metadata}
             else:
                 seen, wrong = set[str](), ""
@@ -252,6 +254,15 @@ class TableSource:
             )
         if twice := [name for name in self.columns.names() if list(names).count(name) > 1]:
             raise ValueError(f"The table {path} has several columns {', '.join(twice)}. Rename all but one.")
+
+    def _check_id(self, path: str, schema: pa.Schema) -> None:
+        kind = schema.field(self.columns.id).type if self.columns.id else pa.null()
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if any(is_kind(kind) for is_kind in BYTES):
+            raise ValueError(
+                f"The column {self.columns.id} of {path} holds bytes ({kind}), and ids are texts. Cast it to string, "
+                "choose another column for --id, or leave it out."
+            )
 
     @staticmethod
     def _stored_type(path: str, column: pa.Field) -> pa.DataType:
@@ -361,12 +372,6 @@ def _ids_of(records: Iterable[dict[str, Any] | str], column: str) -> Iterator[st
 
 
 def _id_of(value: Any) -> str | None:
-    """A cell as an id. Of bytes, as some writers store strings, their text, if it is UTF-8."""
-    if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError:
-            return None
     return None if value is None else str(value)
 
 

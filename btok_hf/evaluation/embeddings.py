@@ -101,15 +101,17 @@ def installed() -> dict[str, str]:
 
 
 def _own_class(model: SentenceTransformer) -> dict[str, Any]:
-    """A class of a user's own, which may embed otherwise, with its code. Those of the two libraries embed alike."""
-    kind = type(model)
-    if kind.__module__.partition(".")[0] in ("btok_hf", "sentence_transformers"):
-        return {}
-    try:
-        code = inspect.getsource(kind)
-    except (OSError, TypeError):  # written into an interpreter
-        code = None
-    return {"class": (kind.__module__, kind.__qualname__, code)}
+    """Classes of a user's own, which may embed otherwise, with their code. Those of the two libraries embed alike."""
+    own = []
+    for kind in type(model).__mro__:
+        if kind.__module__.partition(".")[0] in ("btok_hf", "sentence_transformers"):
+            break
+        try:
+            code = inspect.getsource(kind)
+        except (OSError, TypeError):  # written into an interpreter
+            code = None
+        own.append((kind.__module__, kind.__qualname__, code))
+    return {"class": own} if own else {}
 
 
 def _options(module: torch.nn.Module) -> Any:

@@ -88,7 +88,8 @@ def check_inputs(model: SentenceTransformer, modalities: Collection[str], prompt
         except ValueError as error:
             raise ValueError(
                 f"The model cannot embed a text together with {'an image' if kind == 'image' else 'a video'}, which "
-                f"MMEB-V2 asks for: {error}. Choose other modalities, or evaluate a function that combines them."
+                f"MMEB-V2 asks for: {str(error).rstrip('.')}. Choose other modalities, or evaluate a function that "
+                "combines them."
             ) from error
 
 
