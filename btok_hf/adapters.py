@@ -40,7 +40,17 @@ def add_adapters_in_fp32(backbone: PreTrainedModel, peft_config: "PeftConfig") -
 
     For bf16 weights, PEFT creates bf16 adapters. Most updates at usual learning rates are lost to rounding in bf16,
     and so is precision of a resumed checkpoint. Therefore adapters are kept in fp32.
+
+    Raises `ValueError` for `modules_to_save` of weights in half precision: PEFT casts the inputs of LoRA layers to the
+    precision of the adapters, and not those of whole modules.
     """
+    whole = getattr(peft_config, "modules_to_save", None)
+    if whole and backbone.dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"modules_to_save={sorted(whole)} needs weights in fp32, got {backbone.dtype}. Load "
+            "the model with model_kwargs={'dtype': 'float32'}: bf16=True of the arguments saves the time all the "
+            "same, and an exported model can have any precision."
+        )
     backbone.add_adapter(peft_config)
     for parameter in backbone.parameters():
         if parameter.requires_grad:
@@ -96,7 +106,7 @@ def add_adapters(backbone: PreTrainedModel, lm_head: torch.nn.Module | None, pef
             set in `peft_config`, modules that do not exist, other adapters than LoRA, or an option of LoRA that could
             not be exported.
     """
-    check_exportable(peft_config)
+    check_trainable(peft_config)
     if has_adapters(backbone):
         raise ValueError(
             "The model has adapters already. To train them further, leave peft_config out; to add new ones, merge "
@@ -106,12 +116,6 @@ def add_adapters(backbone: PreTrainedModel, lm_head: torch.nn.Module | None, pef
         raise ValueError(
             "modules_to_save must not name embed_tokens: the rows of the Bottleneck Tokens are trained without it. "
             "Leave it out."
-        )
-    if peft_config.lora_dropout > 0:
-        raise ValueError(
-            f"lora_dropout must be 0, got {peft_config.lora_dropout}: GradCache embeds each row twice and replays the "
-            "random states, but the second pass also runs the target tokens, so that the replayed dropout masks would "
-            "not match. Set lora_dropout=0.0."
         )
     if peft_config.target_modules is None:
         peft_config.target_modules = family_of(backbone.config).lora_targets
@@ -140,6 +144,17 @@ def add_adapters(backbone: PreTrainedModel, lm_head: torch.nn.Module | None, pef
 def adapter_config(backbone: PreTrainedModel) -> Any:
     """The PEFT configuration of a transformers model with adapters."""
     return backbone.peft_config[backbone.active_adapters()[0]]
+
+
+def check_trainable(peft_config: "LoraConfig") -> None:
+    """Refuse adapters that GradCache cannot train, and those of `check_exportable`. Raises `ValueError`."""
+    check_exportable(peft_config)
+    if peft_config.lora_dropout > 0:
+        raise ValueError(
+            f"lora_dropout must be 0, got {peft_config.lora_dropout}: GradCache embeds each row twice and replays the "
+            "random states, but the second pass also runs the target tokens, so that the replayed dropout masks would "
+            "not match. Set lora_dropout=0.0 (of saved adapters, in their adapter_config.json)."
+        )
 
 
 def check_exportable(peft_config: "LoraConfig") -> None:

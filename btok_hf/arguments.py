@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+OF_MODELS = ("config.json", "adapter_config.json", "modules.json")
 HUB = ("revision", "token", "cache_folder", "local_files_only", "subfolder")
 # Names of the same arguments in Sentence-Transformers and transformers.
 OTHER_NAMES = {"tokenizer_kwargs": "processor_kwargs", "cache_dir": "cache_folder", "use_auth_token": "token"}
@@ -56,7 +57,14 @@ def named_damage(model_name_or_path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def named_source(source: str) -> Iterator[None]:
-    """Add the name of a model to an error of reading it, which transformers leaves out."""
+    """Add the name of a model to an error of reading it, which transformers leaves out.
+
+    Raises `OSError` for the folder of a run, in which only the checkpoints are models.
+    """
+    folder = Path(source)
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name))
+    if checkpoints and not any((folder / name).exists() for name in OF_MODELS):
+        raise OSError(f"{source} holds checkpoints and is no model itself. Name one of them, e.g. {checkpoints[-1]}")
     try:
         yield
     except OSError as error:

@@ -3,7 +3,7 @@
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 CPU_ROW_TOKENS, ROW_TOKENS = 64, 512
 # Errors of a single input. Other errors end the whole call.
 ROW_ERRORS = (ValueError, OSError)
+
+# Types of one input that can be iterated.
+SINGULAR = (str, bytes, list, tuple, Mapping, np.ndarray, Tensor)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -121,10 +124,19 @@ class PackedEncoder(SentenceTransformer):
 
     # The superclass narrows the type.
     def is_singular_input(self, inputs: Any) -> bool:  # type: ignore[override]
-        """Whether this is a single input. A list of chat messages is; a list that mixes them with others is not."""
+        """Whether this is a single input. A list of chat messages is; a list that mixes them with others is not.
+
+        Raises `ValueError` for what holds inputs and is no list, such as a generator or a data frame.
+        """
         if isinstance(inputs, list) and any(map(is_message, inputs)) and not all(map(is_message, inputs)):
             return False
-        return super().is_singular_input(inputs)
+        is_singular = super().is_singular_input(inputs)
+        if is_singular and hasattr(inputs, "__iter__") and not isinstance(inputs, SINGULAR):
+            raise ValueError(
+                f"encode takes a list of inputs or one input, got {type(inputs).__name__}. Give a list: list(…) of "
+                'them; of a dataset or data frame, list(data["column"]).'
+            )
+        return is_singular
 
     # As in SentenceTransformer, the superclass names fewer arguments.
     @torch.inference_mode()

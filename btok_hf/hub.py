@@ -150,7 +150,9 @@ def _is_private(part: str) -> bool:
 
 
 def _files_to_publish(path: Path, secrets: Collection[str]) -> list[str]:
-    """Relative paths of the files to upload. Raises `ValueError` if the repository is not complete."""
+    """Relative paths of the files to upload. Raises an error if there is no folder or it is no whole repository."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"There is no folder {path}. Check the path; it starts at the current folder.")
     everything = sorted(
         file.relative_to(path).as_posix()
         for file in path.rglob("*")

@@ -136,7 +136,7 @@ def _kind_of(text: str) -> str:
     if not text.startswith(REMOTE) and not os.path.isfile(text):
         raise FileNotFoundError(
             f'{text!r} does not exist. If it is a text, give it as {{"text": …}}; relative paths start at the '
-            "current folder, in pair files at the folder of the file"
+            "current folder, in pair files at the folder of the file; white space around a path is part of it"
         )
     return "video" if text.startswith("data:video/") or suffix_of(text) in VIDEO_SUFFIXES else "image"
 
@@ -156,7 +156,10 @@ def _read_dict(item: Mapping[str, Any], limits: ImageLimits) -> dict[str, Any]:
 def _read_part(key: str, value: Any, limits: ImageLimits) -> Any:
     """Read the value of one key of an input dict: one part, or a list of them."""
     if value is None:
-        raise ValueError(f"'{key}' is None; leave the key out or set it to a value")
+        raise ValueError(
+            f"'{key}' is None; leave the key out or set it to a value. `datasets` fills in keys: keep "
+            "{key: part for key, part in row.items() if part is not None}"
+        )
     if isinstance(value, (list, tuple)) and not (key == "video" and value and all(map(is_frame, value))):
         if not value:
             raise ValueError(f"'{key}' is an empty list; leave the key out or fill it")

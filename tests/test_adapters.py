@@ -26,6 +26,9 @@ def test_add_adapter_is_peft_config(repo, tmp_path):
     model = BTokSentenceTransformer(repo, device="cpu")
     with pytest.raises(ValueError, match="lora_dropout must be 0"):
         model.add_adapter(LoraConfig(lora_dropout=0.3))
+    half = BTokSentenceTransformer(repo, device="cpu", model_kwargs={"dtype": "bfloat16"})
+    with pytest.raises(ValueError, match=r"modules_to_save=\['merger'\] needs weights in fp32, got torch.bfloat16"):
+        half.add_adapter(LoraConfig(modules_to_save=["merger"]))
     with pytest.raises(ValueError, match="modules_to_save must not name embed_tokens"):
         model.add_adapter(LoraConfig(modules_to_save=["embed_tokens"]))
     with pytest.raises(ValueError, match="modules_to_save must not name embed_tokens"):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens
+from btok_hf.arguments import named_source
 
 
 @pytest.mark.parametrize(
@@ -54,3 +55,16 @@ def test_values_that_are_no_inputs_are_named_or_skipped(repos, backbone, value):
         model.encode(["a", value])
     result = model.encode(["a", value, "b"], on_error="skip")
     assert list(result.errors) == [1] and result.kept.tolist() == [0, 2]
+
+
+def test_the_folder_of_a_run_is_no_model(repo, tmp_path):
+    for name in ("checkpoint-9", "checkpoint-10", "start"):
+        (tmp_path / name).mkdir()
+    with (
+        pytest.raises(OSError, match=r"holds checkpoints and is no model itself\. Name one .*/checkpoint-10$"),
+        named_source(str(tmp_path)),
+    ):
+        BTokSentenceTransformer(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with named_source(str(tmp_path)), named_source(repo):
+        pass

@@ -23,6 +23,8 @@ from btok_hf.training.checks import (
     most_negatives,
 )
 
+MIXED = {"query": Value("string"), "positive": Json()}
+
 
 @pytest.mark.parametrize(
     ("rows", "message"),
@@ -38,6 +40,11 @@ from btok_hf.training.checks import (
             "not exist.*text that looks like a path",
         ),
         ({"query": ["a", "b"], "positive": [{"text": "x"}, None]}, "Row 1 of p: its positive is empty"),
+        (
+            {"query": ["a", "b"], "positive": ["x", " no.png\n"]},
+            r"Row 1 of p: its positive names ' no\.png\\n', a file",
+        ),
+        ({"query": ["a", "b"], "positive": ["x", '{"image": "a.png"}']}, "is a dict written as a text, as CSV files"),
     ],
 )
 def test_rows_that_cannot_be_trained_on_are_named(rows, message):
@@ -46,7 +53,34 @@ def test_rows_that_cannot_be_trained_on_are_named(rows, message):
     with pytest.raises(ValueError, match=message.replace("Row 1", "Row 0")):
         check_rows(Dataset.from_dict(rows).select([1]), "p")
     check_rows(Dataset.from_dict(rows).select([0]), "p")
-    check_rows(Dataset.from_dict({"query": ["https://host/a.png"], "positive": ["not a.png"]}), "p")
+    check_rows(Dataset.from_dict({"query": ["https://host/a.png"] * 2, "positive": ["not a.png", "b"]}), "p")
+
+
+def test_numbers_are_no_inputs():
+    for cells in ([1, 2], [0.5, None], [True, True], [b"a", b"b"]):
+        with pytest.raises(ValueError, match="Row 0 of p: its positive is a number or bytes"):
+            check_rows(Dataset.from_dict({"query": ["a", "b"], "positive": cells}), "p", required=())
+    mixed = Dataset.from_dict({"query": ["a", "b"], "positive": ["x", 7]}, features=Features(MIXED))
+    with pytest.raises(ValueError, match="Row 1 of p: its positive is a number"):
+        check_rows(mixed, "p")
+
+
+def test_files_with_spaces_that_do_not_exist_are_no_silent_texts(tmp_path, caplog):
+    """Names of photographs have spaces, and texts may end as they do."""
+    image(40, 40).save(tmp_path / "a cat.png")
+
+    def check(*cells):
+        check_rows(Dataset.from_dict({"query": ["a"] * len(cells), "positive": cells}), "p")
+
+    check(f"{tmp_path}/a cat.png", str(tmp_path / "a cat.png"))
+    lost = f"{tmp_path}/no cat.JPG"
+    for cells in ([f"{tmp_path}/a cat.png", lost], [lost, lost]):
+        with pytest.raises(ValueError, match=r"its positive '.*no cat\.JPG' looks like a file, which does not exist"):
+            check(*cells)
+    check("a text", {"text": lost}["text"][:0] or "b", "c " * 200 + ".png")
+    assert not caplog.records
+    check("a text", lost, "turn a.png into b.png")
+    assert "Row 1 of p: its positive" in caplog.text and "Texts like it in this column: 2" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -221,8 +255,19 @@ def test_what_would_train_something_else_is_refused(repo, tmp_path):
         CondensationTrainer(
             model=model, args=config(tmp_path, condensation_weight=0.0), train_dataset=pairs, loss=loss
         )
+    for given in ([{"query": "a", "positive": "b"}], {"a": [{"query": "a", "positive": "b"}]}):
+        with pytest.raises(
+            ValueError, match=r"must be a datasets\.Dataset, got list\. Make a dataset with load_pairs"
+        ):
+            CondensationTrainer(model=model, args=config(tmp_path), train_dataset=given)
     with pytest.raises(ValueError, match="model_init cannot be used"):
         CondensationTrainer(args=config(tmp_path), train_dataset=pairs, model_init=lambda: model)
+    with_dropout = BTokSentenceTransformer(repo, device="cpu")
+    with_dropout.transformer.model.add_adapter(LoraConfig(target_modules=["q_proj"], lora_dropout=0.1))
+    with pytest.raises(
+        ValueError, match=r"lora_dropout must be 0, got 0\.1.*of saved adapters, in their adapter_config"
+    ):
+        CondensationTrainer(model=with_dropout, args=config(tmp_path), train_dataset=pairs)
     model.config.get_text_config().attention_dropout = 0.1
     with pytest.raises(ValueError, match=r"attention_dropout in config\.json must be 0, got 0\.1"):
         CondensationTrainer(model=model, args=config(tmp_path), train_dataset=pairs)

@@ -220,7 +220,7 @@ def test_it_is_installed_and_a_module_of_its_own(btok, tmp_path):
     run = subprocess.run([*python, "push", tmp_path / "nothing", "org/x"], capture_output=True, text=True)
     errors = [line for line in run.stderr.splitlines() if not line.startswith("import time:")]
     assert run.returncode == 1 and run.stdout == ""
-    assert len(errors) == 1 and re.match(r"error: .*nothing is not an exported repository", errors[0])
+    assert len(errors) == 1 and re.match(r"error: There is no folder .*nothing", errors[0])
     run = subprocess.run([*python, "--help"], capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout.startswith("usage: btok ")
     imported = {line.split("|")[2].strip() for line in run.stderr.splitlines()}
@@ -264,6 +264,9 @@ def test_mmeb(mmeb_root, tmp_path, repo):
     report = (tmp_path / "out" / "report.md").read_text("utf-8")
     assert all(re.search(rf"^\| {name} +\|", report, re.M) for name in ("OK-VQA", "CIRR", "MSVD"))
     arguments[3] = str(tmp_path)
+    with pytest.raises(SystemExit, match=r"no folder .* with the benchmark \(video-tasks\)"):
+        cli.main(["mmeb", *arguments, "--datasets", "K700"])
+    (tmp_path / "video-tasks").mkdir(), (tmp_path / "image-tasks").mkdir()
     assert cli.main(["mmeb", *arguments, "--datasets", "K700", "--max-pixels", str(28 * 28 * 4)]) == 1
     with pytest.raises(SystemExit, match=r"error: .* holds results of another run: fingerprint"):
         cli.main(["mmeb", *arguments, "--datasets", "OK-VQA"])
@@ -273,7 +276,7 @@ def test_mmeb(mmeb_root, tmp_path, repo):
 
 def test_options_of_mmeb(tmp_path, repo, bases, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "image-tasks").mkdir(parents=True)
     loaded, evaluated = [], []
     for name in ("BTokSentenceTransformer", "SentenceTransformer"):
 
@@ -347,6 +350,7 @@ def test_index_says_what_it_did_and_how_well_it_finds(btok, corpus, tmp_path):
         ("search  --db b", "the query is empty"),
         ("search x --db b -k 0", "-k is the number of hits"),
         ("search x --db b --sheet out.gif", "--sheet out.gif must end in .png"),
+        ("search x --db b --sheet out.png -k 301", "--sheet shows at most 300 hits, got -k 301: use --html"),
         ("search --db b --image no.png", "--image no.png is not a file"),
     ],
 )

@@ -19,9 +19,14 @@ def test_bad_values_are_refused(tmp_path):
         ("condensation_weight", -1),
         ("condensation_steps", -1),
         ("neftune_noise_alpha", 5.0),
+        ("auto_find_batch_size", True),
+        ("train_sampling_strategy", "group_by_length"),
+        ("label_smoothing_factor", 0.5),
     ):
         with pytest.raises(ValueError, match=f"{name} must be .*, got {value}"):
             config(tmp_path, **{name: value})
+    with pytest.raises(ValueError, match="include_num_input_tokens_seen must be left out, got all: it would count"):
+        config(tmp_path, include_num_input_tokens_seen=True)
 
 
 def test_mappings_may_be_json(tmp_path):

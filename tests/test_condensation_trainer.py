@@ -15,6 +15,7 @@ from packaging.version import Version
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+from support import tiny
 from support.gradients import assert_same_gradients, named_gradients
 from support.media import image
 from support.processes import run_two
@@ -157,8 +158,13 @@ def test_resuming_ends_where_an_uninterrupted_run_does(either, tmp_path, lora):
 def test_training_in_two_processes_equals_one_whole_and_resumed(repo, tmp_path):
     one = checkpointed_trainer(repo, tmp_path / "one")
     one.train()
-    run_two("two_trainers.py", repo, tmp_path)
-    whole, resumed, mixed, mixed_resumed = json.loads((tmp_path / "losses.json").read_text())
+    # An untied head, which is used in the forward of one side only.
+    untied = add_bottleneck_tokens(tiny.build("qwen2_vl", tmp_path / "base", tied=False), tmp_path / "untied")
+    with_head = checkpointed_trainer(str(untied), tmp_path / "with_head")
+    with_head.train()
+    run_two("two_trainers.py", repo, untied, tmp_path)
+    whole, resumed, mixed, mixed_resumed, head = json.loads((tmp_path / "losses.json").read_text())
+    assert head == pytest.approx(losses(with_head), rel=1e-5)
     assert len(mixed) == 6 and mixed_resumed == pytest.approx(mixed, rel=1e-6)
     assert whole == pytest.approx(losses(one), rel=1e-5) and resumed == pytest.approx(whole, rel=1e-6)
     for name, tensor in torch.load(tmp_path / "weights.pt").items():

@@ -151,6 +151,23 @@ def test_commas_in_csv_files_are_found_by_line(tmp_path):
     assert rows == [{"query": "a, b", "positive": long}, {"query": "only", "positive": None}]
 
 
+def test_the_index_of_pandas_in_csv_files_is_named(tmp_path):
+    path = tmp_path / "pairs.csv"
+    for header in (",query,positive", "query,positive,"):
+        path.write_text(f"{header}\n0,a,b\n")
+        with pytest.raises(ValueError, match=rf"header has a column without a name: {header}\. .*index=False"):
+            load_pairs(path)
+    path.write_text("query,positive\na,b\n")
+    assert list(load_pairs(path)) == [{"query": "a", "positive": "b"}]
+    assert retrieval_evaluator(path).name == "pairs"
+    for given in ([{"query": "a"}], pa.table({"query": ["a"]})):
+        for read in (load_pairs, retrieval_evaluator):
+            with pytest.raises(
+                ValueError, match=r"takes a path or an id of the Hub, got (list|Table)\. Make a dataset"
+            ):
+                read(given)
+
+
 def test_csv_files_leave_the_limit_of_the_process(tmp_path):
     (tmp_path / "pairs.csv").write_text("query,positive\na,b\n")
     before = csv.field_size_limit(1000)

@@ -5,6 +5,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image as PILImage
 from support.inputs import TOLERANCE
 from support.media import image, video
@@ -166,6 +167,18 @@ def test_messages_among_other_inputs_may_come_first(model):
     assert model.encode([message, message]).shape == (64,)  # one chat of two messages
     for several in ([[message, message], message], [message, [message, message]]):
         assert model.encode(several).shape == (2, 64)
+
+
+def test_what_holds_inputs_and_is_no_list_is_refused(model):
+    data = Dataset.from_dict({"text": ["a", "b"]})
+    for given in ((text for text in "ab"), {"a", "b"}, data, data.to_pandas(), data.to_pandas()["text"]):
+        with pytest.raises(ValueError, match=f"list of inputs or one input, got {type(given).__name__}. Give a list"):
+            model.encode(given)
+    assert (
+        model.encode(data["text"]).shape == model.encode(np.array(["a", "b"])).shape == model.encode(["a"] * 2).shape
+    )
+    with pytest.raises(ValueError, match=r"'image' is None; leave the key out.*`datasets` fills in keys"):
+        model.encode([{"image": None, "text": "a"}])
 
 
 def test_the_old_name_of_inputs(model):

@@ -262,8 +262,10 @@ def test_bad_arguments_are_refused_before_anything_is_sent(exported, tmp_path):
             push("org/a/b")
     with pytest.raises(ValueError, match="Leave one out"):
         btok_hf.push(exported, "org/a", revision="x", create_pr=True)
-    with pytest.raises(ValueError, match="is not an exported repository"):
+    with pytest.raises(FileNotFoundError, match=r"There is no folder .*nothing"):
         btok_hf.push(tmp_path / "nothing", "org/a")
+    with pytest.raises(ValueError, match="is not an exported repository"):
+        btok_hf.push(tmp_path, "org/a")
 
 
 def test_a_push_that_is_always_reset_ends_with_the_folder_whole(endless_resets, exported):

@@ -30,6 +30,7 @@ def test_texts_that_look_like_files():
         ("photo.PNG", True),
         ("clips/a.mp4", True),
         ("https://example.com/a.jpg?size=2", True),
+        (" photo.png\n", True),  # a line of a file, which is no name of one
         ("my photo.png", False),
         ("notes.txt", False),
         ("https://[", False),  # begins like an address and is none

@@ -155,6 +155,12 @@ def test_options_are_checked_before_anything_is_read(model, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             mine_hard_negatives(pairs, None, out, **options)
+    for given, message in (
+        ("pairs.jsonl", r"must be a datasets\.Dataset, got str\. Make a dataset with load_pairs"),
+        (pairs.rename_column("query", "anchor"), r"\['anchor', 'positive'\]: query missing"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mine_hard_negatives(given, None, out)
     for mined in (["negatives"], ["negative_groups"], ["negatives", "negative_groups"]):
         again = pairs
         for column in mined:

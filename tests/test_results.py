@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
+from btok_hf.commands.corpus import SHEET_HITS, SHEETS
 from btok_hf.corpus.index import Hit
 from btok_hf.corpus.results import LINE, MARGIN, TILE, as_html, as_json, as_lines, as_sheet, excerpt
 
@@ -92,6 +93,14 @@ def test_a_page_is_one_file_in_which_everything_is_escaped():
     policy = next(values["content"] for tag, values in page.tags if values.get("http-equiv"))
     assert policy.startswith("default-src 'none'")
     assert "Nothing was found" in Page(as_html("x", [])).text
+
+
+def test_every_format_holds_the_largest_sheet():
+    sheet = as_sheet(HITS * (SHEET_HITS // 3))
+    for suffix, kind in SHEETS.items():
+        content = io.BytesIO()
+        sheet.save(content, kind)
+        assert Image.open(content).size == sheet.size, suffix
 
 
 @pytest.mark.parametrize(("count", "columns", "rows"), [(1, 1, 1), (3, 3, 1), (7, 5, 2)])

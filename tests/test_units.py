@@ -129,7 +129,7 @@ def test_read_units(tmp_path, repo):
 
 
 def test_read_units_refuses(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no corpus.*btok embed INPUT"):
+    with pytest.raises(FileNotFoundError, match=r"holds no corpus.*btok embed INPUT .* --model MODEL"):
         read_units(str(tmp_path))
     (tmp_path / "corpus.json").write_text(json.dumps({"format": 2}))
     with pytest.raises(ValueError, match="format 2, and this release reads 1"):

@@ -15,6 +15,8 @@ from typing import Any
 import datasets
 import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, Features, Value
 from torch.utils.data import ConcatDataset
@@ -81,6 +83,55 @@ class NumberedRows(torch.utils.data.Dataset):
             read = self.parts[part].__getitems__(numbers)
             rows += [{**row, "row": number} for row, number in zip(read, numbers)]
         return rows
+
+
+def stored_cells(dataset: Dataset, name: str) -> Iterator[Any]:
+    """The cells of a column, for checks: strings as they are, and `True` in place of each file or number.
+
+    `False` stands for a file of 0 bytes. So the contents of files are not read.
+    """
+    column = dataset.select_columns([name])
+    if holds_json(dataset.features[name]):
+        yield from (row[name] for row in column)
+        return
+    for part in column.with_format("arrow").iter(batch_size=10_000):
+        for chunk in part[name].chunks:
+            yield from _names_alone(chunk).to_pylist()
+
+
+def holds_json(feature: Any) -> bool:
+    """Whether Arrow stores cells of a column, or parts of them, as JSON, as it does with dicts of different keys."""
+    parts = feature.values() if isinstance(feature, dict) else [getattr(feature, "feature", None)]
+    return isinstance(feature, datasets.Json) or any(holds_json(part) for part in parts if part is not None)
+
+
+def _names_alone(array: Any) -> Any:
+    """An Arrow array with its strings, and with booleans for all other values, as `stored_cells` gives them."""
+    kind = array.type
+    if pa.types.is_fixed_size_list(kind):
+        return _names_alone(array.cast(pa.list_(kind.value_field)))
+    if pa.types.is_struct(kind):
+        fields = [_names_alone(array.field(index)) for index in range(kind.num_fields)]
+        return pa.StructArray.from_arrays(fields, [field.name for field in kind], mask=array.is_null())
+    if pa.types.is_null(kind):
+        return array
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return pc.greater(pc.binary_length(array), 0)
+    if not holds_strings(kind):
+        return pc.if_else(array.is_valid(), True, pa.scalar(None, pa.bool_()))
+    # A list that is null becomes an empty list.
+    return type(array).from_arrays(array.offsets, _names_alone(array.values)) if _is_list(kind) else array
+
+
+def holds_strings(kind: Any) -> bool:
+    """Whether values of an Arrow type are strings, or have some."""
+    if pa.types.is_struct(kind) or _is_list(kind):
+        return any(holds_strings(kind.field(index).type) for index in range(kind.num_fields))
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _is_list(kind: Any) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 def as_input(cell: Any) -> Any:

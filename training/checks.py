@@ -3,28 +3,39 @@
 What a cell may hold is in `data.py`, how it is read in `btok_hf/inputs.py`.
 """
 
+import json
+import logging
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import repeat
 from typing import Any
 
-import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel
 
+from btok_hf.adapters import check_trainable
 from btok_hf.content import content_hash
-from btok_hf.input_kinds import is_cell, is_media_path, is_messages, text_of
+from btok_hf.input_kinds import INPUT_KEYS, is_cell, is_media_path, is_messages, text_of
 from btok_hf.inputs import REMOTE, shown
+from btok_hf.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from btok_hf.sentence_transformer import BTokSentenceTransformer
-from btok_hf.training.cells import as_stored
+from btok_hf.training.cells import as_stored, holds_strings, stored_cells
 from btok_hf.training.condensation_config import CONDENSE, CondensationConfig
 from btok_hf.training.condensation_loss import CondensationLoss
 
+logger = logging.getLogger(__name__)
+
+MAX_PATH = 255  # characters: longer strings are texts
 HELD_OUT = re.compile(r"(test|valid|validation|val|dev|eval|evaluation)([_.-]|$)")  # names of splits
 OF_FILES = ("image", "video", "url", "path")  # keys of a dict, or of a part of a chat message, that name a file
+AS_DATASET = (
+    "Make a dataset with load_pairs(path), datasets.Dataset.from_list(rows) or Dataset.from_pandas(frame, "
+    "preserve_index=False)."
+)
+MEDIA = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
 NOT_EMBEDDED = ("target", "group", "negative_groups", "dataset_name")  # columns of pairs
 
 
@@ -61,6 +72,8 @@ def check_model(model: Any, loss: Any, args: Any) -> BTokSentenceTransformer:
             f"The loss has condensation_weight={loss.condensation_weight}, but that of args is 0, so that no batch "
             "would have texts to generate. Set both to the same value."
         )
+    for adapters in getattr(backbone, "peft_config", {}).values():
+        check_trainable(adapters)
     dropout = getattr(backbone.config.get_text_config(), "attention_dropout", 0.0)
     if dropout:
         raise ValueError(
@@ -93,6 +106,8 @@ def checked_datasets(part: str, given: Any, args: Any) -> Any:
     parts = given if isinstance(given, dict) else {part: given}
     copies = {name: as_stored(data) if isinstance(data, Dataset) else data for name, data in parts.items()}
     for name, dataset in copies.items():
+        if dataset is not None and not hasattr(dataset, "column_names"):
+            raise ValueError(f"{name} must be a datasets.Dataset, got {type(dataset).__name__}. {AS_DATASET}")
         check_rows(dataset, name)
         if dataset is not None and isinstance(args, CondensationConfig) and args.condensation_weight:
             sides = CONDENSE[args.condense_for(name if isinstance(given, dict) else None)]
@@ -113,7 +128,8 @@ def check_columns(columns: Collection[str], dataset_name: str | None = None) -> 
             "negative or negative_1, negative_2, … (each a text, an image, or a dict with image, video and text), "
             "negatives (a list of them), target (a text to generate instead of the other side's own), group (rows of "
             "one group answer each other's queries) and negative_groups (a list of the groups of negatives). "
-            "Rename the columns with dataset.rename_column and drop the rest with dataset.remove_columns."
+            "Choose them with columns= of load_pairs, or rename them with dataset.rename_column and drop the rest "
+            "with dataset.remove_columns."
         )
     if "negative_groups" in columns and "negatives" not in columns:
         raise ValueError(
@@ -181,9 +197,11 @@ def check_rows(dataset: Dataset, where: str, required: Collection[str] = ("query
         for row, (cells, own) in enumerate(zip(stored_cells(dataset, "negatives"), groups)):
             check_negatives(cells, own, f"Row {row} of {where}")
     there: dict[str, bool] = {}  # by path
+    lost = _LostFiles(where)
     # `check_columns` names those that are unknown or missing.
     embedded = ("query", "positive", *negative_columns(dataset.column_names))
     for name in (name for name in dataset.column_names if name in embedded):
+        lost.start(name)
         for row, cell in enumerate(stored_cells(dataset, name)):
             values = cell if isinstance(cell, list) and name == "negatives" else [cell]
             # A list that is null is an empty one here.
@@ -194,8 +212,7 @@ def check_rows(dataset: Dataset, where: str, required: Collection[str] = ("query
                     'negatives is called negatives; several parts of one input are given as {"text": […]}, '
                     '{"image": […]} or {"video": […]}.'
                 )
-            problem = "is empty" if any(map(_is_empty, values)) else None
-            problem = problem or ("holds a file of 0 bytes" if any(map(_has_empty_file, values)) else None)
+            problem = next(filter(None, map(_problem, values)), None)
             for path in _paths(values):
                 if path not in there:
                     there[path] = os.path.isfile(path)
@@ -206,6 +223,41 @@ def check_rows(dataset: Dataset, where: str, required: Collection[str] = ("query
                     f"Row {row} of {where}: its {name} {problem}. Correct or remove the row; a text that looks like a "
                     'path is given as {"text": …}.'
                 )
+            lost.look(row, values)
+        lost.end()
+
+
+class _LostFiles:
+    """Texts of several words that end as names of pictures do, of files that do not exist. `where` is a dataset."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def start(self, column: str) -> None:
+        """Begin a column."""
+        self.column, self.texts, self.count, self.first = column, 0, 0, ""
+
+    def look(self, row: int, values: Iterable[Any]) -> None:
+        """Count the texts of a row, and those that seem to be files."""
+        for text in (value for value in values if isinstance(value, str) and not is_media_path(value)):
+            if not text.strip().lower().endswith(MEDIA) or len(text) > MAX_PATH:
+                self.texts += 1
+            elif not os.path.isfile(text):
+                self.count += 1
+                self.first = self.first or f"Row {row} of {self.where}: its {self.column} {text!r}"
+
+    def end(self) -> None:
+        """Raise `ValueError` if a column of files has some that do not exist. Between other texts, warn of them."""
+        if self.count and not self.texts:
+            raise ValueError(
+                f"{self.first} looks like a file, which does not exist, among {self.count} like it. Correct the "
+                'paths; a text that looks like a path is given as {"text": …}.'
+            )
+        if self.count:
+            logger.warning(
+                f"{self.first} is taken for a text. If it is a file, correct its path: it does not exist. Texts "
+                f"like it in this column: {self.count}."
+            )
 
 
 def check_negatives(negatives: Any, groups: Any, where: str) -> None:
@@ -233,7 +285,7 @@ def _meaningless_group(groups: pa.ChunkedArray) -> int:
     """The first row whose group is NaN or an empty text; -1 if there is none."""
     if pa.types.is_floating(groups.type):
         return pc.index(pc.is_nan(groups), True).as_py()
-    if pa.types.is_nested(groups.type) or not _holds_strings(groups.type):
+    if pa.types.is_nested(groups.type) or not holds_strings(groups.type):
         return -1
     return pc.index(pc.utf8_trim_whitespace(groups), "").as_py()
 
@@ -268,52 +320,26 @@ def target_text(cell: Any, target: Any, column: str, where: str) -> str:
     return text
 
 
-def stored_cells(dataset: Dataset, name: str) -> Iterator[Any]:
-    """The cells of a column, for checks: strings as they are, and `True` in place of each file or number.
-
-    `False` stands for a file of 0 bytes. So the contents of files are not read.
-    """
-    column = dataset.select_columns([name])
-    if holds_json(dataset.features[name]):
-        yield from (row[name] for row in column)
-        return
-    for part in column.with_format("arrow").iter(batch_size=10_000):
-        for chunk in part[name].chunks:
-            yield from _names_alone(chunk).to_pylist()
-
-
-def holds_json(feature: Any) -> bool:
-    """Whether Arrow stores cells of a column, or parts of them, as JSON, as it does with dicts of different keys."""
-    parts = feature.values() if isinstance(feature, dict) else [getattr(feature, "feature", None)]
-    return isinstance(feature, datasets.Json) or any(holds_json(part) for part in parts if part is not None)
+def _problem(value: Any) -> str | None:
+    """What is wrong with a value of `stored_cells`, apart from files that do not exist."""
+    if _is_empty(value):
+        return "is empty"
+    if _has_empty_file(value):
+        return "holds a file of 0 bytes"
+    if isinstance(value, (bool, int, float)):
+        return "is a number or bytes, and neither a text nor a file (a number is written as a text)"
+    if isinstance(value, str) and value.startswith('{"') and _is_input(value):
+        return "is a dict written as a text, as CSV files have it (write JSON lines or parquet, with dicts)"
+    return None
 
 
-def _names_alone(array: Any) -> Any:
-    """An Arrow array with its strings, and with booleans for all other values, as `stored_cells` gives them."""
-    kind = array.type
-    if pa.types.is_fixed_size_list(kind):
-        return _names_alone(array.cast(pa.list_(kind.value_field)))
-    if pa.types.is_struct(kind):
-        fields = [_names_alone(array.field(index)) for index in range(kind.num_fields)]
-        return pa.StructArray.from_arrays(fields, [field.name for field in kind], mask=array.is_null())
-    if pa.types.is_null(kind):
-        return array
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        return pc.greater(pc.binary_length(array), 0)
-    if not _holds_strings(kind):
-        return pc.if_else(array.is_valid(), True, pa.scalar(None, pa.bool_()))
-    # A list that is null becomes an empty list.
-    return type(array).from_arrays(array.offsets, _names_alone(array.values)) if _is_list(kind) else array
-
-
-def _holds_strings(kind: Any) -> bool:
-    if pa.types.is_struct(kind) or _is_list(kind):
-        return any(_holds_strings(kind.field(index).type) for index in range(kind.num_fields))
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-
-
-def _is_list(kind: Any) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+def _is_input(text: str) -> bool:
+    """Whether a text is an input dict in JSON."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(found, dict) and found.keys() <= set(INPUT_KEYS)
 
 
 def _is_empty(value: Any) -> bool:

@@ -20,6 +20,18 @@ CONDENSE = {
 
 WARM_UP = 0.1  # of all steps; the paper's recipe has 100 of its own
 
+# Arguments of transformers that cannot hold here: the only value that they may have, and why.
+LEFT_OUT = {
+    "neftune_noise_alpha": (None, "the two passes of GradCache would see different noise"),
+    "auto_find_batch_size": (
+        False,
+        "a smaller batch would have fewer negatives. Memory is bounded by mini_batch_size, which changes no result",
+    ),
+    "train_sampling_strategy": ("random", "batches are drawn by batch_sampler, which does not use it"),
+    "label_smoothing_factor": (0.0, "neither part of the loss uses it"),
+    "include_num_input_tokens_seen": ("no", "it would count nothing. tokens_per_second is logged"),
+}
+
 
 @dataclass
 class CondensationConfig(SentenceTransformerTrainingArguments):
@@ -133,11 +145,9 @@ class CondensationConfig(SentenceTransformerTrainingArguments):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be above 0, got {value}.")
-        if self.neftune_noise_alpha:
-            raise ValueError(
-                f"neftune_noise_alpha must be left out, got {self.neftune_noise_alpha}: the two passes of GradCache "
-                "would see different noise."
-            )
+        for name, (kept, reason) in LEFT_OUT.items():
+            if (value := getattr(self, name)) != kept:
+                raise ValueError(f"{name} must be left out, got {value}: {reason}.")
         if self.condensation_weight < 0:
             raise ValueError(f"condensation_weight must be 0 or more, got {self.condensation_weight}.")
         if self.condensation_steps is not None and self.condensation_steps < 0:

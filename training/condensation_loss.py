@@ -183,7 +183,11 @@ class CondensationLoss(CachedLossMixin, torch.nn.Module):
             if size <= limit:
                 together = stacked(sides, model.tokenizer)
                 return list(self.embed_minibatch(together, 0, sum(rows), True, False)[0].split(rows))
-        return [self.embed_minibatch(side, 0, count, True, False)[0] for side, count in zip(sides, rows)]
+        # Sides with targets last: DDP takes for unused what the last forward before a backward pass does not use, and
+        # an untied head is used for targets alone.
+        order = sorted(range(len(sides)), key=lambda index: "target_ids" in sides[index])
+        embedded = {index: self.embed_minibatch(sides[index], 0, rows[index], True, False)[0] for index in order}
+        return [embedded[index] for index in range(len(sides))]
 
     def _vision_is_frozen(self) -> bool:
         (model,) = self._inner

@@ -15,7 +15,7 @@ from sentence_transformers.base.model import BaseModel
 from sentence_transformers.base.sampler import BatchSamplers
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader
-from transformers.trainer_utils import HubStrategy, TrainOutput
+from transformers.trainer_utils import HubStrategy, TrainOutput, set_seed
 from transformers.utils import logging
 
 from btok_hf.adapters import has_adapters
@@ -99,6 +99,7 @@ class CondensationTrainer(PublishingTrainer):
             )
         choose_best_metric(args, kwargs.get("evaluator"), model, kwargs.get("eval_dataset"))
         if peft_config is not None:
+            set_seed(args.seed)  # the Trainer sets it later, and adapters start with random numbers
             model.add_adapter(peft_config)
         elif any(p.requires_grad and p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
             logger.warning(

@@ -25,26 +25,34 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 from btok_hf.content import content_hash
 from btok_hf.evaluation.metrics import ranking_keys
 from btok_hf.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from btok_hf.training.cells import MEDIA_ROWS, TEXT_ROWS, StoredInputs, as_input, as_stored, with_features
+from btok_hf.training.cells import (
+    MEDIA_ROWS,
+    TEXT_ROWS,
+    StoredInputs,
+    as_input,
+    as_stored,
+    holds_json,
+    stored_cells,
+    with_features,
+)
 from btok_hf.training.checks import (
+    AS_DATASET,
+    MAX_PATH,
     NOT_EMBEDDED,
     OF_FILES,
     check_columns,
     check_rows,
     group_hash,
-    holds_json,
-    stored_cells,
 )
 
 logger = logging.getLogger(__name__)
 
-MAX_PATH = 255  # characters: longer strings are texts
 SCORES_AT_ONCE = 2**23  # cosines of queries and candidates, in an evaluation
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
 def load_pairs(
-    source: str,
+    source: str | Path,
     name: str | None = None,
     split: str | None = None,
     revision: str | None = None,
@@ -53,9 +61,10 @@ def load_pairs(
     """Load pairs with the columns of `CondensationTrainer`.
 
     Args:
-        source (`str`): A parquet, JSON-lines or CSV file, the folder of a dataset, or the Hub id of one. A column
-            holds texts, images (as the `datasets` feature, or as file paths), or dicts of both. Relative paths start
-            at the folder of the file; what does not lie there is looked for from the current folder.
+        source (`str` or `Path`): A parquet, JSON-lines or CSV file, the folder of a dataset, or the Hub id of one. A
+            column holds texts, images (as the `datasets` feature, or as file paths), or dicts of both, which CSV
+            cannot hold. Relative paths start at the folder of the file; what does not lie there is looked for from
+            the current folder.
         name (`str`, *optional*): Configuration of a dataset, as in `datasets.load_dataset`. A file has none.
         split (`str`, *optional*): Split of a dataset, e.g. `validation` or `train[:10%]`. Default: `train`.
         revision (`str`, *optional*): Branch, tag or commit of a dataset on the Hub.
@@ -69,6 +78,9 @@ def load_pairs(
         FileNotFoundError, ValueError: No such file, configuration or split, an unknown format, wrong columns, or an
             argument that a file or folder cannot have.
     """
+    if not isinstance(source, (str, Path)):
+        raise ValueError(f"load_pairs takes a path or an id of the Hub, got {type(source).__name__}. {AS_DATASET}")
+    source = str(source)
     chosen = {key: value for key, value in {"name": name, "split": split, "revision": revision}.items() if value}
     check_source(source, **chosen)
     suffix = Path(source).suffix.lower()
@@ -232,6 +244,11 @@ def _options(source: str) -> dict[str, Any]:
             columns = next(rows, [])
             if len(set(columns)) < len(columns):
                 raise ValueError(f"its header names a column twice: {', '.join(columns)}")
+            if "" in columns:
+                raise ValueError(
+                    f"its header has a column without a name: {','.join(columns)}. It is the index, if pandas wrote "
+                    "the file: use to_csv(…, index=False)"
+                )
             for row in rows:
                 if len(row) > len(columns):  # pandas would take the first for the names of the rows
                     raise ValueError(
@@ -245,7 +262,7 @@ def _options(source: str) -> dict[str, Any]:
 
 
 def retrieval_evaluator(
-    source: str | Dataset, batch_size: int = 64, name: str | None = None
+    source: str | Path | Dataset, batch_size: int = 64, name: str | None = None
 ) -> InformationRetrievalEvaluator:
     """An `InformationRetrievalEvaluator` over a pair file: every distinct query against every distinct positive.
 
@@ -254,8 +271,8 @@ def retrieval_evaluator(
     both directions, is not ranked against itself. Images stay encoded in memory.
 
     Args:
-        source (`str` or `Dataset`): As in `load_pairs`, or its result. The positive of a row whose `query` is null is
-            a candidate only.
+        source (`str`, `Path` or `Dataset`): As in `load_pairs`, or its result. The positive of a row whose `query` is
+            null is a candidate only.
         batch_size (`int`): Rows per forward.
         name (`str`, *optional*): Name of the metrics. Default: that of the file; of a dataset `pairs`.
 
@@ -271,9 +288,9 @@ def retrieval_evaluator(
     corpus: dict[str, Any] = {}
     groups: dict[int, set[str]] = {}
     answers: dict[str, dict[int, set[str]]] = {}  # sets that grow with later rows, each once
-    dataset = as_stored(load_pairs(source) if isinstance(source, str) else source)
+    dataset = as_stored(source if isinstance(source, Dataset) else load_pairs(source))
     check_columns(dataset.column_names)
-    check_rows(dataset, "the pairs" if isinstance(source, Dataset) else source, required=("positive",))
+    check_rows(dataset, "the pairs" if isinstance(source, Dataset) else str(source), required=("positive",))
     for row in cast(Any, dataset):
         query, positive = as_input(row["query"]), as_input(row["positive"])
         candidate = str(content_hash(positive))
@@ -291,7 +308,7 @@ def retrieval_evaluator(
         queries,
         corpus,
         {asked: _union(list(parts.values())) for asked, parts in answers.items()},
-        name=name or (Path(source).stem if isinstance(source, str) else "pairs"),
+        name=name or ("pairs" if isinstance(source, Dataset) else Path(source).stem),
         accuracy_at_k=[1, 10],
         precision_recall_at_k=[1, 10],
         mrr_at_k=[len(corpus)],

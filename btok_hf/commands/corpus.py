@@ -9,6 +9,7 @@ from btok_hf.commands import add_command, needing
 
 # Formats of a contact sheet, by suffix.
 SHEETS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+SHEET_HITS = 300  # 60 rows of 240 pixels; WebP has at most 16,383
 
 
 def embed_command(commands: Any) -> None:
@@ -163,7 +164,7 @@ def search_command(commands: Any) -> None:
         "--hybrid", action="store_true", help="also rank by the words of the text, and fuse both rankings"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
-    parser.add_argument("--sheet", metavar="FILE", help="write a contact sheet of the hits, e.g. out.png")
+    parser.add_argument("--sheet", metavar="FILE", help="write a contact sheet of up to 300 hits, e.g. out.png")
     parser.add_argument(
         "--html", metavar="FILE", help="write the hits as an HTML page: one file that loads nothing else"
     )
@@ -197,6 +198,8 @@ def run_search(
             raise argparse.ArgumentError(None, f"--{name} {file} is not a file")
     if sheet is not None and Path(sheet).suffix.lower() not in SHEETS:
         raise argparse.ArgumentError(None, f"--sheet {sheet} must end in {', '.join(SHEETS)}")
+    if sheet is not None and k > SHEET_HITS:
+        raise argparse.ArgumentError(None, f"--sheet shows at most {SHEET_HITS} hits, got -k {k}: use --html")
     from btok_hf.corpus import results
     from btok_hf.corpus.index import Index
     from btok_hf.corpus.search import Searcher

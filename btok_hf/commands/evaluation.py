@@ -59,9 +59,12 @@ def run_mmeb(
         from btok_hf.files import check_writable
 
     # Before the model is loaded.
-    mmeb.chosen(options["datasets"], modality)
-    if not Path(data).is_dir():
-        raise FileNotFoundError(f"There is no folder {data!r} with the benchmark. docs/evaluation.md downloads it.")
+    kinds = {mmeb.TASKS[name].modality for name in mmeb.chosen(options["datasets"], modality)}
+    folders = [f"{kind}-tasks" for kind in sorted(kinds)]
+    if not any((Path(data) / folder).is_dir() for folder in folders):
+        raise FileNotFoundError(
+            f"There is no folder {data!r} with the benchmark ({', '.join(folders)}). docs/evaluation.md downloads it."
+        )
     check_writable(output)
     with named_source(model):
         loaded = models.load_model(

@@ -14,6 +14,7 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -297,7 +298,8 @@ def read_units(out: str, columns: Sequence[str] | None = None) -> tuple[dict[str
     settings = corpus.settings()
     if settings is None:
         raise FileNotFoundError(
-            f"{out} holds no corpus: there is no {SETTINGS}. Make one with: btok embed INPUT {out}"
+            f"{out} holds no corpus: there is no {SETTINGS}. Make one with: btok embed INPUT {shlex.quote(str(out))} "
+            "--model MODEL"
         )
     if settings.get("format") != FORMAT:
         raise ValueError(

@@ -10,7 +10,7 @@ from support.processes import leave
 from support.training import checkpointed_trainer, losses, text_pairs
 
 
-def main(repo, folder):
+def main(repo, untied, folder):
     whole = checkpointed_trainer(repo, f"{folder}/whole", per_device_train_batch_size=2)
     whole.train()
     resumed = checkpointed_trainer(repo, f"{folder}/resumed", per_device_train_batch_size=2)
@@ -22,9 +22,13 @@ def main(repo, folder):
         pairs = {"first": text_pairs(6), "second": text_pairs().select(range(6, 12))}
         mixed.append(checkpointed_trainer(repo, f"{folder}/{name}", pairs=pairs, per_device_train_batch_size=2))
         mixed[-1].train(resume_from_checkpoint=checkpoint)
+    head = checkpointed_trainer(untied, f"{folder}/head", per_device_train_batch_size=2)
+    head.train()
     if whole.is_world_process_zero():
         torch.save(whole.model.state_dict(), f"{folder}/weights.pt")
-        Path(folder, "losses.json").write_text(json.dumps([losses(trainer) for trainer in (whole, resumed, *mixed)]))
+        Path(folder, "losses.json").write_text(
+            json.dumps([losses(trainer) for trainer in (whole, resumed, *mixed, head)])
+        )
     leave()
 
 
