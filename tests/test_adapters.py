@@ -46,6 +46,20 @@ def test_add_adapter_is_peft_config(repo, tmp_path):
     assert len(before) == 1 and all((after[name] != value).any(1).all() for name, value in before.items())
 
 
+def test_the_seed_decides_where_adapters_start(repo, tmp_path):
+    def start(seed):
+        torch.randn(seed + 5)  # whatever the process did before
+        trainer = CondensationTrainer(
+            model=BTokSentenceTransformer(repo, device="cpu"),
+            args=config(tmp_path, seed=seed),
+            train_dataset=text_pairs(4),
+            peft_config=LoraConfig(r=2),
+        )
+        return next(p.tolist() for name, p in trainer.model.named_parameters() if "lora_A" in name)
+
+    assert start(1) == start(1) != start(2)
+
+
 @pytest.mark.parametrize("dora", [False, True])
 def test_lora_trains_exactly_the_token_rows_and_the_adapters(either, tmp_path, dora):
     model = BTokSentenceTransformer(either, device="cpu")
