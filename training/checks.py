@@ -239,10 +239,10 @@ class _LostFiles:
 
     def look(self, row: int, values: Iterable[Any]) -> None:
         """Count the texts of a row, and those that seem to be files."""
-        for text in (value for value in values if isinstance(value, str) and not is_media_path(value)):
-            if not text.strip().lower().endswith(MEDIA) or len(text) > MAX_PATH:
+        for text in (value for value in values if isinstance(value, str)):
+            if len(text) > MAX_PATH or not text.rstrip()[-8:].lower().endswith(MEDIA):
                 self.texts += 1
-            elif not os.path.isfile(text):
+            elif not is_media_path(text) and not os.path.isfile(text):
                 self.count += 1
                 self.first = self.first or f"Row {row} of {self.where}: its {self.column} {text!r}"
 
