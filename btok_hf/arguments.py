@@ -24,6 +24,12 @@ def check_loading(prompts: Any, hub_kwargs: Mapping[str, Any]) -> None:
             raise TypeError(f"BTokSentenceTransformer has no argument {name!r}. {known}.")
 
 
+def check_truncate_dim(truncate_dim: Any) -> None:
+    """Raise `ValueError` if embeddings are cut to no whole number of dimensions above 0."""
+    if truncate_dim is not None and (not isinstance(truncate_dim, numbers.Integral) or truncate_dim < 1):
+        raise ValueError(f"truncate_dim must be a number of dimensions above 0, got {truncate_dim!r}.")
+
+
 def check_prompt(prompt: Any) -> None:
     """Raise `ValueError` if a prompt is not a text."""
     if prompt is not None and not isinstance(prompt, str):

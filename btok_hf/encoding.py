@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
+from btok_hf.arguments import check_truncate_dim
 from btok_hf.compat import require_methods
 from btok_hf.input_kinds import is_message
 from btok_hf.inputs import ImageLimits, check_input
@@ -138,6 +139,19 @@ class PackedEncoder(SentenceTransformer):
             )
         return is_singular
 
+    def start_multi_process_pool(self, target_devices: list[str] | None = None) -> Any:
+        """As in Sentence-Transformers, also after images were embedded.
+
+        transformers observes the layers of some vision towers with functions that cannot be sent to other processes.
+        It sets them up again when they are needed.
+        """
+        for module in self.modules():
+            for key, hook in list(module._forward_hooks.items()):
+                if getattr(hook, "__name__", "") == "output_capturing_hook":
+                    del module._forward_hooks[key]
+            vars(module).pop("_output_capturing_hooks_installed", None)
+        return super().start_multi_process_pool(target_devices)
+
     # As in SentenceTransformer, the superclass names fewer arguments.
     @torch.inference_mode()
     def _inference(  # type: ignore[override]
@@ -173,6 +187,7 @@ class PackedEncoder(SentenceTransformer):
                 device=device,
                 **kwargs,
             )
+        check_truncate_dim(truncate_dim)
         device = self._resolve_inference_device(device)
         self.eval()
         token_ids = bottleneck_token_ids(cast(PreTrainedConfig, self.config))

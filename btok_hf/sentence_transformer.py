@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
 
 from btok_hf.adapters import add_adapters, has_adapters
-from btok_hf.arguments import check_loading, named_damage
+from btok_hf.arguments import check_loading, check_truncate_dim, named_damage
 from btok_hf.condensation import reconstruct
 from btok_hf.encoding import PackedEncoder
 from btok_hf.export import export_model, write_repository
@@ -69,6 +69,7 @@ class BTokSentenceTransformer(PackedEncoder):
     ) -> None:
         model_name_or_path = str(model_name_or_path)
         check_loading(prompts, hub_kwargs)
+        check_truncate_dim(truncate_dim)
         subfolder = hub_kwargs.pop("subfolder", None)
         if subfolder and Path(model_name_or_path).is_dir():  # what is saved names the folder itself
             model_name_or_path = os.path.join(model_name_or_path, subfolder)
@@ -85,6 +86,11 @@ class BTokSentenceTransformer(PackedEncoder):
             )
             if sizes := saved.get("matryoshka_dimensions"):  # of adapters, which have no configuration of their own
                 module.config.matryoshka_dimensions = sizes
+            if module.model.get_input_embeddings().weight.is_meta:
+                raise ValueError(
+                    f"The embedding table of {model_name_or_path!r} is offloaded to disk, where the rows of the "
+                    "Bottleneck Tokens cannot be read. Keep it in memory (device_map), or use SentenceTransformer."
+                )
             longest = module.max_seq_length
             if max_seq_length is not None:
                 module.max_seq_length = max_seq_length

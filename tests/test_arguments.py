@@ -16,6 +16,8 @@ from btok_hf.arguments import named_source
         ({"prompts": {"query": 3}}, TypeError, "prompts must be a dict of texts"),
         ({"model_kwargs": {"foo": 1}}, TypeError, "unexpected keyword argument 'foo'"),
         ({"max_seq_length": 0}, ValueError, "max_seq_length must be a whole number of tokens, and at least 5, got 0"),
+        ({"truncate_dim": 0}, ValueError, "truncate_dim must be a number of dimensions above 0, got 0"),
+        ({"truncate_dim": -1}, ValueError, "truncate_dim must be .* got -1"),
         ({"max_seq_length": "64"}, ValueError, "max_seq_length must be .* got '64'"),
     ],
 )

@@ -181,6 +181,13 @@ def test_what_holds_inputs_and_is_no_list_is_refused(model):
         model.encode([{"image": None, "text": "a"}])
 
 
+def test_vectors_are_cut_to_a_size_above_0(model):
+    assert model.encode(["a"], truncate_dim=8).shape == (1, 8)
+    for size in (0, -1, 2.5):
+        with pytest.raises(ValueError, match=f"truncate_dim must be a number of dimensions above 0, got {size}"):
+            model.encode(["a"], truncate_dim=size)
+
+
 def test_the_old_name_of_inputs(model):
     np.testing.assert_allclose(model.encode(sentences=["a"]), model.encode(["a"]), atol=TOLERANCE)
 

@@ -365,6 +365,9 @@ def test_what_loading_notes_is_kept(repo, tmp_path):
     torch.testing.assert_close(wrapper.encode("hello"), expected, atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match=r"12 tensors of the model are offloaded.*layers\.1\..*load it without"):
         wrapper.save_pretrained(str(tmp_path / "saved"))
+    options["device_map"] = {"": "disk"}
+    with pytest.raises(ValueError, match=r"embedding table of .* is offloaded to disk.*or use SentenceTransformer"):
+        btok_hf.BTokSentenceTransformer(repo, device="cpu", model_kwargs=options)
 
 
 def test_adapters_beside_weights_are_refused(repo, tmp_path):

@@ -171,9 +171,11 @@ def test_threads_encode_at_once(repo):
     assert np.abs(np.stack(together) - np.tile(alone, (5, 1))).max() < TOLERANCE
 
 
-def test_multi_process_pool(repo):
-    model = BTokSentenceTransformer(repo, device="cpu")
-    texts = [f"text number {i}" for i in range(6)]
+def test_multi_process_pool(repos):
+    """After an image, for which transformers observes the vision tower of this family."""
+    model = BTokSentenceTransformer(repos["internvl"], device="cpu")
+    texts = [*(f"text number {i}" for i in range(5)), image(40, 40)]
+    model.encode(texts)
     pool = model.start_multi_process_pool(["cpu", "cpu"])
     try:
         embeddings = model.encode(texts, pool=pool, chunk_size=2)

@@ -207,6 +207,7 @@ def test_many_clients_at_once_get_their_own_vectors(server, model):
         ({"input": "a", "dimensions": 3}, "must be one of"),
         ({"input": "a", "encoding_format": "int8"}, "'float' or 'base64'"),
         ({"input": "a", "prompt_name": "nothing"}, "no prompt 'nothing'"),
+        ({"input": "a", "prompt_name": ""}, "no prompt ''"),
         ({"input": "a", "prompt_name": "query", "input_type": "query"}, "not both"),
         ({"messages": [{"role": "system", "content": "s"}, message("a")], "input_type": "query"}, "not both"),
         ({"messages": []}, "one user message"),
@@ -271,7 +272,9 @@ def test_a_million_mistakes_are_refused_at_the_first(server, body, says):
 def test_unknown_models_and_paths(server):
     for name in ("gpt", "\ud800"):
         assert "only 'tiny'" in refusal(server, 404, json.dumps({"input": "a", "model": name}))
-    assert server.get("/v1/models").json()["data"][0]["id"] == "tiny"
+    assert server.get("/v1/models").json()["data"][0]["id"] == server.get("/v1/models/tiny").json()["id"] == "tiny"
+    assert "only 'tiny'" in server.get("/v1/models/org/gpt").json()["error"]["message"]
+    assert server.head("/health").status_code == server.get("/health").status_code == 200
     for path in ("/v1/nothing", "/v1/embeddings/"):
         assert server.get(path).json()["error"]["code"] == 404
     answer = server.get("/v1/embeddings")
@@ -388,7 +391,8 @@ def test_pixels_of_all_clients_are_bounded(narrow):
     assert narrow.post("/v1/embeddings", json=body).status_code == 200
 
 
-def test_sigterm_answers_what_is_queued(exported):
+def test_sigterm_answers_what_is_queued(exported, monkeypatch):
+    monkeypatch.setenv("WEB_CONCURRENCY", "2")  # hosts set it, for servers of several processes
     with served(exported, "--batch-rows", 4) as client, ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(embed, client, input=["long " * 400] * 16) for _ in range(8)]
         while not re.search(r"^btok_rows [1-9]\d\d", client.get("/metrics").text, re.M):

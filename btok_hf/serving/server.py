@@ -150,7 +150,12 @@ def make_app(model: ServedModel, name: str, limits: Limits, origins: Origins, ap
     async def failed(request: Request, error: Exception) -> JSONResponse:
         return error_response(500, "the server failed at this request; its log says why")
 
-    @app.get("/health")
+    described = {"id": name, "object": "model", "created": 0, "owned_by": "btok"}
+
+    def no_model(asked: str) -> Response:
+        return error_response(404, f"there is no model {asked!r} here, only {name!r}", "model")
+
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         return Response()
 
@@ -160,12 +165,16 @@ def make_app(model: ServedModel, name: str, limits: Limits, origins: Origins, ap
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "btok"}]}
+        return {"object": "list", "data": [described]}
+
+    @app.get("/v1/models/{asked:path}")
+    async def show_model(asked: str) -> Any:
+        return described if asked == name else no_model(asked)
 
     @app.post("/v1/embeddings")
     async def embeddings(body: EmbeddingRequest) -> Any:
         if body.model not in (None, name):
-            return error_response(404, f"there is no model {body.model!r} here, only {name!r}", "model")
+            return no_model(body.model)
         if not 0 < body.count() <= limits.max_rows:
             text = f"a request has 1 to {limits.max_rows} rows (--max-rows), got {body.count()}"
             return error_response(400, text, "input")
@@ -224,12 +233,12 @@ def instruction_of(model: BTokSentenceTransformer, body: EmbeddingRequest) -> st
         ValueError: Two at once, or a name that the model does not have.
     """
     given = body.instruction()
-    prompt_name = body.prompt_name or body.input_type
+    prompt_name = body.input_type if body.prompt_name is None else body.prompt_name
     if given is not None and prompt_name is not None:
         raise ValueError("give either a system message or 'prompt_name' / 'input_type', not both")
     if given is not None:
         return given
-    prompt_name = prompt_name or model.default_prompt_name
+    prompt_name = model.default_prompt_name if prompt_name is None else prompt_name
     if prompt_name is None:
         return ""
     if prompt_name not in model.prompts:
@@ -292,6 +301,7 @@ def serve(
         port=port,
         http="h11",
         ws="none",
+        workers=1,  # not the variable WEB_CONCURRENCY, which hosts set: the model is loaded once, here
         timeout_graceful_shutdown=math.ceil(limits.timeout) + 1,
         access_log=False,
         server_header=False,
