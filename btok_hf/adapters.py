@@ -47,9 +47,8 @@ def add_adapters_in_fp32(backbone: PreTrainedModel, peft_config: "PeftConfig") -
     whole = getattr(peft_config, "modules_to_save", None)
     if whole and backbone.dtype in (torch.float16, torch.bfloat16):
         raise ValueError(
-            f"modules_to_save={sorted(whole)} needs weights in fp32, got {backbone.dtype}. Load "
-            "the model with model_kwargs={'dtype': 'float32'}: bf16=True of the arguments saves the time all the "
-            "same, and an exported model can have any precision."
+            f"modules_to_save={sorted(whole)} needs weights in fp32, got {backbone.dtype}. Load the model with "
+            "model_kwargs={'dtype': 'float32'}; to train faster, set bf16=True."
         )
     backbone.add_adapter(peft_config)
     for parameter in backbone.parameters():

@@ -26,7 +26,8 @@ def check_loading(prompts: Any, hub_kwargs: Mapping[str, Any]) -> None:
 
 def check_truncate_dim(truncate_dim: Any) -> None:
     """Raise `ValueError` if embeddings are cut to no whole number of dimensions above 0."""
-    if truncate_dim is not None and (not isinstance(truncate_dim, numbers.Integral) or truncate_dim < 1):
+    is_number = isinstance(truncate_dim, numbers.Integral) and not isinstance(truncate_dim, bool)
+    if truncate_dim is not None and (not is_number or truncate_dim < 1):
         raise ValueError(f"truncate_dim must be a number of dimensions above 0, got {truncate_dim!r}.")
 
 
@@ -68,9 +69,11 @@ def named_source(source: str) -> Iterator[None]:
     Raises `OSError` for the folder of a run, in which only the checkpoints are models.
     """
     folder = Path(source)
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name))
-    if checkpoints and not any((folder / name).exists() for name in OF_MODELS):
-        raise OSError(f"{source} holds checkpoints and is no model itself. Name one of them, e.g. {checkpoints[-1]}")
+    if folder.is_dir() and not _is_model(folder):
+        checkpoints = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal() and _is_model(path)]
+        if checkpoints:
+            newest = max(checkpoints, key=lambda path: int(path.name[11:]))
+            raise OSError(f"{source} holds checkpoints and is no model itself. Name one of them, e.g. {newest}")
     try:
         yield
     except OSError as error:
@@ -80,3 +83,7 @@ def named_source(source: str) -> Iterator[None]:
             f"{source} is neither a local folder nor a readable Hub repository ({error}). Check the name and, for a "
             "private one, your login (`hf auth login`, HF_TOKEN)."
         ) from error
+
+
+def _is_model(folder: Path) -> bool:
+    return any((folder / name).exists() for name in OF_MODELS)

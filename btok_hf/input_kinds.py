@@ -90,7 +90,7 @@ def names_media(text: str) -> bool:
 def is_media_path(text: str) -> bool:
     """Whether a text looks like an image or video file: one word, and a known suffix.
 
-    White space around it, as a line of a file has, makes it no text. No such file exists, so it is an error.
+    White space around it, as a line of a file has, makes it no text: it is refused where it is read.
     """
     word = text.strip()
     return not any(map(str.isspace, word)) and suffix_of(word) in IMAGE_SUFFIXES + VIDEO_SUFFIXES

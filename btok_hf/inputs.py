@@ -133,10 +133,15 @@ def _kind_of(text: str) -> str:
     """Whether a string is a text, or names an image or a video."""
     if not names_media(text):
         return "text"
+    if text != text.strip() and not os.path.isfile(text):
+        raise ValueError(
+            f"{text!r} has white space around a path or address: use text.strip(). If it is a text, give it as "
+            '{"text": …}'
+        )
     if not text.startswith(REMOTE) and not os.path.isfile(text):
         raise FileNotFoundError(
             f'{text!r} does not exist. If it is a text, give it as {{"text": …}}; relative paths start at the '
-            "current folder, in pair files at the folder of the file; white space around a path is part of it"
+            "current folder, in pair files at the folder of the file"
         )
     return "video" if text.startswith("data:video/") or suffix_of(text) in VIDEO_SUFFIXES else "image"
 

@@ -17,6 +17,7 @@ from btok_hf.arguments import named_source
         ({"model_kwargs": {"foo": 1}}, TypeError, "unexpected keyword argument 'foo'"),
         ({"max_seq_length": 0}, ValueError, "max_seq_length must be a whole number of tokens, and at least 5, got 0"),
         ({"truncate_dim": 0}, ValueError, "truncate_dim must be a number of dimensions above 0, got 0"),
+        ({"truncate_dim": True}, ValueError, "truncate_dim must be .* got True"),
         ({"truncate_dim": -1}, ValueError, "truncate_dim must be .* got -1"),
         ({"max_seq_length": "64"}, ValueError, "max_seq_length must be .* got '64'"),
     ],
@@ -60,8 +61,13 @@ def test_values_that_are_no_inputs_are_named_or_skipped(repos, backbone, value):
 
 
 def test_the_folder_of_a_run_is_no_model(repo, tmp_path):
-    for name in ("checkpoint-9", "checkpoint-10", "start"):
+    (tmp_path / "checkpoint-100.tar.gz").touch()
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11", "start"):
         (tmp_path / name).mkdir()
+    with named_source(str(tmp_path)):
+        pass  # none is complete
+    for name in ("checkpoint-9", "checkpoint-10"):
+        (tmp_path / name / "config.json").touch()
     with (
         pytest.raises(OSError, match=r"holds checkpoints and is no model itself\. Name one .*/checkpoint-10$"),
         named_source(str(tmp_path)),

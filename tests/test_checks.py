@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from datasets import Dataset, DatasetDict, Features, Image, Json, List, Value
+from datasets import Array3D, Dataset, DatasetDict, Features, Image, Json, List, Value
 from peft import LoraConfig, get_peft_model
 from sentence_transformers import SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
@@ -40,10 +40,8 @@ MIXED = {"query": Value("string"), "positive": Json()}
             "not exist.*text that looks like a path",
         ),
         ({"query": ["a", "b"], "positive": [{"text": "x"}, None]}, "Row 1 of p: its positive is empty"),
-        (
-            {"query": ["a", "b"], "positive": ["x", " no.png\n"]},
-            r"Row 1 of p: its positive names ' no\.png\\n', a file",
-        ),
+        ({"query": ["a", "b"], "positive": ["x", " no.png\n"]}, r"Row 1 of p: its positive has white space around a"),
+        ({"query": ["a", "b"], "positive": ["x", "http://h/a.png\n"]}, "white space around a path or address, 'http"),
         ({"query": ["a", "b"], "positive": ["x", '{"image": "a.png"}']}, "is a dict written as a text, as CSV files"),
     ],
 )
@@ -63,6 +61,19 @@ def test_numbers_are_no_inputs():
     mixed = Dataset.from_dict({"query": ["a", "b"], "positive": ["x", 7]}, features=Features(MIXED))
     with pytest.raises(ValueError, match="Row 1 of p: its positive is a number"):
         check_rows(mixed, "p")
+
+
+def test_arrays_are_inputs():
+    arrays = np.zeros((2, 28, 28, 3), np.uint8)
+    features = Features({"query": Array3D((28, 28, 3), "uint8"), "positive": Value("string")})
+    for stored in (features, None):
+        rows = {"query": list(arrays), "positive": ["a", "b"]}
+        check_rows(Dataset.from_dict(rows, features=stored), "p")
+    check_rows(Dataset.from_list([{"query": frames, "positive": "a"} for frames in arrays[None]]), "p")
+    negatives = [[[[[0, 0, 0]]]], [[[[1, 1, 1]]]]]
+    check_rows(Dataset.from_dict({"query": ["a"], "positive": ["b"], "negatives": [negatives]}), "p")
+    with pytest.raises(ValueError, match="its negatives is a number"):
+        check_rows(Dataset.from_dict({"query": ["a"], "positive": ["b"], "negatives": [[1, 2]]}), "p")
 
 
 def test_files_with_spaces_that_do_not_exist_are_no_silent_texts(tmp_path, caplog):

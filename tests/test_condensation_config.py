@@ -25,6 +25,7 @@ def test_bad_values_are_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"{name} must be .*, got {value}"):
             config(tmp_path, **{name: value})
+    assert config(tmp_path, neftune_noise_alpha=0, label_smoothing_factor=0).neftune_noise_alpha == 0  # off
     with pytest.raises(ValueError, match="include_num_input_tokens_seen must be left out, got all: it would count"):
         config(tmp_path, include_num_input_tokens_seen=True)
 

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Iterator
 from itertools import repeat
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict
@@ -35,6 +36,7 @@ AS_DATASET = (
     "Make a dataset with load_pairs(path), datasets.Dataset.from_list(rows) or Dataset.from_pandas(frame, "
     "preserve_index=False)."
 )
+SINGLE = (datasets.Value, datasets.ClassLabel, datasets.Json)
 MEDIA = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
 NOT_EMBEDDED = ("target", "group", "negative_groups", "dataset_name")  # columns of pairs
 
@@ -202,6 +204,9 @@ def check_rows(dataset: Dataset, where: str, required: Collection[str] = ("query
     embedded = ("query", "positive", *negative_columns(dataset.column_names))
     for name in (name for name in dataset.column_names if name in embedded):
         lost.start(name)
+        feature = dataset.features[name]
+        feature = getattr(feature, "feature", feature) if name == "negatives" else feature
+        single = isinstance(feature, SINGLE)  # no images as lists of numbers
         for row, cell in enumerate(stored_cells(dataset, name)):
             values = cell if isinstance(cell, list) and name == "negatives" else [cell]
             # A list that is null is an empty one here.
@@ -212,7 +217,7 @@ def check_rows(dataset: Dataset, where: str, required: Collection[str] = ("query
                     'negatives is called negatives; several parts of one input are given as {"text": […]}, '
                     '{"image": […]} or {"video": […]}.'
                 )
-            problem = next(filter(None, map(_problem, values)), None)
+            problem = next(filter(None, (_problem(value, single) for value in values)), None)
             for path in _paths(values):
                 if path not in there:
                     there[path] = os.path.isfile(path)
@@ -320,14 +325,16 @@ def target_text(cell: Any, target: Any, column: str, where: str) -> str:
     return text
 
 
-def _problem(value: Any) -> str | None:
-    """What is wrong with a value of `stored_cells`, apart from files that do not exist."""
+def _problem(value: Any, single: bool) -> str | None:
+    """What is wrong with a value of `stored_cells`, apart from files that do not exist. `single`: it is no list."""
     if _is_empty(value):
         return "is empty"
     if _has_empty_file(value):
         return "holds a file of 0 bytes"
-    if isinstance(value, (bool, int, float)):
+    if single and isinstance(value, (bool, int, float)):
         return "is a number or bytes, and neither a text nor a file (a number is written as a text)"
+    if isinstance(value, str) and value != value.strip() and is_media_path(value) and not os.path.isfile(value):
+        return f"has white space around a path or address, {value!r}"
     if isinstance(value, str) and value.startswith('{"') and _is_input(value):
         return "is a dict written as a text, as CSV files have it (write JSON lines or parquet, with dicts)"
     return None

@@ -146,7 +146,7 @@ class CondensationConfig(SentenceTransformerTrainingArguments):
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be above 0, got {value}.")
         for name, (kept, reason) in LEFT_OUT.items():
-            if (value := getattr(self, name)) != kept:
+            if ((value := getattr(self, name)) or kept) != kept:  # 0 and None are off too
                 raise ValueError(f"{name} must be left out, got {value}: {reason}.")
         if self.condensation_weight < 0:
             raise ValueError(f"condensation_weight must be 0 or more, got {self.condensation_weight}.")

@@ -22,7 +22,9 @@ MAX_JOINS, MAX_COMMAS = 3, 20
 
 
 def check_functions(where: str, columns: Sequence[str] = ()) -> None:
-    """Refuse what makes a short condition costly: functions not in `FUNCTIONS`, many `||`, long lists in `[]`.
+    """Refuse what makes a short condition costly.
+
+    That are functions not in `FUNCTIONS`, patterns of LIKE that are no texts, many `||`, and long lists in `[]`.
 
     Comments are refused, except at the end, and strings looked into unless it is plain where they end: the database's
     parser may see less of them than this function does.
@@ -44,7 +46,14 @@ def check_functions(where: str, columns: Sequence[str] = ()) -> None:
         bare = where
     if (joins := bare.count("||")) > MAX_JOINS:
         raise ValueError(f"The condition joins texts by || {joins} times; at most {MAX_JOINS} are allowed.")
-    if (commas := bare.partition("[")[2].rpartition("]")[0].count(",")) > MAX_COMMAS:
+    if re.search(r"\bi?like\b(?!\s*\(*\s*['\0])", bare, re.IGNORECASE) or (
+        joins and re.search(r"(?i)\bi?like\b", bare)
+    ):
+        raise ValueError(
+            "The condition has a pattern that is no text: it would be compiled for every row. Write LIKE '…' or "
+            "ILIKE '…', without || in the condition, or compare with contains or starts_with."
+        )
+    if (commas := _commas_in_lists(bare)) > MAX_COMMAS:
         raise ValueError(
             f"The condition has lists in [] with {commas} commas; at most {MAX_COMMAS} are allowed. Use IN (…)."
         )
@@ -54,6 +63,14 @@ def check_functions(where: str, columns: Sequence[str] = ()) -> None:
             f"The condition uses {', '.join(unknown)} before a bracket, which is not allowed here. Allowed functions: "
             f"{', '.join(FUNCTIONS.split())}."
         )
+
+
+def _commas_in_lists(bare: str) -> int:
+    depth = commas = 0
+    for character in bare:
+        depth += (character == "[") - (character == "]")
+        commas += character == "," and depth > 0
+    return commas
 
 
 def whole(where: str) -> str:
