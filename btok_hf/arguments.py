@@ -70,10 +70,12 @@ def named_source(source: str) -> Iterator[None]:
     """
     folder = Path(source)
     if folder.is_dir() and not _is_model(folder):
-        checkpoints = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal() and _is_model(path)]
-        if checkpoints:
-            newest = max(checkpoints, key=lambda path: int(path.name[11:]))
-            raise OSError(f"{source} holds checkpoints and is no model itself. Name one of them, e.g. {newest}")
+        steps = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*") if _is_model(path)]
+        if newest := max((int(step) for step in steps if step.isdecimal()), default=None):
+            raise OSError(
+                f"{source} holds checkpoints and is no model itself. Name one of them, e.g. "
+                f"{folder / f'checkpoint-{newest}'}"
+            )
     try:
         yield
     except OSError as error:

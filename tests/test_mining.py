@@ -157,7 +157,7 @@ def test_options_are_checked_before_anything_is_read(model, tmp_path):
             mine_hard_negatives(pairs, None, out, **options)
     for given, message in (
         ("pairs.jsonl", r"must be a datasets\.Dataset, got str\. Make a dataset with load_pairs"),
-        (pairs.rename_column("query", "anchor"), r"\['anchor', 'positive'\]: query missing"),
+        (pairs.rename_column("query", "anchor"), r"missing \['query'\]; unknown \['anchor'\]"),
     ):
         with pytest.raises(ValueError, match=message):
             mine_hard_negatives(given, None, out)

@@ -199,11 +199,10 @@ def check_rows(dataset: Dataset, where: str, required: Collection[str] = ("query
         for row, (cells, own) in enumerate(zip(stored_cells(dataset, "negatives"), groups)):
             check_negatives(cells, own, f"Row {row} of {where}")
     there: dict[str, bool] = {}  # by path
-    lost = _LostFiles(where)
     # `check_columns` names those that are unknown or missing.
     embedded = ("query", "positive", *negative_columns(dataset.column_names))
     for name in (name for name in dataset.column_names if name in embedded):
-        lost.start(name)
+        lost = _LostFiles(where, name)
         feature = dataset.features[name]
         feature = getattr(feature, "feature", feature) if name == "negatives" else feature
         single = isinstance(feature, SINGLE)  # no images as lists of numbers
@@ -233,14 +232,11 @@ def check_rows(dataset: Dataset, where: str, required: Collection[str] = ("query
 
 
 class _LostFiles:
-    """Texts of several words that end as names of pictures do, of files that do not exist. `where` is a dataset."""
+    """Texts of a column that have several words, end as names of media do, and name no file that exists."""
 
-    def __init__(self, where: str) -> None:
-        self.where = where
-
-    def start(self, column: str) -> None:
-        """Begin a column."""
-        self.column, self.texts, self.count, self.first = column, 0, 0, ""
+    def __init__(self, where: str, column: str) -> None:
+        self.where, self.column = where, column
+        self.texts, self.count, self.first = 0, 0, ""
 
     def look(self, row: int, values: Iterable[Any]) -> None:
         """Count the texts of a row, and those that seem to be files."""

@@ -26,7 +26,7 @@ from btok_hf.content import content_hash
 from btok_hf.evaluation.metrics import check_embeddings
 from btok_hf.files import check_writable, replacing
 from btok_hf.training.cells import MEDIA_ROWS, TEXT_ROWS, as_input, as_stored, decode_cell
-from btok_hf.training.checks import AS_DATASET, check_rows, group_hash
+from btok_hf.training.checks import AS_DATASET, check_columns, check_rows, group_hash
 
 ROWS = 1024  # that are written at a time
 BYTES = 2**28  # of negatives that are written at a time
@@ -187,11 +187,6 @@ def _check_options(
 ) -> None:
     if not isinstance(pairs, Dataset):
         raise ValueError(f"The pairs must be a datasets.Dataset, got {type(pairs).__name__}. {AS_DATASET}")
-    if missing := [column for column in ("query", "positive") if column not in pairs.column_names]:
-        raise ValueError(
-            f"The pairs have the columns {pairs.column_names}: {' and '.join(missing)} missing. Rename them with "
-            "dataset.rename_column, or name them with columns= of load_pairs."
-        )
     if num_negatives < 1 or range_min < 0:
         raise ValueError(
             f"num_negatives must be 1 or more and range_min 0 or more, got {num_negatives} and {range_min}."
@@ -207,6 +202,7 @@ def _check_options(
         raise ValueError(
             f"The pairs already have {' and '.join(mined)}. Remove what was mined: dataset.remove_columns({mined})."
         )
+    check_columns(pairs.column_names)
     if use_faiss:
         try:
             import faiss  # noqa: F401
