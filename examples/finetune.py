@@ -14,10 +14,12 @@ from pathlib import Path
 
 from peft import LoraConfig
 
-from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens
+from btok_hf import BTokSentenceTransformer
 from btok_hf.errors import one_line_errors
 from btok_hf.training import CondensationConfig, CondensationTrainer
+from btok_hf.training.checks import checked_datasets
 from btok_hf.training.data import load_pairs
+from btok_hf.training.start import starting_point
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("pairs", help="pair file or Hub id")
@@ -29,8 +31,7 @@ parser.add_argument("--condense", default="positive", help="side whose text is g
 arguments = parser.parse_args()
 
 with one_line_errors():
-    pairs = load_pairs(arguments.pairs)  # before the model is written
-    start = f"{arguments.output}-{Path(arguments.base).name}"
+    start = f"{Path(arguments.output)}-{Path(arguments.base).name}"
     args = CondensationConfig(
         output_dir=start + "-run",
         num_train_epochs=arguments.epochs,
@@ -43,9 +44,9 @@ with one_line_errors():
         save_total_limit=2,
         report_to="none",
     )
-    if not Path(start).exists():
-        add_bottleneck_tokens(arguments.base, start, num_tokens=4, max_pixels=501_760)
-    model = BTokSentenceTransformer(start)  # on a GPU: model_kwargs={"dtype": "bfloat16"}, and bf16=True above
+    pairs = checked_datasets("train_dataset", load_pairs(arguments.pairs), args)  # before the model is written
+    path = starting_point(arguments.base, start, args, max_pixels=501_760)
+    model = BTokSentenceTransformer(path)  # on a GPU: model_kwargs={"dtype": "bfloat16"}, and bf16=True above
     lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0)  # the Bottleneck Tokens' rows are trained too
     trainer = CondensationTrainer(model=model, args=args, train_dataset=pairs, peft_config=lora)
     checkpoint = trainer.check_start("auto")  # the newest one, if this run was killed

@@ -56,6 +56,11 @@ def test_several_evaluation_datasets_have_the_parts_of_their_losses(repo, tmp_pa
     trainer.evaluate(parts["a"])  # of this one alone
     last = trainer.state.log_history[-1]
     assert last["eval_infonce"] == pytest.approx(a["eval_a_infonce"], abs=1e-3)
+    columns = parts["a"].column_names
+    trainer.evaluate(dict(parts))  # Sentence-Transformers alone takes a `DatasetDict` only
+    again = trainer.state.log_history[-2:]
+    assert [log[f"eval_{name}_loss"] for log, name in zip(again, parts)] == [a["eval_a_loss"], b["eval_b_loss"]]
+    assert parts["a"].format["type"] is None and parts["a"].column_names == columns
 
 
 def test_evaluation_keeps_the_weight_when_condensation_is_over(repo, tmp_path):

@@ -240,6 +240,12 @@ def test_a_query_is_not_ranked_against_itself():
     found = retrieval_evaluator(rows)(Vectors(vector))
     assert found == {**found, **dict.fromkeys(["pairs_cosine_accuracy@1", "pairs_cosine_mrr@60"], 1.0)}
     assert found["pairs_cosine_ndcg@10"] == found["pairs_cosine_map@100"] == 1.0
+    # Nor if a group, which is that of a pair here, has it among the right answers of all its queries.
+    grouped = rows.add_column("group", [text.split()[0] for text in pairs])
+    assert retrieval_evaluator(grouped)(Vectors(vector)) == found
+    apart = dict(zip(texts, np.eye(60)))  # the other side is as far as all others
+    found = retrieval_evaluator(grouped)(Vectors(apart.get))
+    assert found["pairs_cosine_accuracy@1"] < 0.1
     # An input that is its own answer is found.
     found = retrieval_evaluator(Dataset.from_dict({"query": texts[::2], "positive": texts[::2]}))(Vectors(vector))
     assert found["pairs_cosine_accuracy@1"] == 1.0

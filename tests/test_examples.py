@@ -120,9 +120,10 @@ def test_the_example_fine_tunes_on_a_csv_of_texts_and_image_paths(bases, tmp_pat
     image(60, 50).save(tmp_path / "a.png")
     rows = ["query,positive", "a red cat,yes", f"{tmp_path}/a.png,noise", "one more,no"]
     (tmp_path / "pairs.csv").write_text("\n".join(rows) + "\n")
-    command = ["examples/finetune.py", tmp_path / "pairs.csv", tmp_path / "mine", "--base", bases["qwen2_vl"]]
+    command = ["examples/finetune.py", tmp_path / "pairs.csv", f"{tmp_path}/mine/", "--base", bases["qwen2_vl"]]
     for steps in ("2", "3"):  # the second run continues the first
         forks.run(*command, "--steps", steps, cwd=ROOT, check=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
+    assert {path.name for path in tmp_path.glob("mine*")} == {"mine", "mine-qwen2_vl", "mine-qwen2_vl-run"}
     card = (tmp_path / "mine" / "README.md").read_text()
     assert "No training is recorded" not in card and "| pairs | training | 3 rows |" in card
     model = SentenceTransformer(str(tmp_path / "mine"), device="cpu")

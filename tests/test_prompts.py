@@ -2,7 +2,7 @@
 
 import pytest
 from datasets import Dataset
-from support.training import config
+from support.training import config, text_pairs
 
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens
 from btok_hf.training import CondensationTrainer
@@ -69,6 +69,18 @@ def test_names_without_effect_are_refused(model, tmp_path):
             seen(model, tmp_path, prompts={"query": "Q:", name: "P:"})
     with pytest.raises(ValueError, match=r"prompts name 'anchor'.*datasets, of which a, b has a name"):
         training_prompts({"a": {"anchor": "Q:"}}, model, ["a", "b"])
+
+
+def test_a_dataset_without_one_of_the_prompts_by_dataset_is_refused(repo, tmp_path):
+    """Sentence-Transformers would evaluate it without a prompt, and so another task than the one that was trained."""
+    data = {"a": text_pairs(2), "b": text_pairs(2)}
+    args = config(tmp_path, condense="positive", prompts={"a": "A:", "b": {"query": "B:"}})
+    model = BTokSentenceTransformer(repo, device="cpu")
+    trainer = CondensationTrainer(model=model, args=args, train_dataset=data)
+    trainer.evaluate({"b": text_pairs(2)})
+    for other, name in ((text_pairs(2), "one without a name"), ({"c": text_pairs(2)}, "c")):
+        with pytest.raises(ValueError, match=rf"for the datasets \['a', 'b'\], got rows of '{name}'"):
+            trainer.evaluate(other)
 
 
 def test_a_model_without_prompts_has_none(repo):

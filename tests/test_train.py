@@ -32,11 +32,11 @@ from btok_hf.training.sources import SOURCES
 from btok_hf.training.train import (
     ModelArguments,
     ScriptArguments,
-    check_start_model,
+    adapters_of,
     find_recipe,
     main,
+    parse,
     set_up,
-    starting_point,
 )
 
 
@@ -126,24 +126,14 @@ def test_flags_that_would_change_nothing_are_refused(repo, tmp_path, monkeypatch
         main()
 
 
-def test_a_folder_with_another_start_is_refused(bases, tmp_path):
-    args, base = config(tmp_path), ModelArguments(model_name_or_path=bases["qwen2_vl"])
-    check_start_model(base, 4, {}, args)
-    start, _ = starting_point(base, 4, {}, args)
-    assert starting_point(base, 4, {}, args) == (start, None)
-    check_start_model(base, None, {}, args)
-    for other in ((base, 2, {}), (base, 4, {"max_pixels": 56 * 56})):
-        with pytest.raises(
-            ValueError, match=r"start was made from .*'num_tokens': 4.*Remove it, or name another output_dir"
-        ):
-            check_start_model(*other, args)
-
-
-def test_another_number_of_tokens_than_the_model_has_is_refused(repo, tmp_path):
-    start = ModelArguments(model_name_or_path=repo)
-    assert starting_point(start, 4, {}, config(tmp_path)) == starting_point(start, None, {}, config(tmp_path))
-    with pytest.raises(ValueError, match="has 4 Bottleneck Tokens, and num_tokens is 8"):
-        check_start_model(start, 8, {}, config(tmp_path))
+@pytest.mark.parametrize("names", ["q_proj", "self_attn.q_proj", "q_proj k_proj", "all-linear", ".*layers.0.*q_proj"])
+def test_adapters_are_those_of_the_names_that_are_given(repo, names):
+    """TRL turns one name into a text, which PEFT reads as a pattern of whole names, and finds nothing."""
+    *_, model_args, _ = parse(["--use_peft", "--lora_target_modules", *names.split()])
+    model = BTokSentenceTransformer(repo, device="cpu")
+    model.add_adapter(adapters_of(model_args))
+    adapted = {name.split(".")[-4] for name, _ in model.named_parameters() if ".lora_A" in name}
+    assert "q_proj" in adapted and ("k_proj" in adapted) == (names in ("q_proj k_proj", "all-linear"))
 
 
 def test_training_pushes_what_everybody_loads(hub, bases, tmp_path):

@@ -98,7 +98,8 @@ def checked_datasets(part: str, given: Any, args: Any) -> Any:
         args (`CondensationConfig`): The arguments of the run.
 
     Raises:
-        ValueError: As in `check_rows` and `check_targets`; splits to evaluate on among the training data.
+        ValueError: As in `check_columns`, `check_rows` and `check_targets`; splits to evaluate on among the training
+            data.
     """
     if part == "train_dataset" and isinstance(given, DatasetDict) and any(map(HELD_OUT.match, given)):
         raise ValueError(
@@ -110,6 +111,8 @@ def checked_datasets(part: str, given: Any, args: Any) -> Any:
     for name, dataset in copies.items():
         if dataset is not None and not hasattr(dataset, "column_names"):
             raise ValueError(f"{name} must be a datasets.Dataset, got {type(dataset).__name__}. {AS_DATASET}")
+        if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":  # a transform may change them
+            check_columns(dataset.column_names, name if isinstance(given, dict) else None)
         check_rows(dataset, name)
         if dataset is not None and isinstance(args, CondensationConfig) and args.condensation_weight:
             sides = CONDENSE[args.condense_for(name if isinstance(given, dict) else None)]

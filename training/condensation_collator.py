@@ -20,6 +20,7 @@ from btok_hf.features import IGNORED, PIXEL_KEYS
 from btok_hf.training.cells import as_input
 from btok_hf.training.checks import check_columns, check_negatives, group_hash, target_text
 from btok_hf.training.condensation_config import CONDENSE, CondensationConfig
+from btok_hf.training.prompts import COLUMNS
 
 
 @dataclass
@@ -122,6 +123,16 @@ class CondensationCollator(SentenceTransformerDataCollator):
                     if group is not None:
                         hashed[1] = group_hash(group)
         return batch
+
+    def _resolve_prompts(self, batch: dict[str, Any]) -> Any:
+        """As in Sentence-Transformers, which gives no prompt to a dataset that prompts by dataset do not name."""
+        name, given = batch.get("dataset_name"), self.prompts
+        if isinstance(given, dict) and set(given) - set(COLUMNS) and name not in given:  # by dataset
+            raise ValueError(
+                f"prompts are given for the datasets {sorted(given)}, got rows of {name or 'one without a name'!r}. "
+                "Give them in a dict, {name: dataset}, under one of these names."
+            )
+        return super()._resolve_prompts(batch)
 
     def maybe_warn_about_column_order(self, column_names: list[str]) -> None:
         """Does nothing: `__call__` puts the columns in order."""

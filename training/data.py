@@ -8,6 +8,7 @@ import csv
 import glob
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -268,7 +269,8 @@ def retrieval_evaluator(
 
     Equal queries are one query with several right answers. The positives of a `group` are right answers of each of its
     queries. Equal positives (images: equal files) are one candidate. A query that is a candidate too, as in pairs of
-    both directions, is not ranked against itself. Images stay encoded in memory.
+    both directions, is not ranked against itself, unless a row has it as its own positive. Images stay encoded in
+    memory.
 
     Args:
         source (`str`, `Path` or `Dataset`): As in `load_pairs`, or its result. The positive of a row whose `query` is
@@ -288,6 +290,7 @@ def retrieval_evaluator(
     corpus: dict[str, Any] = {}
     groups: dict[int, set[str]] = {}
     answers: dict[str, dict[int, set[str]]] = {}  # sets that grow with later rows, each once
+    themselves = set()  # queries that are their own positives
     dataset = as_stored(source if isinstance(source, Dataset) else load_pairs(source))
     check_columns(dataset.column_names)
     check_rows(dataset, "the pairs" if isinstance(source, Dataset) else str(source), required=("positive",))
@@ -302,13 +305,16 @@ def retrieval_evaluator(
             asked = str(content_hash(query))
             queries.setdefault(asked, query)
             answers.setdefault(asked, {})[id(right)] = right
+            if asked == candidate:
+                themselves.add(asked)
     if not queries:
         raise ValueError("The pairs have no row with a query: there is nothing to evaluate. Give them queries.")
     return PairEvaluator(
         queries,
         corpus,
-        {asked: _union(list(parts.values())) for asked, parts in answers.items()},
-        name=name or ("pairs" if isinstance(source, Dataset) else Path(source).stem),
+        # Its group may hold a query itself.
+        {asked: _union(list(sets.values()), {asked} - themselves) for asked, sets in answers.items()},
+        name=name or ("pairs" if isinstance(source, Dataset) else Path(os.path.abspath(source)).stem),
         accuracy_at_k=[1, 10],
         precision_recall_at_k=[1, 10],
         mrr_at_k=[len(corpus)],
@@ -319,9 +325,9 @@ def retrieval_evaluator(
     )
 
 
-def _union(sets: list[set[str]]) -> set[str]:
-    """One set is not copied: the queries of a large group share theirs."""
-    return sets[0] if len(sets) == 1 else set().union(*sets)
+def _union(sets: list[set[str]], without: set[str]) -> set[str]:
+    """One set is not copied without need: the queries of a large group share theirs."""
+    return sets[0] if len(sets) == 1 and sets[0].isdisjoint(without) else set().union(*sets) - without
 
 
 class PairEvaluator(InformationRetrievalEvaluator):

@@ -4,6 +4,7 @@ One pair file is loaded in `data.py`, one source of the paper in `sources.py`. B
 """
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,7 +126,7 @@ def read_mixture(files: str | Mapping[str, Entry]) -> Mapping[str, Entry]:
             return yaml.safe_load(path.read_text("utf-8"))
         except yaml.YAMLError as error:
             raise ValueError(f"Mixture file {files!r} is not YAML ({error}).") from error
-    return {Path(files).stem: files}
+    return {Path(os.path.abspath(files)).stem: files}  # of "." too
 
 
 def condense_of(datasets: Iterable[str], chosen: str | dict[str, str] | None, own: dict[str, str]) -> dict[str, str]:

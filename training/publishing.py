@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from datasets import DatasetDict
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 from sentence_transformers.util.distributed import distributed_evaluation
@@ -20,6 +21,7 @@ from btok_hf.export import export_model
 from btok_hf.hub import MESSAGE, push
 from btok_hf.sentence_transformer import BTokSentenceTransformer
 from btok_hf.training.checkpoints import full_parameters
+from btok_hf.training.checks import checked_datasets
 from btok_hf.training.condensation_config import CondensationConfig
 from btok_hf.training.condensation_log import LoggingTrainer
 from btok_hf.training.data import PairEvaluator, metric_names
@@ -35,6 +37,28 @@ class PublishingTrainer(LoggingTrainer):
 
     model: BTokSentenceTransformer
     args: CondensationConfig
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As in `SentenceTransformerTrainer`; what is given is checked first, like the datasets of the trainer.
+
+        Args:
+            eval_dataset (`Dataset`, `dict[str, Dataset]` or `str`, *optional*): What to evaluate instead of the
+                trainer's own, or the name of one of those.
+            ignore_keys, metric_key_prefix: As in `Trainer.evaluate`.
+
+        Returns:
+            `dict[str, float]`: The metrics.
+
+        Raises:
+            ValueError: As in `checked_datasets`.
+        """
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            # A copy: Sentence-Transformers changes formats, and it takes a dict only as its class.
+            eval_dataset = checked_datasets("eval_dataset", eval_dataset, self.args)
+            eval_dataset = DatasetDict(eval_dataset) if isinstance(eval_dataset, dict) else eval_dataset
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def evaluate_retrieval(self) -> dict[str, float]:
         """The metrics of the evaluator by the evaluator's names; empty without one. All processes must call it.

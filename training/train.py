@@ -20,7 +20,7 @@ library. `--resume_from_checkpoint auto` continues a run that was killed, and st
 
 import argparse
 import json
-import shutil
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,28 +28,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, cast
 
 import yaml
-from transformers import AutoConfig
 from transformers.trainer_utils import HubStrategy
 from trl import ModelConfig, TrlParser, get_peft_config
 
-from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens
+from btok_hf import BTokSentenceTransformer
 from btok_hf.adapters import check_exportable
-from btok_hf.arguments import named_source
-from btok_hf.backbones import family_of
 from btok_hf.errors import EXPECTED, RESUME, one_line_errors, take_debug
 from btok_hf.files import check_writable
 from btok_hf.hub_card.card import CardArguments
 from btok_hf.training import CondensationConfig, CondensationTrainer
 from btok_hf.training.checkpoints import checkpoint_to_resume
+from btok_hf.training.checks import checked_datasets
 from btok_hf.training.data import retrieval_evaluator
 from btok_hf.training.mixture import condense_of, load_mixture, read_mixture
 from btok_hf.training.publishing import PushEverySave, check_push
+from btok_hf.training.start import check_starting_point, starting_point
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
 RECIPES = Path(__file__).parent / "recipes"
-MADE_FROM = "made_from.json"  # in `output_dir`/start: what it was made from
 
 
 @dataclass
@@ -182,7 +180,10 @@ def _set_up(arguments: Sequence[str] | None) -> "TrainingJob":
     args.resume_from_checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir, saves)
     check_writable(args.output_dir)
     pixels = {name: getattr(script, name) for name in ("min_pixels", "max_pixels") if getattr(script, name)}
-    check_start_model(model_args, script.num_tokens, pixels, args)
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    start = (name, Path(args.output_dir, "start"))
+    has_tokens = check_starting_point(*start, script.num_tokens, revision, **pixels)
+    adapters = adapters_of(model_args)
     check_push(args)
     with args.main_process_first():  # the others read what it has cached
         evaluator = retrieval_evaluator(script.eval_file) if script.eval_file else None
@@ -193,10 +194,10 @@ def _set_up(arguments: Sequence[str] | None) -> "TrainingJob":
         mixture = load_mixture(script.train_files, script.sources_root)
     args.dataset_weights = args.dataset_weights or mixture.weights
     args.condense = condense_of(mixture.datasets, args.condense, mixture.condense)
-    path, revision = starting_point(model_args, script.num_tokens, pixels, args)
+    datasets = checked_datasets("train_dataset", mixture.datasets, args)  # before a large model is written and loaded
     model = BTokSentenceTransformer(
-        path,
-        revision=revision,
+        starting_point(*start, args, script.num_tokens, revision, **pixels),
+        revision=revision if has_tokens else None,
         model_kwargs={"dtype": model_args.dtype or "float32"},
         processor_kwargs=pixels or None,
     )
@@ -205,8 +206,8 @@ def _set_up(arguments: Sequence[str] | None) -> "TrainingJob":
     trainer = CondensationTrainer(
         model=model,
         args=args,
-        peft_config=cast("LoraConfig | None", get_peft_config(model_args)),  # annotated as its base class
-        train_dataset=mixture.datasets,
+        peft_config=adapters,
+        train_dataset=datasets,
         evaluator=evaluator,
     )
     if to_push and args.hub_strategy == HubStrategy.EVERY_SAVE:
@@ -267,69 +268,21 @@ class TrainingJob:
             print(f"Pushed to {trainer.push_export()}")
 
 
-def check_start_model(
-    model_args: ModelArguments, num_tokens: int | None, pixels: Mapping[str, Any], args: CondensationConfig
-) -> None:
-    """Check the model to train and its adapters by their configuration, without loading weights.
-
-    Raises:
-        OSError, ValueError: A model that cannot be read or is not supported, has another number of Bottleneck Tokens,
-            or differs from the one in `output_dir`/start; adapters that could not be trained or exported.
-    """
-    name = model_args.model_name_or_path
-    assert name is not None  # checked in set_up
-    with named_source(name):
-        config = AutoConfig.from_pretrained(name, revision=model_args.model_revision)
-    family_of(config)  # raises
-    if Path(name).is_dir() and not [*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")]:
-        raise FileNotFoundError(f"The folder {name} has no weights (*.safetensors). Name the folder of a whole model.")
-    if hasattr(config, "btok_token_ids"):
-        if num_tokens not in (None, config.btok_num_tokens):
-            raise ValueError(
-                f"{name} has {config.btok_num_tokens} Bottleneck Tokens, and num_tokens is {num_tokens}. Leave it "
-                "out, or start from the base model."
-            )
-    elif (start := Path(args.output_dir, "start")).exists():
-        origin, record = origin_of(model_args, num_tokens, pixels), start / MADE_FROM
-        found = json.loads(record.read_text("utf-8")) if record.is_file() else "something else"
-        if found != origin:
-            raise ValueError(
-                f"{start} was made from {found}, but this run starts from {origin}. Remove it, or name another "
-                "output_dir."
-            )
-    if (adapters := get_peft_config(model_args)) is not None:
-        check_exportable(cast("LoraConfig", adapters))
+def adapters_of(model_args: ModelArguments) -> "LoraConfig | None":
+    """The adapters of `use_peft`, if they can be trained and exported; else `ValueError`."""
+    modules = model_args.lora_target_modules
+    # TRL makes a text of a list of one name, and PEFT reads a text as a regular expression of whole names.
+    if isinstance(modules, str) and re.fullmatch(r"[\w.]+", modules):
+        model_args.lora_target_modules = [modules]
+    adapters = cast("LoraConfig | None", get_peft_config(model_args))  # annotated as its base class
+    if adapters is not None:
+        check_exportable(adapters)
         if model_args.lora_dropout:
             raise ValueError(
                 f"lora_dropout must be 0, got {model_args.lora_dropout}: the two passes of GradCache would use "
                 "different dropout masks. Set it to 0."
             )
-
-
-def origin_of(model_args: ModelArguments, num_tokens: int | None, pixels: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model with Bottleneck Tokens is made from. The default of `num_tokens` is 4."""
-    named = {"base": model_args.model_name_or_path, "revision": model_args.model_revision}
-    return {**named, "num_tokens": 4 if num_tokens is None else num_tokens, **pixels}
-
-
-def starting_point(
-    model_args: ModelArguments, num_tokens: int | None, pixels: Mapping[str, Any], args: CondensationConfig
-) -> tuple[Path | str, str | None]:
-    """Path and revision of the model to train. A base model gets Bottleneck Tokens first, in `output_dir`/start."""
-    name, revision = model_args.model_name_or_path, model_args.model_revision
-    assert name is not None  # checked in set_up
-    if hasattr(AutoConfig.from_pretrained(name, revision=revision), "btok_token_ids"):
-        return name, revision
-    start = Path(args.output_dir, "start")
-    origin = origin_of(model_args, num_tokens, pixels)
-    with args.main_process_first(local=False):
-        if not start.exists():
-            unfinished = start.with_name("start.unfinished")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            add_bottleneck_tokens(name, unfinished, origin["num_tokens"], revision=revision, **pixels)
-            Path(unfinished, MADE_FROM).write_text(json.dumps(origin), "utf-8")
-            unfinished.rename(start)
-    return start, None
+    return adapters
 
 
 if __name__ == "__main__":

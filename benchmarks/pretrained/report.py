@@ -16,7 +16,7 @@ from benchmarks.pretrained.run import PRETRAINED
 from benchmarks.pretrained.tasks import ANCHORS, BUILT, tasks
 from benchmarks.tables import insert
 from benchmarks.unified.report import bootstrap, half_width
-from benchmarks.unified.tasks import chance, score
+from benchmarks.unified.tasks import CLIPS, chance, drawn, score
 
 PAGE = ROOT / "docs" / "pretrained.md"
 LABELS = {
@@ -78,12 +78,21 @@ def pictures_table() -> str:
     rng = np.random.default_rng(0)
     small, this = (json.loads((PRETRAINED / f"pictures-{name}.json").read_text())["ranks"] for name in SEEING)
     lines = [f"| task | queries / candidates | chance | {' | '.join(SEEING)} | difference |", "|---" * 6 + "|"]
+    both, this_one = drawn(), drawn(None)  # drawings with the name of the clip's emoji
+    of_clips = {
+        "": both | True,
+        ", of emoji with training drawings of both": both,
+        ", of emoji with training drawings of btok-135m": this_one & ~both,
+        ", of emoji without training drawings": ~this_one,
+    }
     for name, task in asked().items():
-        before, after = (score(task, ranks[name]) for ranks in (small, this))
-        pairs = ((before, ""), (after, ""), (after - before, "+"))
-        cells = [cell(values, task.groups, rng, sign) for values, sign in pairs]
-        sizes = f"{len(task.queries):,} / {len(task.candidates):,}"
-        lines.append(f"| {name} | {sizes} | {chance(task):.1f} | {' | '.join(cells)} |")
+        for part, chosen in (of_clips if name == CLIPS else {"": np.full(len(task.queries), True)}).items():
+            before, after = (score(task, ranks[name])[chosen] for ranks in (small, this))
+            pairs = ((before, ""), (after, ""), (after - before, "+"))
+            groups = list(np.array(task.groups)[chosen])
+            cells = [cell(values, groups, rng, sign) for values, sign in pairs]
+            sizes = f"{chosen.sum():,} / {len(task.candidates):,}"
+            lines.append(f"| {name}{part} | {sizes} | {chance(task):.1f} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -105,27 +105,26 @@ def of_decoded(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of an exported repository")
-    parser.add_argument("--states", type=int, default=300, help="terms of the first part")
-    parser.add_argument("--decoded", type=int, default=64, help="definitions to decode")
+    parser.add_argument("--states", type=int, default=300, help="terms to compare, drawn from all books")
+    parser.add_argument("--decoded", type=int, default=256, help="definitions to decode, the first of those")
     parser.add_argument("--output", type=Path, default=RESULTS / "pretrained" / "tokens.json")
     options = parser.parse_args()
     task = tasks()[TASK]
+    drawn = np.random.default_rng(0).permutation(len(task.queries))  # the first rows are of one book
+    terms, definitions = ([texts[index] for index in drawn] for texts in (task.queries, task.candidates))
     stock = SentenceTransformer(options.model, device="cpu")
     prompts = {kind: stock.prompts.get(kind) for kind in ("term", "definition")}
     count = stock[0].auto_model.config.btok_num_tokens
-    few = slice(0, options.states)
     result = of_states(
-        states(stock, task.queries[few], prompts["term"], count),
-        states(stock, task.candidates[few], prompts["definition"], count),
+        states(stock, terms[: options.states], prompts["term"], count),
+        states(stock, definitions[: options.states], prompts["definition"], count),
     )
     model = BTokSentenceTransformer(options.model, device="cpu")
-    few = slice(0, options.decoded)
-    figures, decoded = of_decoded(
-        model, task.queries[few], task.candidates[few], prompts["term"], prompts["definition"]
-    )
+    few = terms[: options.decoded], definitions[: options.decoded]
+    figures, decoded = of_decoded(model, *few, prompts["term"], prompts["definition"])
     for name, value in (result | figures).items():
         print(f"{name}: {value}")
-    for text, term, definition in list(zip(decoded, task.queries, task.candidates))[:20]:
+    for text, term, definition in list(zip(decoded, *few))[:20]:
         print(f"    {definition[:90]} ({term}) → {text}")
     options.output.write_text(
         json.dumps(
@@ -135,7 +134,7 @@ def main() -> None:
                 **result,
                 "definitions": options.decoded,
                 **figures,
-                "decoded": list(zip(task.candidates[few], task.queries[few], decoded)),
+                "decoded": list(zip(few[1], few[0], decoded)),
             },
             indent=1,
             ensure_ascii=False,

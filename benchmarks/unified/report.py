@@ -23,7 +23,7 @@ from scipy.stats import t as student
 from benchmarks import ROOT
 from benchmarks.tables import insert
 from benchmarks.unified.run import ARMS, TABLES, UNIFIED
-from benchmarks.unified.tasks import MOTION, chance, score, tasks
+from benchmarks.unified.tasks import CLIPS, MOTION, chance, drawn, score, tasks
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -158,6 +158,13 @@ def arm_table(table, results):
     still = {arm: np.mean([part.mean(1) for n, part in scores[arm].items() if n != MOTION], axis=0) for arm in arms}
     cells = (f"{still[arm].mean():.2f}: " + ", ".join(f"{v:.2f}" for v in still[arm]) for arm in arms)
     lines.append("| without motion, and by seed | | | | " + " | ".join(cells) + " |")
+    seen = drawn()
+    parts = ((part[:, seen].mean(), part[:, ~seen].mean()) for part in (scores[arm][CLIPS] for arm in arms))
+    lines.append(
+        f"| clips whose emoji has training drawings ({seen.sum()}) / the others ({(~seen).sum()}) | | | | "
+        + " | ".join(f"{some:.1f} / {others:.1f}" for some, others in parts)
+        + " |"
+    )
     moving = (", ".join(f"{v:.1f}" for v in scores[arm][MOTION].mean(1)) for arm in arms)
     lines.append("| motion by seed | | | | " + " | ".join(moving) + " |")
     lines += [

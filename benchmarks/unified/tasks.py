@@ -8,11 +8,12 @@ from functools import cache
 
 import numpy as np
 
-from benchmarks.unified.inputs import DRAWING, books, clip, cut, emoji, page, pages, sprite_clips, square
+from benchmarks.unified.inputs import CATEGORIES, DRAWING, books, clip, cut, emoji, page, pages, sprite_clips, square
 from benchmarks.unified.training_rows import LANGUAGES, training_rows
 from examples.prepare_emoji import draw
 
 MOTION = "motion → video or its reversal"
+CLIPS = "name → video"
 UNSEEN = "name of an unseen concept → drawing"
 
 
@@ -78,7 +79,7 @@ def tasks(size=DRAWING):
     clips = list(books("clips", "test"))
     videos = [clip(row["frames"]) for row in clips]
     every = range(len(clips))
-    found.append(Task("name → video", [r["name"] for r in clips], videos, list(every), [r["emoji"] for r in clips]))
+    found.append(Task(CLIPS, [r["name"] for r in clips], videos, list(every), [r["emoji"] for r in clips]))
     motions = [(row["emoji"], text, frames) for row in unseen for text, frames in sprite_clips(row)]
     found.append(
         Task(
@@ -119,6 +120,15 @@ def tasks(size=DRAWING):
     found.append(Task("figure → caption", images, captions, each, modules))
     found.append(Task("caption → figure", captions, images, each, modules))
     return {task.name: task for task in found}
+
+
+def drawn(categories=CATEGORIES):
+    """Whether the training drawings of these categories (`None`: all) show the emoji of a clip, for each of `CLIPS`.
+
+    A clip is held out, but not what it shows: such an emoji was trained as drawings, with its name.
+    """
+    trained = {row["emoji"] for row in emoji(categories)["train"]}
+    return np.array([concept in trained for concept in tasks()[CLIPS].groups])
 
 
 def score(task, ranks):
