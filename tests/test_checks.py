@@ -12,7 +12,7 @@ from support.training import config, text_pairs
 
 from btok_hf import BTokSentenceTransformer
 from btok_hf.media import video_input
-from btok_hf.training import CondensationLoss, CondensationTrainer
+from btok_hf.training import CondensationConfig, CondensationLoss, CondensationTrainer
 from btok_hf.training.checks import (
     check_columns,
     check_rows,
@@ -231,6 +231,13 @@ def test_columns():
         check_columns(["query", "positive", "negative", "negative_id", "negative_image"])
     with pytest.raises(ValueError, match="negative_groups, but not negatives"):
         check_columns(["query", "positive", "negative_groups"])
+
+
+def test_columns_are_named_before_texts_to_generate():
+    """Else the first error would be about a column that the second one asks to be renamed."""
+    rows = Dataset.from_dict({"anchor": ["a"], "positive": [{"image": "a.png"}]})
+    with pytest.raises(ValueError, match=r"Dataset 'd' has .*missing \['query'\]; unknown \['anchor'\]"):
+        checked_datasets("train_dataset", {"d": rows}, CondensationConfig("unused", report_to="none", use_cpu=True))
 
 
 def test_negatives_with_groups_are_a_list():

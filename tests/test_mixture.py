@@ -8,7 +8,7 @@ import yaml
 from datasets import Dataset
 from support.source_tree import mmeb
 
-from btok_hf.training.mixture import condense_of, load_mixture
+from btok_hf.training.mixture import condense_of, load_mixture, read_mixture
 from btok_hf.training.sources import SOURCES
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 RECIPE = Path(__file__).resolve().parents[1] / "training" / "recipes" / "mixture_paper.yaml"
 
 
-def test_a_mixture_of_own_files_and_sources(tmp_path):
+def test_a_mixture_of_own_files_and_sources(tmp_path, monkeypatch):
     mmeb(tmp_path, "CIRR", [("a", "", "b", "")])
     (tmp_path / "pairs.jsonl").write_text('{"query": "x", "positive": "y"}\n')
     mine = str(tmp_path / "pairs.jsonl")
@@ -35,6 +35,12 @@ def test_a_mixture_of_own_files_and_sources(tmp_path):
     for entries in (mine, {"pairs": mine}, {"pairs": {"file": mine}}):
         loaded, weights, condense, _ = load_mixture(entries)
         assert list(loaded) == ["pairs"] and weights is None and condense == {}
+    monkeypatch.chdir(tmp_path)  # a folder that needs no name has one
+    assert [read_mixture(name) for name in (".", "../a/", "org/b")] == [
+        {tmp_path.name: "."},
+        {"a": "../a/"},
+        {"b": "org/b"},
+    ]
     assert load_mixture({"CIRR": None}, tmp_path)[0]["CIRR"][0]["query"] == {"text": "a"}
     for entries, message in (
         ({"a": {"file": mine, "weight": 1}, "CIRR": {}}, "but CIRR have none. Give all"),

@@ -15,7 +15,7 @@ MADE_FROM = "made_from.json"  # in the folder of a base with tokens: what it was
 
 
 def check_starting_point(
-    model: str, folder: str | Path, num_tokens: int | None = None, revision: str | None = None, **pixels: int
+    model: str, folder: str | Path, num_tokens: int | None = None, revision: str | None = None, **pixels: Any
 ) -> bool:
     """Check the model to train by its configuration, without loading weights.
 
@@ -57,7 +57,7 @@ def starting_point(
     args: TrainingArguments,
     num_tokens: int | None = None,
     revision: str | None = None,
-    **pixels: int,
+    **pixels: Any,
 ) -> str:
     """The folder or Hub id of the model to train: `model` if it has Bottleneck Tokens, else `folder`.
 
@@ -88,6 +88,6 @@ def starting_point(
     return str(folder)
 
 
-def _origin(model: str, num_tokens: int | None, revision: str | None, pixels: dict[str, int]) -> dict[str, Any]:
+def _origin(model: str, num_tokens: int | None, revision: str | None, pixels: dict[str, Any]) -> dict[str, Any]:
     tokens = 4 if num_tokens is None else num_tokens
     return {"base": str(Path(model)), "revision": revision, "num_tokens": tokens, **pixels}
