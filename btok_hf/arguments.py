@@ -1,7 +1,8 @@
-"""Check the arguments of loading and encoding, and name the model in errors of reading it."""
+"""Check arguments of loading, encoding and serving, and name the model in errors of reading it."""
 
 import contextlib
 import numbers
+import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,33 @@ def check_loading(prompts: Any, hub_kwargs: Mapping[str, Any]) -> None:
         if name not in HUB:
             known = f"Use {OTHER_NAMES[name]}" if name in OTHER_NAMES else f"Leave it out, or use {', '.join(HUB)}"
             raise TypeError(f"BTokSentenceTransformer has no argument {name!r}. {known}.")
+
+
+def check_pixels(pixels: Mapping[str, Any]) -> None:
+    """Raise `ValueError` if `min_pixels` or `max_pixels` is below 1, or the first exceeds the second."""
+    given = {name: pixels[name] for name in ("min_pixels", "max_pixels") if pixels.get(name) is not None}
+    for name, value in given.items():
+        if value < 1:
+            raise ValueError(f"{name} must be 1 or more, got {value}. Leave it out for the model's own.")
+    if len(given) == 2 and given["min_pixels"] > given["max_pixels"]:
+        raise ValueError(
+            f"min_pixels must not exceed max_pixels, got {given['min_pixels']} and {given['max_pixels']}. Lower "
+            "min_pixels or raise max_pixels."
+        )
+
+
+def check_free(host: str, port: int) -> None:
+    """Raise `ValueError` if no server can listen on an address."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do
+            tried.bind((address[0], port, *address[2:]))
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"Nothing can listen on {host}, port {port} ({getattr(error, 'strerror', None) or error}). Give another "
+            "--port or --host."
+        ) from error
 
 
 def check_truncate_dim(truncate_dim: Any) -> None:
@@ -68,6 +96,8 @@ def named_source(source: str) -> Iterator[None]:
 
     Raises `OSError` for the folder of a run, in which only the checkpoints are models.
     """
+    from huggingface_hub.errors import HFValidationError  # slow: the command line imports this file
+
     folder = Path(source)
     if folder.is_dir() and not _is_model(folder):
         steps = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*") if _is_model(path)]
@@ -78,8 +108,8 @@ def named_source(source: str) -> Iterator[None]:
             )
     try:
         yield
-    except OSError as error:
-        if Path(source).exists() or source in str(error):
+    except (OSError, HFValidationError) as error:  # the latter for a path that is no name on the Hub
+        if Path(source).exists() or (source in str(error) and isinstance(error, OSError)):
             raise
         raise OSError(
             f"{source} is neither a local folder nor a readable Hub repository ({error}). Check the name and, for a "

@@ -17,7 +17,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from btok_hf.arguments import check_loading
+from btok_hf.arguments import check_loading, check_pixels
 from btok_hf.backbones import family_of
 from btok_hf.export import check_empty, write_repository
 from btok_hf.family import Family
@@ -141,6 +141,7 @@ def add_bottleneck_tokens(
             f"suffix must be words separated by single spaces, without '<|', got {suffix!r}. Leave it out for none."
         )
     check_loading(prompts, {})
+    check_pixels({"min_pixels": min_pixels, "max_pixels": max_pixels})
     if noise_std < 0:
         raise ValueError(f"noise_std must be 0 or more, got {noise_std}.")
     check_empty(output_dir)

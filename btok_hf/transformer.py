@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 from transformers.utils import find_adapter_config_file
 
 from btok_hf.adapters import find_base, load_adapters
-from btok_hf.arguments import check_prompt, check_row_length
+from btok_hf.arguments import check_pixels, check_prompt, check_row_length
 from btok_hf.backbones import family_of
 from btok_hf.compat import require_methods
 from btok_hf.condensation import condense
@@ -42,8 +42,10 @@ class BottleneckTransformer(Transformer):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = kwargs.get("processor_kwargs") or {}
+        check_pixels(given)
         super().__init__(*args, **kwargs)
-        family, given = family_of(self.config), kwargs.get("processor_kwargs") or {}
+        family = family_of(self.config)
         if not family.reads_pixels:
             family.limit_pixels(self.processor, given.get("min_pixels"), given.get("max_pixels"))
         self._check_template()

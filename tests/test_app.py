@@ -16,7 +16,8 @@ from PIL import Image
 from support import ROOT, forks
 from support.app import page
 
-from btok_hf.corpus.app import check_free, make_page, plain
+from btok_hf.arguments import check_free
+from btok_hf.corpus.app import make_page, plain
 from btok_hf.corpus.index import Index
 from btok_hf.corpus.job import Options
 from btok_hf.corpus.search import Searcher
@@ -230,10 +231,11 @@ def test_an_address_is_tried_before_anything_is_loaded(corpus, taken):
         with pytest.raises(ValueError, match=re.escape(says)) as error:
             check_free(host, port)
         assert "Give another --port or --host" in str(error.value)
-    with pytest.raises(ValueError, match="IPv6 addresses, got --host ::1"):
-        check_free("::1", 7860)
-    run = forks.run("-m", "btok_hf", "app", "--db", "nowhere", "--port", taken)
-    assert run.returncode == 1 and f"port {taken} (Address already in use)" in run.stderr
+    run = forks.run("-m", "btok_hf", "app", "--db", "nowhere", "--host", "::1")
+    assert run.returncode == 1 and "IPv6 addresses, got --host ::1" in run.stderr
+    for command in (["app", "--db", "nowhere"], ["serve", "nowhere"]):
+        run = forks.run("-m", "btok_hf", *command, "--port", taken)
+        assert run.returncode == 1 and f"port {taken} (Address already in use)" in run.stderr
 
 
 def test_copies_are_private_and_removed_at_the_end(corpus, tmp_path):

@@ -16,6 +16,13 @@ from btok_hf.arguments import named_source
         ({"prompts": {"query": 3}}, TypeError, "prompts must be a dict of texts"),
         ({"model_kwargs": {"foo": 1}}, TypeError, "unexpected keyword argument 'foo'"),
         ({"max_seq_length": 0}, ValueError, "max_seq_length must be a whole number of tokens, and at least 5, got 0"),
+        ({"processor_kwargs": {"max_pixels": 0}}, ValueError, "max_pixels must be 1 or more, got 0. Leave it out"),
+        ({"processor_kwargs": {"min_pixels": -5}}, ValueError, "min_pixels must be 1 or more, got -5"),
+        (
+            {"processor_kwargs": {"min_pixels": 9, "max_pixels": 8}},
+            ValueError,
+            "must not exceed max_pixels, got 9 and",
+        ),
         ({"truncate_dim": 0}, ValueError, "truncate_dim must be a number of dimensions above 0, got 0"),
         ({"truncate_dim": True}, ValueError, "truncate_dim must be .* got True"),
         ({"truncate_dim": -1}, ValueError, "truncate_dim must be .* got -1"),

@@ -349,6 +349,7 @@ def test_index_says_what_it_did_and_how_well_it_finds(btok, corpus, tmp_path):
         ("search --db b", "the query is empty"),
         ("search  --db b", "the query is empty"),
         ("search x --db b -k 0", "-k is the number of hits"),
+        ("search x --db b -k 1000000000000", "-k is the number of hits and must be 1 to 1,000,000,000, got"),
         ("search x --db b --sheet out.gif", "--sheet out.gif must end in .png"),
         ("search x --db b --sheet out.png -k 301", "--sheet shows at most 300 hits, got -k 301: use --html"),
         ("search --db b --image no.png", "--image no.png is not a file"),

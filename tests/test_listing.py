@@ -98,6 +98,8 @@ def test_forms_of_an_input(tmp_path, monkeypatch):
     assert paths(Input(str(odd))) == ["a[1].txt"]
     with pytest.raises(FileNotFoundError, match="There is no input 'nothing'"):
         Input("nothing")
+    with pytest.raises(FileNotFoundError, match="There is no input 'no/thing'"):  # as it was given
+        Input("no/thing")
 
 
 def test_object_storage(tmp_path):

@@ -128,6 +128,8 @@ def with_settings(folder, target, **changes):
 
 def test_a_model_that_moved_is_named_and_may_be_given(folder, tmp_path):
     path = with_settings(folder, tmp_path / "db", model=str(tmp_path / "moved"))
+    with pytest.raises(OSError, match="/no/where is neither a local folder nor a readable Hub repository"):
+        Searcher(path, "/no/where")
     with pytest.raises(FileNotFoundError, match=r"made with the model .*moved, which cannot be loaded.*--model"):
         Searcher(path, device="cpu")
     assert Searcher(path, MODEL, device="cpu").search("hot beverage", k=1)[0].id == "example_1.png"

@@ -72,6 +72,12 @@ def test_a_run_that_fails_leaves_what_was_there(out, tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
+def test_a_folder_is_refused_before_vectors_are_read(tmp_path):
+    for write in (write_faiss, write_usearch):
+        with pytest.raises(ValueError, match=r"is a folder\. Give a file, e\.g\. .*/vectors\.index\."):
+            write("no such corpus", tmp_path)
+
+
 def test_an_old_index_never_has_new_ids(out, tmp_path, monkeypatch):
     import faiss
 

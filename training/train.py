@@ -33,6 +33,7 @@ from trl import ModelConfig, TrlParser, get_peft_config
 
 from btok_hf import BTokSentenceTransformer
 from btok_hf.adapters import check_exportable
+from btok_hf.arguments import check_pixels
 from btok_hf.errors import EXPECTED, RESUME, one_line_errors, take_debug
 from btok_hf.files import check_writable
 from btok_hf.hub_card.card import CardArguments
@@ -179,7 +180,10 @@ def _set_up(arguments: Sequence[str] | None) -> "TrainingJob":
     saves = args.save_strategy != "no" or args.enable_jit_checkpoint
     args.resume_from_checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir, saves)
     check_writable(args.output_dir)
-    pixels = {name: getattr(script, name) for name in ("min_pixels", "max_pixels") if getattr(script, name)}
+    pixels = {
+        name: getattr(script, name) for name in ("min_pixels", "max_pixels") if getattr(script, name) is not None
+    }
+    check_pixels(pixels)
     name, revision = model_args.model_name_or_path, model_args.model_revision
     start = (name, Path(args.output_dir, "start"))
     has_tokens = check_starting_point(*start, script.num_tokens, revision, **pixels)

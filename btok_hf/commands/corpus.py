@@ -191,8 +191,6 @@ def run_search(
         raise argparse.ArgumentError(None, "the query is empty: give a text, --image or --video")
     if hybrid and not (text and text.strip()):
         raise argparse.ArgumentError(None, "--hybrid searches for the words of a text: give one, or leave it out")
-    if k < 1:
-        raise argparse.ArgumentError(None, f"-k is the number of hits and must be 1 or more, got {k}")
     for name, file in (("image", image), ("video", video)):
         if file is not None and not Path(file).is_file():
             raise argparse.ArgumentError(None, f"--{name} {file} is not a file")
@@ -201,10 +199,12 @@ def run_search(
     if sheet is not None and k > SHEET_HITS:
         raise argparse.ArgumentError(None, f"--sheet shows at most {SHEET_HITS} hits, got -k {k}: use --html")
     from btok_hf.corpus import results
-    from btok_hf.corpus.index import Index
+    from btok_hf.corpus.index import MOST_HITS, Index
     from btok_hf.corpus.search import Searcher
     from btok_hf.files import check_writable, replacing
 
+    if not 1 <= k <= MOST_HITS:
+        raise argparse.ArgumentError(None, f"-k is the number of hits and must be 1 to {MOST_HITS:,}, got {k}")
     for path in filter(None, (sheet, html)):
         check_writable(Path(path).parent)
     if where is not None:

@@ -48,7 +48,8 @@ def run_serve(repo: str, dtype: str, max_pixels: int | None, **options: Any) -> 
 
     host, port, name = (options.pop(key) for key in ("host", "port", "name"))
     loading = {key: options.pop(key) for key in ("revision", "device", "max_seq_length")}
-    loading |= {"model_kwargs": {"dtype": dtype}, "processor_kwargs": {"max_pixels": max_pixels} if max_pixels else {}}
+    pixels = {} if max_pixels is None else {"max_pixels": max_pixels}
+    loading |= {"model_kwargs": {"dtype": dtype}, "processor_kwargs": pixels}
     hosts, folder = options.pop("allow_urls"), options.pop("allow_files")
     limits = Limits(**options)
     with named_source(repo):

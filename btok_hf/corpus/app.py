@@ -7,7 +7,6 @@ and the requests that it refuses are in `guard.py`.
 import os
 import re
 import signal
-import socket
 import tempfile
 from collections.abc import Collection
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 
+from btok_hf.arguments import check_free
 from btok_hf.corpus import cards
 from btok_hf.corpus.answers import Answers, said
 from btok_hf.corpus.guard import OwnOnly, own_hosts
@@ -74,6 +74,10 @@ def serve(db: str, host: str, port: int, public_host: str | None = None, **load:
         ValueError: Nothing can listen there, or `public_host` is no host.
     """
     # Before the model is loaded, because that takes a while.
+    if ":" in host:
+        raise ValueError(
+            f"Gradio does not listen on IPv6 addresses, got --host {host}. Give a name or an IPv4 address."
+        )
     check_free(host, port)
     hosts = own_hosts(host, public_host)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the folder is removed then too
@@ -82,24 +86,6 @@ def serve(db: str, host: str, port: int, public_host: str | None = None, **load:
     with tempfile.TemporaryDirectory(prefix="btok-app-", dir=parent) as own:
         os.environ["GRADIO_TEMP_DIR"] = own  # Gradio reads it when a page is made
         launch(make_page(Searcher(db, **load)), hosts, server_name=host, server_port=port)
-
-
-def check_free(host: str, port: int) -> None:
-    """Raise `ValueError` if no server can listen on an address."""
-    if ":" in host:
-        raise ValueError(
-            f"Gradio does not listen on IPv6 addresses, got --host {host}. Give a name or an IPv4 address."
-        )
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as tried:
-            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do
-            tried.bind((address[0], port, *address[2:]))
-    except (OSError, OverflowError) as error:
-        raise ValueError(
-            f"Nothing can listen on {host}, port {port} ({getattr(error, 'strerror', None) or error}). Give another "
-            "--port or --host."
-        ) from error
 
 
 def launch(page: gr.Blocks, hosts: Collection[str] | None = None, **options: Any) -> None:

@@ -41,6 +41,7 @@ COLUMNS = ("id", "kind", "source", "page", "content_hash", "text", "thumbnail", 
 EXACT_NUMBERS = 16_000_000
 # To find k hits, this many times k candidates are compared by their stored vectors.
 REFINE = 10
+MOST_HITS = 10**9  # LanceDB takes 64 bits
 # At least so many rows of each ranking, by meaning and by words, are fused. A row far down in one ranking may be the
 # best of both, and the first hits should not depend on how many are asked for.
 FUSED = 1000
@@ -283,12 +284,12 @@ class Index:
             `list[Hit]`: Best first.
 
         Raises:
-            ValueError: Neither vector nor text, `k` below 1, or a condition that is not one.
+            ValueError: Neither vector nor text, `k` below 1 or above a billion, or a condition that is not one.
         """
         if vector is None and not (text and text.strip()):
             raise ValueError("The query is empty: give a text, an image or a video to search for.")
-        if k < 1:
-            raise ValueError(f"k is the number of hits and must be 1 or more, got {k}.")
+        if not 1 <= k <= MOST_HITS:
+            raise ValueError(f"k is the number of hits and must be 1 to {MOST_HITS:,}, got {k}.")
         if vector is None:
             found = self._run(self._by_words(text), where, k)
             return _hits(found, found.column("_score").to_pylist())

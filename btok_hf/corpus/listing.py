@@ -88,9 +88,7 @@ class Input:
     """
 
     def __init__(self, given: str, out: str | None = None) -> None:
-        if is_hub_id(given):
-            given = f"hf://datasets/{given}"
-        self.fs, path = fsspec.core.url_to_fs(given)
+        self.fs, path = fsspec.core.url_to_fs(f"hf://datasets/{given}" if is_hub_id(given) else given)
         self._is_local = isinstance(self.fs, LocalFileSystem)
         self._out = None if out is None else self._real(Store(out).root)
         self._corpora: dict[str, bool] = {}  # folders that may be one

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from huggingface_hub.errors import HFValidationError
 
 from btok_hf.arguments import named_source
 from btok_hf.corpus.index import Hit, Index
@@ -95,7 +94,7 @@ def _load(settings: dict[str, Any], model: str | Path | None, device: str | None
         with named_source(name):
             # A database of a model on the Hub remembers the commit, and one of a folder a hash of its files.
             revision, _ = identify(name, settings["revision"] if on_hub else None)
-    except (OSError, HFValidationError) as error:  # the latter for a path that is no name on the Hub
+    except OSError as error:
         if model is not None:
             raise
         raise FileNotFoundError(

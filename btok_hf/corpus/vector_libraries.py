@@ -36,6 +36,7 @@ def write_faiss(out: str, file: str | Path, precision: str = "float32", dimensio
     Returns:
         `Changes`: How many vectors were `added`, and what is left out: rows that `failed`, units that are `missing`.
     """
+    _check_file(file)
     faiss = _library("faiss", "faiss-cpu")
     size, changes, batches = _vectors(out, dimensions)
     if precision == "binary":
@@ -61,6 +62,7 @@ def write_usearch(out: str, file: str | Path, precision: str = "float32", dimens
 
     Scores are cosine distances, `1 - cosine`; with `binary`, Hamming distances.
     """
+    _check_file(file)
     usearch = _library("usearch.index", "usearch")
     size, changes, batches = _vectors(out, dimensions)
     kinds = {"float32": "f32", "float16": "f16", "int8": "i8", "binary": "b1"}
@@ -72,6 +74,15 @@ def write_usearch(out: str, file: str | Path, precision: str = "float32", dimens
         index.add(keys, bits(vectors) if precision == "binary" else vectors)
 
     return _write(file, changes, batches, add, index.save)
+
+
+def _check_file(file: str | Path) -> None:
+    """Refuse what no index can be written to, before vectors are read."""
+    if "://" in str(file):
+        raise ValueError(f"An index is written to a local file, got {str(file)!r}. Copy it from there.")
+    if Path(file).is_dir():
+        raise ValueError(f"{file} is a folder. Give a file, e.g. {Path(file, 'vectors.index')}.")
+    check_writable(Path(file).parent)
 
 
 def _library(module: str, package: str) -> Any:
@@ -119,10 +130,7 @@ def _write(
     save: Callable[[str], Any],
 ) -> Changes:
     """Add the vectors to an index, then write it and the ids. The index is there only with its ids."""
-    if "://" in str(file):
-        raise ValueError(f"An index is written to a local file, got {str(file)!r}. Copy it from there.")
     file = Path(file)
-    check_writable(file.parent)
     file.parent.mkdir(parents=True, exist_ok=True)
     schema = pa.schema([pa.field("id", pa.string())])
     draft = file.with_name(f"{file.name}.{os.getpid()}.tmp")

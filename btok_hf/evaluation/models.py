@@ -11,6 +11,7 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from transformers.utils import cached_file
 
+from btok_hf.arguments import check_pixels
 from btok_hf.evaluation.embeddings import installed
 from btok_hf.media import video_input
 from btok_hf.sentence_transformer import BTokSentenceTransformer
@@ -43,8 +44,7 @@ def load_model(
     Raises:
         ValueError: `max_pixels` below 1, or for a model whose processor bounds images in another way.
     """
-    if max_pixels is not None and max_pixels < 1:
-        raise ValueError(f"max_pixels must be 1 or more, got {max_pixels}. Leave it out for the model's own.")
+    check_pixels({"max_pixels": max_pixels})
     config = cached_file(repo, "config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
     with_tokens = config is not None and "btok_token_ids" in json.loads(Path(config).read_text("utf-8"))
     model_class = BTokSentenceTransformer if with_tokens else SentenceTransformer

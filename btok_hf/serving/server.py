@@ -23,6 +23,7 @@ from PIL import Image
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
 
+from btok_hf.arguments import check_free
 from btok_hf.encoding import NotFiniteError
 from btok_hf.lengths import media_tokens
 from btok_hf.model_info import trained_dimensions
@@ -289,6 +290,7 @@ def serve(
     api_key = os.environ.get(KEY)
     if api_key is not None and (not api_key or api_key != api_key.strip()):
         raise ValueError(f"{KEY} is set, but empty or with white space around it. Give a key, or unset it for none.")
+    check_free(host, port)  # before the model is loaded, because that takes a while
     # Pillow's own bound is for applications without one. Origins checks images before they are decoded.
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, limits.max_image_pixels)
     origins = Origins(limits.max_image_pixels, limits.max_body, limits.timeout, hosts, folder)
