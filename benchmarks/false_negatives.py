@@ -17,7 +17,7 @@ from datasets import Dataset, load_dataset
 from benchmarks import ROOT
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens
 from btok_hf.training import CondensationConfig, CondensationTrainer
-from btok_hf.training.data import retrieval_evaluator
+from btok_hf.training.evaluator import retrieval_evaluator
 from examples.prepare_emoji import build_base, draw
 
 

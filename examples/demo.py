@@ -61,7 +61,7 @@ def check():
     from sentence_transformers import SentenceTransformer
     from transformers import AutoModel, AutoProcessor
 
-    from btok_hf.training.data import retrieval_evaluator
+    from btok_hf.training.evaluator import retrieval_evaluator
 
     repo = str(RUN / "model")
     stock = SentenceTransformer(repo, device="cpu")  # without trust_remote_code

@@ -125,7 +125,7 @@ def test_max_pixels_bounds_the_tokens_of_an_image(bases, tmp_path):
     processor = AutoProcessor.from_pretrained(repo)
     conversation = [[{"role": "user", "content": [{"type": "image", "image": image(400, 400)}]}]]
     assert process(processor, conversation)["image_grid_thw"].prod() <= 4 * 4
-    with pytest.raises(ValueError, match="got min_pixels=10 and max_pixels=5"):
+    with pytest.raises(ValueError, match="min_pixels must not exceed max_pixels, got 10 and 5"):
         add_bottleneck_tokens(bases["qwen2_vl"], tmp_path / "other", min_pixels=10, max_pixels=5)
 
 

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from support.media import image
 from support.training import config, text_pairs
 
@@ -61,6 +61,22 @@ def test_several_evaluation_datasets_have_the_parts_of_their_losses(repo, tmp_pa
     again = trainer.state.log_history[-2:]
     assert [log[f"eval_{name}_loss"] for log, name in zip(again, parts)] == [a["eval_a_loss"], b["eval_b_loss"]]
     assert parts["a"].format["type"] is None and parts["a"].column_names == columns
+
+
+def test_each_evaluation_dataset_has_its_own_side_to_generate(repo, tmp_path):
+    """Also given by hand, and after Sentence-Transformers has put a transform on them, which tells their names."""
+    parts = {"a": text_pairs(4), "b": text_pairs(4)}
+    args = config(tmp_path, condense={"a": "positive", "b": "query"})
+    model = BTokSentenceTransformer(repo, device="cpu")
+    trainer = CondensationTrainer(model=model, args=args, train_dataset=parts, eval_dataset=parts)
+    expected = trainer.evaluate()
+    assert expected["eval_a_loss"] != expected["eval_b_loss"]
+    for given in (parts, DatasetDict(parts), trainer.train_dataset, trainer.eval_dataset):
+        found = trainer.evaluate(given)
+        assert {name: found[name] for name in ("eval_a_loss", "eval_b_loss")} == {
+            name: expected[name] for name in ("eval_a_loss", "eval_b_loss")
+        }
+    assert trainer.evaluate(trainer.train_dataset["b"])["eval_loss"] == expected["eval_b_loss"]
 
 
 def test_evaluation_keeps_the_weight_when_condensation_is_over(repo, tmp_path):

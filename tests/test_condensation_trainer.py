@@ -27,7 +27,7 @@ from btok_hf.hub_card import training_run
 from btok_hf.training import CondensationConfig, CondensationLoss, CondensationTrainer
 from btok_hf.training.checkpoints import checkpoints, incomplete_reason
 from btok_hf.training.condensation_collator import CondensationCollator
-from btok_hf.training.data import metric_names, retrieval_evaluator
+from btok_hf.training.evaluator import metric_names, retrieval_evaluator
 from btok_hf.training.mixture import load_mixture
 from btok_hf.training.sampler import MixtureBatchSampler, check_full_batches
 

@@ -79,8 +79,20 @@ def test_a_dataset_without_one_of_the_prompts_by_dataset_is_refused(repo, tmp_pa
     trainer = CondensationTrainer(model=model, args=args, train_dataset=data)
     trainer.evaluate({"b": text_pairs(2)})
     for other, name in ((text_pairs(2), "one without a name"), ({"c": text_pairs(2)}, "c")):
-        with pytest.raises(ValueError, match=rf"for the datasets \['a', 'b'\], got rows of '{name}'"):
+        with pytest.raises(ValueError, match=rf"for the datasets \['a', 'b'\], got '{name}'"):
             trainer.evaluate(other)
+
+
+def test_other_datasets_have_the_prompts_that_are_for_all(repo, tmp_path):
+    args = config(tmp_path, condense="positive", prompts={"a": "A:", "query": "Q:"})
+    model = BTokSentenceTransformer(repo, device="cpu")
+    data = {"a": text_pairs(2), "b": text_pairs(2)}
+    trainer = CondensationTrainer(model=model, args=args, train_dataset=data, eval_dataset=text_pairs(2))
+    for name in ({}, {"dataset_name": "b"}, {"dataset_name": "c"}):
+        assert trainer.data_collator._resolve_prompts(name) == {"query": "Q:"}
+    assert trainer.data_collator._resolve_prompts({"dataset_name": "a"}) == "A:"
+    trainer.evaluate()
+    trainer.evaluate({"c": text_pairs(2)})
 
 
 def test_a_model_without_prompts_has_none(repo):

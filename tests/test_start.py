@@ -12,11 +12,11 @@ from btok_hf.training.start import check_starting_point, starting_point
 def test_a_folder_that_was_made_from_something_else_is_refused(bases, tmp_path):
     args, folder = config(tmp_path), tmp_path / "start"
     base = str(bases["qwen2_vl"])
-    assert starting_point(base, folder, args, 4) == str(folder)
+    assert starting_point(base, f"{folder}/", args, 4) == str(folder)
     model = BTokSentenceTransformer(str(folder), device="cpu")
     assert model.transformer.model.config.btok_num_tokens == 4
     written = (folder / "model.safetensors").stat().st_mtime_ns
-    assert starting_point(f"{base}/", folder, args) == str(folder)  # 4 is the default
+    assert starting_point(base, f"{folder}/", args) == str(folder)  # 4 is the default
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
     shutil.copytree(base, tmp_path / "another" / "qwen2_vl")
     for other, settings in ((base, {"num_tokens": 2}), (base, {"max_pixels": 56 * 56}), (tmp_path / "another", {})):
@@ -25,7 +25,7 @@ def test_a_folder_that_was_made_from_something_else_is_refused(bases, tmp_path):
             with pytest.raises(ValueError, match=r"start was made from .*'num_tokens': 4.*Remove it, or name another"):
                 refuse(other, folder, **settings)
     (folder / "made_from.json").unlink()
-    with pytest.raises(ValueError, match="start was made from something else"):
+    with pytest.raises(ValueError, match="start was made from something that it does not record"):
         starting_point(base, folder, args)
 
 

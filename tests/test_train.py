@@ -26,7 +26,7 @@ from btok_hf import BTokSentenceTransformer, cli
 from btok_hf.hub_card.card import CardArguments
 from btok_hf.training import CondensationConfig, CondensationTrainer
 from btok_hf.training.checkpoints import checkpoint_to_resume
-from btok_hf.training.data import metric_names, retrieval_evaluator
+from btok_hf.training.evaluator import metric_names, retrieval_evaluator
 from btok_hf.training.mixture import read_mixture
 from btok_hf.training.sources import SOURCES
 from btok_hf.training.train import (

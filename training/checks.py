@@ -111,11 +111,13 @@ def checked_datasets(part: str, given: Any, args: Any) -> Any:
     for name, dataset in copies.items():
         if dataset is not None and not hasattr(dataset, "column_names"):
             raise ValueError(f"{name} must be a datasets.Dataset, got {type(dataset).__name__}. {AS_DATASET}")
-        if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":  # a transform may change them
-            check_columns(dataset.column_names, name if isinstance(given, dict) else None)
+        if dataset is None or dataset.format["type"] == "custom":  # rows are made on the way
+            continue
+        of = name if isinstance(given, dict) else None
+        check_columns(dataset.column_names, of)
         check_rows(dataset, name)
-        if dataset is not None and isinstance(args, CondensationConfig) and args.condensation_weight:
-            sides = CONDENSE[args.condense_for(name if isinstance(given, dict) else None)]
+        if isinstance(args, CondensationConfig) and args.condensation_weight:
+            sides = CONDENSE[args.condense_for(of)]
             check_targets(dataset, name, [generated for _, generated in sides])
     return copies if isinstance(given, dict) else copies[part]
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Any
+from typing import Any, cast
 
 import torch
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
@@ -126,13 +126,15 @@ class CondensationCollator(SentenceTransformerDataCollator):
 
     def _resolve_prompts(self, batch: dict[str, Any]) -> Any:
         """As in Sentence-Transformers, which gives no prompt to a dataset that prompts by dataset do not name."""
-        name, given = batch.get("dataset_name"), self.prompts
-        if isinstance(given, dict) and set(given) - set(COLUMNS) and name not in given:  # by dataset
+        name, given = batch.get("dataset_name"), cast(Any, self.prompts)
+        if not isinstance(given, dict) or not (datasets := set(given) - {*COLUMNS, None}):
+            return super()._resolve_prompts(batch)
+        if name not in given and None not in given:
             raise ValueError(
-                f"prompts are given for the datasets {sorted(given)}, got rows of {name or 'one without a name'!r}. "
-                "Give them in a dict, {name: dataset}, under one of these names."
+                f"prompts are given for the datasets {sorted(datasets)}, got {name or 'one without a name'!r}. "
+                "Give rows in a dict, {name: dataset}, under one of these names, or give prompts for all others."
             )
-        return super()._resolve_prompts(batch)
+        return given[name if name in given else None]
 
     def maybe_warn_about_column_order(self, column_names: list[str]) -> None:
         """Does nothing: `__call__` puts the columns in order."""

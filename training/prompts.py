@@ -22,7 +22,8 @@ def training_prompts(given: Prompts, model: SentenceTransformer, datasets: Colle
         datasets (`Collection[str]`): Names of the datasets; none if there is only one.
 
     Returns:
-        The prompts, in the form of Sentence-Transformers, with those of negatives, which are those of positives.
+        The prompts, in the form of Sentence-Transformers, with those of negatives, which are those of positives. If
+        they are by dataset, those of all others are at `None`, where there are any.
 
     Raises:
         ValueError: A name that is neither a column nor a dataset.
@@ -39,7 +40,8 @@ def training_prompts(given: Prompts, model: SentenceTransformer, datasets: Colle
             _check_names(value, datasets)
         if by_dataset:
             filled = {name: _with_negatives(value) for name, value in by_dataset.items()}
-            return {**filled, **dict.fromkeys(set(datasets) - set(filled), _with_negatives(of_columns))}
+            others = _with_negatives(of_columns)
+            return {**filled, **dict.fromkeys({*datasets} - {*filled}, others), **({None: others} if others else {})}
     texts = dict.fromkeys(("query", "positive"), of_columns) if isinstance(of_columns, str) else of_columns
     model.prompts |= {"query": texts.get("query") or "", "document": texts.get("positive") or ""}
     return _with_negatives(of_columns)

@@ -24,7 +24,7 @@ from btok_hf.training.checkpoints import full_parameters
 from btok_hf.training.checks import checked_datasets
 from btok_hf.training.condensation_config import CondensationConfig
 from btok_hf.training.condensation_log import LoggingTrainer
-from btok_hf.training.data import PairEvaluator, metric_names
+from btok_hf.training.evaluator import PairEvaluator, metric_names
 
 if TYPE_CHECKING:  # slow to import, or imported where it is used
     from btok_hf.hub_card.card import CardArguments

@@ -42,7 +42,7 @@ def check_starting_point(
         return True
     if Path(folder).exists():
         origin, record = _origin(model, num_tokens, revision, pixels), Path(folder, MADE_FROM)
-        found = json.loads(record.read_text("utf-8")) if record.is_file() else "something else"
+        found = json.loads(record.read_text("utf-8")) if record.is_file() else "something that it does not record"
         if found != origin:
             raise ValueError(
                 f"{folder} was made from {found}, but this run starts from {origin}. Remove it, or name another "
@@ -75,10 +75,11 @@ def starting_point(
         OSError, ValueError: A model that cannot be read or is not supported, or has another number of Bottleneck
             Tokens; a `folder` that was made from something else.
     """
+    folder = Path(folder)  # drops a "/" at the end
     with args.main_process_first(local=False):
         if check_starting_point(model, folder, num_tokens, revision, **pixels):
             return model
-        if not Path(folder).exists():
+        if not folder.exists():
             origin = _origin(model, num_tokens, revision, pixels)
             unfinished = Path(f"{folder}.unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -90,4 +91,4 @@ def starting_point(
 
 def _origin(model: str, num_tokens: int | None, revision: str | None, pixels: dict[str, Any]) -> dict[str, Any]:
     tokens = 4 if num_tokens is None else num_tokens
-    return {"base": str(Path(model)), "revision": revision, "num_tokens": tokens, **pixels}
+    return {"base": model, "revision": revision, "num_tokens": tokens, **pixels}

@@ -40,7 +40,7 @@ from btok_hf.hub_card.card import CardArguments
 from btok_hf.training import CondensationConfig, CondensationTrainer
 from btok_hf.training.checkpoints import checkpoint_to_resume
 from btok_hf.training.checks import checked_datasets
-from btok_hf.training.data import retrieval_evaluator
+from btok_hf.training.evaluator import retrieval_evaluator
 from btok_hf.training.mixture import condense_of, load_mixture, read_mixture
 from btok_hf.training.publishing import PushEverySave, check_push
 from btok_hf.training.start import check_starting_point, starting_point
@@ -198,7 +198,8 @@ def _set_up(arguments: Sequence[str] | None) -> "TrainingJob":
         mixture = load_mixture(script.train_files, script.sources_root)
     args.dataset_weights = args.dataset_weights or mixture.weights
     args.condense = condense_of(mixture.datasets, args.condense, mixture.condense)
-    datasets = checked_datasets("train_dataset", mixture.datasets, args)  # before a large model is written and loaded
+    # Before a large model is written and loaded. The trainer checks all rows.
+    checked_datasets("train_dataset", {name: part.take(1000) for name, part in mixture.datasets.items()}, args)
     model = BTokSentenceTransformer(
         starting_point(*start, args, script.num_tokens, revision, **pixels),
         revision=revision if has_tokens else None,
@@ -211,7 +212,7 @@ def _set_up(arguments: Sequence[str] | None) -> "TrainingJob":
         model=model,
         args=args,
         peft_config=adapters,
-        train_dataset=datasets,
+        train_dataset=mixture.datasets,
         evaluator=evaluator,
     )
     if to_push and args.hub_strategy == HubStrategy.EVERY_SAVE:

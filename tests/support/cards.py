@@ -13,7 +13,7 @@ from btok_hf import BTokSentenceTransformer, export_model
 from btok_hf.hub_card.card import CardArguments
 from btok_hf.hub_card.training_run import card_files
 from btok_hf.training import CondensationConfig, CondensationTrainer
-from btok_hf.training.data import retrieval_evaluator
+from btok_hf.training.evaluator import retrieval_evaluator
 from support.media import image
 
 TOKEN = "hf_" + "aB3" * 12
