@@ -111,7 +111,7 @@ def checked_datasets(part: str, given: Any, args: Any) -> Any:
     for name, dataset in copies.items():
         if dataset is not None and not hasattr(dataset, "column_names"):
             raise ValueError(f"{name} must be a datasets.Dataset, got {type(dataset).__name__}. {AS_DATASET}")
-        if dataset is None or dataset.format["type"] == "custom":  # rows are made on the way
+        if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":  # rows are made on the way
             continue
         of = name if isinstance(given, dict) else None
         check_columns(dataset.column_names, of)
