@@ -9,6 +9,7 @@ import torch
 from benchmarks.pretrained import base, claims
 from benchmarks.pretrained.run import ARMS, add_tokens, arguments, condense_by
 from benchmarks.pretrained.tasks import tasks
+from benchmarks.pretrained.tokens import of_decoded
 from btok_hf import BTokSentenceTransformer
 from tests.support.pretrained import random_tower, write_llama
 
@@ -164,3 +165,12 @@ def test_every_arm_of_a_table_can_be_run(capsys):
     with pytest.raises(SystemExit):
         arguments(["--arm", "btok", "--passage", "5", "3"])
     assert "--passage takes the fewest and the most words, got 5 3" in capsys.readouterr().err
+
+
+def test_decoded_white_space_is_scored(repo, monkeypatch):
+    """Trained without the mask, a model may decode line breaks alone, which are no input to embed."""
+    model = BTokSentenceTransformer(repo, device="cpu")
+    monkeypatch.setattr(model, "reconstruct", lambda rows, **_: ["\n\n", "", "a heavy stone"])
+    terms, definitions = ["cat", "dog", "stone"], ["it purrs", "it barks", "it lies"]
+    figures, _ = of_decoded(model, terms, definitions, None, None)
+    assert figures["words in the term, %"] == 11.1 and 0 < figures["round trip, MRR"] <= 100

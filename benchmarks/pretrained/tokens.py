@@ -88,7 +88,7 @@ def of_decoded(
         decoded += model.reconstruct(rows, prompt=answering, max_new_tokens=max_new_tokens)
 
     def embed(texts: list[str], prompt: str | None) -> np.ndarray:
-        return model.encode([{"text": text or "nothing"} for text in texts], prompt=prompt)
+        return model.encode([{"text": text if text.strip() else "nothing"} for text in texts], prompt=prompt)
 
     candidates = embed(definitions, answering)
     others = [shared(text, term) for i, text in enumerate(decoded) for j, term in enumerate(terms) if i != j]
