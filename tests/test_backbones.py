@@ -121,7 +121,7 @@ def test_images_are_cut_into_tiles_up_to_max_pixels(bases, repos, internvl, tmp_
     assert tiles(BTokSentenceTransformer(enlarged, device="cpu"), 56, 56) > 2
     card = (built / "README.md").read_text("utf-8")
     assert "| 2 (default) | 12 |" in card and 'processor_kwargs={"max_patches": 1}' in card
-    for limits in ({"max_pixels": 56 * 55}, {"min_pixels": 3 * 56 * 56, "max_pixels": two}):
+    for limits in ({"max_pixels": 56 * 55}, {"min_pixels": two + 1, "max_pixels": two + 2}):
         with pytest.raises(ValueError, match=r"An image has tiles of 3136 pixels.*Lower min_pixels"):
             add_bottleneck_tokens(bases["internvl"], tmp_path / "other", **limits)
 
@@ -222,7 +222,7 @@ def test_a_bound_of_pixels_counts_tiles_or_tokens(bases, repos, tmp_path):
     assert "| 6 (default) | 6 |" in cards[1] and 'processor_kwargs={"max_image_tokens": 6}' in cards[1]
     again = BTokSentenceTransformer(small, device="cpu", processor_kwargs={"max_pixels": 4 * tile})
     assert len(sizes(again, large)[0]) == 5
-    for limits in ({"max_pixels": 783}, {"min_pixels": 5 * 784, "max_pixels": 4 * 784}):
+    for limits in ({"max_pixels": 783}, {"min_pixels": 4 * 784 + 1, "max_pixels": 4 * 784 + 2}):
         with pytest.raises(ValueError, match=r"has a token per 784 pixels.*Lower min_pixels"):
             add_bottleneck_tokens(base, tmp_path / "other", **limits)
 

@@ -158,8 +158,10 @@ def test_what_cannot_be_searched_for(built):
     for text in (None, "", " \n"):
         with pytest.raises(ValueError, match="query is empty"):
             built.search(None, text)
-    with pytest.raises(ValueError, match="1 or more, got 0"):
-        built.search(VECTORS[7], k=0)
+    for k in (0, 10**12):
+        with pytest.raises(ValueError, match=f"must be 1 to 1,000,000,000, got {k}"):
+            built.search(VECTORS[7], k=k)
+    assert len(built.search(VECTORS[7], k=10**9)) == len(built.search(VECTORS[7], k=1000))
     with pytest.raises(ValueError, match=r"16 dimensions, got shape \(8,\)\. Embed it with org/btok-2b"):
         built.search(VECTORS[7][:8])
     with pytest.raises(ValueError, match="points nowhere"):
