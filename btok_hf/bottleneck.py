@@ -14,7 +14,8 @@ from typing import Any, Literal, cast
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.tokenization_utils_base import LARGE_INTEGER
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from btok_hf.arguments import check_loading, check_pixels
@@ -209,7 +210,7 @@ def add_bottleneck_tokens(
     # The name of a local folder is not published. Its configuration may record the Hub id of its own base.
     model.config.btok_base_model = str(base) if on_hub else getattr(config, "btok_base_model", None)
     model.config.btok_base_revision = hub_kwargs["revision"] if on_hub else getattr(config, "btok_base_revision", None)
-    cut_on_the_left(processor)
+    bound_rows(processor, model.config)
     family.limit_pixels(processor, min_pixels, max_pixels)
     return write_repository(
         output_dir,
@@ -221,12 +222,15 @@ def add_bottleneck_tokens(
     )
 
 
-def cut_on_the_left(processor: ProcessorMixin) -> None:
-    """Have a processor cut rows on the left, in place."""
+def bound_rows(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
+    """Have a processor cut rows on the left, and to the model's positions if it knows no limit. In place."""
     # Truncation on the right would remove the Bottleneck Tokens. On the left it removes text. If it would remove media
     # placeholders, the processor raises an error. Both places are set, because save_pretrained compares them.
     tokenizer = processor.tokenizer
     tokenizer.truncation_side = tokenizer.init_kwargs["truncation_side"] = "left"
+    if tokenizer.model_max_length > LARGE_INTEGER:  # what transformers takes for none
+        positions = config.get_text_config().max_position_embeddings
+        tokenizer.model_max_length = tokenizer.init_kwargs["model_max_length"] = positions
 
 
 def check_base(base: str | Path, family: Family, processor: ProcessorMixin, known: Collection[str]) -> None:

@@ -7,10 +7,10 @@ Tokens (BToks) in each layer (Bottleneck Tokens, arXiv 2604.11095, section on th
 Implementation:
 - All rows of a batch are concatenated without padding. A row has up to two segments. The prefix (encoded side and
   BToks) is causal. The target has the BToks and the previous target tokens as its keys. This choice of keys is the
-  Condensation Mask: there is no mask tensor, no cache and no second forward. It holds for every token mixer of a
-  layer: linear attention and convolutions run over the keys of a segment from a zero state.
+  Condensation Mask: there is no mask of the packed row, no cache and no second forward. It holds for every token
+  mixer of a layer: linear attention and convolutions run over the keys of a segment from a zero state.
 - All segments share one call of flash attention on a GPU, in half precision. Elsewhere, and in other mixers, those of
-  similar shape share a call.
+  similar shape share a call, with a mask of that shape if they are padded or are targets.
 - The layout is passed to the mixers as a keyword argument, so that activation checkpointing recomputes the same.
   (Checkpointing silently drops a key/value cache.)
 - Checks, positions and layout are computed on the CPU and copied to the device before the first kernel is queued. On a

@@ -19,7 +19,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from btok_hf.adapters import check_exportable, find_base, load_adapters
 from btok_hf.backbones import family_of
-from btok_hf.bottleneck import ORDERS, bottleneck_token, check_base, cut_on_the_left, embedding_chat_template, escapes
+from btok_hf.bottleneck import ORDERS, bottleneck_token, bound_rows, check_base, embedding_chat_template, escapes
 from btok_hf.export import check_empty, write_repository
 from btok_hf.family import Family
 from btok_hf.files import check_writable
@@ -250,7 +250,7 @@ def _describe(model: StockModel, processor: ProcessorMixin, family: Family, ids:
     processor.chat_template = embedding_chat_template(
         cast(str, processor.chat_template), tokens, family, escapes(processor.tokenizer), after_media=AFTER_MEDIA
     )
-    cut_on_the_left(processor)
+    bound_rows(processor, model.config)
     family.limit_pixels(processor, None, None)
     model.config.btok_order, model.config.btok_suffix = ORDERS[0], None
     model.config.btok_token_ids, model.config.btok_num_tokens = ids, len(ids)

@@ -233,10 +233,12 @@ def write_repository(
         needed = sum(tensor.nbytes for tensor in empty.values())
     if files is None:
         base = str(adapter_config(backbone).base_model_name_or_path) if adapters_only else ""
+        given = settings or {}
         card = render_card(
             config,
             processor,
-            model.prompts if model is not None else (settings or {}).get("prompts") or {},
+            model.prompts if model is not None else given.get("prompts") or {},
+            truncate_dim=model.truncate_dim if model is not None else given.get("truncate_dim"),
             of_adapters=adapters_only,
             adapter_base=base_model or (base if is_hub_id(base) else None),
         )

@@ -46,7 +46,7 @@ class BTokSentenceTransformer(PackedEncoder):
         model_kwargs, processor_kwargs (`dict`, *optional*): For the model (`dtype`, `device_map`) and the processor
             (`max_pixels`).
         max_seq_length (`int`, *optional*): Maximum row length in tokens, including the K Bottleneck Tokens. Longer
-            texts are truncated at the start. Longer rows with media are refused.
+            texts are truncated at the start. Longer rows are refused if media would be cut.
         device, prompts, default_prompt_name, similarity_fn_name, truncate_dim: As in `SentenceTransformer`.
         trust_remote_code (`bool`): Accepted as in `SentenceTransformer`, and not needed: no remote code is run.
         hub_kwargs: `revision`, `token`, `cache_folder`, `local_files_only`, `subfolder`.

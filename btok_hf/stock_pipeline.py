@@ -75,7 +75,7 @@ def write_pipeline(
         {
             "model_type": "SentenceTransformer",
             "__version__": {"transformers": transformers.__version__, "pytorch": torch.__version__},
-            "prompts": _with_defaults(own.get("prompts") or {}),
+            "prompts": with_defaults(own.get("prompts") or {}),
             "default_prompt_name": own.get("default_prompt_name"),
             "similarity_fn_name": own.get("similarity_fn_name") or "cosine",
             "truncate_dim": own.get("truncate_dim"),
@@ -97,6 +97,6 @@ def write_pipeline(
         write_json(output_dir / folder / "config.json", module_config)
 
 
-def _with_defaults(prompts: Mapping[str, str | None]) -> dict[str, str | None]:
+def with_defaults(prompts: Mapping[str, str | None]) -> dict[str, str | None]:
     """Prompts with those that `encode_query` and `encode_document` look for first."""
     return {"query": "", "document": prompts.get("passage", prompts.get("corpus", "")), **prompts}

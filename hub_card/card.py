@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, ProcessorMixin
 
 from btok_hf.backbones import family_of
 from btok_hf.hub_names import is_hub_id
+from btok_hf.stock_pipeline import with_defaults
 
 PLACEHOLDER = "path-of-this-repository"
 # Packages that the snippets need, with the versions that this package requires.
@@ -50,8 +51,8 @@ class CardArguments:
             comes from. The main metric is written to `.eval_results/`, which the benchmark's leaderboard reads.
 
     Raises:
-        ValueError: A licence `other` without name and link (or these with another licence), or an invalid language
-            code.
+        ValueError: A licence `other` without name and link (or these with another licence), what cannot be a licence's
+            id or a link, or an invalid language code.
     """
 
     model_license: str | None = field(default=None, metadata={"help": "Id of the weights' licence."})
@@ -73,12 +74,22 @@ class CardArguments:
     def __post_init__(self) -> None:
         if isinstance(self.data_licenses, str) and self.data_licenses.lstrip().startswith("{"):
             self.data_licenses = json.loads(self.data_licenses)
+        if self.model_license is not None and not re.fullmatch(r"[a-z0-9.-]+", self.model_license):
+            raise ValueError(
+                "model_license must be an id of hf.co/docs/hub/repositories-licenses, in small letters, got "
+                f"{self.model_license!r}. Use e.g. apache-2.0, or other with license_name and license_link."
+            )
         named = [self.license_name is not None, self.license_link is not None]
         if named != [self.model_license == "other"] * 2:
             raise ValueError(
                 "A licence without an id needs model_license='other', license_name and license_link together, got "
                 f"{self.model_license!r}, {self.license_name!r} and {self.license_link!r}. Set all three, or use the "
                 "id of a licence alone."
+            )
+        if all(named) and not (str(self.license_name).strip() and re.fullmatch(r"[^\s<>]+", str(self.license_link))):
+            raise ValueError(
+                "license_name must be a name and license_link an address or the name of a file, without spaces, got "
+                f"{self.license_name!r} and {self.license_link!r}. State both."
             )
         for code in self.languages:
             if not re.fullmatch(r"[a-z]{2,3}|multilingual", code):
@@ -133,6 +144,12 @@ def files_of_card(folder: Path) -> list[Path]:
     return found + [licence] * (licence.is_file() and licence.read_bytes() == apache_license().encode())
 
 
+# The repository that a card's first snippet loads.
+OWN_NAME = re.compile(
+    r'^(?:folder = snapshot_download\("([^"\n]+)"\)\nmodel = SentenceTransformer\(folder\)'
+    r'|model = SentenceTransformer\("([^"\n]+)"\))  # stock modules, no trust_remote_code$',
+    re.M,
+)
 # What snippets begin with if they load files from the Hub.
 IMPORT, BEFORE = (
     "from huggingface_hub import snapshot_download\n",
@@ -144,9 +161,11 @@ def for_hub(card: str, repo_id: str) -> str:
     """A card whose snippets load the repository from the Hub, in place of a path that the reader has to fill in.
 
     Args:
-        card (`str`): As `render_card` writes it, for a folder. Other texts stay as they are.
+        card (`str`): As `render_card` writes it, for a folder or for another repository. Other texts stay as they are.
         repo_id (`str`): Hub id.
     """
+    if own := OWN_NAME.search(card):
+        card = for_folder(card, own[1] or own[2])
     if f'folder = "{PLACEHOLDER}"' in card:
         card = card.replace(f'folder = "{PLACEHOLDER}"', f'folder = snapshot_download("{repo_id}")')
         for first in BEFORE:
@@ -181,6 +200,7 @@ def render_card(
     training: Mapping[str, Any] | None = None,
     data: Sequence[Mapping[str, Any]] = (),
     evaluation: Mapping[str, Any] | None = None,
+    truncate_dim: int | None = None,
     of_adapters: bool = False,
     adapter_base: str | None = None,
 ) -> str:
@@ -191,9 +211,10 @@ def render_card(
         processor (`ProcessorMixin`): Source of the pixel limits.
         prompts (`dict[str, str]`): Instructions by name.
         arguments (`CardArguments`, *optional*): Licences and languages.
-        repo_id (`str`, *optional*): Hub id for the snippets. Default: a placeholder.
+        repo_id (`str`, *optional*): Hub id for the snippets, which a push replaces. Default: a placeholder.
         examples (`dict`, *optional*): Inputs and outputs of the snippets, from `measured_examples`. Default: fixed
             texts without similarities.
+        truncate_dim (`int`, *optional*): Dimensions that loaders of Sentence-Transformers cut embeddings to.
         training, data, evaluation (*optional*): Facts of a run, from `training_run.card_files`.
         of_adapters (`bool`): Whether the repository holds only adapters.
         adapter_base (`str`, *optional*): Hub id of the repository that they were trained on.
@@ -203,7 +224,7 @@ def render_card(
     """
     arguments = arguments or CardArguments()
     shown: dict[str, Any] = {"similarities": None, **(examples or EXAMPLES)}
-    text_config = config.get_text_config()
+    text_config, prompts = config.get_text_config(), with_defaults(prompts)
     base = adapter_base if of_adapters else getattr(config, "btok_base_model", None)
     facts = {
         "training": training,
@@ -219,6 +240,7 @@ def render_card(
         "order": getattr(config, "btok_order", "media_first"),
         "suffix": getattr(config, "btok_suffix", None),
         "hidden_size": text_config.hidden_size,
+        "truncate_dim": truncate_dim if truncate_dim and truncate_dim < text_config.hidden_size else None,
         "num_layers": text_config.num_hidden_layers,
         "max_length": processor.tokenizer.model_max_length,
         "costs": family_of(config).image_costs(processor),

@@ -106,6 +106,7 @@ def card_files(
         model.prompts,
         arguments,
         repo_id=args.hub_model_id,
+        truncate_dim=model.truncate_dim,
         examples=examples,
         training={
             "command": command and _command(command, args),

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,10 @@ from support.cards import (
     section,
     sections,
 )
+from support.repositories import edit
 from trl import TrlParser
 
-from btok_hf import add_bottleneck_tokens
+from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model
 from btok_hf.hub_card.card import PLACEHOLDER, CardArguments, for_folder, for_hub, render_card
 from btok_hf.hub_card.training_run import card_files
 
@@ -56,6 +58,8 @@ def test_sections_come_in_order_and_are_well_formed(trained):
 def test_snippets_print_what_the_card_says(trained, monkeypatch):
     card, folder = trained.files["README.md"], repr(str(trained.folder))
     search, auto, memory, evaluate = blocks(card, "python")
+    moved = for_hub(card, "org/other")  # hub_model_id may be a name without owner, and a folder is pushed twice
+    assert REPO_ID not in moved and moved.count("org/other") == card.count(REPO_ID) == 5
     download = (f'snapshot_download("{REPO_ID}")', folder)
     printed, expected, namespace = execute(search, download)
     assert numbers(printed) == pytest.approx(numbers(expected), abs=2e-4) and len(numbers(expected)) == 6
@@ -82,6 +86,12 @@ def test_bad_statements_are_refused(trained):
     for wrong in ({"model_license": "other"}, {"license_name": "x"}, {"model_license": "mit", "license_link": "x"}):
         with pytest.raises(ValueError, match="model_license='other', license_name and license_link together"):
             CardArguments(**wrong)
+    for wrong in ("Apache-2.0", "", "my licence"):
+        with pytest.raises(ValueError, match=f"model_license must be an id .* got '{wrong}'"):
+            CardArguments(model_license=wrong)
+    for name, link in (("", "LICENSE.md"), (" ", "LICENSE.md"), ("a", ""), ("a", "a b"), ("a", "<a>")):
+        with pytest.raises(ValueError, match="license_name must be a name and license_link an address"):
+            CardArguments(model_license="other", license_name=name, license_link=link)
     with pytest.raises(ValueError, match=r"languages must be ISO 639 codes .* got 'English'"):
         CardArguments(languages=["en", "English"])
     with pytest.raises(ValueError, match=r"data_licenses must name the datasets \['pairs.*got \['picures'\]"):
@@ -136,6 +146,41 @@ def test_base_limits_and_prompts_are_named(trained):
     assert re.findall(r"^\| [\d,]+.* \| (\d+) \|$", section(card, "Memory"), flags=re.M) == ["3", "1"]
 
 
+def test_snippets_embed_alike_with_dimensions_cut_and_prompts_by_other_names(bases, tmp_path):
+    repo = add_bottleneck_tokens(bases["qwen2_vl"], tmp_path / "repo", prompts={"query": "Find.", "passage": "Read."})
+    card = (repo / "README.md").read_text("utf-8")
+    assert '{"role": "system", "content": "Read."}' in card and "| prompt document | Read. |" in card
+
+    model = BTokSentenceTransformer(repo, device="cpu", truncate_dim=16)
+    export_model(model, tmp_path / "export")
+    card = (tmp_path / "export" / "README.md").read_text("utf-8")
+    assert "One 16-dimensional vector" in card and "| dimensions | 64, cut to 16 (`truncate_dim`) |" in card
+    here = (f'"{PLACEHOLDER}"', repr(str(tmp_path / "export")))
+    (search, auto, *_) = blocks(card, "python")
+    _, _, found = execute(search, here)
+    assert found["queries"].shape == (2, 16)
+    printed, _, vectors = execute(auto, here)
+    assert vectors["embeddings"][0].shape == (16,)
+    cosine = float(found["model"].similarity(found["queries"], found["documents"])[0, 0])
+    assert numbers(printed) == pytest.approx([cosine], abs=1e-4)
+    whole = render_card(model.config, model.processor, model.prompts, truncate_dim=64)
+    assert "| dimensions | 64 |" in whole and "truncate_dim" not in whole
+
+
+@pytest.mark.parametrize("order", ["media_first", "as_given"])
+def test_the_card_says_what_is_cut_of_long_rows(bases, tmp_path, order):
+    base = shutil.copytree(bases["qwen2_vl"], tmp_path / "base")
+    edit(base, "tokenizer_config.json", lambda saved: saved.pop("model_max_length"))
+    repo = add_bottleneck_tokens(base, tmp_path / "repo", order=order)
+    card = (repo / "README.md").read_text("utf-8")
+    model = BTokSentenceTransformer(repo, device="cpu")
+    positions = model.config.get_text_config().max_position_embeddings
+    assert f"| longest row in tokens | {positions:,} |" in card and model.max_seq_length == positions
+    assert SentenceTransformer(str(repo), device="cpu").max_seq_length == positions
+    assert ("Longer rows with media are refused." in card) == (order == "media_first")
+    assert ("So is text before media; media that would be cut are refused." in card) == (order == "as_given")
+
+
 @pytest.mark.parametrize("images", [[], ["assets/a.png"]])
 def test_on_the_hub_snippets_name_the_repository(model, images):
     examples = {"queries": [(images, "a")], "documents": [([], "b"), ([], "c")]}
@@ -148,5 +193,7 @@ def test_on_the_hub_snippets_name_the_repository(model, images):
     code = "".join(blocks(pushed, "python"))
     assert code.count('folder = snapshot_download("org/model")') == (2 if images else 0)
     assert code.count("from huggingface_hub import snapshot_download\n") == (2 if images else 0)
-    assert for_hub(pushed, "org/other") == pushed
+    assert for_hub(pushed, "org/other") == for_hub(card, "org/other") != pushed  # pushed on to another
     assert for_folder(pushed, "org/model") == card and for_folder(pushed, "org/other") == pushed
+    for written in ("A card of one's own.\n", 'model = SentenceTransformer("org/model")\n'):
+        assert for_hub(written, "org/other") == written

@@ -126,7 +126,7 @@ def test_licences_are_stated_or_said_to_be_unknown(trained):
         "https://example.org/licence",
     )
     text = section(files["README.md"], "Training data and licences")
-    assert "[my licence](https://example.org/licence)" in text and "Its licence: apache-2.0 \\| notice." in text
+    assert "[my licence](<https://example.org/licence>)" in text and "Its licence: apache-2.0 \\| notice." in text
     assert "| CC BY 4.0 |" in text and "| not recorded |" in text and "Languages of the training data: not rec" in text
     assert "LICENSE" not in files
 
