@@ -11,12 +11,14 @@ import torch
 from PIL import Image
 
 from btok_hf.input_kinds import is_cell
+from btok_hf.media import as_array, as_rgb
 
 
 def content_hash(value: Any) -> int:
     """A stable 63-bit hash of the content of an input: of its text, its pixels, or the bytes of its file.
 
-    Copies of a file have the same hash whatever their names are. A decoded image has another hash than its file.
+    Copies of a file have the same hash whatever their names are. A decoded image has another hash than its file, and
+    that of another one which shows the same.
 
     Args:
         value: A text, image, array, bytes, file path, file as `datasets` stores it, or a dict or list of these. A dict
@@ -34,11 +36,10 @@ def content_hash(value: Any) -> int:
             state = os.stat(part)
             part = ("file", _file_digest(os.path.abspath(part), state.st_size, state.st_mtime_ns))
         elif isinstance(part, Image.Image):
-            # The bytes of a palette image are indices into its palette, so they alone do not say what it shows.
-            part = part.convert("RGBA") if part.mode in ("P", "PA") else part
-            part = (part.mode, part.size, part.tobytes())
+            part = as_rgb(part)  # the stored bytes do not say which way up it is, nor what its palette or colours are
+            part = ("image", part.size, part.tobytes())
         elif isinstance(part, (np.ndarray, torch.Tensor)):
-            part = np.ascontiguousarray(part)
+            part = np.ascontiguousarray(as_array(part))
             part = (str(part.dtype), part.shape, part.tobytes())
         if isinstance(part, dict) and len(part) == 1 and part.keys() <= {"text", "image", "video"}:
             add(next(iter(part.values())), is_text="text" in part)

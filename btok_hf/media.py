@@ -5,27 +5,26 @@ Files of videos are read in `btok_hf/video.py`. What counts as an input, and che
 """
 
 import io
-import itertools
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, BinaryIO, TypedDict
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 # Suffixes by which a string is taken for a file. A `Path`, and the name of an existing file, may have any suffix.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".avif", ".jp2")
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".avi", ".mov", ".wmv", ".flv", ".mkv", ".webm")
 VIDEO_FRAMES = 8
 FRAMES = (Image.Image, np.ndarray, torch.Tensor)
-ORIENTATION = 0x0112  # EXIF tag
+ORIENTATION = 0x0112  # EXIF tag; what it says that makes a picture upright, from 2 on
+TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
+SAY_ORIENTATION = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # TIFF tags
-SUBFILE_TYPE, REDUCED_OR_MASK = 0x00FE, 0b101  # TIFF tag, and its bits for what is no page
 MIN_FPS, MAX_FPS = 0.001, 1000  # processors turn frame numbers into seconds
 MAX_RATIO = 200  # of a longer to a shorter side; Qwen-VL's processors accept no more
 
@@ -57,7 +56,7 @@ def read_image(path: str | Path | BinaryIO, max_pixels: int | None = None, page:
         max_pixels (`int`, *optional*): The size that the processor will reduce the image to. A JPEG is decoded at a
             half, a quarter or an eighth of its size (Pillow's `draft`) if at least four times as many pixels are left.
             The processor's reduction then gives nearly the same image. Default: decode the full size.
-        page (`int`, *optional*): A page of a TIFF file, as `tiff_pages` numbers them. Default: the first image.
+        page (`int`, *optional*): A page of a TIFF file, as `btok_hf.pages` numbers them. Default: the first image.
 
     Returns:
         `PIL.Image.Image`: In mode RGB.
@@ -103,50 +102,6 @@ def read_image(path: str | Path | BinaryIO, max_pixels: int | None = None, page:
         raise ValueError(f"{name} cannot be decoded ({error}). Replace or remove it.") from error
 
 
-def tiff_pages(content: bytes) -> list[int]:
-    """The images of a TIFF file that are pages, by number from 1. Reduced copies and masks of pages are none.
-
-    Args:
-        content (`bytes`): The file.
-
-    Returns:
-        `list[int]`: With the number of a page that is damaged, and none behind it. Empty if it is no TIFF file.
-    """
-    pages, number = [], 0
-    try:
-        with closing(TiffImagePlugin.TiffImageFile(io.BytesIO(content))) as image:
-            for number in itertools.count(1):
-                image.seek(number - 1)
-                if not image.tag_v2.get(SUBFILE_TYPE, 0) & REDUCED_OR_MASK:
-                    pages.append(number)
-    except EOFError:
-        pass  # there are no more
-    except MemoryError:
-        raise
-    except Exception:  # decoders raise any type at damaged files; reading that page tells what it is
-        return [*pages, number] if pages else []
-    return pages
-
-
-def read_pages(content: bytes) -> Iterator[tuple[int, Image.Image | ValueError]]:
-    """The pages of a TIFF file, decoded one by one (`as_rgb`), with their numbers; an error in place of a damaged one.
-
-    Args:
-        content (`bytes`): The file.
-    """
-    image: Image.Image | None = None  # opened once: each page is found from the one before
-    for number in tiff_pages(content):
-        try:
-            image = image or Image.open(io.BytesIO(content), formats=["TIFF"])
-            image.seek(number - 1)
-            page: Image.Image | ValueError = as_rgb(image)
-        except MemoryError:
-            raise
-        except Exception as error:  # also of opening, which Pillow refuses if the first page is too large
-            page = ValueError(f"The page cannot be decoded ({error}). Replace or remove the file.")
-        yield number, page
-
-
 def is_still(content: Any) -> bool:
     """Whether these bytes are an image without motion. (An MPO file of a camera has several images and no motion.)"""
     try:
@@ -156,12 +111,30 @@ def is_still(content: Any) -> bool:
         return False
 
 
-def _orientation(image: Image.Image) -> int:
-    """How the image is turned, by its EXIF tag; 1 is upright."""
+def _upright(image: Image.Image) -> Image.Image:
+    """The image as its EXIF tag turns it. (Pillow's `exif_transpose` writes all tags again, and fails at odd ones.)"""
     try:
-        return image.getexif().get(ORIENTATION, 1)
+        orientation = image.getexif().get(ORIENTATION, 1)
     except (SyntaxError, struct.error):  # Pillow passes over a damaged block in a JPEG file, but not in a copy of it
-        return 1
+        return image
+    if orientation not in range(2, 9):
+        return image
+    turned = image.transpose(Image.Transpose[TURNS[int(orientation) - 2]])
+    for key in SAY_ORIENTATION:  # else the copy would be turned again
+        turned.info.pop(key, None)
+    return turned
+
+
+def _load(image: Any) -> None:
+    """Decode an image. By its name, Pillow would map a TIFF file that lies on its side, with its sides exchanged."""
+    if image.format != "TIFF":
+        image.load()
+        return
+    name, image.filename = image.filename, ""
+    try:
+        image.load()
+    finally:
+        image.filename = name
 
 
 def _scale_transparent(image: Image.Image) -> None:
@@ -191,9 +164,9 @@ def as_rgb(image: Image.Image) -> Image.Image:
         tags = getattr(image, "tag_v2", {})  # of a TIFF file, before a copy loses them
         bits, inverted = tags.get(BITS_PER_SAMPLE, (16,))[0], tags.get(PHOTOMETRIC) == 0
         _scale_transparent(image)
-        image.load()
-        if _orientation(image) != 1:
-            image = ImageOps.exif_transpose(image)
+        is_ppm = image.format == "PPM"  # whose numbers Pillow scales to 16 bits
+        _load(image)
+        image = _upright(image)
     except MemoryError:
         raise
     except Exception as error:  # decoders raise any type at damaged files
@@ -201,7 +174,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         array = np.asarray(image)
         # Pillow reads 16-bit files as 32-bit integers (mode I) too.
-        wide = image.mode.startswith("I;16") or (image.mode == "I" and 255 < array.max() < 2**16 and array.min() >= 0)
+        is_16_bit = is_ppm or (255 < array.max() < 2**16 and array.min() >= 0)
+        wide = image.mode.startswith("I;16") or (image.mode == "I" and is_16_bit)
         if not wide:
             return Image.fromarray(as_uint8(array)).convert("RGB")
         # Pillow gives the stored numbers of these, of TIFF files of 12 bits or with 0 for white too.
@@ -211,7 +185,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
             array = np.where(array == clear, top, array)
         return Image.fromarray(np.rint(array / (top / 255)).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
 
@@ -231,7 +205,7 @@ def as_uint8(pixels: np.ndarray | torch.Tensor) -> np.ndarray:
     Raises:
         ValueError: No pixels, values that are not finite or negative, or a range that could mean several things.
     """
-    pixels = _as_array(pixels)
+    pixels = as_array(pixels)
     if pixels.dtype == np.uint8:
         return pixels
     if pixels.size == 0:
@@ -257,12 +231,12 @@ def as_uint8(pixels: np.ndarray | torch.Tensor) -> np.ndarray:
     return np.rint(pixels).astype(np.uint8)
 
 
-def _as_array(pixels: np.ndarray | torch.Tensor) -> np.ndarray:
-    """A plain array of the same values."""
+def as_array(pixels: np.ndarray | torch.Tensor) -> np.ndarray:
+    """A plain array of the same values, in the byte order of this machine. Raises `ValueError` if it has no values."""
     if isinstance(pixels, np.ma.MaskedArray):
         raise ValueError("a masked array has pixels without a value; set them with .filled(…)")
     if isinstance(pixels, np.ndarray):
-        return np.asarray(pixels)
+        return np.asarray(pixels, pixels.dtype.newbyteorder("="))
     try:
         pixels = pixels.detach().cpu()
         # numpy has no bfloat16 and no float8.
@@ -331,7 +305,7 @@ def frames_as_rgb(frames: Any) -> np.ndarray:
         if len({tuple(array.shape) for array in arrays}) > 1:
             sizes = sorted({str(tuple(array.shape)) for array in arrays})
             raise ValueError(f"the frames of a video differ in shape: {', '.join(sizes)}; resize them to one size")
-        arrays = [_as_array(array) for array in arrays]
+        arrays = [as_array(array) for array in arrays]
         if len({array.dtype for array in arrays}) > 1:  # of one type, they would lose their ranges
             arrays = [as_uint8(array) for array in arrays]
         frames = np.stack(arrays) if arrays else np.empty((0, 0, 0, 3), np.uint8)
@@ -384,7 +358,7 @@ def with_metadata(frames: np.ndarray, metadata: Any) -> VideoInput:
         raise ValueError(f"'fps' of a video must be a number from {MIN_FPS} to {MAX_FPS}, got {fps!r}. {way_out}")
     video = video_input(frames, float(fps))
     total, indices = metadata.get("total_num_frames"), metadata.get("frames_indices")
-    if total is not None and total != len(frames):
+    if total is not None and not (isinstance(total, Real) and total == len(frames)):
         raise ValueError(f"'video_metadata' describes {total!r} frames, but the video has {len(frames)}. {way_out}")
     if indices is not None:
         indices = list(indices) if isinstance(indices, (Sequence, np.ndarray, range)) else [indices]

@@ -3,6 +3,7 @@
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,6 +13,8 @@ import numpy as np
 from PIL import Image
 
 from btok_hf.media import IMAGE_SUFFIXES, VIDEO_FRAMES, VideoInput, as_rgb, frames_as_rgb, read_image, video_input
+
+SINGLE = 2.0  # frames per second of a single frame
 
 
 def read_video(
@@ -25,7 +28,8 @@ def read_video(
 
     Args:
         path (`str`, `Path` or binary file): A video file that FFmpeg can decode, e.g. mp4.
-        num_frames (`int`): Number of frames, evenly spaced from first to last. Shorter videos keep all frames.
+        num_frames (`int`): Number of frames, evenly spaced from first to last; where the frame rate varies, those that
+            are shown at evenly spaced times. Shorter videos keep all frames.
         most_pixels (`float`): Most pixels of all kept frames together.
         most_seconds (`float`): Most seconds of decoding.
 
@@ -50,20 +54,23 @@ def read_video(
     except ImportError as error:
         raise ImportError("Reading video files needs PyAV: pip install av.") from error
     try:
+        if not isinstance(path, (str, Path)):
+            path.seek(0)  # it may have been read before, and Pillow goes back too
         # FFmpeg gets an open file and may open nothing itself: playlists name other files and addresses.
         with (
             open(path, "rb") if isinstance(path, (str, Path)) else nullcontext(path) as file,
             av.open(file, "r", options={"protocol_whitelist": "none"}) as container,
         ):
-            if not container.streams.video:
+            cover = av.stream.Disposition.attached_pic
+            stream = next((each for each in container.streams.video if not each.disposition & cover), None)
+            if stream is None:
                 raise ValueError("it has no video stream")
-            stream = container.streams.video[0]
             # Packets are counted without decoding, so that only the kept frames are in memory. A file that was cut
             # without encoding it again has packets that no player shows.
             shown = [packet.pts for packet in container.demux(stream) if _is_shown(packet, stream)]
             total = len(shown)
             container.seek(0)
-            wanted = set(np.linspace(0, total - 1, min(num_frames, total)).astype(int).tolist())
+            wanted = Counter(_chosen(shown, num_frames))
             frames = []
             _check_pixels(stream.codec_context, len(wanted), most_pixels)  # before the first frame takes memory
             for index, frame in enumerate(container.decode(stream)):
@@ -71,8 +78,8 @@ def read_video(
                 if time.monotonic() > end:
                     raise ValueError(f"decoding it takes more than {most_seconds:g} seconds")
                 if index in wanted:
-                    frames.append(_upright(_pixels(frame, stream), frame))
-            fps = _frame_rate(shown, stream)
+                    frames += [_upright(_pixels(frame, stream), frame)] * wanted[index]
+            fps = _frame_rate(shown, stream) or (SINGLE if total == 1 else 0.0)
     except Exception as error:  # PyAV has types of its own, and raises others too
         # FFmpeg's own MemoryError is a size that no file has.
         if isinstance(error, MemoryError) and not isinstance(error, av.error.FFmpegError):
@@ -80,10 +87,10 @@ def read_video(
         raise ValueError(f"{name} cannot be decoded ({error}). Replace or remove it.") from error
     if not frames or not fps:
         raise ValueError(f"{name} has no frames or no frame rate. Replace or remove it.")
-    if len(frames) < len(wanted):
+    if len(frames) < wanted.total():
         raise ValueError(
-            f"{name} is damaged: {total} frames are announced, but only {len(frames)} of the {len(wanted)} asked for "
-            "can be decoded. Encode it again, or remove it."
+            f"{name} is damaged: {total} frames are announced, but only {len(frames)} of the {wanted.total()} asked "
+            "for can be decoded. Encode it again, or remove it."
         )
     return video_input(frames_as_rgb(frames), fps * len(frames) / total)
 
@@ -122,6 +129,19 @@ def _pixels(frame: Any, stream: Any) -> np.ndarray:
     if kind == "rgba" and (pixels[..., 3] < 255).any():
         return np.asarray(as_rgb(Image.fromarray(pixels)))
     return pixels[..., :3]
+
+
+def _chosen(shown: Sequence[int | None], num_frames: int) -> list[int]:
+    """The frames to keep, by number in the order in which they are shown."""
+    total = len(shown)
+    even = np.linspace(0, total - 1, min(num_frames, total))
+    times = np.sort([time for time in shown if time is not None])
+    if total > num_frames and len(times) == total and times[-1] > times[0]:
+        regular = np.linspace(times[0], times[-1], total)
+        if np.abs(times - regular).max() > regular[1] - regular[0]:  # by more than a frame: the rate varies
+            at = np.linspace(times[0], times[-1], num_frames)
+            return (np.searchsorted(times, at, side="right") - 1).tolist()
+    return even.astype(int).tolist()
 
 
 def _frame_rate(shown: Sequence[int | None], stream: Any) -> float:

@@ -3,6 +3,7 @@
 import os
 
 import numpy as np
+import torch
 from PIL import Image as PILImage
 
 from btok_hf.content import content_hash
@@ -53,3 +54,21 @@ def test_arrays_and_messages():
     assert content_hash(array) == content_hash({"image": array.copy()}) != content_hash(array.reshape(2, 6))
     messages = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
     assert content_hash(messages) == content_hash([dict(messages[0])]) != content_hash(["a"])
+
+
+def test_pictures_are_what_they_show():
+    """As a model sees them: upright, and in RGB, whatever they are stored as."""
+    pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    upright = PILImage.fromarray(pixels)
+    lying = upright.copy()
+    lying.getexif()[0x0112] = 6
+    assert upright.tobytes() == lying.tobytes() and content_hash(upright) != content_hash(lying)
+    grey = PILImage.new("L", (4, 4), 9)
+    assert content_hash(grey) == content_hash(grey.convert("RGB"))
+
+
+def test_tensors_of_every_type_that_is_embedded():
+    tensor = torch.rand(4, 4, 3)
+    kinds = (tensor, tensor.bfloat16(), tensor.clone().requires_grad_())
+    assert len({content_hash(each) for each in kinds}) == 2
+    assert content_hash(tensor) == content_hash(tensor.numpy())

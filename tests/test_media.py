@@ -20,8 +20,6 @@ from btok_hf.media import (
     as_uint8,
     frames_as_rgb,
     read_image,
-    read_pages,
-    tiff_pages,
     with_metadata,
 )
 
@@ -57,47 +55,76 @@ def test_a_damaged_exif_block_says_nothing(tmp_path):
         assert np.array_equal(as_rgb(copy), upright)
 
 
+@pytest.mark.parametrize("mode", ["L", "RGBA", "I;16", "RGB"])
+@pytest.mark.parametrize("orientation", [1, 5, 6, 7, 8])
+def test_scans_that_lie_on_their_side_are_read_by_name_as_from_memory(tmp_path, mode, orientation):
+    """Pillow maps uncompressed files into memory, with the width that the picture has when it is turned."""
+    scan = image(90, 60).convert(mode if mode != "I;16" else "L")
+    scan = Image.fromarray(np.asarray(scan).astype(np.uint16) * 257) if mode == "I;16" else scan
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    scan.save(tmp_path / "scan.tif", exif=exif)
+    plain = as_rgb(scan)
+    turned = {5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}.get(orientation)
+    expected = plain.transpose(getattr(Image.Transpose, turned)) if turned else plain
+    for file in (tmp_path / "scan.tif", str(tmp_path / "scan.tif"), io.BytesIO((tmp_path / "scan.tif").read_bytes())):
+        assert np.array_equal(read_image(file), expected)
+    opened = Image.open(tmp_path / "scan.tif")
+    assert np.array_equal(as_rgb(opened), expected) and opened.filename == str(tmp_path / "scan.tif")
+
+
+@pytest.mark.parametrize("orientation", range(1, 10))
+@pytest.mark.parametrize("tag", [{0x011A: "72"}, {0x0100: "640"}, {}], ids=["XResolution", "ImageWidth", "none"])
+def test_photographs_are_turned_whatever_else_their_tags_say(tmp_path, orientation, tag):
+    """Pillow's own way writes all tags again, and fails at those of an odd type."""
+    exif = Image.Exif()
+    for key, value in ({0x0112: orientation} | tag).items():
+        exif[key] = value
+    photo = image(90, 60)
+    photo.save(tmp_path / "photo.png", exif=_odd(exif, tag))
+    names = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
+    turned = {number: getattr(Image.Transpose, name) for number, name in enumerate(names, 2)}
+    expected = photo.transpose(turned[orientation]) if orientation in turned else photo
+    found = read_image(tmp_path / "photo.png")
+    assert np.array_equal(found, expected) and np.array_equal(as_rgb(found), expected)  # and not turned again
+
+
+def _odd(exif, tag):
+    """A block whose entries of these tags are texts."""
+    entries = [(0x0112, 3, struct.pack("<HH", exif[0x0112], 0))]
+    entries += [(key, 2, value.encode().ljust(4, b"\0")) for key, value in tag.items()]
+    block = b"II*\0" + struct.pack("<IH", 8, len(entries))
+    for key, kind, value in sorted(entries):
+        block += struct.pack("<HHI", key, kind, 1 if kind == 3 else 4) + value
+    return b"Exif\0\0" + block + bytes(4)
+
+
+def test_a_dark_pgm_of_16_bits_is_scaled_as_a_png(tmp_path):
+    """Pillow scales it to 65,535 whatever its largest number is."""
+    for top, value, expected in ((65_535, 200, 1), (65_535, 51_400, 200), (4095, 10, 1), (4095, 4095, 255)):
+        pixels = np.full((4, 4), value, ">u2").tobytes()
+        (tmp_path / "a.pgm").write_bytes(b"P5 4 4 %d\n" % top + pixels)
+        assert set(np.asarray(read_image(tmp_path / "a.pgm")).flat) == {expected}
+
+
+def test_the_order_of_bytes_does_not_matter():
+    bright, dark = np.array([[12, 65_532]]), np.array([[12, 99]])
+    assert np.array_equal(as_uint8(bright.astype(">u2")), as_uint8(bright.astype("<u2")))
+    for order in "<>":
+        with pytest.raises(ValueError, match="uint16 lie between 12 and 99"):
+            as_uint8(dark.astype(f"{order}u2"))
+
+
+def test_premultiplied_grey_is_read():
+    grey = Image.merge("LA", [Image.new("L", (4, 4), 100), Image.new("L", (4, 4), 255)])
+    assert as_rgb(grey.convert("La")).getpixel((0, 0)) == (100, 100, 100)
+
+
 def test_a_dark_image_of_16_bits_is_scaled_as_a_bright_one(tmp_path):
     for name, value in (("dark", 200), ("bright", 51_400)):
         Image.fromarray(np.full((4, 4), value, np.uint16)).save(tmp_path / f"{name}.png")
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert as_rgb(picture).getpixel((0, 0)) == (round(value / 257),) * 3
-
-
-def test_reduced_copies_in_a_tiff_are_no_pages(tmp_path):
-    kinds = (0, 1, 2, 4, 0)  # a picture, its reduced copy, a page, its mask, a picture
-    images = [Image.new("L", (32, 32), 40 * index) for index in range(len(kinds))]
-    for picture, kind in zip(images, kinds):
-        picture.encoderinfo = {"tiffinfo": {254: kind}}
-    images[0].save(tmp_path / "a.tif", save_all=True, append_images=images[1:], tiffinfo={254: 0})
-    content = (tmp_path / "a.tif").read_bytes()
-    assert tiff_pages(content) == [1, 3, 5]
-    assert [read_image(tmp_path / "a.tif", page=page).getpixel((0, 0))[0] for page in (1, 3, 5)] == [0, 80, 160]
-    images[0].save(tmp_path / "a.gif", save_all=True, append_images=images[1:])
-    assert tiff_pages((tmp_path / "a.gif").read_bytes()) == tiff_pages(b"") == []
-
-
-def test_no_page_of_a_cut_tiff_is_missing(tmp_path):
-    """Wherever it is cut behind its first page: the page that cannot be read any more is named."""
-    images = [Image.new("L", (40, 40), shade) for shade in (0, 80)]
-    images[0].save(tmp_path / "a.tif", save_all=True, append_images=images[1:])
-    content = (tmp_path / "a.tif").read_bytes()
-    assert tiff_pages(content) == [1, 2]
-    for cut in range(len(content) // 2, len(content) - 20, 7):
-        assert tiff_pages(content[:cut]) == [1, 2]
-        with pytest.raises(ValueError, match="cannot be decoded"):
-            read_image(io.BytesIO(content[:cut]), page=2)
-
-
-def test_a_mask_is_no_page_of_a_cut_tiff_either(tmp_path):
-    images = [Image.new("L", (40, 40), shade) for shade in (0, 80, 160)]
-    images[1].encoderinfo = {"tiffinfo": {254: 4}}
-    images[0].save(tmp_path / "a.tif", save_all=True, append_images=images[1:], tiffinfo={254: 0})
-    content = (tmp_path / "a.tif").read_bytes()
-    assert [number for number, _ in read_pages(content)] == [1, 3]
-    cut = [read_pages(content[:size]) for size in range(len(content) * 7 // 10, len(content) - 20, 7)]
-    for (first, one), (last, other) in cut:
-        assert (first, last) == (1, 3) and one.size == (40, 40) and "cannot be decoded" in str(other)
 
 
 def test_photographs_are_upright(loaded, tmp_path):

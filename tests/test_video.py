@@ -243,3 +243,81 @@ def test_an_opaque_gif_is_read_frame_by_frame(tmp_path):
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=100)
     read = read_video(tmp_path / "a.gif")["array"]
     assert read.shape == (4, 32, 40, 3) and (read[3] == (150, 0, 200)).all()
+
+
+def grey_clip(path, times, codec="ffv1", rate=30, size=64):
+    """A clip whose frames are grey by their times in milliseconds: 255 is the last."""
+    with av.open(path, "w") as container:
+        stream = container.add_stream(codec, rate=rate, width=size, height=size, pix_fmt="yuv420p")
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        for moment in times:
+            shade = np.full((size, size, 3), round(moment / times[-1] * 255) if times[-1] else 9, np.uint8)
+            frame = av.VideoFrame.from_ndarray(shade, format="rgb24")
+            frame.pts, frame.time_base = moment, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def test_frames_of_a_variable_rate_are_those_of_evenly_spaced_times(tmp_path):
+    """A recording of a screen on which all moves in the first second."""
+    times = [*range(0, 1000, 33), 5000, 9000, 9500]
+    grey_clip(tmp_path / "screen.mkv", times)
+    clip = read_video(tmp_path / "screen.mkv")
+    shown = [max(time for time in times if time <= moment) for moment in np.linspace(0, 9500, 8)]
+    expected = np.array(shown) / 9500 * 255
+    assert len(clip["array"]) == 8 and np.abs(clip["array"][:, 32, 32, 0] - expected).max() <= 2
+    assert clip["video_metadata"]["duration"] == pytest.approx(9.5, rel=0.05)
+    few = read_video(tmp_path / "screen.mkv", 50)["array"][:, 32, 32, 0]  # all of them
+    assert np.abs(few - np.array(times) / 9500 * 255).max() <= 2
+
+
+def test_frames_of_a_rate_that_trembles_are_chosen_by_number(tmp_path):
+    """Times in whole milliseconds, and those of phones, are not quite regular."""
+    times = np.array([33 * number + 2 * (number % 2) for number in range(64)])
+    grey_clip(tmp_path / "phone.mkv", times.tolist())
+    expected = times[::9] / times[-1] * 255  # by time, the odd ones would come too late
+    assert np.abs(read_video(tmp_path / "phone.mkv")["array"][:, 32, 32, 0] - expected).max() <= 2
+
+
+@pytest.mark.parametrize("name, codec", [("a.flv", "flv1"), ("a.wmv", "wmv2"), ("a.mp4", "mpeg4"), ("a.ts", "mpeg4")])
+def test_a_single_frame_needs_no_frame_rate(tmp_path, name, codec):
+    grey_clip(tmp_path / name, [0], codec)
+    clip = read_video(tmp_path / name)
+    assert len(clip["array"]) == 2 and clip["video_metadata"]["fps"] > 0
+
+
+def test_a_cover_is_no_video(tmp_path):
+    """Of a file of music, or before the video in a film."""
+    cover = io.BytesIO()
+    image(64, 64).save(cover, "png")
+    with av.open(tmp_path / "film.mkv", "w") as container:
+        stream = container.add_stream("mpeg4", rate=10, width=64, height=64, pix_fmt="yuv420p")
+        for number in range(20):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 10 * number, np.uint8), format="rgb24")
+            frame.pts = number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    expected = read_video(tmp_path / "film.mkv")["array"]
+    for with_film in (True, False):
+        with av.open(tmp_path / "film.mkv") as film, av.open(tmp_path / "covered.mp4", "w") as output:
+            pictures = output.add_stream("png", rate=1, width=64, height=64, pix_fmt="rgb24")
+            pictures.disposition = av.stream.Disposition.attached_pic
+            copied = output.add_stream_from_template(film.streams.video[0]) if with_film else None
+            packet = av.Packet(cover.getvalue())
+            packet.stream, packet.pts, packet.dts = pictures, 0, 0
+            output.mux(packet)
+            for packet in film.demux() if with_film else ():
+                if packet.dts is not None:
+                    packet.stream = copied
+                    output.mux(packet)
+        if with_film:
+            assert np.array_equal(read_video(tmp_path / "covered.mp4")["array"], expected)
+        else:
+            with pytest.raises(ValueError, match="it has no video stream"):
+                read_video(tmp_path / "covered.mp4")
+
+
+def test_an_open_file_may_be_read_twice():
+    content = io.BytesIO((MEDIA / "upright.mp4").read_bytes())
+    first, second = read_video(content), read_video(content)
+    assert np.array_equal(first["array"], second["array"])

@@ -97,16 +97,18 @@ def test_what_the_cpu_kernels_of_recurrent_layers_cannot_run_is_refused(dtype, k
         vllm_plugin.BTokRecurrentConfig.check_cpu_kernels(config)
 
 
-def config(repo, mode="auto", asked=None, positions=4096, dimensions=None, media=None, processor=None, pruning=None):
+def config(repo, mode="auto", asked=None, positions=4096, dimensions=None, media=None, model_type="qwen2_vl", **video):
     """What vLLM has read and computed when it calls the plugin. It counts scaled positions twice."""
     return SimpleNamespace(
         model=str(repo),
         revision=None,
-        hf_config=SimpleNamespace(matryoshka_dimensions=[16, 64]),
+        hf_config=SimpleNamespace(matryoshka_dimensions=[16, 64], model_type=model_type),
         pooler_config=SimpleNamespace(dimensions=dimensions),
         tokenizer_mode=mode,
         multimodal_config=SimpleNamespace(
-            media_io_kwargs=media or {}, mm_processor_kwargs=processor, video_pruning_rate=pruning
+            media_io_kwargs=media or {},
+            mm_processor_kwargs=video.get("processor"),
+            video_pruning_rate=video.get("pruning"),
         ),
         tokenizer=str(repo),
         tokenizer_revision=None,
@@ -161,12 +163,13 @@ def test_the_renderer_and_the_reading_of_videos_are_set(exported):
         ({"media": {"video": {"num_frames": 4}}}, "--media-io-kwargs {'video': {'num_frames': 4}} changes that"),
         ({"media": {"image": {"rgba_background_color": [0, 0, 0]}}}, "--media-io-kwargs {'image'"),
         ({"processor": {"fps": 1}}, "but fps in --mm-processor-kwargs may leave some out"),
+        ({"processor": {"max_pixels": 9}, "model_type": "qwen3_vl"}, "but max_pixels in --mm-.*or bound images alone"),
         ({"processor": {"videos_kwargs": {"do_sample_frames": True}}}, "but do_sample_frames in"),
         ({"pruning": 0.5}, "but --video-pruning-rate may"),
     ],
 )
 def test_other_frames_and_colours_are_refused(exported, given, says):
-    with pytest.raises(ValueError, match=f"needs .*{says}.*Leave it out"):
+    with pytest.raises(ValueError, match=f"needs .*{says}"):
         vllm_plugin.BTokConfig.verify_and_update_model_config(config(exported, **given))
     vllm_plugin.BTokConfig.verify_and_update_model_config(config(exported, processor={"max_pixels": 501_760}))
 
@@ -240,5 +243,15 @@ def test_a_vllm_without_what_the_plugin_needs_is_left_as_it_is(vllm, monkeypatch
 
 def test_options_that_choose_frames_are_found_wherever_they_stand():
     nested = {"fps": None, "videos_kwargs": {"fps": 1, "size": 2}}
-    assert vllm_plugin.sampling_options(nested) == ["fps"] == vllm_plugin.sampling_options({"fps": 1})
-    assert vllm_plugin.sampling_options({"size": 3, "videos_kwargs": None}) == [] == vllm_plugin.sampling_options(None)
+    find = vllm_plugin.options_of_videos
+    assert find(nested, "qwen2_vl") == ["fps"] == find({"fps": 1}, "qwen3_vl")
+    assert find({"size": 3, "videos_kwargs": None}, "qwen2_vl") == [] == find(None, "qwen3_vl")
+
+
+def test_pixels_of_videos_are_refused_where_loaders_do_not_bound_them():
+    find = vllm_plugin.options_of_videos
+    nested = {"images_kwargs": {"max_pixels": 1}, "videos_kwargs": {"min_pixels": 1}}
+    for model_type in vllm_plugin.BOUNDED_AS_A_WHOLE:
+        assert find({"max_pixels": 1}, model_type) == ["max_pixels"] and find(nested, model_type) == ["min_pixels"]
+        assert not find({"images_kwargs": {"max_pixels": 1}}, model_type)
+    assert not find({"max_pixels": 1}, "qwen2_vl")

@@ -14,7 +14,8 @@ from PIL import Image
 from btok_hf.download import REMOTE, download
 from btok_hf.encoding import ROW_ERRORS
 from btok_hf.input_kinds import as_list
-from btok_hf.media import read_image, read_pages, tiff_pages
+from btok_hf.media import read_image
+from btok_hf.pages import read_pages, tiff_pages
 from btok_hf.video import read_video
 
 CHUNK = 2**20

@@ -9,7 +9,7 @@ vLLM calls `register` in each of its processes, for any model that it serves. So
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ FPS = 2.0
 VIDEO = {"num_frames": -1, "fps": FPS, "video_backend": MODE}
 # Options of processors that choose among the frames of a video.
 SAMPLING = ("do_sample_frames", "fps", "num_frames", "min_frames", "max_frames")
+# Other loaders bound images alone by these, where a processor bounds a video as a whole. vLLM bounds both.
+PIXELS = ("min_pixels", "max_pixels")
+BOUNDED_AS_A_WHOLE = ("qwen3_vl", "qwen3_5")
 
 
 def register() -> None:
@@ -78,11 +81,18 @@ def unwanted_token(config: Any) -> int | None:
     return config.get_text_config().bos_token_id if config.model_type == "lfm2_vl" else None
 
 
-def sampling_options(options: Mapping[str, Any] | None) -> list[str]:
-    """Which of these options of a processor choose among the frames of a video."""
+def options_of_videos(options: Mapping[str, Any] | None, model_type: str) -> list[str]:
+    """Which of these options of a processor choose among the frames of a video, or sizes that no other loader does."""
     options = options or {}
     both = (options, options.get("videos_kwargs") or {})
-    return [name for name in SAMPLING if any(part.get(name) is not None for part in both)]
+    names = (*SAMPLING, *(PIXELS if model_type in BOUNDED_AS_A_WHOLE else ()))
+    return [name for name in names if any(part.get(name) is not None for part in both)]
+
+
+def way_out(options: Sequence[str]) -> str:
+    """What to do with options that `options_of_videos` has found."""
+    bound = ', or bound images alone: {"images_kwargs": {"max_pixels": …}}'
+    return f"Leave it out{bound if {*options} & {*PIXELS} else ''}."
 
 
 class BTokConfig:
@@ -102,16 +112,16 @@ class BTokConfig:
                 f"{model_config.tokenizer_mode}. Leave it out."
             )
         model_config.tokenizer_mode = MODE
-        BTokConfig.set_reading(model_config.multimodal_config)
+        BTokConfig.set_reading(model_config.multimodal_config, model_config.hf_config.model_type)
         BTokConfig.set_dimensions(model_config)
         BTokConfig.bound_rows(model_config)
 
     @staticmethod
-    def set_reading(config: Any) -> None:
+    def set_reading(config: Any, model_type: str) -> None:
         """Let files and frames of videos be read as in this library.
 
         Raises:
-            ValueError: The user chose other frames or colours, which would give other vectors.
+            ValueError: The user chose other frames, sizes or colours, which would give other vectors.
         """
         reading = config.media_io_kwargs
         given = {
@@ -122,12 +132,13 @@ class BTokConfig:
                 f"A model with Bottleneck Tokens needs images and videos as this library reads them, but "
                 f"--media-io-kwargs {given} changes that: the vectors would be others. Leave it out."
             )
-        choosing = [f"{name} in --mm-processor-kwargs" for name in sampling_options(config.mm_processor_kwargs)]
+        options = options_of_videos(config.mm_processor_kwargs, model_type)
+        choosing = [f"{name} in --mm-processor-kwargs" for name in options]
         choosing += ["--video-pruning-rate"] if config.video_pruning_rate else []
         if choosing:
             raise ValueError(
-                f"A model with Bottleneck Tokens needs all frames that it is given, but {', '.join(choosing)} may "
-                "leave some out. Leave it out."
+                f"A model with Bottleneck Tokens needs videos as this library takes them, but {', '.join(choosing)} "
+                f"may leave some out or resize them. {way_out(options)}"
             )
         reading["video"] = dict(VIDEO)
 

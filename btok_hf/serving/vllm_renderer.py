@@ -8,6 +8,7 @@ import base64
 import io
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,31 @@ from vllm.renderers.hf import HfRenderer
 
 from btok_hf.media import array_as_rgb, as_rgb, frames_as_rgb, video_input
 from btok_hf.serving import MODE
-from btok_hf.serving.vllm_plugin import FPS, sampling_options, unwanted_token
+from btok_hf.serving.vllm_plugin import FPS, options_of_videos, unwanted_token, way_out
 
 
 class BTokRenderer(HfRenderer):
-    """The stock renderer. Plain texts go through the chat template, and every row must end in the K tokens."""
+    """The stock renderer. Plain texts go through the chat template, and every row must end in the K tokens.
+
+    With a suffix, its words must stand before them.
+    """
+
+    @cached_property
+    def _end(self) -> list[int]:
+        """The tokens that every row ends in."""
+        config = self.model_config.hf_config
+        suffix = getattr(config, "btok_suffix", None)
+        words = self.get_tokenizer().encode(f" {suffix}", add_special_tokens=False) if suffix else []
+        return [*words, *config.btok_token_ids]
+
+    def render_messages(self, messages: Any, params: ChatParams) -> Any:
+        """As in vLLM, with the parts of a message as the template takes them: as parts, and not as one text."""
+        return super().render_messages(messages, replace(params, chat_template_content_format="openai"))
+
+    async def render_messages_async(self, messages: Any, params: ChatParams) -> Any:
+        """See `render_messages`."""
+        params = replace(params, chat_template_content_format="openai")
+        return await super().render_messages_async(messages, params)
 
     def render_prompt(self, prompt: Any) -> Any:
         """A prompt of text alone, put into the chat template. One with media or token ids has been through it."""
@@ -65,18 +86,19 @@ class BTokRenderer(HfRenderer):
         return super()._process_multimodal(prompt, mm_data, *args, **kwargs)
 
     def _check_options(self, reading: Mapping[str, Any], processor: Any) -> None:
-        """Raise `VLLMValidationError` for options of a request that choose other frames or colours.
+        """Raise `VLLMValidationError` for options of a request that choose other frames, sizes or colours.
 
         The server's own are checked at its start (`vllm_plugin.py`). They come with those of a request.
         """
         own = self.model_config.multimodal_config.media_io_kwargs
         changed = [kind for kind in ("image", "video") if reading.get(kind, own.get(kind)) != own.get(kind)]
         given = [f"media_io_kwargs for {kind}s" for kind in changed]
-        given += [f"{name} in mm_processor_kwargs" for name in sampling_options(processor)]
+        options = options_of_videos(processor, self.model_config.hf_config.model_type)
+        given += [f"{name} in mm_processor_kwargs" for name in options]
         if given:
             raise VLLMValidationError(
                 f"A model with Bottleneck Tokens needs images and videos as the library reads them, but "
-                f"{', '.join(given)} would change the vector. Leave it out.",
+                f"{', '.join(given)} would change the vector. {way_out(options)}",
                 parameter="media_io_kwargs" if changed else "mm_processor_kwargs",
             )
 
@@ -111,19 +133,22 @@ class BTokRenderer(HfRenderer):
                 "A model with Bottleneck Tokens cannot embed prompt_embeds. Send texts, or messages.",
                 parameter="prompt_embeds",
             )
-        held = sum(ids.count(token) for token in tokens)
-        if list(ids[-len(tokens) :]) != list(tokens) or held != len(tokens):
+        held, end = sum(ids.count(token) for token in tokens), list(ids[-len(self._end) :])
+        if end != self._end or held != len(tokens):
+            words = " after the words of the suffix" if len(end) > len(tokens) else ""
             raise VLLMValidationError(
-                f"An input must end in the {len(tokens)} Bottleneck Token(s) {tokens} and have none elsewhere, got "
-                f"{held} in {len(ids)} tokens that end in {list(ids[-len(tokens) :])}. Send a text or messages "
+                f"An input must end in the {len(tokens)} Bottleneck Token(s) {tokens}{words} and have none elsewhere, "
+                f"got {held} in {len(ids)} tokens that end in {end}, not in {self._end}. Send a text or messages "
                 "without a chat template or add_generation_prompt. Shorten it, or set truncation_side to left, if it "
                 "is too long.",
                 parameter="input",
             )
         # The library refuses it too. With Qwen3.5 on a CPU, a row of one token would end vLLM's engine.
-        if len(ids) == len(tokens):
+        if len(ids) == len(end):
             raise VLLMValidationError(
-                "An input is empty: nothing but its Bottleneck Tokens. Remove it or fill it.", parameter="input"
+                "An input is empty: nothing but the suffix and the Bottleneck Tokens of every row. Remove it or fill "
+                "it, or raise truncate_prompt_tokens.",
+                parameter="input",
             )
         if unwanted_token(config) in ids:
             raise VLLMValidationError(

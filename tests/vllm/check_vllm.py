@@ -15,6 +15,7 @@ from support import ROOT, tiny
 from support.pictures import MEDIA
 from support.repositories import edit
 from support.vllm_server import CLOSE, PYTHON, VllmServer, environment
+from transformers import AutoTokenizer
 
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model
 from btok_hf.serving.verify_url import request_body, verify_url
@@ -29,18 +30,19 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def export(folder):
-    """Exports by backbone, K and order, whose golden file has more inputs.
+    """Exports by backbone, K, order and suffix, whose golden file has more inputs.
 
     On CPUs vLLM's attention takes heads of 32, and its Gated DeltaNet heads of 64.
     """
 
-    def build(backbone, num_tokens, order="media_first"):
-        output = folder / f"{backbone}-{num_tokens}-{order}"
+    def build(backbone, num_tokens, order="media_first", suffix=None):
+        output = folder / f"{backbone}-{num_tokens}-{order}{'-suffix' if suffix else ''}"
         if not output.exists():
             base = tiny.build(backbone, folder / f"base-{output.name}", head_dim=32, linear_dim=64)
             start = folder / f"start-{output.name}"
             prompts = {"query": "Find it."}
-            add_bottleneck_tokens(base, start, num_tokens, order=order, noise_std=1.0, prompts=prompts)
+            options = {"order": order, "suffix": suffix, "noise_std": 1.0, "prompts": prompts}
+            add_bottleneck_tokens(base, start, num_tokens, **options)
             model = BTokSentenceTransformer(str(start), device="cpu")
             if backbone == "qwen2_5_vl":
                 model.config.matryoshka_dimensions = DIMENSIONS
@@ -139,7 +141,7 @@ SERVED = [
     ("qwen3_5", 1),
     ("qwen2_vl", 0),
     ("qwen3_vl", 1, "as_given"),
-    ("internvl", 4),
+    ("internvl", 4, "media_first", "In one word:"),
     ("idefics3", 1),
     ("smolvlm", 4),
     ("lfm2_vl", 4),
@@ -293,18 +295,26 @@ def test_dimensions_that_the_model_was_trained_for(served):
 # ---------------------------------------------------------------- or a refusal
 
 
+def end_of(repo):
+    """Ids of the suffix and the Bottleneck Tokens."""
+    config = json.loads((repo / "config.json").read_text("utf-8"))
+    suffix = f" {config['btok_suffix']}" if config["btok_suffix"] else ""
+    words = AutoTokenizer.from_pretrained(repo).encode(suffix, add_special_tokens=False)
+    return [*words, *config["btok_token_ids"]]
+
+
 def refused(repo):
     """Requests whose rows do not end in the tokens or have nothing else, and placeholders without media."""
     config = json.loads((repo / "config.json").read_text("utf-8"))
-    tokens = config["btok_token_ids"]
+    tokens, end = config["btok_token_ids"], end_of(repo)
     message = [{"role": "user", "content": "A text of some length."}]
-    begun = {}  # with the token that the tokenizer of LFM2-VL puts before a row
-    if config["model_type"] == "lfm2_vl":
-        begun = {
+    more = {"without its suffix": {"input": [70, *tokens]}} if end != tokens else {}
+    if config["model_type"] == "lfm2_vl":  # with the token that its tokenizer puts before a row
+        more = {
             "begun": {"messages": message, "add_special_tokens": True},
             "begun, ids": {"input": [config["text_config"]["bos_token_id"], 70, 71, *tokens]},
         }
-    return begun | {
+    return more | {
         "no tokens": {"input": [70, 71, 72]},
         "tokens not at the end": {"input": [70, *tokens, 72]},
         "tokens twice": {"input": [70, *tokens, *tokens]},
@@ -316,6 +326,9 @@ def refused(repo):
         "cut": {"messages": message, "truncate_prompt_tokens": 6, "truncation_side": "right"},
         "cut, plain": {"input": "A text of some length.", "truncate_prompt_tokens": 6},
         "too long": {"input": "far " * 4096},
+        "cut to its end": {"input": "A text.", "truncate_prompt_tokens": len(end), "truncation_side": "left"},
+        "cut within its end": {"input": "A text.", "truncate_prompt_tokens": len(end) - 1, "truncation_side": "left"},
+        "only its end": {"input": end},
     }
 
 
@@ -327,18 +340,18 @@ def test_rows_without_their_tokens_are_refused_alone(served):
             for name, body in refused(repo).items():
                 status, answer = server.post(path, **body, encoding_format=encoding)
                 assert status == 400 and isinstance(answer, str), (name, answer)
-    tokens = json.loads((repo / "config.json").read_text("utf-8"))["btok_token_ids"]
     ids = [*golden.rows["short text"]["text"].encode()]
-    assert server.post(input=[*ids, *tokens])[0] == 200  # the ids of a whole row
+    assert server.post(input=[*ids, *end_of(repo)])[0] == 200  # the ids of a whole row
     (vector,) = server.vectors(input=golden.rows["short text"]["text"])
     assert np.abs(vector - golden.vector("short text")).max() < server.close and server.is_alive()
 
 
 def test_text_that_is_cut_at_its_start_keeps_its_tokens(served):
     repo, server = served
-    model = BTokSentenceTransformer(str(repo), device="cpu", max_seq_length=12)
+    length = len(end_of(repo)) + 8
+    model = BTokSentenceTransformer(str(repo), device="cpu", max_seq_length=length)
     (expected,) = model.encode([{"text": "A text of some length."}])
-    (vector,) = server.vectors(input="A text of some length.", truncate_prompt_tokens=12, truncation_side="left")
+    (vector,) = server.vectors(input="A text of some length.", truncate_prompt_tokens=length, truncation_side="left")
     assert np.abs(vector - expected).max() < server.close
 
 
@@ -408,6 +421,7 @@ def test_64_mixed_requests_at_once(export, folder, backbone):
     golden, bad = Golden(repo), list(refused(repo).values())
     names = sorted(golden.rows)
     options = ["--max-model-len", 768, "--max-num-batched-tokens", 768, "--max-num-seqs", 8]
+    options += ["--chat-template-content-format", "string"]  # with which vLLM would join parts, and lose media
     options += ["--num-gpu-blocks-override", 7] if backbone == "qwen2_5_vl" else []  # blocks of 640 tokens
     long = [f"{number} " + "long " * 140 for number in range(4)]
     expected = BTokSentenceTransformer(str(repo), device="cpu").encode([{"text": text} for text in long])
@@ -441,6 +455,7 @@ def test_64_mixed_requests_at_once(export, folder, backbone):
         ("qwen2_vl", ("--kv-offloading-size", "1")),
         ("qwen2_vl", ("--kv-transfer-config", '{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}')),
         ("qwen2_vl", ("--media-io-kwargs", '{"video": {"num_frames": 4}}')),
+        ("qwen3_vl", ("--mm-processor-kwargs", '{"max_pixels": 16384}')),
         ("qwen2_vl", ("--pooler-config", '{"pooling_type": "LAST"}')),
         ("qwen2_vl", ("--pooler-config", '{"enable_chunked_processing": true, "max_embed_len": 9000}')),
         ("qwen2_vl", ("--tokenizer-mode", "slow")),
@@ -498,9 +513,22 @@ def test_dimensions_of_the_repository_and_frames_that_a_client_chooses(export, f
             ("media_io_kwargs", {"video": {"num_frames": 4}}),
             ("media_io_kwargs", {"video": {"fps": 1}}),
             ("mm_processor_kwargs", {"do_sample_frames": True, "num_frames": 4}),
+            ("mm_processor_kwargs", {"max_pixels": 16384}),
         ):
             status, answer = server.post(**video, **{name: options})
             assert status == 400 and name in answer and "would change the vector" in answer
+        # Images alone are bounded as in other loaders, and videos are not.
+        images = {"mm_processor_kwargs": {"images_kwargs": {"max_pixels": 4096}}}
+        (vector,) = server.vectors(**video, **images)
+        expected = golden.vector("more: 40 frames, text")[:8]
+        assert np.abs(vector - expected / np.linalg.norm(expected)).max() < server.close
+        row, small = golden.rows["image and text"], {"max_pixels": 4096}
+        picture = {"image": Image.open(io.BytesIO(base64.b64decode(row["image"]))), "text": row["text"]}
+        expected = BTokSentenceTransformer(str(repo), device="cpu", processor_kwargs=small).encode([picture])[0]
+        (vector,) = server.vectors(**request_body(row), **images)
+        assert np.abs(vector - expected / np.linalg.norm(expected)).max() < server.close
+        whole = golden.vector("image and text")[:8]
+        assert np.abs(vector - whole / np.linalg.norm(whole)).max() > 100 * server.close
 
 
 def test_offline(export, folder):
