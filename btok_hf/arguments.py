@@ -11,6 +11,13 @@ OF_MODELS = ("config.json", "adapter_config.json", "modules.json")
 HUB = ("revision", "token", "cache_folder", "local_files_only", "subfolder")
 # Names of the same arguments in Sentence-Transformers and transformers.
 OTHER_NAMES = {"tokenizer_kwargs": "processor_kwargs", "cache_dir": "cache_folder", "use_auth_token": "token"}
+# Arguments of Sentence-Transformers that have no meaning here.
+NOT_HERE = {
+    "backend": "The model runs in torch, and not in ONNX or OpenVINO; leave it out",
+    "config_kwargs": "The configuration belongs to the weights; leave it out, or edit config.json",
+    "model_card_data": "The card is kept, or written by the trainer; leave it out",
+    "modules": "The modules are those of the repository; leave it out, and append others to the model",
+}
 
 
 def check_loading(prompts: Any, hub_kwargs: Mapping[str, Any]) -> None:
@@ -22,6 +29,7 @@ def check_loading(prompts: Any, hub_kwargs: Mapping[str, Any]) -> None:
     for name in hub_kwargs:
         if name not in HUB:
             known = f"Use {OTHER_NAMES[name]}" if name in OTHER_NAMES else f"Leave it out, or use {', '.join(HUB)}"
+            known = NOT_HERE.get(name, known)
             raise TypeError(f"BTokSentenceTransformer has no argument {name!r}. {known}.")
 
 

@@ -35,12 +35,8 @@ def content_hash(value: Any) -> int:
         if isinstance(part, (str, Path)) and not is_text and os.path.isfile(part):
             state = os.stat(part)
             part = ("file", _file_digest(os.path.abspath(part), state.st_size, state.st_mtime_ns))
-        elif isinstance(part, Image.Image):
-            part = as_rgb(part)  # the stored bytes do not say which way up it is, nor what its palette or colours are
-            part = ("image", part.size, part.tobytes())
-        elif isinstance(part, (np.ndarray, torch.Tensor)):
-            part = np.ascontiguousarray(as_array(part))
-            part = (str(part.dtype), part.shape, part.tobytes())
+        elif isinstance(part, (Image.Image, np.ndarray, torch.Tensor)):
+            part = _shown(part)
         if isinstance(part, dict) and len(part) == 1 and part.keys() <= {"text", "image", "video"}:
             add(next(iter(part.values())), is_text="text" in part)
         elif isinstance(part, dict):
@@ -58,6 +54,18 @@ def content_hash(value: Any) -> int:
 
     add(value)
     return int.from_bytes(digest.digest(), "big") >> 1
+
+
+def _shown(pixels: Any) -> Any:
+    """What a picture or an array holds, apart from how it is stored."""
+    try:
+        if isinstance(pixels, Image.Image):
+            pixels = as_rgb(pixels)  # its own bytes do not say which way up it is, or what its palette is
+            return "image", pixels.size, pixels.tobytes()
+        pixels = np.ascontiguousarray(as_array(pixels))
+        return str(pixels.dtype), pixels.shape, pixels.tobytes()
+    except ValueError:  # it cannot be embedded; where it is read, the error says which input it is
+        return repr(pixels)
 
 
 @lru_cache(maxsize=2**20)

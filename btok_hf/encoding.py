@@ -175,18 +175,23 @@ class PackedEncoder(SentenceTransformer):
                 "encoding gives no states of single tokens. AutoModel(…).last_hidden_state has them."
             )
         if output_value is None:  # all features of each row, padded
-            return super()._inference(
-                inputs,
-                prompt=prompt,
-                batch_size=batch_size,
-                show_progress_bar=show_progress_bar,
-                output_value=output_value,
-                save_to_cpu=save_to_cpu,
-                normalize_embeddings=normalize_embeddings,
-                truncate_dim=truncate_dim,
-                device=device,
-                **kwargs,
-            )
+            try:
+                return super()._inference(
+                    inputs,
+                    prompt=prompt,
+                    batch_size=batch_size,
+                    show_progress_bar=show_progress_bar,
+                    output_value=output_value,
+                    save_to_cpu=save_to_cpu,
+                    normalize_embeddings=normalize_embeddings,
+                    truncate_dim=truncate_dim,
+                    device=device,
+                    **kwargs,
+                )
+            except (ValueError, OSError):
+                for place, item in enumerate(inputs):  # the superclass sorts them, and does not say from where
+                    self.preprocess([item], prompt=prompt, positions=[place], **kwargs)
+                raise
         check_truncate_dim(truncate_dim)
         device = self._resolve_inference_device(device)
         self.eval()

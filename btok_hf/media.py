@@ -127,10 +127,10 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _load(image: Any) -> None:
     """Decode an image. By its name, Pillow would map a TIFF file that lies on its side, with its sides exchanged."""
-    if image.format != "TIFF":
+    if image.format != "TIFF" or not (name := getattr(image, "filename", "")):
         image.load()
         return
-    name, image.filename = image.filename, ""
+    image.filename = ""
     try:
         image.load()
     finally:

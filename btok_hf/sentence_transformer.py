@@ -26,6 +26,7 @@ from btok_hf.hub_card.kept import Described, LoadedCard
 from btok_hf.input_kinds import Input
 from btok_hf.inputs import shown
 from btok_hf.modeling.modeling_btok import bottleneck_token_ids
+from btok_hf.stock_pipeline import TRAINED
 from btok_hf.transformer import BottleneckTransformer
 
 if TYPE_CHECKING:
@@ -156,12 +157,21 @@ class BTokSentenceTransformer(PackedEncoder):
         )
         return tokenizer.batch_decode(ids)
 
-    def add_adapter(self, adapter_config: "LoraConfig") -> None:
+    def add_adapter(self, adapter_config: "LoraConfig", adapter_name: str | None = None) -> None:
         """Add LoRA adapters, as `peft_config` of `CondensationTrainer` does: the Bottleneck Tokens' rows learn too.
 
         Args:
             adapter_config (`LoraConfig`): As in `peft.LoraConfig`.
+            adapter_name (`str`, *optional*): `default`, the one that is saved.
+
+        Raises:
+            ValueError: Another name, adapters that cannot be exported, or a model of a subfolder.
         """
+        if adapter_name not in (None, "default"):
+            raise ValueError(
+                f"Adapters are trained and saved by the name 'default', got adapter_name={adapter_name!r}. Leave it "
+                "out."
+            )
         if self.transformer.subfolder:
             raise ValueError(
                 f"The model is from the subfolder {self.transformer.subfolder} of a repository, which checkpoints of "
@@ -180,7 +190,9 @@ class BTokSentenceTransformer(PackedEncoder):
         create_pr: bool = False,
         commit_message: str = MESSAGE,
         exist_ok: bool = True,
+        safe_serialization: bool = True,
         files: Mapping[str, str | bytes] | None = None,
+        **others: Any,
     ) -> str:
         """Upload the merged model, with golden vectors, in one commit.
 
@@ -189,7 +201,8 @@ class BTokSentenceTransformer(PackedEncoder):
         Args:
             repo_id (`str`): Hub id, e.g. `org/btok-2b`. The repository is created if it does not exist.
             token, private, revision, create_pr, commit_message: As in `btok_hf.push`.
-            exist_ok (`bool`): Accepted as in Sentence-Transformers: a repository that exists gets a commit.
+            exist_ok, safe_serialization (`bool`): Accepted as in Sentence-Transformers: a repository that exists gets
+                a commit, and weights are safetensors.
             files (`dict[str, str | bytes]`, *optional*): As in `export_model`, e.g. a README.md of your own.
 
         Returns:
@@ -197,8 +210,15 @@ class BTokSentenceTransformer(PackedEncoder):
 
         Raises:
             RuntimeError: The upload failed. The message says where the export is and how to go on.
-            ValueError: As in `btok_hf.push`.
+            TypeError: Another argument of Sentence-Transformers.
+            ValueError: As in `btok_hf.push`, or `safe_serialization=False`.
         """
+        if others:
+            raise TypeError(
+                f"BTokSentenceTransformer.push_to_hub has no argument {', '.join(map(repr, others))}. Leave it out: a "
+                "card goes in files={'README.md': …}, and a folder is pushed by btok_hf.push(folder, repo_id)."
+            )
+        _check_safe(safe_serialization)
         validate_repo_id(repo_id)
         folder, failed = Path(tempfile.mkdtemp(prefix="btok-push-"), repo_id.rpartition("/")[2]), False
         options: dict[str, Any] = {"private": private, "revision": revision, "create_pr": create_pr}
@@ -230,7 +250,7 @@ class BTokSentenceTransformer(PackedEncoder):
             describe the model any more: it was trained, has adapters, other prompts or dimensions, or reads longer,
             shorter, larger or smaller inputs.
         """
-        trained = not self._model_card_text or "generated_from_trainer" in self.model_card_data.tags
+        trained = not self._model_card_text or TRAINED in self.model_card_data.tags
         if self._loaded_card is None or trained or has_adapters(self.transformer.model):
             return None
         before, now = self._loaded_values, self._values()  # not the same after a loop of one's own, or a merge
@@ -252,10 +272,7 @@ class BTokSentenceTransformer(PackedEncoder):
         If the model has adapters, only they and a reference to the base are saved, as in Sentence-Transformers.
         Training resumes from them. To publish, use `btok_hf.export_model`, which writes the merged model.
         """
-        if not safe_serialization:
-            raise ValueError(
-                "Weights are saved only as safetensors, got safe_serialization=False. Leave safe_serialization out."
-            )
+        _check_safe(safe_serialization)
         module = self.transformer
         write_repository(
             path,
@@ -266,6 +283,13 @@ class BTokSentenceTransformer(PackedEncoder):
             adapters_only=has_adapters(module.model),
             model=self,
             files=self.kept_card() if create_model_card else {},  # a card that exists stays
+        )
+
+
+def _check_safe(safe_serialization: bool) -> None:
+    if not safe_serialization:
+        raise ValueError(
+            "Weights are saved only as safetensors, got safe_serialization=False. Leave safe_serialization out."
         )
 
 

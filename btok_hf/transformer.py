@@ -191,7 +191,7 @@ class BottleneckTransformer(Transformer):
             raise ValueError(
                 f"{name}: it has images or video and is longer than max_seq_length={self.max_seq_length} tokens, and "
                 "media are never truncated. Raise max_seq_length, lower max_pixels "
-                "(processor_kwargs={'max_pixels': …}), or shorten the text."
+                f"(processor_kwargs={{'max_pixels': …}}), or shorten the text{_unless(kwargs)}."
             ) from error
         if not checked:
             return features
@@ -201,7 +201,7 @@ class BottleneckTransformer(Transformer):
             raise ValueError(
                 f"A row does not end in the {len(token_ids)} Bottleneck Tokens: max_seq_length={self.max_seq_length} "
                 "is too small, or the chat template was changed. Raise max_seq_length, or restore "
-                "chat_template.jinja."
+                f"chat_template.jinja{_unless(kwargs)}."
             )
         return features
 
@@ -291,3 +291,9 @@ class BottleneckTransformer(Transformer):
         if not shared or family_of(self.config).pixels(media):
             return zero
         return sum((p.flatten()[:0].sum() for p in self.vision_tower.parameters() if p.requires_grad), zero)
+
+
+def _unless(options: Mapping[str, Any]) -> str:
+    """What else may be wrong with a row if the call changes how it is made."""
+    given = options.get("processing_kwargs")
+    return f"; or leave out processing_kwargs={given}, which may change rows" if given else ""

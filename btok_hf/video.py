@@ -3,7 +3,6 @@
 import math
 import re
 import time
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -28,8 +27,9 @@ def read_video(
 
     Args:
         path (`str`, `Path` or binary file): A video file that FFmpeg can decode, e.g. mp4.
-        num_frames (`int`): Number of frames, evenly spaced from first to last; where the frame rate varies, those that
-            are shown at evenly spaced times. Shorter videos keep all frames.
+        num_frames (`int`): Number of frames, evenly spaced from first to last. Where the frame rate varies, those that
+            are shown at evenly spaced times, and others where that is one frame several times. Shorter videos keep all
+            frames.
         most_pixels (`float`): Most pixels of all kept frames together.
         most_seconds (`float`): Most seconds of decoding.
 
@@ -61,16 +61,13 @@ def read_video(
             open(path, "rb") if isinstance(path, (str, Path)) else nullcontext(path) as file,
             av.open(file, "r", options={"protocol_whitelist": "none"}) as container,
         ):
-            cover = av.stream.Disposition.attached_pic
-            stream = next((each for each in container.streams.video if not each.disposition & cover), None)
-            if stream is None:
-                raise ValueError("it has no video stream")
+            stream = film(container)
             # Packets are counted without decoding, so that only the kept frames are in memory. A file that was cut
             # without encoding it again has packets that no player shows.
             shown = [packet.pts for packet in container.demux(stream) if _is_shown(packet, stream)]
             total = len(shown)
             container.seek(0)
-            wanted = Counter(_chosen(shown, num_frames))
+            wanted = _chosen(shown, num_frames)
             frames = []
             _check_pixels(stream.codec_context, len(wanted), most_pixels)  # before the first frame takes memory
             for index, frame in enumerate(container.decode(stream)):
@@ -78,7 +75,7 @@ def read_video(
                 if time.monotonic() > end:
                     raise ValueError(f"decoding it takes more than {most_seconds:g} seconds")
                 if index in wanted:
-                    frames += [_upright(_pixels(frame, stream), frame)] * wanted[index]
+                    frames.append(_upright(_pixels(frame, stream), frame))
             fps = _frame_rate(shown, stream) or (SINGLE if total == 1 else 0.0)
     except Exception as error:  # PyAV has types of its own, and raises others too
         # FFmpeg's own MemoryError is a size that no file has.
@@ -87,10 +84,10 @@ def read_video(
         raise ValueError(f"{name} cannot be decoded ({error}). Replace or remove it.") from error
     if not frames or not fps:
         raise ValueError(f"{name} has no frames or no frame rate. Replace or remove it.")
-    if len(frames) < wanted.total():
+    if len(frames) < len(wanted):
         raise ValueError(
-            f"{name} is damaged: {total} frames are announced, but only {len(frames)} of the {wanted.total()} asked "
-            "for can be decoded. Encode it again, or remove it."
+            f"{name} is damaged: {total} frames are announced, but only {len(frames)} of the {len(wanted)} asked for "
+            "can be decoded. Encode it again, or remove it."
         )
     return video_input(frames_as_rgb(frames), fps * len(frames) / total)
 
@@ -131,17 +128,30 @@ def _pixels(frame: Any, stream: Any) -> np.ndarray:
     return pixels[..., :3]
 
 
-def _chosen(shown: Sequence[int | None], num_frames: int) -> list[int]:
+def film(container: Any) -> Any:
+    """The first video stream of a container of PyAV that is no cover. Raises `ValueError` if there is none."""
+    for stream in container.streams.video:
+        if not stream.disposition & stream.disposition.attached_pic:
+            return stream
+    raise ValueError("it has no video stream")
+
+
+def _chosen(shown: Sequence[int | None], num_frames: int) -> set[int]:
     """The frames to keep, by number in the order in which they are shown."""
     total = len(shown)
-    even = np.linspace(0, total - 1, min(num_frames, total))
+    even = set(np.linspace(0, total - 1, min(num_frames, total)).astype(int).tolist())
     times = np.sort([time for time in shown if time is not None])
-    if total > num_frames and len(times) == total and times[-1] > times[0]:
-        regular = np.linspace(times[0], times[-1], total)
-        if np.abs(times - regular).max() > regular[1] - regular[0]:  # by more than a frame: the rate varies
-            at = np.linspace(times[0], times[-1], num_frames)
-            return (np.searchsorted(times, at, side="right") - 1).tolist()
-    return even.astype(int).tolist()
+    if len(times) < max(total, 2):
+        return even
+    regular = np.linspace(times[0], times[-1], total)
+    if np.abs(times - regular).max() <= regular[1] - regular[0]:  # within a frame: phones, times in milliseconds
+        return even
+    at = np.linspace(times[0], times[-1], len(even))
+    timely = set((np.searchsorted(times, at, side="right") - 1).tolist())
+    # Of a pause or a jump of the clock one frame is enough: what moves is in the others.
+    others = sorted(even - timely)
+    left = np.linspace(0, len(others) - 1, len(even) - len(timely)).astype(int)
+    return timely | {others[index] for index in left}
 
 
 def _frame_rate(shown: Sequence[int | None], stream: Any) -> float:

@@ -74,7 +74,7 @@ class CardArguments:
     def __post_init__(self) -> None:
         if isinstance(self.data_licenses, str) and self.data_licenses.lstrip().startswith("{"):
             self.data_licenses = json.loads(self.data_licenses)
-        if self.model_license is not None and not re.fullmatch(r"[a-z0-9.-]+", self.model_license):
+        if self.model_license is not None and not re.fullmatch(r"[a-z0-9.+-]+", self.model_license):
             raise ValueError(
                 "model_license must be an id of hf.co/docs/hub/repositories-licenses, in small letters, got "
                 f"{self.model_license!r}. Use e.g. apache-2.0, or other with license_name and license_link."
@@ -201,10 +201,11 @@ def render_card(
     data: Sequence[Mapping[str, Any]] = (),
     evaluation: Mapping[str, Any] | None = None,
     truncate_dim: int | None = None,
+    trained: bool = False,
     of_adapters: bool = False,
     adapter_base: str | None = None,
 ) -> str:
-    """Render the README.md of a repository. Without `training`, it warns that the model is untrained.
+    """Render the README.md of a repository. Without `training` and `trained`, it warns that the model is untrained.
 
     Args:
         config (`PreTrainedConfig`): Configuration of the model with Bottleneck Tokens.
@@ -215,6 +216,7 @@ def render_card(
         examples (`dict`, *optional*): Inputs and outputs of the snippets, from `measured_examples`. Default: fixed
             texts without similarities.
         truncate_dim (`int`, *optional*): Dimensions that loaders of Sentence-Transformers cut embeddings to.
+        trained (`bool`): Whether the weights were trained, although there are no facts of it.
         training, data, evaluation (*optional*): Facts of a run, from `training_run.card_files`.
         of_adapters (`bool`): Whether the repository holds only adapters.
         adapter_base (`str`, *optional*): Hub id of the repository that they were trained on.
@@ -228,6 +230,7 @@ def render_card(
     base = adapter_base if of_adapters else getattr(config, "btok_base_model", None)
     facts = {
         "training": training,
+        "trained": trained and not training,
         "data": data,
         "evaluation": evaluation,
         "arguments": arguments,

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from peft import LoraConfig
 
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens
 from btok_hf.arguments import named_source
@@ -11,7 +12,9 @@ from btok_hf.arguments import named_source
     ("options", "error", "message"),
     [
         ({"tokenizer_kwargs": {}}, TypeError, "no argument 'tokenizer_kwargs'. Use processor_kwargs"),
-        ({"config_kwargs": {}}, TypeError, "no argument 'config_kwargs'. Leave it out, or use revision, token"),
+        ({"config_kwargs": {}}, TypeError, "no argument 'config_kwargs'. The configuration belongs to the weights"),
+        ({"backend": "onnx"}, TypeError, "no argument 'backend'. The model runs in torch, and not in ONNX"),
+        ({"cache": "a"}, TypeError, "no argument 'cache'. Leave it out, or use revision, token"),
         ({"prompts": ["Find it."]}, TypeError, r"prompts must be a dict of texts by name.*got \['Find it\.'\]"),
         ({"prompts": {"query": 3}}, TypeError, "prompts must be a dict of texts"),
         ({"model_kwargs": {"foo": 1}}, TypeError, "unexpected keyword argument 'foo'"),
@@ -33,6 +36,29 @@ def test_arguments_of_loading(repo, options, error, message):
     with pytest.raises(error, match=message) as raised:
         BTokSentenceTransformer(repo, device="cpu", **options)
     assert "damaged" not in str(raised.value)
+
+
+def test_arguments_of_other_methods_of_sentence_transformers(repo):
+    model = BTokSentenceTransformer(repo, device="cpu")
+    with pytest.raises(TypeError, match=r"no argument 'replace_model_card'. Leave it out: a card goes in files="):
+        model.push_to_hub("a/b", replace_model_card=True)
+    for refused in (model.save, model.push_to_hub):
+        with pytest.raises(ValueError, match="saved only as safetensors"):
+            refused("a/b", safe_serialization=False)
+    with pytest.raises(ValueError, match="saved by the name 'default', got adapter_name='mine'"):
+        model.add_adapter(LoraConfig(), adapter_name="mine")
+    model.add_adapter(LoraConfig(r=2), adapter_name="default")
+
+
+def test_options_of_a_call_that_change_rows_are_named(repo):
+    model = BTokSentenceTransformer(repo, device="cpu")
+    image = {"image": np.zeros((56, 56, 3), np.uint8)}
+    with pytest.raises(
+        ValueError, match=r"or leave out processing_kwargs={'text': {'max_length': 8}}, which may change"
+    ):
+        model.encode([image], processing_kwargs={"text": {"max_length": 8}})
+    with pytest.raises(ValueError, match=r"does not end in .*; or leave out processing_kwargs={'chat_template'"):
+        model.encode(["a"], processing_kwargs={"chat_template": {"add_generation_prompt": True}})
 
 
 def test_a_row_keeps_its_suffix_and_some_of_its_content(bases, tmp_path):

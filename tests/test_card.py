@@ -6,8 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from huggingface_hub import ModelCard
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from support import tiny
 from support.cards import (
     LAST_SECTIONS,
@@ -89,6 +95,8 @@ def test_bad_statements_are_refused(trained):
     for wrong in ("Apache-2.0", "", "my licence"):
         with pytest.raises(ValueError, match=f"model_license must be an id .* got '{wrong}'"):
             CardArguments(model_license=wrong)
+    for known in ("openrail++", "bsl-1.0", "cc-by-nc-sa-4.0", "llama3.1"):
+        CardArguments(model_license=known)
     for name, link in (("", "LICENSE.md"), (" ", "LICENSE.md"), ("a", ""), ("a", "a b"), ("a", "<a>")):
         with pytest.raises(ValueError, match="license_name must be a name and license_link an address"):
             CardArguments(model_license="other", license_name=name, license_link=link)
@@ -129,6 +137,21 @@ def test_an_untrained_model_says_so(bases, tmp_path, backbone, num_tokens):
     for block in blocks(card, "python"):
         printed, expected, _ = execute(block, (f'"{PLACEHOLDER}"', repr(str(repo))))
         assert not expected and len(numbers(printed)) in (0, 1, 6)
+
+
+def test_the_card_of_a_stock_training_says_that_there_was_one(repo, tmp_path):
+    model = BTokSentenceTransformer(repo, device="cpu")
+    args = SentenceTransformerTrainingArguments(
+        str(tmp_path / "run"), max_steps=1, report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True
+    )
+    pairs = Dataset.from_dict({"anchor": ["a", "b"], "positive": ["c", "d"]})
+    loss = MultipleNegativesRankingLoss(model)
+    SentenceTransformerTrainer(model=model, args=args, train_dataset=pairs, loss=loss).train()
+    model.save_pretrained(str(tmp_path / "saved"))
+    card = (tmp_path / "saved" / "README.md").read_text("utf-8")
+    assert "How these weights were trained is not described here, and they were not evaluated." in card
+    assert "No training is recorded" not in card and "meaningless" not in card
+    assert_well_formed(card)
 
 
 def test_base_limits_and_prompts_are_named(trained):

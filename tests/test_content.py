@@ -72,3 +72,13 @@ def test_tensors_of_every_type_that_is_embedded():
     kinds = (tensor, tensor.bfloat16(), tensor.clone().requires_grad_())
     assert len({content_hash(each) for each in kinds}) == 2
     assert content_hash(tensor) == content_hash(tensor.numpy())
+
+
+def test_what_cannot_be_embedded_is_refused_where_it_is_read():
+    """With its place in the list, which a hash does not know."""
+    closed = PILImage.new("RGB", (4, 4))
+    closed.close()
+    wide = PILImage.fromarray(np.linspace(0, 1000, 16, dtype=np.float32).reshape(4, 4))
+    masked = np.ma.masked_array(np.zeros((4, 4), np.uint8), mask=True)
+    for value in (closed, wide, masked, torch.zeros(4, 4).to_sparse(), torch.zeros(4, 4, device="meta")):
+        assert content_hash(value) >= 0

@@ -102,6 +102,14 @@ def test_what_cannot_be_skipped_is_refused(model, options, message):
             model.encode(single, on_error="skip")
 
 
+def test_errors_of_all_features_name_the_place_too(model):
+    """Sentence-Transformers sorts the inputs, and gives batches without their places."""
+    inputs = ["a text of some length", "a text that is longer than the first", "missing.png", "a"]
+    for batch_size in (1, 4):
+        with pytest.raises((ValueError, OSError), match=r"^Input 2 'missing\.png'"):
+            model.encode(inputs, output_value=None, batch_size=batch_size)
+
+
 def test_running_out_of_memory_is_no_fault_of_a_row(model, monkeypatch):
     def load(image):
         raise MemoryError

@@ -89,6 +89,13 @@ def test_photographs_are_turned_whatever_else_their_tags_say(tmp_path, orientati
     assert np.array_equal(found, expected) and np.array_equal(as_rgb(found), expected)  # and not turned again
 
 
+def test_a_picture_that_says_it_was_a_tiff_needs_no_name():
+    """As programs copy the format to what they have resized."""
+    small = image(90, 60).resize((30, 20))
+    small.format = "TIFF"
+    assert np.array_equal(as_rgb(small), small)
+
+
 def _odd(exif, tag):
     """A block whose entries of these tags are texts."""
     entries = [(0x0112, 3, struct.pack("<HH", exif[0x0112], 0))]

@@ -263,12 +263,24 @@ def test_frames_of_a_variable_rate_are_those_of_evenly_spaced_times(tmp_path):
     times = [*range(0, 1000, 33), 5000, 9000, 9500]
     grey_clip(tmp_path / "screen.mkv", times)
     clip = read_video(tmp_path / "screen.mkv")
-    shown = [max(time for time in times if time <= moment) for moment in np.linspace(0, 9500, 8)]
-    expected = np.array(shown) / 9500 * 255
-    assert len(clip["array"]) == 8 and np.abs(clip["array"][:, 32, 32, 0] - expected).max() <= 2
+    # At eight times: 0, three times 30, three times 31, and 33. The others are of 0, 4, 9, 14, 18, 23, 28 and 33.
+    expected = np.array(times)[[0, 4, 9, 18, 28, 30, 31, 33]] / 9500 * 255
+    assert np.abs(clip["array"][:, 32, 32, 0] - expected).max() <= 2
     assert clip["video_metadata"]["duration"] == pytest.approx(9.5, rel=0.05)
     few = read_video(tmp_path / "screen.mkv", 50)["array"][:, 32, 32, 0]  # all of them
     assert np.abs(few - np.array(times) / 9500 * 255).max() <= 2
+
+
+@pytest.mark.parametrize("place", [1, 20, 63])
+def test_a_jump_of_the_clock_costs_no_more_than_two_frames(tmp_path, place):
+    """A recording that was paused, or parts that were joined."""
+    grey_clip(tmp_path / "joined.mkv", [40 * number + (3_600_000 if number >= place else 0) for number in range(64)])
+    with av.open(tmp_path / "joined.mkv") as container:
+        stored = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    kept = read_video(tmp_path / "joined.mkv")["array"]
+    assert len(kept) == 8 and all(any(np.array_equal(frame, each) for each in stored) for frame in kept)
+    even = [stored[index] for index in np.linspace(0, 63, 8).astype(int)]
+    assert sum(any(np.array_equal(frame, each) for frame in kept) for each in even) >= 6
 
 
 def test_frames_of_a_rate_that_trembles_are_chosen_by_number(tmp_path):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from btok_hf.download import download
 from btok_hf.media import VIDEO_FRAMES
-from btok_hf.video import read_video
+from btok_hf.video import film, read_video
 
 # Pillow reads more formats. Some of them start other programs, e.g. EPS.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -172,7 +172,7 @@ def _announced_pixels(content: bytes) -> int:
     try:
         # FFmpeg may open no other file.
         with av.open(io.BytesIO(content), "r", options={"protocol_whitelist": "none"}) as container:
-            stream = container.streams.video[0].codec_context
+            stream = film(container).codec_context
             return int(stream.width * stream.height * VIDEO_FRAMES)
     except Exception:  # `read_video` says what is wrong with the file
         return 0
