@@ -188,9 +188,10 @@ class PackedEncoder(SentenceTransformer):
                     device=device,
                     **kwargs,
                 )
-            except (ValueError, OSError):
-                for place, item in enumerate(inputs):  # the superclass sorts them, and does not say from where
-                    self.preprocess([item], prompt=prompt, positions=[place], **kwargs)
+            except (ValueError, OSError) as error:
+                if str(error).startswith("Input "):  # the superclass sorts them, and does not say from where
+                    for place in np.argsort([-self._input_length(item) for item in inputs]):
+                        self.preprocess([inputs[place]], prompt=prompt, positions=[int(place)], **kwargs)
                 raise
         check_truncate_dim(truncate_dim)
         device = self._resolve_inference_device(device)

@@ -25,7 +25,7 @@ from btok_hf.golden_writer import write_golden_vectors
 from btok_hf.hub_card.card import ADAPTER_RELEASE, files_of_card, render_card
 from btok_hf.hub_names import is_hub_id
 from btok_hf.modeling import modeling_btok
-from btok_hf.stock_pipeline import TRAINED, modules, write_pipeline
+from btok_hf.stock_pipeline import modules, write_pipeline
 from btok_hf.weights import MAX_SHARD_SIZE, WEIGHT_FILES, names_on_disk, plan_shards, write_weights
 
 if TYPE_CHECKING:  # BTokSentenceTransformer imports this module
@@ -239,7 +239,7 @@ def write_repository(
             processor,
             model.prompts if model is not None else given.get("prompts") or {},
             truncate_dim=model.truncate_dim if model is not None else given.get("truncate_dim"),
-            trained=model is not None and TRAINED in model.model_card_data.tags,
+            trained=model is not None and cast(Any, model).was_trained(),
             of_adapters=adapters_only,
             adapter_base=base_model or (base if is_hub_id(base) else None),
         )

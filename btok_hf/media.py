@@ -25,7 +25,7 @@ ORIENTATION = 0x0112  # EXIF tag; what it says that makes a picture upright, fro
 TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
 SAY_ORIENTATION = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # TIFF tags
-MIN_FPS, MAX_FPS = 0.001, 1000  # processors turn frame numbers into seconds
+MIN_FPS, MAX_FPS = 1e-6, 1000  # processors turn frame numbers into seconds; a frame in eleven days is least
 MAX_RATIO = 200  # of a longer to a shorter side; Qwen-VL's processors accept no more
 
 

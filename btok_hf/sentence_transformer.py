@@ -26,7 +26,6 @@ from btok_hf.hub_card.kept import Described, LoadedCard
 from btok_hf.input_kinds import Input
 from btok_hf.inputs import shown
 from btok_hf.modeling.modeling_btok import bottleneck_token_ids
-from btok_hf.stock_pipeline import TRAINED
 from btok_hf.transformer import BottleneckTransformer
 
 if TYPE_CHECKING:
@@ -112,6 +111,7 @@ class BTokSentenceTransformer(PackedEncoder):
             module.image_limits.max_pixels,
         )
         self._loaded_card: LoadedCard | None = None
+        self._loaded_values: list[Tensor] | None = None
         if not has_adapters(module.model):  # their card tells how to load adapters
             self._loaded_values = self._values()
             self._loaded_card = LoadedCard(model_name_or_path, hub_kwargs, None if processor_kwargs else described)
@@ -240,6 +240,14 @@ class BTokSentenceTransformer(PackedEncoder):
         parameters = [parameter.detach().reshape(-1) for parameter in self.parameters() if not parameter.is_meta]
         return [rows.detach().cpu(), *(flat[:: len(flat) // 64 + 1].clone().cpu() for flat in parameters)]
 
+    def was_trained(self) -> bool:
+        """Whether the weights are others than those that were loaded, or adapters change them. For the card."""
+        model = self.transformer.model
+        if has_adapters(model):  # the second matrix is zero until it is trained
+            return any(bool(values.any()) for name, values in model.named_parameters() if "lora_B" in name)
+        before, now = self._loaded_values, self._values()  # not the same after a loop of one's own, or a merge
+        return before is None or len(before) != len(now) or not all(map(_same, before, now))
+
     def kept_card(self) -> dict[str, str | bytes] | None:
         """The card that the model was loaded with, its licence and its pictures, to be saved with it again.
 
@@ -250,14 +258,12 @@ class BTokSentenceTransformer(PackedEncoder):
             describe the model any more: it was trained, has adapters, other prompts or dimensions, or reads longer,
             shorter, larger or smaller inputs.
         """
-        trained = not self._model_card_text or TRAINED in self.model_card_data.tags
+        trained = not self._model_card_text or "generated_from_trainer" in self.model_card_data.tags
         if self._loaded_card is None or trained or has_adapters(self.transformer.model):
             return None
-        before, now = self._loaded_values, self._values()  # not the same after a loop of one's own, or a merge
-        same = len(before) == len(now) and all(map(_same, before, now))
         limits = self.max_seq_length, self.transformer.image_limits.max_pixels
         described = Described(self.prompts, self.default_prompt_name, self.truncate_dim, *limits)
-        return self._loaded_card.files(described if same else None)
+        return self._loaded_card.files(None if self.was_trained() else described)
 
     def save(
         self,

@@ -19,7 +19,6 @@ from btok_hf.modeling.modeling_btok import bottleneck_token_ids
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-TRAINED = "generated_from_trainer"  # a tag of models that a trainer of Sentence-Transformers has trained
 STOCK_MODULES = (
     ("", "sentence_transformers.base.modules.transformer.Transformer"),
     ("1_WordWeights", "sentence_transformers.sentence_transformer.modules.word_weights.WordWeights"),

@@ -114,7 +114,9 @@ def card_files(
             "rows": _measured(trainer),
             "curves": curves is not None,
             "matryoshka_dims": args.matryoshka_dims,
-        },
+        }
+        if trainer.state.global_step
+        else None,
         data=data,
         evaluation=evaluation,
     )

@@ -6,8 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard
+from peft import LoraConfig
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -146,12 +148,40 @@ def test_the_card_of_a_stock_training_says_that_there_was_one(repo, tmp_path):
     )
     pairs = Dataset.from_dict({"anchor": ["a", "b"], "positive": ["c", "d"]})
     loss = MultipleNegativesRankingLoss(model)
-    SentenceTransformerTrainer(model=model, args=args, train_dataset=pairs, loss=loss).train()
+    trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=pairs, loss=loss)
+    model.save_pretrained(str(tmp_path / "start"))
+    assert "meaningless" in (tmp_path / "start" / "README.md").read_text("utf-8")  # only a trainer was made
+    trainer.train()
     model.save_pretrained(str(tmp_path / "saved"))
     card = (tmp_path / "saved" / "README.md").read_text("utf-8")
     assert "How these weights were trained is not described here, and they were not evaluated." in card
     assert "No training is recorded" not in card and "meaningless" not in card
     assert_well_formed(card)
+
+
+def test_the_card_of_adapters_says_whether_they_were_trained(repo, tmp_path):
+    model = BTokSentenceTransformer(repo, device="cpu")
+    model.add_adapter(LoraConfig(r=2))
+    model.save_pretrained(str(tmp_path / "new"))
+    assert "No training is recorded" in (tmp_path / "new" / "README.md").read_text("utf-8")
+    for name, values in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(values)
+    model.save_pretrained(str(tmp_path / "adapters"))
+    loaded = BTokSentenceTransformer(tmp_path / "adapters", device="cpu")
+    export_model(loaded, tmp_path / "export")
+    for folder in ("adapters", "export"):
+        assert "How these weights were trained is not desc" in (tmp_path / folder / "README.md").read_text("utf-8")
+
+
+def test_a_converted_model_that_was_trained_is_not_called_converted_alone(repo):
+    model = BTokSentenceTransformer(repo, device="cpu")
+    config = type(model.config).from_dict(model.config.to_dict())
+    config.btok_converted_from = {"checkpoint": "a/b", "revision": None}
+    first, then = (render_card(config, model.processor, {}, trained=trained) for trained in (False, True))
+    assert "These weights were converted, and not evaluated" in first and "run `btok verify" in first
+    assert "These weights were converted, and" not in then and "How these weights were trained is not" in then
+    assert "converted with `btok convert`, and trained since." in then and "run `btok verify" not in then
 
 
 def test_base_limits_and_prompts_are_named(trained):

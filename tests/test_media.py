@@ -163,7 +163,7 @@ def test_channels_may_stand_first_or_last(channels):
     "metadata, message",
     [
         ([], "must be a dict, got list"),
-        ({}, "'fps' of a video must be a number from 0.001 to 1000, got None"),
+        ({}, "'fps' of a video must be a number from 1e-06 to 1000, got None"),
         ({"fps": True}, "got True"),
         ({"fps": float("nan")}, "got nan"),
         ({"fps": 1e300}, "got 1e"),

@@ -136,6 +136,13 @@ def test_licences_are_stated_or_said_to_be_unknown(trained):
     assert "LICENSE" not in files and ModelCard(files["README.md"]).data.license is None
 
 
+def test_a_trainer_that_did_not_train_gives_no_card_of_a_training(trained, monkeypatch):
+    monkeypatch.setattr(trained.trainer.state, "global_step", 0)
+    card = card_files(trained.trainer)["README.md"]
+    assert "No training is recorded" in card and "trained but not evaluated" not in card
+    assert_well_formed(card)
+
+
 def test_a_run_without_evaluation_and_hub_id(trained, monkeypatch):
     monkeypatch.setattr(trained.trainer.args, "hub_model_id", None)
     monkeypatch.setattr(trained.trainer.state, "log_history", [])
