@@ -611,4 +611,5 @@ def test_an_error_of_the_card_does_not_lose_the_model(repo, tmp_path, monkeypatc
     with pytest.raises(RuntimeError, match="no card"):
         trainer.export(tmp_path / "exported")
     assert (tmp_path / "exported" / "golden.json").is_file()
-    assert "How these weights were trained is not described here" in (tmp_path / "exported" / "README.md").read_text("utf-8")
+    card = (tmp_path / "exported" / "README.md").read_text("utf-8")
+    assert "How these weights were trained is not described here" in card
