@@ -1,4 +1,4 @@
-"""Estimate the number of tokens of inputs without decoding them, and shorten texts that are far too long."""
+"""Tokens of inputs, estimated without decoding them, texts that are far too long, and the words that end rows."""
 
 import io
 import math
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from PIL import Image
-from transformers import ProcessorMixin
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from btok_hf.backbones import family_of_processor
 from btok_hf.input_kinds import INPUT_KEYS, is_cell, is_frame, names_media
@@ -20,6 +20,12 @@ DEPTH = 8
 CHARACTERS = 8
 # A space between a word and a letter. The tokenizers of all families split texts there before they merge characters.
 BETWEEN_WORDS = re.compile(r"(?<=\S) (?=[^\W\d_])")
+
+
+def suffix_ids(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> list[int]:
+    """The tokens of the words that stand between the content and the Bottleneck Tokens of every row; often none."""
+    suffix = getattr(config, "btok_suffix", None)
+    return tokenizer.encode(f" {suffix}", add_special_tokens=False) if suffix else []
 
 
 def text_end(text: str, count: int, tokenize: Callable[[str], Sized]) -> str:

@@ -23,7 +23,7 @@ from btok_hf.condensation import condense
 from btok_hf.features import IGNORED, MEDIA_KEYS, joined, to_device
 from btok_hf.input_kinds import Input
 from btok_hf.inputs import ImageLimits, as_messages, check_input, shown
-from btok_hf.lengths import text_end
+from btok_hf.lengths import suffix_ids, text_end
 from btok_hf.media import VideoMetadata
 from btok_hf.modeling.inputs_btok import last_positions
 from btok_hf.modeling.modeling_btok import LOADING, bottleneck_token_ids, load_stock_model
@@ -111,9 +111,8 @@ class BottleneckTransformer(Transformer):
 
     @max_seq_length.setter
     def max_seq_length(self, value: int) -> None:
-        suffix = getattr(self.config, "btok_suffix", None)
-        words = self._tokenizer.encode(f" {suffix}", add_special_tokens=False) if suffix else []
-        check_row_length(value, len(words) + len(bottleneck_token_ids(self.config)) + 1)
+        end = [*suffix_ids(self._tokenizer, self.config), *bottleneck_token_ids(self.config)]
+        check_row_length(value, len(end) + 1)
         self._tokenizer.model_max_length = int(value)
 
     @property

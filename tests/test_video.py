@@ -1,5 +1,6 @@
 """Reading video files and folders of frames."""
 
+import base64
 import io
 import itertools
 import struct
@@ -15,6 +16,7 @@ from support.media import image
 from support.pictures import MEDIA
 
 from btok_hf import BTokSentenceTransformer, read_video
+from btok_hf.serving.origins import Origins
 from btok_hf.video import read_frames
 
 
@@ -298,10 +300,24 @@ def test_a_single_frame_needs_no_frame_rate(tmp_path, name, codec):
     assert len(clip["array"]) == 2 and clip["video_metadata"]["fps"] > 0
 
 
+def cover_first(path):
+    """Move the cover of an mp4 file before its tracks (ISO/IEC 14496-12 allows any order); FFmpeg writes it last."""
+    content = path.read_bytes()
+    start = content.index(b"moov") - 4
+    size = int.from_bytes(content[start : start + 4], "big")
+    boxes, place = [], start + 8
+    while place < start + size:
+        length = int.from_bytes(content[place : place + 4], "big")
+        boxes.append(content[place : place + length])
+        place += length
+    boxes.sort(key=lambda box: [b"mvhd", b"udta"].index(box[4:8]) if box[4:8] in (b"mvhd", b"udta") else 2)
+    path.write_bytes(content[: start + 8] + b"".join(boxes) + content[start + size :])
+
+
 def test_a_cover_is_no_video(tmp_path):
-    """Of a file of music, or before the video in a film."""
+    """Of a file of music, or before the video in a film. It is smaller than the film, whose size a server bounds."""
     cover = io.BytesIO()
-    image(64, 64).save(cover, "png")
+    image(32, 32).save(cover, "png")
     with av.open(tmp_path / "film.mkv", "w") as container:
         stream = container.add_stream("mpeg4", rate=10, width=64, height=64, pix_fmt="yuv420p")
         for number in range(20):
@@ -312,7 +328,7 @@ def test_a_cover_is_no_video(tmp_path):
     expected = read_video(tmp_path / "film.mkv")["array"]
     for with_film in (True, False):
         with av.open(tmp_path / "film.mkv") as film, av.open(tmp_path / "covered.mp4", "w") as output:
-            pictures = output.add_stream("png", rate=1, width=64, height=64, pix_fmt="rgb24")
+            pictures = output.add_stream("png", rate=1, width=32, height=32, pix_fmt="rgb24")
             pictures.disposition = av.stream.Disposition.attached_pic
             copied = output.add_stream_from_template(film.streams.video[0]) if with_film else None
             packet = av.Packet(cover.getvalue())
@@ -323,7 +339,13 @@ def test_a_cover_is_no_video(tmp_path):
                     packet.stream = copied
                     output.mux(packet)
         if with_film:
+            cover_first(tmp_path / "covered.mp4")
+            with av.open(tmp_path / "covered.mp4") as container:
+                assert container.streams.video[0].codec_context.name == "png"
             assert np.array_equal(read_video(tmp_path / "covered.mp4")["array"], expected)
+            url = "data:video/mp4;base64," + base64.b64encode((tmp_path / "covered.mp4").read_bytes()).decode()
+            served, pixels = Origins(10**6, 10**6, 60.0).video(url)
+            assert np.array_equal(served["array"], expected) and pixels == expected.size // 3
         else:
             with pytest.raises(ValueError, match="it has no video stream"):
                 read_video(tmp_path / "covered.mp4")

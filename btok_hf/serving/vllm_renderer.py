@@ -19,6 +19,7 @@ from vllm.multimodal.media import MediaWithBytes
 from vllm.renderers import ChatParams
 from vllm.renderers.hf import HfRenderer
 
+from btok_hf.lengths import suffix_ids
 from btok_hf.media import array_as_rgb, as_rgb, frames_as_rgb, video_input
 from btok_hf.serving import MODE
 from btok_hf.serving.vllm_plugin import FPS, options_of_videos, unwanted_token, way_out
@@ -34,9 +35,7 @@ class BTokRenderer(HfRenderer):
     def _end(self) -> list[int]:
         """The tokens that every row ends in."""
         config = self.model_config.hf_config
-        suffix = getattr(config, "btok_suffix", None)
-        words = self.get_tokenizer().encode(f" {suffix}", add_special_tokens=False) if suffix else []
-        return [*words, *config.btok_token_ids]
+        return [*suffix_ids(self.get_tokenizer(), config), *config.btok_token_ids]
 
     def render_messages(self, messages: Any, params: ChatParams) -> Any:
         """As in vLLM, with the parts of a message as the template takes them: as parts, and not as one text."""

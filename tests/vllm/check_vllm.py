@@ -15,7 +15,7 @@ from support import ROOT, tiny
 from support.pictures import MEDIA
 from support.repositories import edit
 from support.vllm_server import CLOSE, PYTHON, VllmServer, environment
-from transformers import AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
 
 from btok_hf import BTokSentenceTransformer, add_bottleneck_tokens, export_model
 from btok_hf.serving.verify_url import request_body, verify_url
@@ -297,10 +297,8 @@ def test_dimensions_that_the_model_was_trained_for(served):
 
 def end_of(repo):
     """Ids of the suffix and the Bottleneck Tokens."""
-    config = json.loads((repo / "config.json").read_text("utf-8"))
-    suffix = f" {config['btok_suffix']}" if config["btok_suffix"] else ""
-    words = AutoTokenizer.from_pretrained(repo).encode(suffix, add_special_tokens=False)
-    return [*words, *config["btok_token_ids"]]
+    row = AutoProcessor.from_pretrained(repo).apply_chat_template([{"role": "user", "content": "."}], tokenize=False)
+    return AutoTokenizer.from_pretrained(repo).encode(row.partition(".")[2], add_special_tokens=False)
 
 
 def refused(repo):
