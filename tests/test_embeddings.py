@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Router
 from support.evaluation import LETTERS, by_hand, counted, refuse
 from support.media import image, video
 from support.mmeb_tree import frames, looks, picture, write_dataset
@@ -152,6 +153,22 @@ def test_fingerprints_tell_models_apart(repo, repos, model, monkeypatch, tmp_pat
                 patch.setattr(f"{module}.version", _other(package))
             add(model)
     assert fingerprint(model) in known
+
+
+def test_fingerprints_of_a_router(repo):
+    """All of its routes count: their pixels, and the tuples that are keys of its mappings."""
+
+    def routed(route="one", **options):
+        modules = list(BTokSentenceTransformer(repo, device="cpu", **options))
+        mappings = {(None, "text"): route, (None, ("image", "text")): "one"}
+        router = Router({"one": modules, "two": list(model)}, route_mappings=mappings, default_route="one")
+        return SentenceTransformer(modules=[router], device="cpu")
+
+    model = BTokSentenceTransformer(repo, device="cpu")
+    found = fingerprint(routed())
+    assert fingerprint(routed()) == found
+    assert fingerprint(routed(processor_kwargs={"max_pixels": 28 * 28 * 8})) != found
+    assert fingerprint(routed("two")) != found
 
 
 def _other(package):

@@ -14,6 +14,7 @@ from support import mmeb_tree
 from support.evaluation import asked, frames_of, original
 from support.mmeb_tree import image_rows, json_rows, page_rows, parquet, picture, write_dataset
 
+from btok_hf.evaluation.embeddings import task_inputs
 from btok_hf.evaluation.loading import load_task, read_input
 from btok_hf.evaluation.tasks import TASKS
 
@@ -92,6 +93,14 @@ def test_pages_that_only_the_corpus_holds_are_written(tmp_path, caplog, monkeypa
     assert sizes == {(60, 80)} and read_input(task.candidates["7"])["image"].size == (30, 30)
     caplog.clear()
     assert load_task("ViDoSeek-page", tmp_path) == task and not caplog.text
+    # Another process that writes a page again, because it looked for it before, changes no key of an embedding.
+    keys = [row.key for row in task_inputs(task)]
+    (folder / "3.png").unlink()
+    monkeypatch.setattr(os.path, "isfile", lambda path: False)
+    assert load_task("ViDoSeek-page", tmp_path) == task and "writing 40 pages" in caplog.text
+    assert [row.key for row in task_inputs(task)][:7] == keys[:7]
+    monkeypatch.undo()
+    caplog.clear()
     # Of two pages with one id the first counts.
     corpus = tmp_path / "visdoc-tasks" / "data" / "ViDoSeek-page-fixed" / "corpus"
     rows = mmeb_tree.pq.read_table(corpus).to_pylist()
@@ -118,6 +127,33 @@ def test_pages_that_only_the_corpus_holds_are_written(tmp_path, caplog, monkeypa
         FileNotFoundError, match=r"ViDoSeek-page: page 39 is neither .*39\.png nor in .*corpus\. Unpack"
     ):
         load_task("ViDoSeek-page", tmp_path)
+
+
+def test_a_table_with_a_missing_part_is_refused(tmp_path):
+    """Without some of the pages that are not relevant, every score would be too high."""
+    write_dataset(tmp_path, "ViDoRe_docvqa")
+    corpus = tmp_path / "visdoc-tasks" / "data" / "docvqa_test_subsampled_beir" / "corpus"
+    last = corpus / "test-00001-of-00002.parquet"
+    content = last.read_bytes()
+    last.unlink()
+    with pytest.raises(ValueError, match=r"docvqa: .*corpus holds test-00000-of-00002\.parquet, which are not all"):
+        load_task("ViDoRe_docvqa", tmp_path)
+    for other in ("test-00001-of-00003.parquet", "test-00002-of-00002.parquet", "test-own.parquet"):
+        (corpus / other).write_bytes(content)
+        with pytest.raises(ValueError, match=f"-00002.parquet, {other}, which are not all parts of one table"):
+            load_task("ViDoRe_docvqa", tmp_path)
+        (corpus / other).unlink()
+    last.write_bytes(content)
+    assert len(load_task("ViDoRe_docvqa", tmp_path).queries) == 3
+    for number, file in enumerate(sorted(corpus.iterdir())):  # names of one's own
+        file.rename(corpus / f"test-{number}.parquet")
+    assert len(load_task("ViDoRe_docvqa", tmp_path).queries) == 3
+
+
+def test_whole_numbers_of_pandas_are_ids(tmp_path):
+    page_rows(tmp_path, "ViDoRe_docvqa", {0: "Which?", 1: "What?"}, {7: "7.png", 8: "8.png"}, [(0.0, 7.0, 1), (1, 8, 1)])
+    task = load_task("ViDoRe_docvqa", tmp_path)
+    assert [query.relevance for query in task.queries] == [{"7": 1.0}, {"8": 1.0}]
 
 
 def test_small_images_are_enlarged(tmp_path):

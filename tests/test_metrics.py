@@ -118,6 +118,7 @@ def test_agrees_with_pytrec_eval():
         ("abc", {"a": -1}, "grade -1"),
         ("abc", {"a": math.nan}, "grade nan"),
         ("abc", {"a": math.inf}, "grade inf"),
+        ("abc", {"a": 1000}, "grade 1000. Grades are above 0 and below 1000"),
     ],
 )
 def test_refused_rankings(ranking, relevance, message):

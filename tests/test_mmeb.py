@@ -66,6 +66,12 @@ def test_all_78_datasets(mmeb_root, tmp_path, capsys):
     evaluate(refuse, mmeb_root, tmp_path / "out", name="org/looks")
     board = json.loads((tmp_path / "out" / "leaderboard" / "looks.json").read_text())
     assert board["metadata"]["embedding_dimension"] == 300
+    # Files that need all scores of a modality do not outlive them.
+    for score_file in ("image/VOC2007", "video/MSVD", "visdoc/ViDoRe_arxivqa"):
+        (tmp_path / "out" / f"{score_file}_score.json").unlink()
+    _, errors = evaluate(refuse, tmp_path, tmp_path / "out", name="org/looks")
+    assert len(errors) == 3 and not [*(tmp_path / "out").glob("*/looks.json")]
+    assert not (tmp_path / "out" / "report.png").exists() and not [*(tmp_path / "out" / ".eval_results").iterdir()]
 
 
 @pytest.mark.parametrize("kind", ["wrapper", "stock"])
@@ -329,6 +335,17 @@ def test_media_that_vanish_are_named(tmp_path, monkeypatch, name, path, row):
     monkeypatch.setattr(mmeb, "load_task", load)
     _, errors = evaluate(looks, tmp_path, tmp_path / "out", datasets=[name], name="looks")
     assert re.match(rf"{name}, {row}: .*No such file or directory: '.*{path}'\. Put it back", errors[name])
+
+
+def test_a_file_that_changes_meanwhile_is_reported(tmp_path):
+    write_dataset(tmp_path, "VOC2007")
+
+    def slow(inputs):
+        (tmp_path / "image-tasks" / "MMEB" / "VOC2007" / "query_1.jpg").touch()
+        return looks(inputs)
+
+    _, errors = evaluate(slow, tmp_path, tmp_path / "out", datasets=["VOC2007"], name="slow")
+    assert "VOC2007: Of 3 inputs, 1 have no embedding: their files were changed" in errors["VOC2007"]
 
 
 def test_a_full_disk_is_named(mmeb_root, tmp_path, monkeypatch):

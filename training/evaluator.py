@@ -1,8 +1,9 @@
 """Retrieval metrics of pairs: every distinct query against every distinct positive."""
 
+import bisect
 import logging
 import os
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any, cast
 
@@ -139,7 +140,7 @@ class PairEvaluator(InformationRetrievalEvaluator):
         size = max(1, SCORES_AT_ONCE // len(order))
         found = {}
         for name, similarity in (self.score_functions or {}).items():
-            hits: list[object] = []
+            hits = _Hits([self.corpus_ids[index] for index in order])
             ranks: list[int] = []
             for start in range(0, len(queries), size):
                 scores = similarity(queries[start : start + size], corpus_embeddings).float().cpu()[:, order]
@@ -148,18 +149,43 @@ class PairEvaluator(InformationRetrievalEvaluator):
                     if asked in places and asked not in self.relevant_docs[asked]:
                         scores[row, places[asked]] = -torch.inf  # the query itself
                 keys = ranking_keys(scores)
-                for asked, own, row, top in zip(block, keys, scores, keys.topk(depth).indices):
+                nearest = keys.topk(depth).indices
+                hits.add(nearest, scores.gather(1, nearest))
+                for asked, own in zip(block, keys):
                     best = own[[places[answer] for answer in self.relevant_docs[asked]]].max()
                     ranks.append(1 + int((own > best).sum()))
-                    listed = zip(top.tolist(), row[top].tolist())
-                    hits.append([{"corpus_id": self.corpus_ids[order[at]], "score": score} for at, score in listed])
-            found[name] = self.compute_metrics(hits)
+            found[name] = self.compute_metrics(cast(Any, hits))
             found[name]["mrr@k"] = {
                 k: sum(1 / rank for rank in ranks if rank <= k) / len(ranks) for k in self.mrr_at_k
             }
             logger.info(f"{len(queries):,} queries, {len(order):,} candidates, {name}:")
             self.output_scores(found[name])
         return found
+
+
+class _Hits(Sequence[Any]):
+    """What `compute_metrics` takes, a list of dicts for each query, which are made when they are asked for.
+
+    As objects, the hits of 100,000 queries would take 2 GB.
+    """
+
+    def __init__(self, names: list[str]) -> None:
+        self._names = names
+        self._parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._ends: list[int] = []
+
+    def add(self, nearest: torch.Tensor, scores: torch.Tensor) -> None:
+        """Positions of the nearest candidates and their scores, of shape `(queries, depth)`."""
+        self._parts.append((nearest.int(), scores))
+        self._ends.append(len(self) + len(nearest))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, query: Any) -> list[dict[str, Any]]:
+        part = bisect.bisect_right(self._ends, query)
+        nearest, scores = (rows[query - self._ends[part]].tolist() for rows in self._parts[part])
+        return [{"corpus_id": self._names[at], "score": score} for at, score in zip(nearest, scores)]
 
 
 def metric_names(evaluator: InformationRetrievalEvaluator, model: SentenceTransformer) -> list[str]:

@@ -66,9 +66,6 @@ def fingerprint(model: SentenceTransformer, prompt: str | None = None) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    first = model[0]
-    processor: Any = getattr(first, "processor", None)
-    tokenizer: Any = getattr(first, "tokenizer", None)
     config = getattr(model, "config", None)
     options = config.to_dict() if config is not None else {}
     settings: dict[str, Any] = {
@@ -80,19 +77,33 @@ def fingerprint(model: SentenceTransformer, prompt: str | None = None) -> str:
         "max_seq_length": model.max_seq_length,
         "truncate_dim": model.truncate_dim,
         "prompt": prompt,
+        # A Router has several modules that read inputs.
+        "readers": [_reading(part) for module in model for part in module.modules() if hasattr(part, "tokenizer")],
+    }
+    digest.update(json.dumps(_with_texts_as_keys(settings), sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def _reading(module: Any) -> dict[str, Any]:
+    """How a module turns inputs into tokens and pixels: template, image sizes, tokenizer."""
+    processor, tokenizer = getattr(module, "processor", None), module.tokenizer
+    parts = (getattr(processor, kind, None) for kind in ("image_processor", "video_processor"))
+    settings = {
         "template": [getattr(part, "chat_template", None) for part in (processor, tokenizer)],
-        "pixels": [
-            part.to_dict()
-            for part in (getattr(processor, kind, None) for kind in ("image_processor", "video_processor"))
-            if part is not None
-        ],
+        "pixels": [part.to_dict() for part in parts if part is not None],
     }
     if hasattr(tokenizer, "backend_tokenizer"):
         settings["tokenizer"] = json.loads(tokenizer.backend_tokenizer.to_str())
         # The tokenizer's padding and truncation are left out: every call sets them.
         settings["tokenizer"] |= {"padding": None, "truncation": tokenizer.truncation_side}
-    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
+    return settings
+
+
+def _with_texts_as_keys(value: Any) -> Any:
+    """For JSON: the keys of a Router's settings are tuples."""
+    if isinstance(value, dict):
+        return {str(key): _with_texts_as_keys(part) for key, part in value.items()}
+    return [_with_texts_as_keys(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def installed() -> dict[str, str]:
@@ -201,6 +212,11 @@ class EmbeddingStore:
     def vectors(self, keys: Sequence[bytes]) -> np.ndarray:
         """The embeddings as an array of shape `(keys, dimension)`. Each file is read once."""
         assert self.dimension is not None  # the store holds the keys, so it is not empty
+        if absent := sum(key not in self._places for key in keys):
+            raise ValueError(
+                f"Of {len(keys)} inputs, {absent} have no embedding: their files were changed while the model ran. Start "
+                "again when nothing writes to them any more."
+            )
         places = np.array([self._places[key] for key in keys])
         result = np.empty((len(keys), self.dimension), np.float32)
         for number in np.unique(places[:, 0]):

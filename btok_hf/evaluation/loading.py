@@ -7,8 +7,10 @@ import hashlib
 import json
 import logging
 import os
+import re
 import reprlib
 import sys
+import zlib
 from collections.abc import Collection, Sequence
 from functools import cache
 from pathlib import Path
@@ -178,14 +180,14 @@ def _load_pages(info: TaskInfo, root: Path, limit: int | None) -> tuple[list[Que
         if not isinstance(row["score"], (int, float)):
             raise ValueError(f"{info.name}, row {index} of {qrels_place}: score {row['score']!r} is not a number")
         if row["score"] > 0:
-            of_query, name = grades.setdefault(str(row["query-id"]), {}), str(row["corpus-id"])
+            of_query, name = grades.setdefault(_id(row["query-id"]), {}), _id(row["corpus-id"])
             of_query[name] = max(of_query.get(name, 0.0), float(row["score"]))
 
     corpus, place = _rows(info, root, "corpus", ["corpus-id", "image"])
     folders = [root / pattern.format(media=media) for media in info.media.split("|") for pattern in MEDIA["visdoc"]]
     folder = next(filter(Path.is_dir, folders), folders[0])
     file_name = _hashed if info.layout == "hashed_pages" else "{}.png".format
-    names = dict.fromkeys(map(str, corpus.to_table(columns=["corpus-id"])["corpus-id"].to_pylist()))
+    names = dict.fromkeys(map(_id, corpus.to_table(columns=["corpus-id"])["corpus-id"].to_pylist()))
     # Strings, because 100,000 Path objects take much memory.
     paths = {name: os.path.join(folder, file_name(name)) for name in names}
     absent = {name: path for name, path in paths.items() if not os.path.isfile(path)}
@@ -195,7 +197,7 @@ def _load_pages(info: TaskInfo, root: Path, limit: int | None) -> tuple[list[Que
 
     queries = []
     for row in asked[:limit]:
-        name = str(row["query-id"])
+        name = _id(row["query-id"])
         try:
             if name not in grades:
                 raise ValueError("no page has a score above 0 in qrels")
@@ -207,6 +209,11 @@ def _load_pages(info: TaskInfo, root: Path, limit: int | None) -> tuple[list[Que
     return queries, pool
 
 
+def _id(value: Any) -> str:
+    """The id of a query or page as text. pandas writes whole numbers as 7.0 if one of the table's is missing."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
 def _hashed(name: str) -> str:
     """File name of a VisRAG page. Names of pages are too long for some file systems."""
     base, suffix = os.path.splitext(name)
@@ -216,13 +223,17 @@ def _hashed(name: str) -> str:
 def _write_pages(
     info: TaskInfo, corpus: "pyarrow.dataset.Dataset", place: str, folder: Path, absent: dict[str, str]
 ) -> None:
-    """Write the pages that the folder of images lacks from the corpus, as the original evaluation does."""
+    """Write the pages that the folder of images lacks from the corpus, as the original evaluation does.
+
+    Other processes may write the same pages now. So that a page replaced is the same file for `embeddings.py`, its time
+    is a checksum of its content.
+    """
     logger.warning(f"{info.name}: writing {len(absent)} pages of {place} to {folder}.")
     folder.mkdir(parents=True, exist_ok=True)
     for batch in corpus.to_batches(columns=["corpus-id", "image"], batch_size=16):
         for row in batch.to_pylist():
-            path = absent.pop(str(row["corpus-id"]), None)  # of two pages with one id, the first counts
-            if path is None:
+            path = absent.pop(_id(row["corpus-id"]), None)  # of two pages with one id, the first counts
+            if path is None or os.path.isfile(path):  # by now
                 continue
             if not row["image"] or not row["image"]["bytes"]:
                 raise FileNotFoundError(
@@ -231,6 +242,9 @@ def _write_pages(
                 )
             with replacing(Path(path)) as file:
                 file.write(row["image"]["bytes"])
+                file.flush()  # before the time is set
+                seconds = zlib.crc32(row["image"]["bytes"]) % 2**30  # file systems hold times up to 2038, or later
+                os.utime(file.name, (seconds, seconds))
 
 
 @cache
@@ -300,8 +314,22 @@ def _files(info: TaskInfo, root: Path, subset: str | None) -> list[Path]:
     """The files of the first place that has any."""
     for place in _places(info, root, subset):
         if files := sorted(place.parent.glob(place.name)):
+            _check_parts(info, files)
             return files
     return []
+
+
+def _check_parts(info: TaskInfo, files: Sequence[Path]) -> None:
+    """Refuse files named `…-00000-of-00002.parquet` if one of them is missing, or some are of another release."""
+    named = [part for file in files if (part := re.search(r"-(\d+)-of-(\d+)\.parquet$", file.name))]
+    if not named:
+        return
+    found, counts = {int(part[1]) for part in named}, {int(part[2]) for part in named}
+    if len(counts) > 1 or len(named) < len(files) or found != set(range(max(counts))):
+        raise ValueError(
+            f"{info.name}: {files[0].parent} holds {', '.join(file.name for file in files)}, which are not all parts of "
+            "one table and nothing else. Download them again into an empty folder."
+        )
 
 
 def _places(info: TaskInfo, root: Path, subset: str | None) -> list[Path]:

@@ -17,6 +17,7 @@ CUTOFFS = (1, 5, 10)
 METRICS = ("hit", "ndcg_linear", "ndcg_exponential", "precision", "recall", "f1", "map", "mrr")
 QUERIES_AT_ONCE = 512
 LOW_BITS = 2**32 - 1
+HIGHEST = 1000  # no grade is as high: the gain 2^grade must be a number
 
 
 def check_embeddings(
@@ -122,7 +123,7 @@ def query_metrics(
         `dict[str, numpy.ndarray]`: Arrays of shape `(queries,)`, by `metric@k`.
 
     Raises:
-        ValueError: A name is ranked twice, a grade is not a number above 0, or the arguments differ in length.
+        ValueError: A name is ranked twice, a grade is not a number above 0 and below 1,000, or the arguments differ in length.
     """
     if len(rankings) != len(relevance):
         raise ValueError(f"Got {len(rankings)} rankings and grades for {len(relevance)} queries. Pass one of each.")
@@ -134,8 +135,11 @@ def query_metrics(
             twice = next(name for name in names if list(names).count(name) > 1)
             raise ValueError(f"Query {row} ranks {twice!r} more than once. Give every candidate a unique name.")
         for name, grade in graded.items():
-            if not 0 < grade < np.inf:
-                raise ValueError(f"Query {row} gives {name!r} the grade {grade}. Leave out what is not relevant.")
+            if not 0 < grade < HIGHEST:
+                raise ValueError(
+                    f"Query {row} gives {name!r} the grade {grade}. Grades are above 0 and below {HIGHEST}; leave out "
+                    "what is not relevant."
+                )
         actual = [graded.get(name, 0) for name in names[:depth]]
         best = sorted(graded.values(), reverse=True)[:depth]
         grades[row, : len(actual)], ideal[row, : len(best)] = actual, best

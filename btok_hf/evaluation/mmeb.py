@@ -326,11 +326,14 @@ def _report(
     if limit is not None:
         return  # the scores are not comparable with published ones
     summary = report.summarise(scores)
+    made = [output_dir / name for name in (f"leaderboard/{name}.json", "report.png", ".eval_results/mmeb-v2.yaml")]
+    for path in made:  # of an earlier run, which may have had scores that are gone
+        path.unlink(missing_ok=True)
     if any(average is not None for average in summary.modalities.values()):
-        with replacing(output_dir / "leaderboard" / f"{name}.json") as file:
+        with replacing(made[0]) as file:
             file.write(json.dumps(report.leaderboard(scores, metadata), indent=4).encode())
-        with replacing(output_dir / "report.png") as file:
+        with replacing(made[1]) as file:
             file.write(report.picture(scores, name=name))
     if eval_task and summary.overall is not None:
-        with replacing(output_dir / ".eval_results" / "mmeb-v2.yaml") as file:
+        with replacing(made[2]) as file:
             file.write(report.eval_results(scores, task_id=eval_task).encode())

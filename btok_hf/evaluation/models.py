@@ -85,7 +85,7 @@ def check_inputs(model: SentenceTransformer, modalities: Collection[str], prompt
         item: Any = {kind: content, "text": "What is it?"}
         try:
             model.encode([item], prompt=prompt, show_progress_bar=False)
-        except ValueError as error:
+        except (LookupError, TypeError, ValueError) as error:  # of a Router, without a route for them
             raise ValueError(
                 f"The model cannot embed a text together with {'an image' if kind == 'image' else 'a video'}, which "
                 f"MMEB-V2 asks for: {str(error).rstrip('.')}. Choose other modalities, or evaluate a function that "
