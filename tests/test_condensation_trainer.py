@@ -387,6 +387,11 @@ def test_only_an_epoch_of_training_must_be_complete(repo, tmp_path):
         assert list(refused.get_eval_dataloader(refused.train_dataset))
     for of_mixture in (trainer(even), trainer({"a": uneven, "b": even}, dataset_weights={"a": 1.0, "b": 1.0})):
         assert len(list(of_mixture.get_train_dataloader())) >= 5 and list(of_mixture.get_eval_dataloader())
+    # A dataset that never fills a batch would end a run where it is drawn first, perhaps hours after its start.
+    few = rows.add_column("group", [0, 1, 2] * 12)
+    weights = {"a": 1.0, "b": 0.001}
+    with pytest.raises(ValueError, match=r"Dataset 'b' has 3 groups, .*: no batch of 4 would be full\. Lower per_dev"):
+        trainer({"a": even, "b": few}, dataset_weights=weights)
 
 
 @pytest.mark.parametrize("sampler", ["batch_sampler", "no_duplicates"])

@@ -116,6 +116,13 @@ def test_commas_in_csv_files_are_found_by_line(tmp_path):
     path.write_text('query,positive\n"a, b",c\nred, round,apple\n')
     with pytest.raises(ValueError, match=r"line 3 has 3 cells and the header 2: texts with commas need quotation"):
         load_pairs(str(path))
+    path.write_text('query,positive\nq0,p0\n"q1 5 inch,p1\nq2,p2\n"q3",p3\n')  # would be two rows
+    with pytest.raises(
+        ValueError, match=r"line 5: ',' expected after '\"'\. A text that begins with a quotation mark"
+    ):
+        load_pairs(str(path))
+    path.write_text('query,positive\n"a ""b"", c\nd",5" disk\n')
+    assert list(load_pairs(str(path))) == [{"query": 'a "b", c\nd', "positive": '5" disk'}]
     long = "x" * 200_000  # more than the csv module takes by default
     path.write_text(f'query,positive\n"a, b",{long}\nonly\n')
     rows = list(load_pairs(str(path)))

@@ -151,7 +151,9 @@ def test_a_table_with_a_missing_part_is_refused(tmp_path):
 
 
 def test_whole_numbers_of_pandas_are_ids(tmp_path):
-    page_rows(tmp_path, "ViDoRe_docvqa", {0: "Which?", 1: "What?"}, {7: "7.png", 8: "8.png"}, [(0.0, 7.0, 1), (1, 8, 1)])
+    page_rows(
+        tmp_path, "ViDoRe_docvqa", {0: "Which?", 1: "What?"}, {7: "7.png", 8: "8.png"}, [(0.0, 7.0, 1), (1, 8, 1)]
+    )
     task = load_task("ViDoRe_docvqa", tmp_path)
     assert [query.relevance for query in task.queries] == [{"7": 1.0}, {"8": 1.0}]
 

@@ -34,6 +34,8 @@ def text_pairs():
         {"range_max": 11, "max_score": 0.9, "min_score": 0.2},
         {"range_max": 11, "absolute_margin": 0.01},
         {"range_max": 11, "relative_margin": 0.02},
+        {"relative_margin": 0.02, "num_negatives": 1},
+        {"absolute_margin": 0.0, "num_negatives": 1},
     ],
 )
 def test_texts_as_in_sentence_transformers(model, tmp_path, options, use_faiss):
@@ -44,6 +46,23 @@ def test_texts_as_in_sentence_transformers(model, tmp_path, options, use_faiss):
     triplets = [(row["query"], row["positive"], other) for row in mined for other in row["negatives"]]
     assert triplets == [tuple(row.values()) for row in expected] and triplets
     assert mined["query"] == pairs["query"]  # rows with fewer negatives are kept
+
+
+def test_draws_are_from_more_than_the_nearest(model, tmp_path):
+    def mined(**options):
+        mine_hard_negatives(text_pairs(), model, tmp_path / "out.parquet", num_negatives=1, **options)
+        return load_pairs(str(tmp_path / "out.parquet"))["negatives"][:]
+
+    draws = [mined(sampling_strategy="random", seed=seed) for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2] and mined() not in draws
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", "pandas"])
+def test_rows_without_a_group_have_none_in_any_format(model, tmp_path, kind):
+    """These formats turn a group that is missing into NaN."""
+    pairs = text_pairs().add_column("group", [7, 7, *[None] * 10])
+    reports = [mine_hard_negatives(each, model, tmp_path / "out.parquet") for each in (pairs, pairs.with_format(kind))]
+    assert reports[0] == reports[1] and 0 < reports[0].left_out["group"] <= 2
 
 
 def mixed_pairs():
@@ -157,6 +176,7 @@ def test_options_are_checked_before_anything_is_read(model, tmp_path):
             mine_hard_negatives(pairs, None, out, **options)
     for given, message in (
         ("pairs.jsonl", r"must be a datasets\.Dataset, got str\. Make a dataset with load_pairs"),
+        (pairs.with_transform(lambda rows: rows), "have a transform, which would be lost"),
         (pairs.rename_column("query", "anchor"), r"missing \['query'\]; unknown \['anchor'\]"),
     ):
         with pytest.raises(ValueError, match=message):

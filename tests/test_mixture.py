@@ -53,6 +53,22 @@ def test_a_mixture_of_own_files_and_sources(tmp_path, monkeypatch):
             load_mixture(entries, tmp_path)
 
 
+def test_names_that_stand_twice_are_refused(tmp_path):
+    """The first of the two would be left out of the training without a word."""
+    path = tmp_path / "mixture.yaml"
+    for text, twice in (
+        ("a: x.jsonl\nb: y.jsonl\na: z.jsonl\n", "'a'"),
+        ("a:\n  file: x.jsonl\n  weight: 1\n  weight: 2\n", "'weight'"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"names {twice} twice"):
+            read_mixture(str(path))
+    with pytest.raises(ValueError, match="names 'a' twice"):
+        read_mixture('{"a": "x.jsonl", "a": "z.jsonl"}')
+    path.write_text("x: &same {weight: 1, condense: query}\ny:\n  <<: *same\n  weight: 2\n")
+    assert read_mixture(str(path))["y"] == {"weight": 2, "condense": "query"}
+
+
 def test_a_wrong_file_is_named_before_the_first_is_loaded(tmp_path, monkeypatch):
     Dataset.from_list([{"query": "a", "positive": "b"}]).to_json(tmp_path / "mine.jsonl")
     (tmp_path / "empty.csv").touch()

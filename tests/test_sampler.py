@@ -1,6 +1,7 @@
 """Batches of a mixture: drawn by weight, in blocks, in a reproducible order."""
 
 import itertools
+import time
 from collections import Counter
 
 import numpy as np
@@ -88,21 +89,69 @@ def test_no_duplicates_holds_in_a_mixture():
 def test_groups_that_give_too_few_batches_are_refused(sizes, found):
     """Sentence-Transformers only warns. The training would end early, or not begin."""
     rows = Dataset.from_dict({"group": np.repeat(np.arange(len(sizes)), sizes)})
-    with pytest.raises(
-        ValueError, match=rf"cannot fill \d+ batches of 4 .*: the \d+ rows give {found}\. Lower per_dev"
-    ):
-        GroupBatchSampler(rows, batch_size=4, drop_last=True)
-    assert len(list(GroupBatchSampler(rows, batch_size=4, drop_last=False))) >= 10
+    for drop_last in (True, False):
+        with pytest.raises(
+            ValueError, match=rf"cannot fill \d+ batches of 4 .*: the \d+ rows give {found}\. Lower per_dev"
+        ):
+            GroupBatchSampler(rows, batch_size=4, drop_last=drop_last)
 
 
 def test_an_epoch_that_is_too_short_is_an_error(monkeypatch):
     rows = Dataset.from_dict({"group": np.repeat(np.arange(5), [20, 5, 5, 5, 5])})
-    assert len(list(GroupBatchSampler(rows, batch_size=4, drop_last=True))) == 10  # in several passes
-    monkeypatch.setattr("sentence_transformers.base.sampler._MAX_RESAMPLE_PASSES", 0)
-    with pytest.raises(ValueError, match=r"cannot fill 10 batches of 4 .*: the 40 rows give \d batches"):
-        list(GroupBatchSampler(rows, batch_size=4, drop_last=True))
+    samplers = [GroupBatchSampler(rows, batch_size=4, drop_last=drop_last) for drop_last in (True, False)]
+    for sampler in samplers:
+        assert list(map(len, sampler)) == [4] * 10  # in several passes
+    once = GroupBatchSampler(rows, batch_size=4, drop_last=True, complete=False)
+    monkeypatch.setattr("btok_hf.training.sampler.PASSES", 0)
+    for sampler in samplers:
+        with pytest.raises(ValueError, match=r"cannot fill 10 batches of 4 .*: the 40 rows give \d batches"):
+            list(sampler)
     # A mixture reads the rows again, and an evaluation uses what there is.
-    assert len(list(GroupBatchSampler(rows, batch_size=4, drop_last=True, complete=False))) < 10
+    assert len(list(once)) < 10
+
+
+@pytest.mark.parametrize(
+    ("sizes", "lengths", "last"),
+    [
+        ([1] * 10, [4, 4, 2], 2),
+        ([4, 1, 1, 1, 1, 1, 1], [4, 4, 2], 4),  # not a row of the large group alone; another pass may give 4
+        ([2, 1], [2], 2),  # fewer than a batch
+        ([1], [1], 1),
+    ],
+)
+def test_the_last_batch_holds_the_rest_of_the_rows(sizes, lengths, last):
+    rows = Dataset.from_dict({"group": np.repeat(np.arange(len(sizes)), sizes)})
+    for epoch in range(5):
+        sampler = GroupBatchSampler(rows, batch_size=4, drop_last=False, generator=torch.Generator())
+        sampler.set_epoch(epoch)
+        found = list(map(len, sampler))
+        assert found[:-1] == lengths[:-1] and found[-1] in (lengths[-1], last) and len(sampler) == len(lengths)
+        assert all(len({rows[index]["group"] for index in batch}) == len(batch) for batch in sampler)
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_batches_without_duplicates_are_those_of_sentence_transformers(drop_last):
+    for rows, most, seed in ((101, 60, 0), (200, 8, 1), (50, 3, 2)):
+        groups = np.random.default_rng(seed).integers(most, size=rows)
+        dataset = Dataset.from_dict({"group": groups})
+        options = {"batch_size": 8, "drop_last": drop_last, "seed": seed}
+        ours = GroupBatchSampler(dataset, **options, generator=torch.Generator(), complete=False)
+        theirs = NoDuplicatesBatchSampler(dataset, **options, generator=torch.Generator())
+        for epoch in range(3):
+            ours.set_epoch(epoch), theirs.set_epoch(epoch)
+            theirs.generator.manual_seed(seed + epoch)
+            whole = list(theirs._iter_one_pass(lambda index, of=groups: {of[index]}, lambda a, b: bool(a & b)))
+            assert list(ours) == whole and (drop_last or sum(map(len, whole)) == rows)
+
+
+def test_a_large_group_takes_no_longer_than_small_ones():
+    """A quarter of 100,000 rows. Passing over all that wait would take hours."""
+    groups = [max(0, number - 25_000) for number in range(100_000)]
+    sampler = GroupBatchSampler(
+        Dataset.from_dict({"group": groups}), 64, True, generator=torch.Generator(), complete=False
+    )
+    start = time.monotonic()
+    assert len(list(sampler)) > 1000 and time.monotonic() - start < 10
 
 
 def test_groups_of_any_kind_are_compared_as_in_the_loss():

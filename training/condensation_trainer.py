@@ -183,9 +183,8 @@ class CondensationTrainer(PublishingTrainer):
         kwargs["seed"] = self._data_seed()
         sampler = self.args.batch_sampler
         if sampler in (BatchSamplers.NO_DUPLICATES, BatchSamplers.NO_DUPLICATES_HASHED):
-            hashed = sampler == BatchSamplers.NO_DUPLICATES_HASHED
             complete = self._builds_training and not self.args.dataset_weights  # with weights, rows are read again
-            return GroupBatchSampler(dataset, *args, **kwargs, precompute_hashes=hashed, complete=complete)
+            return GroupBatchSampler(dataset, *args, **kwargs, complete=complete)
         return super().get_batch_sampler(dataset, *args, **kwargs)
 
     def _data_seed(self) -> int:

@@ -222,6 +222,17 @@ def _resolve(value: Any, folder: Path, found: list[str], is_file: bool = False) 
     return value
 
 
+def _numbered(rows: Any) -> Iterator[list[str]]:
+    """Rows of a CSV file; errors name the line."""
+    try:
+        yield from rows
+    except csv.Error as error:
+        raise ValueError(
+            f"line {rows.line_num}: {error}. A text that begins with a quotation mark ends with one, and has them "
+            "twice inside"
+        ) from None  # `_named_file` would quote the cause
+
+
 def _options(source: str) -> dict[str, Any]:
     """How to read a file. In CSV every cell is a text, also `007`, `NA` and `null`; an empty one is no value."""
     if Path(source).suffix.lower() != ".csv":
@@ -229,7 +240,7 @@ def _options(source: str) -> dict[str, Any]:
     limit = csv.field_size_limit(2**31 - 1)  # of a process; pandas, which reads the file, has none
     try:
         with open(source, newline="", encoding="utf-8-sig") as file:
-            rows = csv.reader(file)
+            rows = csv.reader(file, strict=True)  # a text that goes on after its quotation mark has lost its end
             columns = next(rows, [])
             if len(set(columns)) < len(columns):
                 raise ValueError(f"its header names a column twice: {', '.join(columns)}")
@@ -238,7 +249,7 @@ def _options(source: str) -> dict[str, Any]:
                     f"its header has a column without a name: {','.join(columns)}. It is the index, if pandas wrote "
                     "the file: use to_csv(…, index=False)"
                 )
-            for row in rows:
+            for row in _numbered(rows):
                 if len(row) > len(columns):  # pandas would take the first for the names of the rows
                     raise ValueError(
                         f"line {rows.line_num} has {len(row)} cells and the header {len(columns)}: texts with commas "

@@ -17,7 +17,6 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from datasets import Dataset, Features, List, Value
 from sentence_transformers import SentenceTransformer
 from tqdm import tqdm, trange
@@ -27,6 +26,7 @@ from btok_hf.evaluation.metrics import check_embeddings
 from btok_hf.files import check_writable, replacing
 from btok_hf.training.cells import MEDIA_ROWS, TEXT_ROWS, as_input, as_stored, decode_cell
 from btok_hf.training.checks import AS_DATASET, check_columns, check_rows, group_hash
+from btok_hf.training.nearest import Excluded, faiss_search, torch_search
 
 ROWS = 1024  # that are written at a time
 BYTES = 2**28  # of negatives that are written at a time
@@ -43,7 +43,7 @@ class MiningReport:
         negatives (`Counter`): Number of rows by their number of negatives.
         left_out (`Counter`): Number of candidates by the reason that they are no negatives: `content` (the positive of
             the same query, or the query itself), `group`, `absolute_margin`, `relative_margin`, `max_score`,
-            `min_score`. Only candidates among the nearest count.
+            `min_score`. Of the first two, those count that are nearer than the last candidate considered.
         positive_scores, negative_scores (`list[float]`): Cosines of the pairs, and of queries and mined negatives.
     """
 
@@ -97,7 +97,7 @@ def mine_hard_negatives(
         num_negatives (`int`): Most negatives of a row. A row may have fewer.
         range_min (`int`): Number of nearest remaining candidates to skip.
         range_max (`int`, *optional*): Number of nearest candidates to consider. Default: `range_min + num_negatives`,
-            and ten times as many negatives with a margin or a bound.
+            ten times as many negatives with a margin or a bound or to draw from, and the most rows of a query.
         max_score, min_score (`float`, *optional*): Bounds of the cosine of query and negative.
         absolute_margin (`float`, *optional*): A negative's cosine is at least this much below the lowest of the
             query's positives.
@@ -117,9 +117,6 @@ def mine_hard_negatives(
             message names it.
         ImportError: `use_faiss` without faiss.
     """
-    bounded = (max_score, min_score, absolute_margin, relative_margin) != (None,) * 4
-    if range_max is None:
-        range_max = range_min + num_negatives * (10 if bounded else 1)
     check_output(output)
     _check_options(pairs, num_negatives, range_min, range_max, sampling_strategy, use_faiss)
     _check_bounds(max_score, min_score, absolute_margin, relative_margin)
@@ -127,19 +124,24 @@ def mine_hard_negatives(
     sides = {name: _Side(pairs, name) for name in ("query", "positive")}
     if not sides["query"].rows:
         raise ValueError("The pairs have no row with a query. Give them queries, or another file.")
+    if range_max is None:
+        chosen_from = (max_score, min_score, absolute_margin, relative_margin) != (
+            None,
+        ) * 4 or sampling_strategy != "top"
+        most_positives = max(map(len, sides["query"].rows))
+        range_max = range_min + num_negatives * (10 if chosen_from else 1) + most_positives
     excluded = _FalseNegatives(pairs, sides["query"], sides["positive"])
     queries = sides["query"].embed(model.encode_query, batch_size)
     corpus = sides["positive"].embed(model.encode_document, batch_size)
     report, rng = MiningReport(), random.Random(seed)
     found: list[list[int]] = []
-    search = _faiss_search(corpus) if use_faiss else _torch_search(corpus)
+    search = (faiss_search if use_faiss else torch_search)(corpus)
     for start in trange(0, len(queries), faiss_batch_size, desc="Searching"):
         numbers = range(start, min(start + faiss_batch_size, len(queries)))
-        reasons = [excluded.of(number) for number in numbers]
-        most = min(len(corpus), range_max + max(map(len, reasons)))
-        for number, reason, scores, candidates in zip(numbers, reasons, *search(queries[numbers], most)):
-            report.left_out.update(reason[int(i)] for i in candidates if int(i) in reason)
-            kept = [(s, i) for s, i in zip(scores.tolist(), candidates.tolist()) if i not in reason][:range_max]
+        answers = [excluded.of(number) for number in numbers]
+        for number, nearest in zip(numbers, search(queries[numbers], answers, range_max)):
+            report.left_out.update(nearest.left_out)
+            kept = list(zip(nearest.scores, nearest.candidates))
             own = corpus[excluded.positives(number)] @ queries[number]
             lowest = float(own.min())
             bounds = {
@@ -181,17 +183,22 @@ def _check_options(
     pairs: Dataset,
     num_negatives: int,
     range_min: int,
-    range_max: int,
+    range_max: int | None,
     sampling_strategy: str,
     use_faiss: bool,
 ) -> None:
     if not isinstance(pairs, Dataset):
         raise ValueError(f"The pairs must be a datasets.Dataset, got {type(pairs).__name__}. {AS_DATASET}")
+    if pairs.format["type"] == "custom":
+        raise ValueError(
+            "The pairs have a transform, which would be lost: mined pairs are written as they are stored. Apply it "
+            "first with dataset.map, or leave it out with with_format(None)."
+        )
     if num_negatives < 1 or range_min < 0:
         raise ValueError(
             f"num_negatives must be 1 or more and range_min 0 or more, got {num_negatives} and {range_min}."
         )
-    if num_negatives > range_max - range_min:
+    if range_max is not None and num_negatives > range_max - range_min:
         raise ValueError(
             f"{num_negatives} negatives do not fit between range_min={range_min} and range_max={range_max}. Lower "
             "num_negatives or range_min, or raise range_max."
@@ -279,12 +286,14 @@ class _FalseNegatives:
     def __init__(self, pairs: Dataset, queries: _Side, candidates: _Side) -> None:
         self._queries, self._candidates = queries, candidates
         self._number = {content: number for number, content in enumerate(candidates.hashes)}
-        groups = pairs["group"] if "group" in pairs.column_names else [None] * len(pairs)
+        # As stored, because formats may have NaN where there is no group.
+        groups = as_stored(pairs)["group"] if "group" in pairs.column_names else [None] * len(pairs)
         self._groups = [None if group is None else group_hash(group) for group in groups]
-        self._of_group: dict[int, set[int]] = defaultdict(set)
+        of_group: dict[int, set[int]] = defaultdict(set)
         for row, group in enumerate(self._groups):
             if group is not None and candidates.numbers[row] >= 0:
-                self._of_group[group].add(int(candidates.numbers[row]))
+                of_group[group].add(int(candidates.numbers[row]))
+        self._of_group = {group: np.fromiter(numbers, np.int64) for group, numbers in of_group.items()}
 
     def positives(self, query: int) -> list[int]:
         """The distinct positives of a query."""
@@ -295,35 +304,13 @@ class _FalseNegatives:
         rows = self._candidates.rows[candidate]
         return next((row for row in rows if self._groups[row] is not None), rows[0])
 
-    def of(self, query: int) -> dict[int, str]:
-        """Reason by candidate."""
-        reasons: dict[int, str] = {}
-        for row in self._queries.rows[query]:
-            if (group := self._groups[row]) is not None:
-                reasons |= dict.fromkeys(self._of_group[group], "group")
-        reasons |= dict.fromkeys(self.positives(query), "content")
+    def of(self, query: int) -> Excluded:
+        """Numbers of candidates by reason. The queries of a group share its array."""
         own = self._number.get(self._queries.hashes[query])
-        return reasons if own is None else {**reasons, own: "content"}
-
-
-def _torch_search(corpus: np.ndarray) -> Any:
-    """Function from queries `(batch, hidden)` and k to the k highest cosines and their candidates, `(batch, k)`."""
-    candidates = torch.from_numpy(corpus)
-
-    def search(queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        scores, indices = (torch.from_numpy(queries) @ candidates.T).topk(count)
-        return scores.numpy(), indices.numpy()
-
-    return search
-
-
-def _faiss_search(corpus: np.ndarray) -> Any:
-    """As `_torch_search`, with an exact index of faiss."""
-    import faiss
-
-    index = faiss.IndexFlatIP(corpus.shape[1])
-    index.add(corpus)
-    return index.search
+        content = dict.fromkeys(self.positives(query) + ([] if own is None else [own]))
+        groups = dict.fromkeys(self._groups[row] for row in self._queries.rows[query])
+        of_groups = [("group", self._of_group[group]) for group in groups if group is not None]
+        return [("content", np.fromiter(content, np.int64)), *of_groups]
 
 
 def _write(pairs: Dataset, output: Path, queries: _Side, found: Sequence[list[int]], report: MiningReport) -> None:

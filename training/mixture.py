@@ -116,17 +116,36 @@ def read_mixture(files: str | Mapping[str, Entry]) -> Mapping[str, Entry]:
     if not isinstance(files, str):
         return files
     if files.lstrip().startswith("{"):
-        return json.loads(files)
+        return json.loads(files, object_pairs_hook=_without_twins)
     if Path(files).suffix in (".yaml", ".yml"):
         own = Path(__file__).parent / "recipes" / files  # a recipe that comes with this library
         path = next((path for path in (Path(files), own) if path.is_file()), None)
         if path is None:
             raise FileNotFoundError(f"Mixture file {files!r} does not exist, here or among the library's recipes.")
         try:
-            return yaml.safe_load(path.read_text("utf-8"))
+            return yaml.load(path.read_text("utf-8"), _Loader)
         except yaml.YAMLError as error:
             raise ValueError(f"Mixture file {files!r} is not YAML ({error}).") from error
     return {Path(os.path.abspath(files)).stem: files}  # of "." too
+
+
+def _without_twins(entries: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Entries as a dict. Of two with one name, JSON and YAML would drop the first."""
+    found: dict[Any, Any] = {}
+    for name, entry in entries:
+        if name in found:
+            raise ValueError(f"The mixture names {name!r} twice. Give each dataset a name of its own, e.g. with file.")
+        found[name] = entry
+    return found
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a name that stands twice in a mapping."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        own = (name for name, _ in node.value if not name.tag.endswith(":merge"))
+        _without_twins((self.construct_object(name, deep=True), None) for name in own)
+        return super().construct_mapping(node, deep)
 
 
 def condense_of(datasets: Iterable[str], chosen: str | dict[str, str] | None, own: dict[str, str]) -> dict[str, str]:

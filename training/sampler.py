@@ -3,6 +3,7 @@
 For all else, Sentence-Transformers' own samplers are used.
 """
 
+import heapq
 import itertools
 import math
 from collections import Counter
@@ -16,11 +17,11 @@ from sentence_transformers.base.sampler import (
     BatchSamplers,
     DefaultBatchSampler,
     MultiDatasetDefaultBatchSampler,
-    NoDuplicatesBatchSampler,
 )
 from torch.utils.data import BatchSampler, ConcatDataset
 from transformers.utils import logging
 
+from btok_hf.training.cells import as_stored
 from btok_hf.training.checks import first_rows, group_hash, negative_columns
 from btok_hf.training.condensation_config import CondensationConfig
 
@@ -44,9 +45,17 @@ def check_batches(trainer: Any, args: CondensationConfig, weights: Mapping[str, 
         for name, part in (("train_dataset", trainer.train_dataset), ("eval_dataset", trainer.eval_dataset))
     )
     rows = {name: len(dataset) for name, dataset in trained.items()}
+    without_duplicates = args.batch_sampler in (BatchSamplers.NO_DUPLICATES, BatchSamplers.NO_DUPLICATES_HASHED)
     if weights:
         if rows:
             check_mixture(rows, weights, args.train_batch_size, num_batches, args.block_size)
+        for name, dataset in trained.items() if without_duplicates else ():
+            if (groups := len(set(groups_of(dataset)))) < args.train_batch_size:
+                raise ValueError(
+                    f"Dataset {name!r} has {groups} groups, and batch_sampler=no_duplicates takes one row of each: no "
+                    f"batch of {args.train_batch_size} would be full. Lower per_device_train_batch_size, leave the "
+                    "dataset out, or leave batch_sampler out: mask_false_negatives already masks the rows of a group."
+                )
     elif rows and args.dataloader_drop_last:  # Sentence-Transformers sets it for several processes
         check_full_batches(rows, args.train_batch_size, args.world_size)
     if args.train_batch_size == 1 and not (trainer.loss.gather_across_devices and args.world_size > 1):
@@ -69,7 +78,7 @@ def check_batches(trainer: Any, args: CondensationConfig, weights: Mapping[str, 
                 "incomplete batches are dropped (dataloader_drop_last, always so with several processes): nothing "
                 "would be measured. Give it more rows, or lower per_device_eval_batch_size."
             )
-        if args.batch_sampler in (BatchSamplers.NO_DUPLICATES, BatchSamplers.NO_DUPLICATES_HASHED):
+        if without_duplicates:
             groups_of(dataset)
 
 
@@ -127,7 +136,7 @@ def check_full_batches(rows: Mapping[str, int], batch_size: int, processes: int)
         )
 
 
-PASSES = 3  # Sentence-Transformers shuffles and reads the rows up to so many times to fill an epoch without duplicates
+PASSES = 3  # more of them, as in Sentence-Transformers: rows are read again to fill an epoch without duplicates
 
 
 def groups_of(dataset: Dataset) -> list[int]:
@@ -138,7 +147,7 @@ def groups_of(dataset: Dataset) -> list[int]:
             f"{dataset.column_names}. Add group (rows of one group answer each other's queries), or leave "
             "batch_sampler out: mask_false_negatives already masks copies of a positive."
         )
-    groups = dataset["group"][:]
+    groups = as_stored(dataset)["group"][:]  # formats may have NaN where there is no group
     if any(group is None for group in groups):
         raise ValueError(
             "batch_sampler=no_duplicates treats rows without a group as rows of one group: a batch would hold "
@@ -147,45 +156,74 @@ def groups_of(dataset: Dataset) -> list[int]:
     return [group_hash(group) for group in groups]
 
 
-class GroupBatchSampler(NoDuplicatesBatchSampler):
-    """Batches with at most one row of each `group`. An epoch that cannot be filled is an error.
+class GroupBatchSampler(DefaultBatchSampler):
+    """Batches with at most one row of each `group`. An epoch that cannot be filled with full batches is an error.
 
-    Sentence-Transformers only warns then. Training would end before its last step, and nobody would notice.
+    The batches are those of Sentence-Transformers' `NoDuplicatesBatchSampler` on the groups: a batch takes the first
+    rows, in a random order, whose groups it does not have. That sampler passes over all rows that wait, so a large
+    group takes time by its square; and it goes on with ever smaller batches when it has no full ones.
 
     Args:
         dataset (`Dataset`): Rows with a column `group`. Others are ignored.
-        args, kwargs: As in `NoDuplicatesBatchSampler`.
-        complete (`bool`): Whether an epoch must be complete. It need not where the rows are read again when they are
-            used up (`MixtureBatchSampler`), or for evaluation.
+        args, kwargs: As in `DefaultBatchSampler`.
+        complete (`bool`): Whether an epoch must have its length, in full batches but for the rest of the rows. So rows
+            are read again if one pass does not give them. It need not where a mixture draws the batches, or for
+            evaluation; these get each row once.
 
     Raises:
         ValueError: No column `group`, a row without a group, or too few groups; at the end of an epoch, too few
             batches.
     """
 
+    seed: int
+
     def __init__(self, dataset: Dataset, *args: Any, complete: bool = True, **kwargs: Any) -> None:
-        groups = groups_of(dataset)
-        rows_of_group = Counter(groups)
-        super().__init__(Dataset.from_dict({"group": groups}), *args, **kwargs)
-        self.complete = complete
-        if not complete:
-            return
-        needed = -(-len(self) // PASSES)  # full batches of a pass; a batch takes one row of a group
-        if self.drop_last and sum(min(rows, needed) for rows in rows_of_group.values()) < needed * self.batch_size:
+        super().__init__(dataset, *args, **kwargs)
+        self.groups, self.complete = groups_of(dataset), complete
+        rows_of_group = Counter(self.groups)
+        full = len(self.groups) // self.batch_size
+        needed = -(-full // PASSES)  # full batches of a pass; a batch takes one row of a group
+        if complete and sum(min(rows, needed) for rows in rows_of_group.values()) < needed * self.batch_size:
             raise ValueError(self._too_few(f"{len(rows_of_group)} groups of up to {max(rows_of_group.values())} rows"))
 
     def __iter__(self) -> Iterator[list[int]]:
+        if self.generator is not None:
+            self.generator.manual_seed(self.seed + self.epoch)
+        if not self.complete:
+            yield from (batch for batch in self._pass() if len(batch) == self.batch_size or not self.drop_last)
+            return
+        full, rest = divmod(len(self.groups), self.batch_size)
         count = 0
-        for batch in super().__iter__():
-            count += 1
-            yield batch
-        if self.complete and count < len(self):
+        for batch in itertools.chain.from_iterable(self._pass() for _ in range(1 + PASSES)):
+            if count == len(self):
+                return
+            # The last batch holds the rest of the rows. Fewer than a batch of rows may share groups.
+            least = self.batch_size if count < full else rest if full else min(rest, 2)
+            if len(batch) >= least:
+                count += 1
+                yield batch
+        if count < len(self):
             raise ValueError(self._too_few(f"{count} batches"))
+
+    def _pass(self) -> Iterator[list[int]]:
+        """Each row once, in a random order. At the end there are batches that are not full."""
+        order = torch.randperm(len(self.groups), generator=self.generator, dtype=torch.int32).tolist()
+        waiting: dict[int, list[int]] = {}  # places in the order by group, the first of them last
+        for place in reversed(range(len(order))):
+            waiting.setdefault(self.groups[order[place]], []).append(place)
+        first = [(places.pop(), group) for group, places in waiting.items()]
+        heapq.heapify(first)
+        while first:
+            taken = [heapq.heappop(first) for _ in range(min(self.batch_size, len(first)))]
+            for _, group in taken:
+                if waiting[group]:
+                    heapq.heappush(first, (waiting[group].pop(), group))
+            yield [order[place] for place, _ in taken]
 
     def _too_few(self, found: str) -> str:
         return (
             f"batch_sampler=no_duplicates cannot fill {len(self)} batches of {self.batch_size} rows of different "
-            f"groups: the {len(self.dataset)} rows give {found}. Lower per_device_train_batch_size, or leave "
+            f"groups: the {len(self.groups)} rows give {found}. Lower per_device_train_batch_size, or leave "
             "batch_sampler out: mask_false_negatives already masks the rows of a group."
         )
 

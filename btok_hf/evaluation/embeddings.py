@@ -214,8 +214,8 @@ class EmbeddingStore:
         assert self.dimension is not None  # the store holds the keys, so it is not empty
         if absent := sum(key not in self._places for key in keys):
             raise ValueError(
-                f"Of {len(keys)} inputs, {absent} have no embedding: their files were changed while the model ran. Start "
-                "again when nothing writes to them any more."
+                f"Of {len(keys)} inputs, {absent} have no embedding: their files were changed while the model ran. "
+                "Start again when nothing writes to them any more."
             )
         places = np.array([self._places[key] for key in keys])
         result = np.empty((len(keys), self.dimension), np.float32)

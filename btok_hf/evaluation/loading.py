@@ -225,8 +225,8 @@ def _write_pages(
 ) -> None:
     """Write the pages that the folder of images lacks from the corpus, as the original evaluation does.
 
-    Other processes may write the same pages now. So that a page replaced is the same file for `embeddings.py`, its time
-    is a checksum of its content.
+    Other processes may write the same pages now. So that a page replaced is the same file for `embeddings.py`, its
+    time is a checksum of its content.
     """
     logger.warning(f"{info.name}: writing {len(absent)} pages of {place} to {folder}.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -327,8 +327,8 @@ def _check_parts(info: TaskInfo, files: Sequence[Path]) -> None:
     found, counts = {int(part[1]) for part in named}, {int(part[2]) for part in named}
     if len(counts) > 1 or len(named) < len(files) or found != set(range(max(counts))):
         raise ValueError(
-            f"{info.name}: {files[0].parent} holds {', '.join(file.name for file in files)}, which are not all parts of "
-            "one table and nothing else. Download them again into an empty folder."
+            f"{info.name}: {files[0].parent} holds {', '.join(file.name for file in files)}, which are not all parts "
+            "of one table and nothing else. Download them again into an empty folder."
         )
 
 

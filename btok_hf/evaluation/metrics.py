@@ -123,7 +123,7 @@ def query_metrics(
         `dict[str, numpy.ndarray]`: Arrays of shape `(queries,)`, by `metric@k`.
 
     Raises:
-        ValueError: A name is ranked twice, a grade is not a number above 0 and below 1,000, or the arguments differ in length.
+        ValueError: A name is ranked twice, a grade is not above 0 and below 1,000, or the arguments differ in length.
     """
     if len(rankings) != len(relevance):
         raise ValueError(f"Got {len(rankings)} rankings and grades for {len(relevance)} queries. Pass one of each.")
