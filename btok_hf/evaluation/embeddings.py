@@ -88,7 +88,7 @@ def _reading(module: Any) -> dict[str, Any]:
     """How a module turns inputs into tokens and pixels: template, image sizes, tokenizer."""
     processor, tokenizer = getattr(module, "processor", None), module.tokenizer
     parts = (getattr(processor, kind, None) for kind in ("image_processor", "video_processor"))
-    settings = {
+    settings: dict[str, Any] = {
         "template": [getattr(part, "chat_template", None) for part in (processor, tokenizer)],
         "pixels": [part.to_dict() for part in parts if part is not None],
     }
