@@ -16,6 +16,7 @@ from btok_hf.training.checkpoints import (
     mark_complete,
     newest_complete,
 )
+from btok_hf.training.evaluator import retrieval_evaluator
 
 
 def test_a_killed_run_resumes_from_its_last_whole_checkpoint(repo, tmp_path):
@@ -88,6 +89,9 @@ def test_the_end_of_a_training_is_not_resumed(repo, tmp_path):
     longer = checkpointed_trainer(repo, tmp_path / "epochs", **epochs | {"num_train_epochs": 2})
     longer.train("auto")
     assert longer.state.epoch == 2
+    shorter = checkpointed_trainer(repo, tmp_path / "epochs", **epochs)
+    with pytest.raises(ValueError, match="checkpoint-6 is the end of its training"):
+        shorter.train("auto")
 
 
 def test_a_checkpoint_without_an_optimizer_is_not_resumed(repo, tmp_path):
@@ -155,6 +159,48 @@ def test_adapters_do_not_resume_a_training_of_all_weights(repo, tmp_path):
     trainer().train()
     with pytest.raises(ValueError, match=r"differ in whether they have adapters.*use_peft"):
         trainer(2, peft_config=LoraConfig(r=2, lora_dropout=0.0)).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("option", [{"lora_alpha": 64}, {"use_rslora": True}, {"r": 4}])
+def test_adapters_that_count_otherwise_are_not_resumed(repo, tmp_path, option):
+    """The same weights, times another factor, are another model."""
+
+    def trainer(max_steps, **options):
+        model = BTokSentenceTransformer(repo, device="cpu")
+        args = config(tmp_path, max_steps=max_steps, save_strategy="steps", save_steps=1)
+        lora = LoraConfig(**{"r": 2, "lora_alpha": 8, "lora_dropout": 0.0, **options})
+        return CondensationTrainer(model=model, args=args, train_dataset=text_pairs(4), peft_config=lora)
+
+    trainer(1).train()
+    ((name, value),) = option.items()
+    with pytest.raises(ValueError, match=f"has adapters with other settings: {name} was .* and is {value}. Its"):
+        trainer(2, **option).train(resume_from_checkpoint=True)
+    trainer(2).train(resume_from_checkpoint=True)
+
+
+def test_the_best_model_by_another_metric_is_not_resumed(repo, tmp_path):
+    pairs = text_pairs(8)
+
+    def trainer(metric, max_steps=4):
+        best = {"load_best_model_at_end": True, "metric_for_best_model": metric, "save_total_limit": 1}
+        every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+        model = BTokSentenceTransformer(repo, device="cpu")
+        args = config(tmp_path, max_steps=max_steps, **best, **every)
+        evaluator = retrieval_evaluator(pairs, name="r")
+        data = {"train_dataset": pairs, "eval_dataset": pairs, "evaluator": evaluator}
+        return CondensationTrainer(model=model, args=args, **data)
+
+    # Losses that grow: the first checkpoint is the best, and the newest is kept beside it.
+    first = trainer("eval_loss")
+    first.log = lambda logs, start=None: None
+    evaluate = first.evaluate
+    first.evaluate = lambda *args, **kwargs: evaluate(*args, **kwargs) | {"eval_loss": first.state.global_step}
+    first.train()
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-4", "checkpoint-1"]
+    with pytest.raises(ValueError, match="is the end of its training"):
+        trainer("eval_loss").train("auto")
+    with pytest.raises(ValueError, match=r"was chosen by eval_loss \(1\), which eval_r_cosine_ndcg@10 cannot be comp"):
+        trainer("eval_r_cosine_ndcg@10", max_steps=6).train("auto")
 
 
 def test_a_run_that_went_back_keeps_its_new_checkpoints(repo, tmp_path):

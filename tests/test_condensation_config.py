@@ -20,6 +20,7 @@ def test_bad_values_are_refused(tmp_path):
         ("condensation_steps", -1),
         ("neftune_noise_alpha", 5.0),
         ("auto_find_batch_size", True),
+        ("bf16_full_eval", True),
         ("train_sampling_strategy", "group_by_length"),
         ("label_smoothing_factor", 0.5),
     ):

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from support.media import image
 from support.training import config, text_pairs
 
@@ -77,6 +77,52 @@ def test_each_evaluation_dataset_has_its_own_side_to_generate(repo, tmp_path):
             name: expected[name] for name in ("eval_a_loss", "eval_b_loss")
         }
     assert trainer.evaluate(trainer.train_dataset["b"])["eval_loss"] == expected["eval_b_loss"]
+
+
+@pytest.mark.parametrize("rows", [8, 9, 12])
+def test_parts_of_an_evaluation_are_averaged_over_rows(repo, tmp_path, rows):
+    """As the Trainer averages the loss: a last batch of one row, whose InfoNCE is 0, does not count as eight."""
+    pairs = concatenate_datasets([text_pairs()] * 2).select(range(rows))
+    args = config(tmp_path, per_device_eval_batch_size=8, condensation_weight=1.0)
+    model = BTokSentenceTransformer(repo, device="cpu")
+    trainer = CondensationTrainer(model=model, args=args, train_dataset=pairs, eval_dataset=pairs)
+    trainer.evaluate()
+    (log,) = trainer.state.log_history
+    assert log["eval_loss"] == pytest.approx(log["eval_infonce"] + log["eval_condensation"], abs=2e-4)
+    assert log["eval_condensation_weight"] == 1
+
+
+def test_an_evaluation_with_another_prefix_has_its_own_parts(repo, tmp_path):
+    model = BTokSentenceTransformer(repo, device="cpu")
+    args = config(tmp_path, per_device_eval_batch_size=4)
+    dev = text_pairs(4)
+    trainer = CondensationTrainer(model=model, args=args, train_dataset=dev, eval_dataset=dev)
+    trainer.evaluate()
+    trainer.evaluate(text_pairs(12).select(range(4, 12)), metric_key_prefix="test")
+    trainer.evaluate()
+    first, test, again = trainer.state.log_history
+    assert test["test_loss"] == pytest.approx(test["test_infonce"] + 5 * test["test_condensation"], rel=1e-3)
+    assert test["test_infonce"] != first["eval_infonce"]
+    assert all(first[name] == again[name] for name in ("eval_loss", "eval_infonce", "eval_condensation"))
+
+
+def test_an_evaluation_that_ended_early_leaves_nothing(repo, tmp_path, monkeypatch):
+    model = BTokSentenceTransformer(repo, device="cpu")
+    args = config(tmp_path, per_device_eval_batch_size=2)
+    rows = text_pairs(8)
+    trainer = CondensationTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows)
+    trainer.evaluate()
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "log", refuse)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.evaluate(rows.select([6, 7]))
+    trainer.evaluate()
+    first, again = trainer.state.log_history
+    assert first["eval_infonce"] == again["eval_infonce"] and first["eval_condensation"] == again["eval_condensation"]
+
+
+def refuse(*_):
+    raise KeyboardInterrupt
 
 
 def test_evaluation_keeps_the_weight_when_condensation_is_over(repo, tmp_path):

@@ -121,6 +121,9 @@ def test_commas_in_csv_files_are_found_by_line(tmp_path):
         ValueError, match=r"line 5: ',' expected after '\"'\. A text that begins with a quotation mark"
     ):
         load_pairs(str(path))
+    path.write_text('"query,positive\na,b\n')
+    with pytest.raises(ValueError, match=r"line 2: unexpected end of data\. A text that begins"):
+        load_pairs(str(path))
     path.write_text('query,positive\n"a ""b"", c\nd",5" disk\n')
     assert list(load_pairs(str(path))) == [{"query": 'a "b", c\nd', "positive": '5" disk'}]
     long = "x" * 200_000  # more than the csv module takes by default

@@ -61,12 +61,17 @@ def test_names_that_stand_twice_are_refused(tmp_path):
         ("a:\n  file: x.jsonl\n  weight: 1\n  weight: 2\n", "'weight'"),
     ):
         path.write_text(text)
-        with pytest.raises(ValueError, match=f"names {twice} twice"):
+        with pytest.raises(ValueError, match=f"has {twice} twice in one mapping"):
             read_mixture(str(path))
-    with pytest.raises(ValueError, match="names 'a' twice"):
+    with pytest.raises(ValueError, match="has 'a' twice in one mapping"):
         read_mixture('{"a": "x.jsonl", "a": "z.jsonl"}')
     path.write_text("x: &same {weight: 1, condense: query}\ny:\n  <<: *same\n  weight: 2\n")
     assert read_mixture(str(path))["y"] == {"weight": 2, "condense": "query"}
+    path.write_text("base: &b {weight: 1}\na:\n  inner: &s {<<: *b, weight: 2}\nc: {<<: *s}\n")
+    assert read_mixture(str(path))["c"] == {"weight": 2}
+    path.write_text("{{name}}: x.jsonl\n")  # a template that was not filled in
+    with pytest.raises(ValueError, match="is not YAML"):
+        read_mixture(str(path))
 
 
 def test_a_wrong_file_is_named_before_the_first_is_loaded(tmp_path, monkeypatch):

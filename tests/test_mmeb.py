@@ -66,6 +66,7 @@ def test_all_78_datasets(mmeb_root, tmp_path, capsys):
     evaluate(refuse, mmeb_root, tmp_path / "out", name="org/looks")
     board = json.loads((tmp_path / "out" / "leaderboard" / "looks.json").read_text())
     assert board["metadata"]["embedding_dimension"] == 300
+    assert (tmp_path / "out" / ".eval_results" / "mmeb-v2.yaml").is_file()
     # Files that need all scores of a modality do not outlive them.
     for score_file in ("image/VOC2007", "video/MSVD", "visdoc/ViDoRe_arxivqa"):
         (tmp_path / "out" / f"{score_file}_score.json").unlink()

@@ -229,6 +229,7 @@ def test_training_script_shows_its_flags(run, monkeypatch, capsys):
         (["--model_name_or_path", "none", *NO_DATA], "error: none is neither a local folder nor a readable Hub"),
         (["--model_name_or_path", "empty", *NO_DATA], "error: The folder empty has no weights"),
         (["--model_name_or_path", "other", *NO_DATA], "error: .*bert"),
+        ([*MODEL, "none.csv", "--lora_r", "64"], "error: lora_r would change nothing without use_peft: all weights"),
         ([*MODEL, "none.csv", "--use_peft", "--lora_dropout", "0.1"], "error: lora_dropout must be 0, got 0.1"),
         ([*MODEL, "none.csv", "--data_licenses", '{"nobody": "MIT"}'], "error: data_licenses must name the datasets"),
         (["--config", "broken.yaml"], "error: The file of --config is not YAML"),

@@ -21,12 +21,15 @@ from torch.distributed.tensor import DTensor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
+from btok_hf.adapters import adapter_config, has_adapters
 from btok_hf.files import nearest_existing, replacing
 from btok_hf.training.condensation_config import CondensationConfig
 
 logger = logging.get_logger(__name__)
 
 MANIFEST = "manifest.json"
+# Settings of LoRA that change what its weights add to a layer.
+OF_ADAPTERS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 # With `enable_jit_checkpoint`, every process makes this file in the folder before it saves, and removes it afterwards.
 SENTINEL = "checkpoint-is-incomplete.txt"
 
@@ -54,13 +57,16 @@ def row_order(args: CondensationConfig, train_dataset: Any) -> dict[str, Any]:
     }
 
 
-def mark_complete(folder: Path | str, order: Mapping[str, Any], only_model: bool = False) -> None:
+def mark_complete(
+    folder: Path | str, order: Mapping[str, Any], only_model: bool = False, metric: str | None = None
+) -> None:
     """Write the manifest of a checkpoint. Call it after all other files are written.
 
     Args:
         folder (`str` or `Path`): The checkpoint.
         order (`dict`): What `row_order` gives.
         only_model (`bool`): Whether it holds no optimizer, as with `save_only_model`.
+        metric (`str`, *optional*): `metric_for_best_model` of the run.
     """
     folder = Path(folder)
     files = [file for file in folder.rglob("*") if file.is_file() and file.name != SENTINEL]
@@ -68,6 +74,7 @@ def mark_complete(folder: Path | str, order: Mapping[str, Any], only_model: bool
         "written": time.time(),
         "only_model": only_model,
         "row_order": order,
+        "metric_for_best_model": metric,
         "sizes": {str(file.relative_to(folder)): file.stat().st_size for file in files},
     }
     with replacing(folder / MANIFEST) as file:
@@ -279,12 +286,56 @@ def check_unfinished(checkpoint: Path | str, args: CondensationConfig) -> None:
     """
     state = json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text("utf-8"))
     by_steps = args.max_steps > 0
-    if state["global_step"] >= (args.max_steps if by_steps else state["max_steps"]) and (
-        by_steps or state["epoch"] >= args.num_train_epochs
-    ):
+    if state["global_step"] >= args.max_steps if by_steps else state["epoch"] >= args.num_train_epochs:
         raise ValueError(
             f"{checkpoint} is the end of its training, so no step is left. Export it (btok export {checkpoint} "
             "FOLDER), train longer (max_steps or num_train_epochs), or train anew in another output_dir."
+        )
+
+
+def check_same_metric(checkpoint: Path | str, metric: str | None) -> None:
+    """Refuse to resume with another metric for the best model: its values would be compared with the earlier best.
+
+    Args:
+        checkpoint (`str` or `Path`): The checkpoint to resume from.
+        metric (`str`, *optional*): `metric_for_best_model` of this run.
+
+    Raises:
+        ValueError: It differs, and the earlier run had a best model.
+    """
+    best = json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text("utf-8"))["best_metric"]
+    then = _manifest(checkpoint).get("metric_for_best_model")
+    if None not in (best, then, metric) and then != metric:
+        raise ValueError(
+            f"The best model before {checkpoint} was chosen by {then} ({best:.4g}), which {metric} cannot be compared "
+            f"with. Set metric_for_best_model={then} again, or start a new training from an export of the checkpoint."
+        )
+
+
+def check_same_adapters(checkpoint: str, saved: Any, own: Any) -> None:
+    """Refuse to resume with adapters that count otherwise: the same weights would be another model.
+
+    Args:
+        checkpoint (`str`): The checkpoint to resume from.
+        saved, own (`PreTrainedModel`): Its backbone, and that of this training.
+
+    Raises:
+        ValueError: One of them has no adapters, or their settings differ.
+    """
+    if has_adapters(saved) != has_adapters(own):
+        raise ValueError(
+            f"{checkpoint} and this training differ in whether they have adapters. Resume with the same peft_config "
+            "(of btok train: use_peft)."
+        )
+    if not has_adapters(own):
+        return
+    then, now = adapter_config(saved), adapter_config(own)
+    changed = [name for name in OF_ADAPTERS if getattr(then, name) != getattr(now, name)]
+    if changed:
+        differences = "; ".join(f"{name} was {getattr(then, name)} and is {getattr(now, name)}" for name in changed)
+        raise ValueError(
+            f"{checkpoint} has adapters with other settings: {differences}. Its weights would be another model with "
+            "these. Restore them (of btok train: the flags lora_…)."
         )
 
 

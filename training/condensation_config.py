@@ -29,6 +29,10 @@ LEFT_OUT = {
     ),
     "train_sampling_strategy": ("random", "batches are drawn by batch_sampler, which does not use it"),
     "label_smoothing_factor": (0.0, "neither part of the loss uses it"),
+    **dict.fromkeys(
+        ("bf16_full_eval", "fp16_full_eval"),
+        (False, "an evaluation before training would leave the weights rounded. With bf16, evaluation has it too"),
+    ),
     "include_num_input_tokens_seen": ("no", "it would count nothing. tokens_per_second is logged"),
 }
 
@@ -47,6 +51,8 @@ class CondensationConfig(SentenceTransformerTrainingArguments):
     Args:
         logging_nan_inf_filter (`bool`): As in transformers: log an average in place of a loss that is not finite, and
             train on. Here the default is `False`: such a loss ends the training when it is logged.
+        save_total_limit (`int`, *optional*): As in transformers, but with `load_best_model_at_end` at least 2: the
+            newest checkpoint is kept beside the best, because a training that is resumed goes on from it.
         mini_batch_size (`int`): Rows per forward pass (GradCache). It changes memory and speed, not the loss.
         mini_batch_num_tokens (`int`, *optional*): Tokens per forward pass, target tokens included, instead of rows.
             Bounds memory where lengths differ. A row that is longer is embedded alone.
@@ -133,6 +139,8 @@ class CondensationConfig(SentenceTransformerTrainingArguments):
         if self.warmup_ratio is not None and self.warmup_steps == WARM_UP:
             self.warmup_steps = 0  # as Sentence-Transformers has it, where the ratio counts if the steps are 0
         super().__post_init__()
+        if self.load_best_model_at_end and self.save_total_limit == 1:
+            self.save_total_limit = 2  # with 1, the Trainer would delete the newest at its end, if it is not the best
         for name in ("condense", "dataset_weights"):
             value = getattr(self, name)
             if isinstance(value, str) and value.lstrip().startswith("{"):

@@ -17,7 +17,8 @@ REMEDY = (
     "of adapters) at a lower learning_rate, or with bf16 in place of fp16."
 )
 
-CONDENSED = "condensed"  # steps with a condensation loss since the last log; not logged itself
+# Not logged themselves: the weight of the steps since the last log, and of those that had a condensation loss.
+COUNTED, CONDENSED = "counted", "condensed"
 
 
 class LoggingTrainer(SentenceTransformerTrainer):
@@ -36,8 +37,13 @@ class LoggingTrainer(SentenceTransformerTrainer):
         names = [key for key in inputs if key.endswith("_attention_mask") and "_pixel_" not in key]
         masks = [inputs[key] for key in names]
         targets = [value != IGNORED for key, value in inputs.items() if key.endswith("_target_labels")]
-        self._samples += len(inputs.get("query_rows", masks[0])) * self.args.world_size
+        self._samples += self._rows(inputs) * self.args.world_size
         self._tokens += sum(int(counted.sum()) for counted in masks + targets) * self.args.world_size
+
+    @staticmethod
+    def _rows(inputs: Mapping[str, Any]) -> int:
+        """Rows of a batch."""
+        return len(inputs.get("query_rows", inputs.get("query_attention_mask")))
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
@@ -52,41 +58,48 @@ class LoggingTrainer(SentenceTransformerTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in the superclass."""
         with self._paused():
+            self.accum_loss_components["eval"].clear()
             return super().evaluate(*args, **kwargs)
 
-    def _track(self) -> None:
+    def _track(self, weight: int = 1) -> None:
+        """Count the parts of a step's loss for the next log.
+
+        Args:
+            weight (`int`): How much the step counts in the averages.
+        """
         infonce, condensation = cast(torch.Tensor, self.loss.infonce), self.loss.condensation  # the loss was called
         parts = {  # filled on the device: copying a number to it would wait for the step
             "infonce": infonce,
             "condensation_weight": infonce.new_full((), self.loss.condensation_weight),
             "condensation": infonce.new_zeros(()) if condensation is None else condensation,
+            COUNTED: infonce.new_ones(()),
             CONDENSED: infonce.new_full((), condensation is not None),
         }
-        self.track_loss_components(parts)
+        self.track_loss_components({name: weight * part for name, part in parts.items()})
 
-    def _average_condensation(self, kind: str) -> None:
-        """Average the condensation loss over the steps that have one; a log without such a step has none."""
+    def _average(self, kind: str) -> None:
+        """Weigh the steps, and average the condensation loss over those that have one; without any, a log has none."""
         parts = self.accum_loss_components[kind]
         if CONDENSED not in parts:
             return
-        counts = torch.stack([parts["steps"].float(), parts.pop(CONDENSED).to(parts["steps"].device)])
-        steps, condensed = self.accelerator.reduce(counts).tolist()
-        if condensed:
-            # The superclass divides by all steps.
-            parts["condensation"] = parts["condensation"] * (steps / condensed)
-        else:
+        sums = [parts["steps"].float(), *(parts.pop(name).to(parts["steps"].device) for name in (COUNTED, CONDENSED))]
+        steps, counted, condensed = self.accelerator.reduce(torch.stack(sums)).tolist()
+        if not condensed:
             del parts["condensation"]
+        for name in set(parts) - {"steps"}:
+            # The superclass divides by all steps.
+            parts[name] = parts[name] * (steps / (condensed if name == "condensation" else counted))
 
     def _with_parts(self, logs: dict[str, float]) -> dict[str, float]:
-        """The log of one of several evaluation datasets, with the parts of its loss: the superclass adds none.
+        """The log of one of several evaluation datasets, or of another prefix than `eval`, with the parts of its loss.
 
-        It would also average them into those of the next evaluation.
+        The superclass adds none.
         """
-        named = next((key for key in logs if key.startswith("eval_") and key.endswith("_loss")), None)
+        named = next((key for key in logs if key.endswith("_loss") and key != "train_loss"), None)
         parts = self.accum_loss_components["eval"]
         if named is None or not int(parts.get("steps", 0)):
             return logs
-        self._average_condensation("eval")
+        self._average("eval")
         sums: Any = self.accelerator.reduce(parts)
         steps = sums.pop("steps").item()
         parts.clear()
@@ -99,7 +112,7 @@ class LoggingTrainer(SentenceTransformerTrainer):
             logs["tokens_per_second"] = round(self._tokens / seconds)
             self._tokens, self._samples, self._since = 0, 0, None
         if "loss" in logs or "eval_loss" in logs:
-            self._average_condensation("train" if "loss" in logs else "eval")
+            self._average("train" if "loss" in logs else "eval")
         else:
             logs = self._with_parts(logs)
         super().log(logs, start_time)

@@ -27,6 +27,8 @@ from btok_hf.training.cells import NumberedRows
 from btok_hf.training.checkpoints import (
     all_finite,
     check_disk_space,
+    check_same_adapters,
+    check_same_metric,
     check_same_rows,
     check_unfinished,
     checkpoint_to_resume,
@@ -243,7 +245,7 @@ class CondensationTrainer(PublishingTrainer):
             self.loss.condensation_weight = self._weight
         output = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self.model.training:
-            self._track()
+            self._track(self._rows(inputs))  # the Trainer averages eval_loss over rows
         return output
 
     def train(
@@ -293,6 +295,7 @@ class CondensationTrainer(PublishingTrainer):
             )
         if resume:
             check_unfinished(resume, self.args)
+            check_same_metric(resume, self.args.metric_for_best_model)
         if resume and not self.args.ignore_data_skip:
             check_same_rows(resume, row_order(self.args, self.train_dataset))
         check_writable(self.args.output_dir)
@@ -332,7 +335,8 @@ class CondensationTrainer(PublishingTrainer):
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            mark_complete(folder, row_order(self.args, self.train_dataset), self.args.save_only_model)
+            metric, only_model = self.args.metric_for_best_model, self.args.save_only_model
+            mark_complete(folder, row_order(self.args, self.train_dataset), only_model, metric)
             if limit is not None and limit > 0:
                 rotate(folder.parent, limit, self.state.best_model_checkpoint)
 
@@ -373,11 +377,7 @@ class CondensationTrainer(PublishingTrainer):
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
         saved = BTokSentenceTransformer(checkpoint_path, device="cpu")
-        if has_adapters(saved.transformer.model) != has_adapters(self.model.transformer.model):
-            raise ValueError(
-                f"{checkpoint_path} and this training differ in whether they have adapters. Resume with the same "
-                "peft_config (of btok train: use_peft)."
-            )
+        check_same_adapters(checkpoint_path, saved.transformer.model, self.model.transformer.model)
         state_dict = saved.state_dict()
         if self._is_sharded():
             set_model_state_dict(self.model, state_dict, options=StateDictOptions(full_state_dict=True))

@@ -228,8 +228,8 @@ def _numbered(rows: Any) -> Iterator[list[str]]:
         yield from rows
     except csv.Error as error:
         raise ValueError(
-            f"line {rows.line_num}: {error}. A text that begins with a quotation mark ends with one, and has them "
-            "twice inside"
+            f"line {rows.line_num}: {error}. A text that begins with a quotation mark ends with one, right before the "
+            "comma, and has them twice inside"
         ) from None  # `_named_file` would quote the cause
 
 
@@ -240,7 +240,8 @@ def _options(source: str) -> dict[str, Any]:
     limit = csv.field_size_limit(2**31 - 1)  # of a process; pandas, which reads the file, has none
     try:
         with open(source, newline="", encoding="utf-8-sig") as file:
-            rows = csv.reader(file, strict=True)  # a text that goes on after its quotation mark has lost its end
+            reader = csv.reader(file, strict=True)  # a text that goes on after its quotation mark has lost its end
+            rows = _numbered(reader)
             columns = next(rows, [])
             if len(set(columns)) < len(columns):
                 raise ValueError(f"its header names a column twice: {', '.join(columns)}")
@@ -249,11 +250,11 @@ def _options(source: str) -> dict[str, Any]:
                     f"its header has a column without a name: {','.join(columns)}. It is the index, if pandas wrote "
                     "the file: use to_csv(…, index=False)"
                 )
-            for row in _numbered(rows):
+            for row in rows:
                 if len(row) > len(columns):  # pandas would take the first for the names of the rows
                     raise ValueError(
-                        f"line {rows.line_num} has {len(row)} cells and the header {len(columns)}: texts with commas "
-                        "need quotation marks"
+                        f"line {reader.line_num} has {len(row)} cells and the header {len(columns)}: texts with "
+                        "commas need quotation marks"
                     )
     finally:
         csv.field_size_limit(limit)

@@ -105,7 +105,8 @@ def mine_hard_negatives(
             recommendation of NV-Retriever (arXiv 2407.15831).
         sampling_strategy (`str`): `top` takes the nearest candidates, `random` draws from them.
         batch_size (`int`): As in `encode`.
-        use_faiss (`bool`): Search with a flat index of faiss instead of torch. The results are equal.
+        use_faiss (`bool`): Search with a flat index of faiss instead of torch. The results are equal, but for
+            ties.
         faiss_batch_size (`int`): Queries searched at a time.
         seed (`int`): Seed of `random`.
 

@@ -3,9 +3,11 @@
 One pair file is loaded in `data.py`, one source of the paper in `sources.py`. Batches are drawn in `sampler.py`.
 """
 
+import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,36 +118,40 @@ def read_mixture(files: str | Mapping[str, Entry]) -> Mapping[str, Entry]:
     if not isinstance(files, str):
         return files
     if files.lstrip().startswith("{"):
-        return json.loads(files, object_pairs_hook=_without_twins)
+        return json.loads(files, object_pairs_hook=_as_dict)
     if Path(files).suffix in (".yaml", ".yml"):
         own = Path(__file__).parent / "recipes" / files  # a recipe that comes with this library
         path = next((path for path in (Path(files), own) if path.is_file()), None)
         if path is None:
             raise FileNotFoundError(f"Mixture file {files!r} does not exist, here or among the library's recipes.")
         try:
-            return yaml.load(path.read_text("utf-8"), _Loader)
+            text = path.read_text("utf-8")
+            _check_names(yaml.compose(text, yaml.SafeLoader))
+            return yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ValueError(f"Mixture file {files!r} is not YAML ({error}).") from error
     return {Path(os.path.abspath(files)).stem: files}  # of "." too
 
 
-def _without_twins(entries: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
-    """Entries as a dict. Of two with one name, JSON and YAML would drop the first."""
-    found: dict[Any, Any] = {}
-    for name, entry in entries:
-        if name in found:
-            raise ValueError(f"The mixture names {name!r} twice. Give each dataset a name of its own, e.g. with file.")
-        found[name] = entry
-    return found
+def _as_dict(entries: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Of two entries with one name, the first would be dropped."""
+    _refuse_twins(name for name, _ in entries)
+    return dict(entries)
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a name that stands twice in a mapping."""
+def _check_names(node: yaml.Node | None) -> None:
+    """Refuse a name that stands twice in a mapping of YAML, before entries are merged."""
+    if isinstance(node, yaml.MappingNode):
+        _refuse_twins(name.value for name, _ in node.value if not name.tag.endswith(":merge"))
+    if isinstance(node, yaml.CollectionNode):
+        for part in itertools.chain.from_iterable(one if isinstance(one, tuple) else [one] for one in node.value):
+            _check_names(part)
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        own = (name for name, _ in node.value if not name.tag.endswith(":merge"))
-        _without_twins((self.construct_object(name, deep=True), None) for name in own)
-        return super().construct_mapping(node, deep)
+
+def _refuse_twins(names: Iterable[Any]) -> None:
+    for name, count in Counter(map(str, names)).items():
+        if count > 1:
+            raise ValueError(f"The mixture has {name!r} twice in one mapping. Leave one out, or rename it.")
 
 
 def condense_of(datasets: Iterable[str], chosen: str | dict[str, str] | None, own: dict[str, str]) -> dict[str, str]:

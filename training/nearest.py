@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+FEW = 32  # queries whose scores of all candidates are in memory at once, beside an index
+
 Excluded = list[tuple[str, np.ndarray]]  # distinct positions of candidates that are left out, after the reason
 
 
@@ -55,24 +57,25 @@ def torch_search(corpus: np.ndarray) -> Search:
 
 
 def faiss_search(corpus: np.ndarray) -> Search:
-    """As `torch_search`, with a flat index of faiss, which keeps the nearest of each query alone."""
+    """As `torch_search`, with a flat index of faiss, which keeps no other scores than those of the nearest.
+
+    A query with more of its nearest left out than that is searched by `torch_search`, with a few others at a time.
+    """
     import faiss
 
     index = faiss.IndexFlatIP(corpus.shape[1])
     index.add(corpus)
+    search_all = torch_search(corpus)
 
     def search(queries: np.ndarray, excluded: Sequence[Excluded], count: int) -> Iterator[Nearest]:
-        done: dict[int, Nearest] = {}
-        waiting, most = list(range(len(queries))), 2 * count
-        while waiting:  # those of which too many of the nearest are left out
-            most = min(most, len(corpus))
-            for number, scores, found in zip(waiting, *index.search(queries[waiting], most)):
-                nearest = _without(scores, found, excluded[number], count)
-                if len(nearest.scores) == count or most == len(corpus):
-                    done[number] = nearest
-            waiting = [number for number in waiting if number not in done]
-            most *= 4
-        yield from map(done.__getitem__, range(len(queries)))
+        most = min(2 * count, len(corpus))
+        done = [_without(*row, count) for row in zip(*index.search(queries, most), excluded)]
+        short = [number for number, nearest in enumerate(done) if len(nearest.scores) < count and most < len(corpus)]
+        for start in range(0, len(short), FEW):
+            part = short[start : start + FEW]
+            for number, nearest in zip(part, search_all(queries[part], [excluded[one] for one in part], count)):
+                done[number] = nearest
+        yield from done
 
     return search
 

@@ -136,7 +136,8 @@ def check_full_batches(rows: Mapping[str, int], batch_size: int, processes: int)
         )
 
 
-PASSES = 3  # more of them, as in Sentence-Transformers: rows are read again to fill an epoch without duplicates
+# As in Sentence-Transformers: rows are read so often to fill an epoch without duplicates, and once more for its end.
+PASSES = 3
 
 
 def groups_of(dataset: Dataset) -> list[int]:
@@ -183,7 +184,9 @@ class GroupBatchSampler(DefaultBatchSampler):
         rows_of_group = Counter(self.groups)
         full = len(self.groups) // self.batch_size
         needed = -(-full // PASSES)  # full batches of a pass; a batch takes one row of a group
-        if complete and sum(min(rows, needed) for rows in rows_of_group.values()) < needed * self.batch_size:
+        fits = sum(min(rows, needed) for rows in rows_of_group.values()) >= needed * self.batch_size
+        alone = not full and not self.drop_last and len(rows_of_group) == 1 < len(self.groups)
+        if complete and (alone or not fits):
             raise ValueError(self._too_few(f"{len(rows_of_group)} groups of up to {max(rows_of_group.values())} rows"))
 
     def __iter__(self) -> Iterator[list[int]]:

@@ -23,7 +23,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, cast
 
@@ -275,6 +275,13 @@ class TrainingJob:
 
 def adapters_of(model_args: ModelArguments) -> "LoraConfig | None":
     """The adapters of `use_peft`, if they can be trained and exported; else `ValueError`."""
+    if not model_args.use_peft:
+        of_lora = [one for one in fields(model_args) if re.match(r"lora_|use_rslora|use_dora", one.name)]
+        if given := [one.name for one in of_lora if getattr(model_args, one.name) != one.default]:
+            raise ValueError(
+                f"{', '.join(given)} would change nothing without use_peft: all weights would be trained. Set "
+                "use_peft, or leave that out."
+            )
     modules = model_args.lora_target_modules
     # TRL makes a text of a list of one name, and PEFT reads a text as a regular expression of whole names.
     if isinstance(modules, str) and re.fullmatch(r"[\w.]+", modules):

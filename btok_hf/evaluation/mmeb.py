@@ -327,7 +327,8 @@ def _report(
         return  # the scores are not comparable with published ones
     summary = report.summarise(scores)
     made = [output_dir / name for name in (f"leaderboard/{name}.json", "report.png", ".eval_results/mmeb-v2.yaml")]
-    for path in made:  # of an earlier run, which may have had scores that are gone
+    # Those of an earlier run, which may have had scores that are gone.
+    for path in made if summary.overall is None else made[:2]:
         path.unlink(missing_ok=True)
     if any(average is not None for average in summary.modalities.values()):
         with replacing(made[0]) as file:
