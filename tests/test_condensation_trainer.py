@@ -265,7 +265,7 @@ def test_the_best_checkpoint_is_kept_and_loaded(repo, tmp_path):
     best = max(scores, key=scores.get)
     assert scores[16] < scores[best]
     assert evaluator(trainer.model)[metric] == pytest.approx(scores[best])
-    assert [path.name for path in checkpoints(tmp_path / "out")] == [f"checkpoint-{best}"]
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-16", f"checkpoint-{best}"]
     assert trainer.model.kept_card() is None  # it tells of the start
 
 
