@@ -156,9 +156,19 @@ def test_metrics_are_those_of_the_base_class_in_little_memory(monkeypatch):
     model.sizes.clear()
     monkeypatch.setattr("btok_hf.training.evaluator.SCORES_AT_ONCE", 1000)
     assert evaluator(model) == expected and len(model.sizes) > 20 and max(model.sizes) <= 1000
-    listed = []
-    monkeypatch.setattr(evaluator, "compute_metrics", lambda hits: listed.extend(hits) or base.compute_metrics(hits))
+    listed, held = [], []
+
+    def compute(hits):
+        held.append(tracemalloc.get_traced_memory()[0] - before)
+        listed.extend(hits)
+        return base.compute_metrics(hits)
+
+    monkeypatch.setattr(evaluator, "compute_metrics", compute)
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
     evaluator(model)
+    tracemalloc.stop()
+    assert max(held) < 2000 * len(listed)  # bytes of objects a query; its 100 dicts are more than 20,000
     assert {len(hits) for hits in listed} == {100}  # and not all candidates
 
 

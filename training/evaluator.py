@@ -166,7 +166,7 @@ class PairEvaluator(InformationRetrievalEvaluator):
 class _Hits(Sequence[Any]):
     """What `compute_metrics` takes, a list of dicts for each query, which are made when they are asked for.
 
-    As objects, the hits of 100,000 queries would take 2 GB.
+    All at once they would take many times the memory of their numbers.
     """
 
     def __init__(self, names: list[str]) -> None:

@@ -126,9 +126,8 @@ def mine_hard_negatives(
     if not sides["query"].rows:
         raise ValueError("The pairs have no row with a query. Give them queries, or another file.")
     if range_max is None:
-        chosen_from = (max_score, min_score, absolute_margin, relative_margin) != (
-            None,
-        ) * 4 or sampling_strategy != "top"
+        given = (max_score, min_score, absolute_margin, relative_margin)
+        chosen_from = given != (None,) * 4 or sampling_strategy != "top"
         most_positives = max(map(len, sides["query"].rows))
         range_max = range_min + num_negatives * (10 if chosen_from else 1) + most_positives
     excluded = _FalseNegatives(pairs, sides["query"], sides["positive"])
